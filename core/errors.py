@@ -1,0 +1,37 @@
+"""What a user did wrong is one sentence and exit code 2; everything else is a bug and keeps its traceback."""
+
+import sys
+from collections.abc import Callable
+
+INSTALL_HINT = "run `python scripts/quickstart.py` once, then use the Python in .venv"
+REQUIRED_PACKAGES = {"torch", "transformers", "datasets", "tokenizers", "tqdm", "wandb", "matplotlib", "numpy"}
+
+
+class UserError(Exception):
+    """A mistake in a flag, a file or the machine's set-up.
+
+    The message is one sentence that names the place (file:line, flag, key) and the way out.
+    """
+
+
+def run(main: Callable[[], object]) -> None:
+    """Run a command's ``main`` and end the process.
+
+    Exit codes: 0 when ``main`` returns, 2 with one line on stderr for a ``UserError`` or a missing package,
+    130 for Ctrl-C. Any other exception is a bug and propagates with its traceback.
+    """
+    try:
+        main()
+    except UserError as error:
+        message, code = " ".join(str(error).split()), 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in REQUIRED_PACKAGES:
+            raise
+        message, code = f"the Python package {package!r} is not installed here: {INSTALL_HINT}", 2
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)

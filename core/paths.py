@@ -1,0 +1,51 @@
+"""Where things lie. Each path rule is written here once.
+
+``out_dir`` is relative to the caller's folder; what ships with the code is relative to the code.
+"""
+
+import re
+from pathlib import Path
+
+from core.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TOKENIZER_DIR = REPOSITORY / "model" / "minimind_tokenizer"
+STAGES = ("pretrain", "full_sft")  # in the order in which they are trained
+
+
+def base_path(out_dir: str | Path, stage: str, dim: int) -> Path:
+    """``out/pretrain_512.pth`` or ``out/full_sft_512.pth``."""
+    return Path(out_dir) / f"{stage}_{dim}.pth"
+
+
+def lora_path(out_dir: str | Path, name: str, dim: int) -> Path:
+    """``out/lora/lora_<name>_<dim>.pth``; the names ``medical`` and ``lora_medical`` mean the same file.
+
+    Raises ``UserError`` for a name that is not letters, digits, ``_``, ``-`` or ``.`` (a path, for instance).
+    """
+    return Path(out_dir) / "lora" / f"lora_{skill_name(name)}_{dim}.pth"
+
+
+def skill_name(name: str) -> str:
+    """The bare name of a skill, without the ``lora_`` in front."""
+    bare = name.removeprefix("lora_")
+    if not re.fullmatch(r"\w[\w.-]*", bare):
+        raise UserError(
+            f"--lora_name {name!r} is not a skill name: use letters, digits, '_', '-' and '.' only, no folders"
+        )
+    return bare
+
+
+def bundled_data(name: str) -> Path:
+    """A data file that ships with the code."""
+    return REPOSITORY / "dataset" / name
+
+
+def metrics_path(out_dir: str | Path, run: str) -> Path:
+    """``out/metrics/<run>.jsonl``; the loss picture lies beside it as ``.png``."""
+    return Path(out_dir) / "metrics" / f"{run}.jsonl"
+
+
+def cache_dir(out_dir: str | Path) -> Path:
+    """Tokenised data, safe to delete at any time."""
+    return Path(out_dir) / "cache"

@@ -1,0 +1,177 @@
+"""From tokenised rows to the micro-batches of optimizer steps."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from core.errors import UserError
+from dataset.tokenized import CHAT, TEXT, TokenRows, split_rows, tokenize_files
+from dataset.tokenizer import token_bytes
+
+IGNORED = -100  # the label of a position that is not learned, PyTorch's own default
+
+
+@dataclass
+class Batch:
+    """One micro-batch.
+
+    ``inputs``: what the model's forward takes, ``input_ids`` (B, T) int64, right-padded. ``labels`` (B, T) int64: the id
+    itself where it is learned, else -100; ``labels[:, 0]`` is -100 because nothing predicts it. ``n_targets``: how
+    many labels are learned. ``n_bytes``: how many UTF-8 bytes they stand for.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    n_targets: int
+    n_bytes: int
+
+
+class Samples(Protocol):
+    """What ``Batches`` draws from: ``samples[n]`` is ``(ids, learned)``, two numpy arrays of one length."""
+
+    pad_id: int
+    bytes_of: np.ndarray  # UTF-8 bytes each id stands for
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class PretrainSamples:
+    """Documents laid end to end and cut into windows of ``max_seq_len`` tokens: no padding, nothing dropped.
+
+    Neighbouring windows share one token, so that every token but the very first is predicted exactly once.
+    """
+
+    def __init__(self, rows: TokenRows, max_seq_len: int, pad_id: int, bytes_of: np.ndarray):
+        self.rows, self.max_seq_len, self.pad_id, self.bytes_of = rows, max_seq_len, pad_id, bytes_of
+        self._ends = np.cumsum(rows.lengths)  # of each document in the stream
+
+    def __len__(self) -> int:
+        return -(-(int(self._ends[-1]) - 1) // (self.max_seq_len - 1)) if len(self.rows) else 0
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        start = index * (self.max_seq_len - 1)
+        end = min(start + self.max_seq_len, int(self._ends[-1]))
+        first, last = np.searchsorted(self._ends, (start, end - 1), side="right")
+        documents = range(int(first), int(last) + 1)
+        offset = start - int(self._ends[first] - self.rows.lengths[first])
+        window = slice(offset, offset + end - start)
+        ids = np.concatenate([self.rows.ids(row) for row in documents])[window]
+        return ids, np.concatenate([self.rows.learned(row) for row in documents])[window]
+
+    def describe(self) -> str:
+        return f"{len(self.rows)} documents, {int(self.rows.lengths.sum())} tokens, {len(self)} windows, 0 % truncated"
+
+
+class ChatSamples:
+    """Chats cut after ``max_seq_len`` tokens; one whose cut leaves nothing to learn is left out and counted."""
+
+    def __init__(self, rows: TokenRows, max_seq_len: int, pad_id: int, bytes_of: np.ndarray):
+        self.max_seq_len, self.pad_id, self.bytes_of = max_seq_len, pad_id, bytes_of
+        self.truncated = int((rows.lengths > max_seq_len).sum())
+        kept = [n for n in range(len(rows)) if rows.learned(n)[1:max_seq_len].any()]
+        self.without_targets = len(rows) - len(kept)
+        self.rows = TokenRows(rows.table, rows.chosen[kept])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.rows.ids(index)[: self.max_seq_len], self.rows.learned(index)[: self.max_seq_len]
+
+    def describe(self) -> str:
+        total = len(self) + self.without_targets
+        tokens = int(np.minimum(self.rows.lengths, self.max_seq_len).sum())
+        share = 100 * self.truncated / max(total, 1)
+        left_out = f", {self.without_targets} left out: nothing to learn" if self.without_targets else ""
+        return f"{len(self)} chats, {tokens} tokens, {share:.1f} % truncated at {self.max_seq_len}{left_out}"
+
+
+class PretrainDataset:
+    """Training and validation windows of pretraining files: ``train`` and ``val``."""
+
+    kind, samples = TEXT, PretrainSamples
+
+    def __init__(
+        self,
+        paths: tuple[Path, ...],
+        tokenizer: PreTrainedTokenizerBase,
+        max_seq_len: int,
+        *,
+        cache: Path,
+        val_ratio: float = 0.02,
+        bad_rows: str = "stop",
+    ):
+        table = tokenize_files(paths, self.kind, tokenizer, cache, bad_rows)
+        sizes = token_bytes(tokenizer)
+        self.train, self.val = (
+            self.samples(rows, max_seq_len, tokenizer.pad_token_id or 0, sizes) for rows in split_rows(table, val_ratio)
+        )
+        if not len(self.train):
+            raise UserError(f"--max_seq_len {max_seq_len} leaves nothing to learn in {', '.join(map(str, paths))}")
+
+
+class SFTDataset(PretrainDataset):
+    """Training and validation chats of fine-tuning files: ``train`` and ``val``."""
+
+    kind, samples = CHAT, ChatSamples
+
+
+def collate(samples: Samples, indices: np.ndarray) -> Batch:
+    """Right-pad the chosen samples to the longest of them."""
+    rows = [samples[int(index)] for index in indices]
+    longest = max(len(ids) for ids, _ in rows)
+    input_ids = torch.full((len(rows), longest), samples.pad_id, dtype=torch.int64)
+    labels = torch.full((len(rows), longest), IGNORED, dtype=torch.int64)
+    n_bytes = 0
+    for row, (ids, learned) in enumerate(rows):
+        input_ids[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
+        targets = np.where(learned, ids.astype(np.int64), IGNORED)
+        targets[0] = IGNORED
+        labels[row, : len(ids)] = torch.from_numpy(targets)
+        n_bytes += int(samples.bytes_of[targets[targets != IGNORED]].sum())
+    return Batch({"input_ids": input_ids}, labels, int((labels != IGNORED).sum()), n_bytes)
+
+
+class Batches:
+    """The optimizer steps of each epoch, in an order that depends on ``seed`` and epoch alone (a ``BatchSource``).
+
+    A step takes ``batch_size * accumulation_steps`` samples, sorts them by length and cuts them into micro-batches of
+    ``batch_size``, so that little is padding. An epoch uses every sample once; its last step may be smaller.
+    """
+
+    def __init__(self, samples: Samples, batch_size: int, accumulation_steps: int, seed: int, num_workers: int = 0):
+        self.samples, self.batch_size, self.seed, self.num_workers = samples, batch_size, seed, num_workers
+        self.rows_per_step = batch_size * accumulation_steps
+        self.steps_per_epoch = -(-len(samples) // self.rows_per_step)
+
+    def steps(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.samples))
+        indices = [order[n : n + self.rows_per_step] for n in range(0, len(order), self.rows_per_step)]
+        return iter(DataLoader(indices[start:], batch_size=None, num_workers=self.num_workers, collate_fn=self._step))
+
+    def _step(self, indices: np.ndarray) -> list[Batch]:
+        return micro_batches(self.samples, indices, self.batch_size)
+
+
+def micro_batches(samples: Samples, indices: np.ndarray, batch_size: int) -> list[Batch]:
+    """Batches of at most ``batch_size`` of the chosen samples, of neighbouring lengths, the longest first."""
+    longest_first = sorted(indices, key=lambda index: -len(samples[int(index)][0]))
+    return [collate(samples, longest_first[n : n + batch_size]) for n in range(0, len(longest_first), batch_size)]
+
+
+def validation_batches(samples: Samples, batch_size: int, max_tokens: int) -> list[Batch]:
+    """About ``max_tokens`` tokens of samples spread evenly over all (files follow one another), as batches."""
+    if not len(samples):
+        return []
+    tokens = sum(len(samples[index][0]) for index in range(len(samples)))
+    count = max(1, min(len(samples), len(samples) * max_tokens // tokens))
+    spread = np.linspace(0, len(samples) - 1, count).round().astype(np.int64)
+    return micro_batches(samples, spread, batch_size)

@@ -1,0 +1,155 @@
+"""Data files tokenised once: a memory-mapped table of unpadded ids and learned flags in the cache folder."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, Features, Sequence, Value
+from datasets.arrow_writer import ArrowWriter
+from transformers import PreTrainedTokenizerBase
+
+from core.errors import UserError
+from core.files import sha256_file
+from dataset.chat import Encoded, encode_chat, encode_document
+from dataset.rows import BadRow, clean_chat, clean_text, read_rows
+from dataset.tokenizer import tokenizer_fingerprint
+
+FORMAT = 1  # raise it when the meaning of a cached table changes
+SHOWN_BAD_ROWS = 20
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a row is: how it is cleaned, encoded, and which of its text identifies it."""
+
+    name: str
+    clean: Callable[[object], dict]
+    encode: Callable[[PreTrainedTokenizerBase, dict], Encoded]
+
+
+TEXT = Kind("text", clean_text, lambda tokenizer, row: encode_document(tokenizer, row["text"]))
+CHAT = Kind("chat", clean_chat, lambda tokenizer, row: encode_chat(tokenizer, row["conversations"]))
+
+
+def tokenize_files(
+    paths: tuple[Path, ...], kind: Kind, tokenizer: PreTrainedTokenizerBase, cache: Path, bad_rows: str = "stop"
+) -> Dataset:
+    """One row per usable row of the files: ``ids``, ``learned``, ``digest`` (63 bits of the content's SHA-256).
+
+    The cache is keyed by the files' bytes, the tokenizer's fingerprint and the format. ``bad_rows`` "stop" lists every
+    bad row and raises ``UserError``; "skip" leaves them out with a count. Raises ``UserError`` for files without rows.
+    """
+    for path in paths:
+        if not Path(path).is_file():
+            raise UserError(f"data file {path} does not exist; check --data_path")
+    identity = [FORMAT, kind.name, tokenizer_fingerprint(tokenizer), *(sha256_file(path) for path in paths)]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    table = cache / f"{kind.name}-{key}.arrow"
+    bad_list = table.with_suffix(".bad.json")
+    if not table.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        bad = _write_table(table, paths, kind, tokenizer)
+        bad_list.write_text(json.dumps(bad, ensure_ascii=False), encoding="utf-8")
+    bad = json.loads(bad_list.read_text(encoding="utf-8"))
+    if bad and bad_rows == "skip":
+        print(f"bad rows skipped: {len(bad)} (scripts/inspect_data.py lists them)")
+    elif bad:
+        print("\n".join(bad[:SHOWN_BAD_ROWS]), *["..."] * (len(bad) > SHOWN_BAD_ROWS), sep="\n", flush=True)
+        raise UserError(f"{len(bad)} bad rows, the first {bad[0]}; mend them or pass --bad_rows skip")
+    rows = Dataset.from_file(str(table))
+    if not len(rows):
+        raise UserError(f"no usable row in {', '.join(map(str, paths))}")
+    return rows
+
+
+def _write_table(table: Path, paths: tuple[Path, ...], kind: Kind, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Write ``table`` whole or not at all; returns the bad rows as ``file:line: reason``."""
+    bad: list[str] = []
+    width = "uint16" if len(tokenizer) <= 1 << 16 else "int32"
+    features = Features({"ids": Sequence(Value(width)), "learned": Sequence(Value("bool")), "digest": Value("int64")})
+    temporary = table.with_name(f".{table.name}.{os.getpid()}")
+    try:
+        with ArrowWriter(path=str(temporary), features=features) as writer:
+            for row in _clean_rows(paths, kind, bad):
+                ids, learned = kind.encode(tokenizer, row)
+                content = json.dumps(row, sort_keys=True, ensure_ascii=False).encode()
+                digest = int.from_bytes(hashlib.sha256(content).digest()[:8], "little") >> 1
+                writer.write({"ids": ids, "learned": learned, "digest": digest})
+            writer.finalize()
+        os.replace(temporary, table)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return bad
+
+
+def _clean_rows(paths: tuple[Path, ...], kind: Kind, bad: list[str]) -> Iterator[dict]:
+    for path in paths:
+        for line, row in read_rows(path, kind.clean):
+            if isinstance(row, BadRow):
+                bad.append(f"{path}:{line}: {row}")
+            else:
+                yield row
+
+
+class TokenRows:
+    """Zero-copy numpy views of a memory-mapped table's rows, for a chosen subset of them.
+
+    Pickles by file name, so that worker processes map the same pages.
+    """
+
+    def __init__(self, table: Dataset, chosen: np.ndarray):
+        self.table = table
+        self.chosen = chosen
+        self._map()
+
+    def _map(self) -> None:
+        self._ids, self._learned, starts, ends, part = [], [], [], [], []
+        columns = (self.table.data.column(name).chunks for name in ("ids", "learned"))
+        for number, (ids, learned) in enumerate(zip(*columns, strict=True)):
+            offsets = ids.offsets.to_numpy()
+            self._ids.append(ids.values.to_numpy())
+            self._learned.append(learned.values)  # bits: unpacked a row at a time
+            starts.append(offsets[:-1])
+            ends.append(offsets[1:])
+            part.append(np.full(len(ids), number))
+        self._starts, self._ends, self._part = map(np.concatenate, (starts, ends, part))
+        self.lengths = (self._ends - self._starts)[self.chosen].astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def ids(self, row: int) -> np.ndarray:
+        """All ids of a row, (length,) uint16 or int32."""
+        at = self.chosen[row]
+        return self._ids[self._part[at]][self._starts[at] : self._ends[at]]
+
+    def learned(self, row: int) -> np.ndarray:
+        """The learned flags of a row, (length,) bool."""
+        at = self.chosen[row]
+        start, end = int(self._starts[at]), int(self._ends[at])
+        return self._learned[self._part[at]].slice(start, end - start).to_numpy(zero_copy_only=False)
+
+    def __getstate__(self) -> dict:
+        return {"table": self.table, "chosen": self.chosen}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)
+
+
+def split_rows(table: Dataset, val_ratio: float) -> tuple[TokenRows, TokenRows]:
+    """Training and validation rows, told apart by a hash of their content, so that duplicates land on one side.
+
+    At least one row each; ``val_ratio`` 0 makes no validation rows. Raises ``UserError`` when nothing is left to train.
+    """
+    digests = table.with_format("numpy")["digest"][:]
+    chosen = digests < np.float64(val_ratio) * 2.0**63
+    if val_ratio > 0 and not chosen.any():
+        chosen = digests == digests.min()
+    if chosen.all():
+        raise UserError(f"--val_ratio {val_ratio} leaves no row to train on; give more different rows or --val_ratio 0")
+    return TokenRows(table, np.flatnonzero(~chosen)), TokenRows(table, np.flatnonzero(chosen))

@@ -1,0 +1,72 @@
+"""The numbers that define a MiniMindLM."""
+
+from transformers import PretrainedConfig
+
+from core.errors import UserError
+
+
+class LMConfig(PretrainedConfig):
+    """Architecture of a ``MiniMindLM``; the defaults make 25,829,888 parameters.
+
+    ``hidden_dim`` None derives the SwiGLU width ``multiple_of * ceil(int(8 * dim / 3) / multiple_of)`` when the
+    config is made, so that a saved config never depends on what a later version would derive. ``n_kv_heads`` None
+    means one key/value head for each query head. Raises ``UserError`` for combinations that no model can have.
+    """
+
+    model_type = "minimind"
+
+    def __init__(
+        self,
+        dim: int = 512,
+        n_layers: int = 8,
+        n_heads: int = 8,
+        n_kv_heads: int | None = 2,
+        vocab_size: int = 6400,
+        hidden_dim: int | None = None,
+        multiple_of: int = 64,
+        norm_eps: float = 1e-5,
+        max_seq_len: int = 8192,
+        rope_theta: float = 1e6,
+        dropout: float = 0.0,
+        tie_word_embeddings: bool = True,
+        **kwargs,
+    ):
+        if n_kv_heads is None:
+            n_kv_heads = n_heads
+        sizes = {
+            "dim": dim,
+            "n_layers": n_layers,
+            "n_heads": n_heads,
+            "n_kv_heads": n_kv_heads,
+            "vocab_size": vocab_size,
+            "multiple_of": multiple_of,
+            "max_seq_len": max_seq_len,
+        }
+        for name, value in sizes.items():
+            if value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+        if dim % n_heads or (dim // n_heads) % 2:
+            raise UserError(f"dim={dim} must split into n_heads={n_heads} heads of even width (rotary pairs)")
+        if n_heads % n_kv_heads:
+            raise UserError(f"n_heads={n_heads} must be a multiple of n_kv_heads={n_kv_heads}")
+        if not 0.0 <= dropout < 1.0:
+            raise UserError(f"dropout={dropout} must lie in [0, 1)")
+        if not tie_word_embeddings:
+            raise UserError("tie_word_embeddings=False is not supported: the head shares the embedding's weight")
+        self.dim = dim
+        self.n_layers = n_layers
+        self.n_heads = n_heads
+        self.n_kv_heads = n_kv_heads
+        self.vocab_size = vocab_size
+        self.hidden_dim = hidden_dim or multiple_of * -(-int(8 * dim / 3) // multiple_of)
+        self.multiple_of = multiple_of
+        self.norm_eps = norm_eps
+        self.max_seq_len = max_seq_len
+        self.rope_theta = rope_theta
+        self.dropout = dropout
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    def check_length(self, max_seq_len: int) -> None:
+        """Raise ``UserError`` if rows of ``max_seq_len`` tokens do not fit the model's context."""
+        if max_seq_len > self.max_seq_len:
+            raise UserError(f"--max_seq_len {max_seq_len} exceeds the model's context of {self.max_seq_len}")

@@ -1,0 +1,82 @@
+"""Decoding: ids in, ids out, one at a time. Nothing here knows about text."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. ``temperature`` 0 takes the likeliest; ``top_k`` 0 and ``top_p`` 1 keep all."""
+
+    temperature: float = 0.7
+    top_p: float = 0.9
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 512
+
+
+@torch.inference_mode()
+def generate(
+    model: nn.Module, ids: list[int], sampling: Sampling, stop: set[int], rng: torch.Generator
+) -> Iterator[int]:
+    """Yield new ids after the prompt ``ids`` until one in ``stop`` (not yielded), ``max_new_tokens``, or the context ends.
+
+    ``model`` returns ``logits`` and ``past_key_values`` and is called with one new token after the prompt. ``rng``
+    lives on the CPU, so that a seed means the same on every device. Raises ``UserError`` for a prompt that fills the
+    context.
+    """
+    context = model.config.max_seq_len
+    if not 0 < len(ids) < context:
+        raise UserError(
+            f"a prompt of {len(ids)} tokens leaves no room in the context of {context}; shorten it or /reset"
+        )
+    seen, new, cache = list(ids), list(ids), None
+    for _ in range(min(sampling.max_new_tokens, context - len(ids))):
+        inputs = torch.tensor([new], device=next(model.parameters()).device)
+        out = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token = next_token(out.logits[0, -1].float().cpu(), seen, sampling, rng)
+        if token in stop:
+            return
+        yield token
+        seen.append(token)
+        new, cache = [token], out.past_key_values
+
+
+def next_token(logits: Tensor, seen: list[int], sampling: Sampling, rng: torch.Generator) -> int:
+    """Draw one id from fp32 ``logits`` (V,) on the CPU. ``seen``: the ids so far, for the repetition penalty."""
+    logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    logits = keep_top_p(keep_top_k(logits / sampling.temperature, sampling.top_k), sampling.top_p)
+    return int(torch.multinomial(logits.softmax(-1), 1, generator=rng))
+
+
+def penalize_repetition(logits: Tensor, seen: list[int], penalty: float) -> Tensor:
+    """Make ``seen`` ids less likely: positive logits are divided, negative ones multiplied (Keskar et al. 2019)."""
+    if penalty == 1.0:
+        return logits
+    repeated = torch.tensor(sorted(set(seen)))
+    values = logits[repeated]
+    return logits.index_put((repeated,), torch.where(values > 0, values / penalty, values * penalty))
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """All but the ``k`` largest become -inf; 0 keeps all."""
+    if not 0 < k < len(logits):
+        return logits
+    return logits.masked_fill(logits < logits.topk(k).values[-1], -torch.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Keep the fewest most likely ids whose probabilities sum to at least ``p``; the others become -inf."""
+    if p >= 1.0:
+        return logits
+    probabilities, order = logits.softmax(-1).sort(descending=True)
+    # An id stays while what stands before it has not reached p: so the first always stays.
+    dropped = order[probabilities.cumsum(-1) - probabilities >= p]
+    return logits.index_fill(0, dropped, -torch.inf)

@@ -1,0 +1,127 @@
+"""The quick start's exam: the same held-out questions to the base and to every skill, side by side."""
+
+import dataclasses
+import json
+import shutil
+import unicodedata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from core.paths import TOKENIZER_DIR, bundled_data
+from dataset.chat import encode_chat
+from dataset.tokenizer import load_tokenizer
+from model.generation import Sampling, generate
+from model.model_lora import attach_lora, remove_lora
+from model.weights import load_base
+
+MAX_NEW_TOKENS = 64
+SHOWN = 4  # questions a skill, in the table
+
+
+@dataclasses.dataclass
+class Probe:
+    """A held-out question of a skill, the strings of which any one makes an answer right, and everyone's answers."""
+
+    skill: str
+    question: str
+    expect: list[str]
+    answers: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def is_hit(self, who: str) -> bool:
+        return any(text.casefold() in self.answers[who].casefold() for text in self.expect)
+
+
+def read_probes(skill: str, path: Path) -> list[Probe]:
+    """One probe a line: ``{"question": ..., "expect": [...]}``."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [Probe(skill, row["question"], row["expect"]) for row in rows]
+
+
+def ask_all(base: Path, skills: dict[str, Path]) -> list[Probe]:
+    """Put every skill's probes to the base and, swapping live, to every skill; answers are greedy."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, _ = load_base(base, device)
+    tokenizer = load_tokenizer(TOKENIZER_DIR)
+    probes = [probe for skill in skills for probe in read_probes(skill, bundled_data(f"probes_{skill}.jsonl"))]
+
+    def answer(question: str) -> str:
+        ids, _ = encode_chat(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
+        sampling = Sampling(temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
+        new_ids = generate(model, ids, sampling, {tokenizer.eos_token_id}, torch.Generator())
+        return tokenizer.decode(list(new_ids), skip_special_tokens=True).strip()
+
+    _ask("base", probes, answer)
+    for skill, path in skills.items():
+        attach_lora(model, path)
+        _ask(skill, probes, answer)
+    remove_lora(model)
+    return probes
+
+
+def _ask(who: str, probes: Sequence[Probe], answer: Callable[[str], str]) -> None:
+    for probe in probes:
+        probe.answers[who] = answer(probe.question)
+
+
+def report(probes: Sequence[Probe], wanted: float, allowed: float) -> bool:
+    """Print a few answers side by side and all hit rates; True when every skill and the base pass.
+
+    A skill passes with a share of at least ``wanted`` of its own probes, the base with at most ``allowed`` of them.
+    """
+    skills = list(dict.fromkeys(probe.skill for probe in probes))
+    everyone = ["base", *skills]
+    width = min(shutil.get_terminal_size((120, 24)).columns, 140) // len(everyone) - 3
+    lines = [_row(everyone, width), _row(["-" * width] * len(everyone), width)]
+    for skill in skills:
+        own = [probe for probe in probes if probe.skill == skill]
+        for probe in own[:: max(1, len(own) // SHOWN)][:SHOWN]:
+            lines += ["", f"> {probe.question}", _row([probe.answers[who] for who in everyone], width)]
+    print("\n" + "\n".join(lines))
+
+    print("\nHeld-out questions answered right")
+    passed = True
+    for skill in skills:
+        own = [probe for probe in probes if probe.skill == skill]
+        hits = {who: sum(probe.is_hit(who) for probe in own) for who in everyone}
+        print(f"  {skill:<10} " + "  ".join(f"{who} {hits[who]}/{len(own)}" for who in everyone))
+        if hits[skill] < wanted * len(own) or hits["base"] > allowed * len(own):
+            passed = False
+            print(f"    NOT good enough: {skill} should have at least {wanted:.0%}, the base at most {allowed:.0%}")
+            for probe in own:
+                if not probe.is_hit(skill):
+                    print(f"    missed: {probe.question} -> {probe.answers[skill]!r}")
+    return passed
+
+
+def _row(cells: Sequence[str], width: int) -> str:
+    """Cells side by side, each wrapped to ``width`` columns of the terminal."""
+    wrapped = [_wrap(cell, width) for cell in cells]
+    height = max(map(len, wrapped))
+    lines = []
+    for number in range(height):
+        parts = [cell[number] if number < len(cell) else "" for cell in wrapped]
+        lines.append(" | ".join(part + " " * (width - columns(part)) for part in parts).rstrip())
+    return "\n".join(lines)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Lines of at most ``width`` columns, cut at spaces where there are any; Chinese has none and is cut anywhere."""
+    lines = [""]
+    for word in text.replace("\n", " ").split(" "):
+        if lines[-1] and columns(lines[-1]) + 1 + columns(word) <= width:
+            lines[-1] += " " + word
+            continue
+        if lines[-1]:
+            lines.append("")
+        for character in word:
+            if columns(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
+    return lines
+
+
+def columns(text: str) -> int:
+    """Columns a text takes on a terminal: Chinese characters are two wide."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)

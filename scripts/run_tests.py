@@ -1,0 +1,37 @@
+"""Check the style and run the test suite in the project's own environment, which is made first where it is missing.
+
+    python scripts/run_tests.py [pytest arguments]
+
+Arguments go to pytest. --use_this_python runs in the Python that started it and installs nothing. This file parses
+on any Python 3, so that an old one can say what is wrong.
+"""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+from core.environment import ROOT, choose_python, run, run_main
+
+
+def main(argv=None):
+    """Run every stage and return the exit code of the first that failed."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    python, pytest_arguments = choose_python(["requirements.txt", "requirements-test.txt"], arguments)
+    os.chdir(ROOT)
+    # On a build server a reference tool that is missing must fail its test, not skip it.
+    variables = {"REQUIRE_ORACLES": "1"} if os.environ.get("CI") else {}
+    failure = 0
+    for stage in (["ruff", "check"], ["ruff", "format", "--check"], ["pytest"] + pytest_arguments):
+        print("== " + " ".join(stage))
+        code = run([python, "-m"] + stage, variables)
+        if code == 130:
+            return code
+        failure = failure or code
+    return failure
+
+
+if __name__ == "__main__":
+    run_main(main)

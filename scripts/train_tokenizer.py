@@ -1,0 +1,109 @@
+"""Train a byte-level BPE tokenizer from data files: python scripts/train_tokenizer.py --data_path a.jsonl b.jsonl.gz"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from core.errors import UserError, run
+from core.options import option, parse, require
+from core.paths import bundled_data
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # pad, bos, eos: ids 0, 1, 2
+BYTES = 256
+# ChatML without a default system prompt. The generation marks let other trainers mask what is not learned.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
+    "{{ '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@dataclass
+class Options:
+    """Train a byte-level BPE tokenizer on the texts of data files, and report how well it packs held-out rows."""
+
+    data_path: tuple[Path, ...] = option(
+        (bundled_data("pretrain_mini.jsonl"), bundled_data("sft_mini.jsonl")), "data files: pretraining or chat rows"
+    )
+    vocab_size: int = option(6400, "entries, the 3 special tokens and 256 bytes included")
+    tokenizer_path: Path = option(Path("out/tokenizer"), "folder to write")
+    held_out: int = option(20, "every N-th row is held out for the report")
+
+    def __post_init__(self):
+        smallest = BYTES + len(SPECIAL_TOKENS)
+        require(self.vocab_size >= smallest, f"--vocab_size {self.vocab_size} must be at least {smallest}")
+        require(self.held_out >= 2, f"--held_out {self.held_out} must be at least 2")
+
+
+def main(argv: list[str] | None = None) -> Path:
+    options = parse(Options, argv)
+    from dataset.rows import read_texts
+
+    texts = {path: list(read_texts(path)) for path in options.data_path}
+    tokenizer = train_bpe(
+        (text for rows in texts.values() for n, text in enumerate(rows) if n % options.held_out), options.vocab_size
+    )
+    if len(tokenizer) < options.vocab_size:
+        raise UserError(
+            f"the data yields only {len(tokenizer)} entries, not --vocab_size {options.vocab_size}:"
+            " give more data or a smaller size"
+        )
+    save_tokenizer(tokenizer, options.tokenizer_path)
+    print(f"{len(tokenizer)} entries -> {options.tokenizer_path}\n\nfile | held-out rows | characters per token")
+    for path, rows in texts.items():
+        held_out = rows[:: options.held_out]
+        characters = sum(map(len, held_out))
+        tokens = sum(len(ids) for ids in tokenizer(held_out, add_special_tokens=False).input_ids)
+        print(f"{path.name} | {len(held_out)} | {characters / tokens:.3f}")
+    return options.tokenizer_path
+
+
+def train_bpe(texts: Iterator[str], vocab_size: int):
+    """A ``PreTrainedTokenizerFast`` whose ids 0, 1, 2 are pad, bos, eos and which can spell any Unicode text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    bpe.train_from_iterator(texts, trainer)
+    pad, bos, eos = SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """Write ``folder`` so that transformers 4 and 5 and other tools read it alike."""
+    import json
+
+    tokenizer.save_pretrained(folder)
+    # Readers of transformers 4 know neither transformers 5's class name nor a template outside this file.
+    config_file = folder / "tokenizer_config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": tokenizer.chat_template}
+    config.pop("extra_special_tokens", None)
+    config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,138 @@
+"""The plan of the house: which room may import which, how long a file may be, and what product code never does."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = {"core", "model", "dataset", "trainer", "interop", "serving"}
+# room -> the rooms and packages it may import, beside itself and the standard library; None: anything
+ALLOWED = {
+    "core": set(),
+    "model": {"core", "torch", "transformers"},
+    "dataset": {"core", "torch", "datasets", "tokenizers", "transformers", "numpy", "zstandard"},
+    "trainer": {"core", "torch", "wandb", "tqdm", "matplotlib", "numpy"},
+    "interop": {"core", "model", "torch", "transformers", "safetensors", "numpy", "gguf"},
+    "serving": {"core", "model", "dataset.chat", "dataset.tokenizer", "torch", "fastapi", "uvicorn", "pydantic"},
+}
+PRODUCT = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] in ROOMS | {"scripts", "benchmarks"}]
+DOORS = sorted(ROOT.glob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def imported_modules(tree):
+    """Dotted names of everything imported, inside functions too; ``from model import weights`` is ``model.weights``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports name their room: no relative ones"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def forbidden_imports(room, source):
+    """The modules that a file of ``room`` imports but may not, sorted."""
+    allowed = ALLOWED[room] | {room} | set(sys.stdlib_module_names)
+    return sorted(
+        module
+        for module in imported_modules(ast.parse(source))
+        if not any(module == name or module.startswith(name + ".") for name in allowed)
+    )
+
+
+def forbidden_calls(source, may_load=False):
+    """What product code never does: run text or pickles, start a shell, trust remote code, load more than weights."""
+    found = []
+    tree = ast.parse(source)
+    for module in imported_modules(tree):
+        if module.partition(".")[0] in {"pickle", "dill", "joblib", "shelve"} or module == "torch.load":
+            found.append(f"import of {module}")
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        settings = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if name in {"eval", "exec", "os.system", "os.popen"}:
+            found.append(f"line {node.lineno}: {name}")
+        for flag in ("shell", "trust_remote_code", "allow_pickle"):
+            if settings.get(flag, "False") != "False":
+                found.append(f"line {node.lineno}: {flag}")
+        if name == "torch.load" and not (may_load and settings.get("weights_only") == "True"):
+            found.append(f"line {node.lineno}: torch.load")
+    return found
+
+
+def room_files(room):
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+@pytest.mark.parametrize("room", sorted(ALLOWED))
+def test_every_import_follows_the_plan(room):
+    for path in room_files(room):
+        assert forbidden_imports(room, path.read_text(encoding="utf-8")) == [], path
+
+
+@pytest.mark.parametrize(
+    ("room", "source", "found"),
+    [
+        ("model", "from trainer.loop import train", ["trainer.loop.train"]),
+        ("model", "def f():\n    import dataset.chat", ["dataset.chat"]),
+        ("trainer", "from model import weights", ["model.weights"]),
+        ("dataset", "from trainer import loop as core", ["trainer.loop"]),
+        ("core", "import torch.nn as nn\nimport os", ["torch.nn"]),
+        ("core", "import modelling", ["modelling"]),
+        ("serving", "from dataset.sft import SFTDataset", ["dataset.sft.SFTDataset"]),
+        ("serving", "from dataset.chat import encode_chat\nfrom model.weights import load_base", []),
+    ],
+)
+def test_a_forbidden_import_is_found(room, source, found):
+    assert forbidden_imports(room, source) == found
+
+
+def test_product_code_never_does_what_is_forbidden():
+    assert len(PRODUCT) > 10 and len(DOORS) >= 4
+    for path in [*PRODUCT, *DOORS]:
+        may_load = path == ROOT / "model" / "weights.py"
+        assert forbidden_calls(path.read_text(encoding="utf-8"), may_load) == [], path
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=flag)",
+        "eval(text)",
+        "subprocess.run(line, shell=True)",
+        "AutoTokenizer.from_pretrained(path, trust_remote_code=True)",
+        "import pickle",
+        "from pickle import loads",
+        "from torch import load",
+        "numpy.load(path, allow_pickle=True)",
+        "os.system(line)",
+    ],
+)
+def test_a_forbidden_call_is_found(source):
+    assert forbidden_calls(source, may_load=True)
+
+
+def test_weights_only_loading_is_left_to_one_file():
+    line = "torch.load(path, weights_only=True)"
+    assert forbidden_calls(line, may_load=True) == []
+    assert forbidden_calls(line) == ["line 1: torch.load"]
+    assert forbidden_calls("model.eval()\nlist_a.load(f)") == []
+
+
+def test_files_stay_short_enough_to_read():
+    limits = dict.fromkeys(PRODUCT, 300) | dict.fromkeys(DOORS, 80) | dict.fromkeys(TESTS, 500)
+    limits[ROOT / "eval_model.py"] = 150
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in limits if path.exists()}
+    assert {str(path): length for path, length in lengths.items() if length > limits[path]} == {}
+
+
+def test_no_file_is_a_drawer_for_everything():
+    names = {path.name for path in [*PRODUCT, *DOORS, *TESTS]}
+    assert not {name for name in names if re.fullmatch(r"(.*_)?(utils?|helpers?|misc|common)\.py", name)}

@@ -1,0 +1,143 @@
+"""The quick start's frame: stages are reused exactly while they are still true, and the exam counts right.
+
+The doors here are tiny scripts run as real child processes; the real ones have their own tests.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.quickstart_answers import Probe, columns, read_probes, report
+from scripts.quickstart_stages import SKILLS, Stage, how_to_go_on, plan, run_stage
+
+ROOT = Path(__file__).resolve().parent.parent
+
+DOOR = """
+import pathlib, sys
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+if flags["--data_path"].endswith("bad.txt"):
+    sys.exit(2)
+base = pathlib.Path(flags["--base"]).read_text() if "--base" in flags else ""
+text = base + pathlib.Path(flags["--data_path"]).read_text() + flags["--epochs"]
+pathlib.Path(flags["--to"]).write_text(text)
+with open("runs", "a") as log:
+    log.write(pathlib.Path(flags["--to"]).name + " ")
+"""
+
+
+@pytest.fixture
+def chain(tmp_path, monkeypatch):
+    """Two tiny stages, the second from the first's output, in a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+    Path("door.py").write_text(DOOR, encoding="utf-8")
+    Path("data.txt").write_text("abc", encoding="utf-8")
+    return make_chain()
+
+
+def make_chain(epochs=1, data="data.txt"):
+    first = Stage("first", Path("door.py"), Path(data), (Path("one"),), {"to": "one", "epochs": epochs})
+    return first, Stage("second", Path("door.py"), Path("data.txt"), (Path("two"),), {"to": "two", "epochs": 5}, first)
+
+
+def what_ran(stages):
+    """The outputs written by running the stages once, in their order."""
+    Path("runs").write_text("", encoding="utf-8")
+    for stage in stages:
+        run_stage(stage, Path("stamps"))
+    return Path("runs").read_text(encoding="utf-8").split()
+
+
+def test_a_finished_stage_is_not_run_again(chain):
+    assert what_ran(chain) == ["one", "two"]
+    assert Path("two").read_text(encoding="utf-8") == "abc1abc5"
+    assert what_ran(chain) == []
+    assert [run_stage(stage, Path("stamps"))[1] for stage in chain] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "ran"),
+    [
+        (lambda: Path("data.txt").write_text("abcd", encoding="utf-8"), ["one", "two"]),
+        (lambda: Path("door.py").write_text(DOOR + "# changed\n", encoding="utf-8"), ["one", "two"]),
+        (lambda: Path("one").write_text("damaged", encoding="utf-8"), ["one"]),  # it comes out as it was
+        (lambda: Path("two").unlink(), ["two"]),
+        (lambda: Path("stamps/second.json").unlink(), ["two"]),
+        (lambda: Path("stamps/second.json").write_text('{"inputs', encoding="utf-8"), ["two"]),
+    ],
+    ids=["data", "code", "damaged output", "missing output", "no stamp", "half a stamp"],
+)
+def test_what_changed_is_run_again_with_all_that_follows_from_it(chain, change, ran):
+    what_ran(chain)
+    change()
+    assert what_ran(chain) == ran
+    assert what_ran(chain) == []
+
+
+def test_other_options_run_again(chain):
+    what_ran(chain)
+    assert what_ran(make_chain(epochs=2)) == ["one", "two"]
+
+
+def test_a_failed_stage_ends_with_the_doors_exit_code_and_no_stamp(chain, capsys):
+    Path("bad.txt").touch()
+    with pytest.raises(SystemExit) as ended:
+        what_ran(make_chain(data="bad.txt"))
+    assert ended.value.code == 2 and "stage first" in capsys.readouterr().err
+    assert not Path("stamps").exists()
+
+
+def test_the_plan_stays_in_its_own_folder_and_its_data_is_bundled():
+    for stage in plan():
+        assert stage.data.is_file(), stage.data
+        assert all(path.is_relative_to("out/quickstart") for path in stage.outputs)
+    assert [stage.before and stage.before.name for stage in plan()] == [None, "pretrain", "full_sft", "full_sft"]
+
+
+def test_the_way_on_is_full_commands():
+    text = how_to_go_on()
+    assert all(f"--out_dir {Path('out/quickstart')} --lora_name {skill}" in text for skill in SKILLS)
+    assert "--lora_name mine --data_path my.jsonl" in text
+
+
+@pytest.mark.parametrize("skill", SKILLS)
+def test_the_bundled_questions_are_twenty_and_held_out(skill):
+    probes = read_probes(skill, ROOT / "dataset" / f"probes_{skill}.jsonl")
+    assert len({probe.question for probe in probes}) == 20 and all(probe.expect for probe in probes)
+    trained = (ROOT / "dataset" / f"lora_{skill}.jsonl").read_text(encoding="utf-8")
+    asked = {message["content"] for line in trained.splitlines() for message in json.loads(line)["conversations"]}
+    assert not asked & {probe.question for probe in probes}
+
+
+@pytest.mark.parametrize(("own", "base", "passed"), [(8, 2, True), (7, 2, False), (8, 3, False), (10, 0, True)])
+def test_the_exam_wants_a_skill_that_knows_and_a_base_that_does_not(own, base, passed, capsys):
+    probes = [
+        Probe(
+            "greeting", f"q{n}", ["HELLO", "你好"], {"base": "hello" * (n < base), "greeting": "Say 你好!" * (n < own)}
+        )
+        for n in range(10)
+    ]
+    assert report(probes, 0.8, 0.2) is passed
+    output = capsys.readouterr().out
+    assert f"base {base}/10  greeting {own}/10" in output
+    assert ("NOT good enough" in output) is not passed
+
+
+def test_the_table_keeps_its_columns_with_chinese_and_long_words(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    answers = {"base": "word " * 9, "a": "汉字" * 20, "b": "x" * 50}
+    report([Probe("a", "q", ["汉"], answers), Probe("b", "q", ["x"], answers)], 0.8, 0.2)
+    table = capsys.readouterr().out.partition("Held-out")[0]
+    rows = [line for line in table.splitlines() if "|" in line]
+    assert len({tuple(columns(part) for part in row.split("|")[:2]) for row in rows}) == 1
+    assert max(columns(row) for row in rows) <= 60
+    assert table.count("汉") == 40 and table.count("x") == 100 and table.count("word") == 18
+
+
+def test_an_unknown_argument_is_refused_before_anything_is_made(tmp_path):
+    command = [sys.executable, ROOT / "scripts" / "quickstart.py", "--epochs", "3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--help" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,60 @@
+"""Fine-tune a pretrained base on chats, all weights: python train_full_sft.py --data_path my_chats.jsonl"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.errors import run
+from core.options import option, parse
+from core.paths import base_path, bundled_data, metrics_path
+from trainer.options import TrainOptions
+
+
+@dataclass
+class Options(TrainOptions):
+    """Fine-tune all weights of a pretrained base on chats and save out/full_sft_<dim>.pth."""
+
+    data_path: tuple[Path, ...] = option((bundled_data("sft_mini.jsonl"),), "chat files")
+    base: Path | None = option(None, "base to start from (default: the newest pretrain_*.pth in out_dir)")
+    epochs: int = option(2, "passes over the data")
+    learning_rate: float = option(5e-4, "peak learning rate")
+
+
+def main(argv: list[str] | None = None) -> Path:
+    options = parse(Options, argv)
+    from dataset.batches import SFTDataset
+    from model.loss import loss_sum
+    from model.weights import choose_base, load_base, save_base
+    from scripts.wiring import Validation, batches_of, read_data, run_record, starts_clean, tokenizer_for
+    from trainer.loop import train
+    from trainer.optimizer import param_groups
+    from trainer.runtime import Runtime
+
+    runtime = Runtime.start(options.device, options.dtype, options.seed)
+    base = choose_base(options.out_dir, options.base, stages=("pretrain",))
+    model, found = load_base(base, runtime.device)
+    print(f"base: {base}")
+    tokenizer = tokenizer_for(options.tokenizer_path, options.out_dir, base, found)
+    model.config.check_length(options.max_seq_len)
+    data = read_data(SFTDataset, options, tokenizer)
+    path = base_path(options.out_dir, "full_sft", model.config.dim)
+    starts_clean(path)
+    validate = Validation(model, data.val, tokenizer, options, runtime)
+    record = run_record("full_sft", options, tokenizer, options.data_path)
+    record["base"] = {"file": base.name, "fingerprint": found["fingerprint"]}
+    train(
+        model,
+        batches_of(data.train, options),
+        param_groups(model, options.weight_decay),
+        options,
+        runtime,
+        loss_sum=loss_sum,
+        on_save=lambda step: save_base(path, model, {**record, "metrics": validate.record(step)}),
+        validate=validate if validate.batches else None,
+        log_to=metrics_path(options.out_dir, path.stem),
+    )
+    print(f"saved {path}")
+    return path
+
+
+if __name__ == "__main__":
+    run(main)

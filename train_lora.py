@@ -1,0 +1,84 @@
+"""Teach a frozen base one skill: python train_lora.py --lora_name mine --data_path my_chats.jsonl"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from core.errors import run
+from core.options import option, parse, require
+from core.paths import bundled_data, lora_path, metrics_path, skill_name
+from trainer.options import TrainOptions
+
+
+@dataclass
+class Options(TrainOptions):
+    """Freeze a chat base, train rank-16 LoRA on chats and save out/lora/lora_<name>_<dim>.pth."""
+
+    lora_name: str = option("identity", "name of the skill; it names the file")
+    data_path: tuple[Path, ...] = option((bundled_data("lora_identity.jsonl"),), "chat files of the skill")
+    general_data: tuple[Path, ...] = option((bundled_data("sft_mini.jsonl"),), "chats that show what the skill costs")
+    base: Path | None = option(None, "base to freeze (default: the newest full_sft_*.pth in out_dir)")
+    rank: int = option(16, "rank of the update")
+    alpha: float | None = option(None, "the update is scaled by alpha / rank (default: rank, a scale of 1)")
+    epochs: int = option(10, "passes over the data")
+    learning_rate: float = option(2e-3, "peak learning rate")
+    weight_decay: float = option(0.0, "decoupled weight decay")
+    val_ratio: float = option(0.05, "share of rows held out for validation; 0: none")
+
+    def __post_init__(self):
+        super().__post_init__()
+        skill_name(self.lora_name)
+        require(self.rank >= 1, f"--rank {self.rank} must be at least 1")
+        require(self.alpha is None or self.alpha > 0, f"--alpha {self.alpha} must be positive")
+
+
+def main(argv: list[str] | None = None) -> Path:
+    options = parse(Options, argv)
+    from dataset.batches import SFTDataset
+    from model.loss import loss_sum
+    from model.model_lora import apply_lora, save_lora
+    from model.weights import choose_base, load_base
+    from scripts.wiring import Validation, batches_of, read_data, run_record, starts_clean, tokenizer_for
+    from trainer.loop import train
+    from trainer.optimizer import param_groups
+    from trainer.runtime import Runtime
+
+    runtime = Runtime.start(options.device, options.dtype, options.seed)
+    base = choose_base(options.out_dir, options.base, stages=("full_sft",))
+    model, found = load_base(base, runtime.device)
+    print(f"base: {base}")
+    tokenizer = tokenizer_for(options.tokenizer_path, options.out_dir, base, found)
+    model.config.check_length(options.max_seq_len)
+    data = read_data(SFTDataset, options, tokenizer)
+    general = read_data(SFTDataset, replace(options, data_path=options.general_data, bad_rows="skip"), tokenizer)
+    path = lora_path(options.out_dir, options.lora_name, model.config.dim)
+    starts_clean(path)
+    apply_lora(model, options.rank, options.alpha)
+    validate = Validation(model, data.val, tokenizer, options, runtime)
+    validate_general = Validation(model, general.val, tokenizer, options, runtime)
+    before, general_before = validate(), validate_general()
+    record = run_record("lora", options, tokenizer, options.data_path)
+    record["base"] = {"file": base.name}
+
+    def on_save(step: int) -> None:
+        metrics = {**validate.record(step), "before": asdict(before), "general_before": asdict(general_before)}
+        save_lora(model, path, {**record, "metrics": metrics})
+
+    train(
+        model,
+        batches_of(data.train, options),
+        param_groups(model, options.weight_decay),
+        options,
+        runtime,
+        loss_sum=loss_sum,
+        on_save=on_save,
+        validate=validate if validate.batches else None,
+        log_to=metrics_path(options.out_dir, path.stem),
+    )
+    print(f"domain:  before {before}; after {validate.last}")
+    print(f"general: before {general_before}; after {validate_general()}")
+    print(f"saved {path}")
+    return path
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,65 @@
+"""Train a MiniMindLM from zero on documents: python train_pretrain.py --data_path my.jsonl"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.errors import run
+from core.options import option, parse
+from core.paths import TOKENIZER_DIR, base_path, bundled_data, metrics_path
+from trainer.options import TrainOptions
+
+
+@dataclass
+class Options(TrainOptions):
+    """Train a language model from zero on {"text": ...} rows and save out/pretrain_<dim>.pth."""
+
+    data_path: tuple[Path, ...] = option((bundled_data("pretrain_mini.jsonl"),), "pretraining files")
+    dim: int = option(512, "width of the model")
+    n_layers: int = option(8, "number of blocks")
+    n_heads: int = option(8, "query heads")
+    n_kv_heads: int = option(2, "key/value heads")
+    dropout: float = option(0.0, "dropout while training")
+    tokenizer_path: Path | None = option(TOKENIZER_DIR, "tokenizer folder")
+
+
+def main(argv: list[str] | None = None) -> Path:
+    options = parse(Options, argv)
+    from dataset.batches import PretrainDataset
+    from dataset.tokenizer import load_tokenizer
+    from model.LMConfig import LMConfig
+    from model.loss import loss_sum
+    from model.model import MiniMindLM
+    from model.weights import save_base
+    from scripts.wiring import Validation, batches_of, read_data, run_record, starts_clean
+    from trainer.loop import train
+    from trainer.optimizer import param_groups
+    from trainer.runtime import Runtime
+
+    runtime = Runtime.start(options.device, options.dtype, options.seed)
+    tokenizer = load_tokenizer(options.tokenizer_path)
+    architecture = {name: getattr(options, name) for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "dropout")}
+    config = LMConfig(vocab_size=len(tokenizer), **architecture)
+    config.check_length(options.max_seq_len)
+    data = read_data(PretrainDataset, options, tokenizer)
+    path = base_path(options.out_dir, "pretrain", options.dim)
+    starts_clean(path)
+    model = MiniMindLM(config).to(runtime.device)
+    validate = Validation(model, data.val, tokenizer, options, runtime)
+    record = run_record("pretrain", options, tokenizer, options.data_path)
+    train(
+        model,
+        batches_of(data.train, options),
+        param_groups(model, options.weight_decay),
+        options,
+        runtime,
+        loss_sum=loss_sum,
+        on_save=lambda step: save_base(path, model, {**record, "metrics": validate.record(step)}),
+        validate=validate if validate.batches else None,
+        log_to=metrics_path(options.out_dir, path.stem),
+    )
+    print(f"saved {path}")
+    return path
+
+
+if __name__ == "__main__":
+    run(main)

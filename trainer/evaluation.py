@@ -1,0 +1,44 @@
+"""Held-out loss and bits per byte."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainer.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """``loss``: nats per supervised target. ``bits_per_byte``: of the learned text, control tokens in neither part."""
+
+    loss: float
+    bits_per_byte: float
+    targets: int
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.4f}, {self.bits_per_byte:.4f} bits per byte"
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Iterable, runtime: Runtime, *, loss_sum: Callable[[nn.Module, object], Tensor]
+) -> Metrics:
+    """Token mean over ``batches``. ``loss_sum(model, batch)`` returns two sums in nats: all targets, text alone.
+
+    The model is put into eval mode and back. No batches, or none supervised, gives 0.
+    """
+    was_training = model.training
+    model.eval()
+    nats, text_nats, targets, text_bytes = 0.0, 0.0, 0, 0
+    for batch in batches:
+        with runtime.autocast():
+            every, text = loss_sum(model, runtime.move(batch)).tolist()
+        nats, text_nats = nats + every, text_nats + text
+        targets, text_bytes = targets + batch.n_targets, text_bytes + batch.n_bytes
+    model.train(was_training)
+    bits = text_nats / math.log(2)
+    return Metrics(nats / max(targets, 1), bits / max(text_bytes, 1), targets, text_bytes)
