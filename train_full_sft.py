@@ -22,9 +22,10 @@ class Options(TrainOptions):
 def main(argv: list[str] | None = None) -> Path:
     options = parse(Options, argv)
     from dataset.batches import SFTDataset
+    from dataset.tokenizer import tokenizer_of
     from model.loss import loss_sum
     from model.weights import choose_base, load_base, save_base
-    from scripts.wiring import Validation, batches_of, read_data, run_record, starts_clean, tokenizer_for
+    from scripts.wiring import Validation, batches_of, read_data, run_record, starts_clean
     from trainer.loop import train
     from trainer.optimizer import param_groups
     from trainer.runtime import Runtime
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> Path:
     base = choose_base(options.out_dir, options.base, stages=("pretrain",))
     model, found = load_base(base, runtime.device)
     print(f"base: {base}")
-    tokenizer = tokenizer_for(options.tokenizer_path, options.out_dir, base, found)
+    tokenizer = tokenizer_of(found, base, options.tokenizer_path, options.out_dir)
     model.config.check_length(options.max_seq_len)
     data = read_data(SFTDataset, options, tokenizer)
     path = base_path(options.out_dir, "full_sft", model.config.dim)

@@ -34,25 +34,29 @@ class Options(TrainOptions):
 def main(argv: list[str] | None = None) -> Path:
     options = parse(Options, argv)
     from dataset.batches import SFTDataset
+    from dataset.tokenizer import tokenizer_of
     from model.loss import loss_sum
     from model.model_lora import apply_lora, save_lora
     from model.weights import choose_base, load_base
-    from scripts.wiring import Validation, batches_of, read_data, run_record, starts_clean, tokenizer_for
+    from scripts.wiring import Validation, batches_of, read_data, run_record, starts_clean
     from trainer.loop import train
     from trainer.optimizer import param_groups
-    from trainer.runtime import Runtime
+    from trainer.runtime import Runtime, count_parameters
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
     base = choose_base(options.out_dir, options.base, stages=("full_sft",))
     model, found = load_base(base, runtime.device)
     print(f"base: {base}")
-    tokenizer = tokenizer_for(options.tokenizer_path, options.out_dir, base, found)
+    tokenizer = tokenizer_of(found, base, options.tokenizer_path, options.out_dir)
     model.config.check_length(options.max_seq_len)
     data = read_data(SFTDataset, options, tokenizer)
     general = read_data(SFTDataset, replace(options, data_path=options.general_data, bad_rows="skip"), tokenizer)
     path = lora_path(options.out_dir, options.lora_name, model.config.dim)
     starts_clean(path)
+    total = count_parameters(model)[0]
     apply_lora(model, options.rank, options.alpha)
+    added = count_parameters(model)[1]
+    print(f"parameters {total:,} | LoRA {added:,} | share {100 * added / total:.1f} %")
     validate = Validation(model, data.val, tokenizer, options, runtime)
     validate_general = Validation(model, general.val, tokenizer, options, runtime)
     before, general_before = validate(), validate_general()

@@ -1,5 +1,6 @@
 """What a user did wrong is one sentence and exit code 2; everything else is a bug and keeps its traceback."""
 
+import io
 import sys
 from collections.abc import Callable
 
@@ -20,6 +21,8 @@ def run(main: Callable[[], object]) -> None:
     Exit codes: 0 when ``main`` returns, 2 with one line on stderr for a ``UserError`` or a missing package,
     130 for Ctrl-C. Any other exception is a bug and propagates with its traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # output sent to a file on Windows may not know every character
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:

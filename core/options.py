@@ -22,17 +22,17 @@ RETIRED_FLAGS = {
 }
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field that becomes the flag of the same name."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(default: Any, help: str, positional: bool = False) -> Any:
+    """A dataclass field that becomes the flag of the same name, or a required value without a flag."""
+    return dataclasses.field(default=default, metadata={"help": help, "positional": positional})
 
 
 def parse(options: type[T], argv: list[str] | None) -> T:
     """Parse ``argv`` (None: the process's own) into an instance of the dataclass ``options``.
 
     Supported types: bool (``--flag`` / ``--no-flag``), int, float, str, Path, ``Literal`` choices, any of these
-    ``| None``, and ``tuple[Path, ...]`` (one or more). Raises ``UserError`` for unknown, malformed, retired or contradicting flags; the class's
-    ``__post_init__`` does the cross-checks. ``--help`` prints and exits 0.
+    ``| None``, and ``tuple[Path, ...]`` (one or more). Raises ``UserError`` for unknown, malformed, retired or
+    contradicting flags; the class's ``__post_init__`` does the cross-checks. ``--help`` prints and exits 0.
     """
     hints = typing.get_type_hints(options)
     parser = _Parser(
@@ -42,7 +42,8 @@ def parse(options: type[T], argv: list[str] | None) -> T:
         _add_flag(parser, field, hints[field.name])
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UserError(_explain_unknown(unknown[0], [f"--{field.name}" for field in dataclasses.fields(options)]))
+        flags = [f"--{field.name}" for field in dataclasses.fields(options) if not _is_positional(field)]
+        raise UserError(_explain_unknown(unknown[0], flags))
     return options(**vars(parsed))
 
 
@@ -79,7 +80,11 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: A
     if several:
         settings |= {"nargs": "+", "action": _StoreTuple}
     assert optional or field.default is not None, f"--{field.name} defaults to None without saying so"
-    parser.add_argument(f"--{field.name}", **settings)
+    parser.add_argument(field.name if _is_positional(field) else f"--{field.name}", **settings)
+
+
+def _is_positional(field: dataclasses.Field) -> bool:
+    return field.metadata.get("positional", False)
 
 
 def _int(text: str) -> int:

@@ -26,6 +26,18 @@ def lora_path(out_dir: str | Path, name: str, dim: int) -> Path:
     return Path(out_dir) / "lora" / f"lora_{skill_name(name)}_{dim}.pth"
 
 
+def lora_paths(out_dir: str | Path, name: str = "*", dim: int | str = "*") -> list[Path]:
+    """The skill files in ``out_dir``, of one name or dim if given, the newest last."""
+    name = name if name == "*" else skill_name(name)
+    found = (Path(out_dir) / "lora").glob(f"lora_{name}_{dim}.pth")
+    return sorted(found, key=lambda path: path.stat().st_mtime_ns)
+
+
+def skill_of(path: Path) -> str:
+    """The skill name in a file name that ``lora_path`` made."""
+    return path.stem.removeprefix("lora_").rpartition("_")[0]
+
+
 def skill_name(name: str) -> str:
     """The bare name of a skill, without the ``lora_`` in front."""
     bare = name.removeprefix("lora_")

@@ -22,8 +22,8 @@ IGNORED = -100  # the label of a position that is not learned, PyTorch's own def
 class Batch:
     """One micro-batch.
 
-    ``inputs``: what the model's forward takes, ``input_ids`` (B, T) int64, right-padded. ``labels`` (B, T) int64: the id
-    itself where it is learned, else -100; ``labels[:, 0]`` is -100 because nothing predicts it. ``n_targets``: how
+    ``inputs``: what the model's forward takes, ``input_ids`` (B, T) int64, right-padded. ``labels`` (B, T) int64: the
+    id itself where it is learned, else -100; ``labels[:, 0]`` is -100 because nothing predicts it. ``n_targets``: how
     many labels are learned. ``n_bytes``: how many UTF-8 bytes they stand for.
     """
 
@@ -155,7 +155,9 @@ class Batches:
     def steps(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.samples))
         indices = [order[n : n + self.rows_per_step] for n in range(0, len(order), self.rows_per_step)]
-        return iter(DataLoader(indices[start:], batch_size=None, num_workers=self.num_workers, collate_fn=self._step))
+        # A generator of its own: the loader draws a seed, which would shift dropout after a resume within an epoch.
+        settings = {"num_workers": self.num_workers, "collate_fn": self._step, "generator": torch.Generator()}
+        return iter(DataLoader(indices[start:], batch_size=None, **settings))
 
     def _step(self, indices: np.ndarray) -> list[Batch]:
         return micro_batches(self.samples, indices, self.batch_size)

@@ -1,7 +1,7 @@
 """A chat becomes token ids and learned flags: the only place where that happens, for training, chatting and serving."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,26 +20,46 @@ def encode_chat(
     assistant's texts, each with its end of turn (up to the first control token after the text). The decoded ids equal
     the rendered template. Raises ``UserError`` if the template rewrites contents.
     """
-    contents = [message["content"] for message in messages]
-    pieces = _template_pieces(tokenizer, messages, add_generation_prompt)
+    return encode_chats(tokenizer, [messages], add_generation_prompt)[0]
+
+
+def encode_chats(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[dict]], add_generation_prompt: bool = False
+) -> list[Encoded]:
+    """``encode_chat`` of each chat; the tokenizer spreads many texts over the processor's cores."""
+    pieces = [_template_pieces(tokenizer, messages, add_generation_prompt) for messages in chats]
+    piece_ids = iter(_encode(tokenizer, [piece for chat in pieces for piece in chat], split_special_tokens=False))
+    contents = [message["content"] for messages in chats for message in messages]
+    content_ids = iter(_encode(tokenizer, contents, split_special_tokens=True))
     control = set(tokenizer.all_special_ids)
-    ids = tokenizer.encode(pieces[0], add_special_tokens=False)
+    return [_join(messages, piece_ids, content_ids, control) for messages in chats]
+
+
+def _join(
+    messages: Sequence[dict], piece_ids: Iterator[list[int]], content_ids: Iterator[list[int]], control: set[int]
+) -> Encoded:
+    ids = list(next(piece_ids))
     learned = [False] * len(ids)
-    for message, content, piece in zip(messages, contents, pieces[1:], strict=True):
+    for message in messages:
         is_answer = message["role"] == "assistant"
-        content_ids = tokenizer.encode(content, add_special_tokens=False, split_special_tokens=True)
-        piece_ids = tokenizer.encode(piece, add_special_tokens=False)
-        end_of_turn = next((n for n, token in enumerate(piece_ids, 1) if token in control), 0)
-        ids += content_ids + piece_ids
-        learned += [is_answer] * len(content_ids)
-        learned += [is_answer and n < end_of_turn for n in range(len(piece_ids))]
+        content, piece = next(content_ids), next(piece_ids)
+        end_of_turn = next((n for n, token in enumerate(piece, 1) if token in control), 0)
+        ids += content + piece
+        learned += [is_answer] * len(content)
+        learned += [is_answer and n < end_of_turn for n in range(len(piece))]
     return ids, learned
 
 
-def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
-    """A pretraining document: bos (a context, not learned), the text, eos."""
-    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], [False, *[True] * len(ids), True]
+def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Encoded]:
+    """Pretraining documents, each as bos (a context, not learned), the text, eos."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    encoded = _encode(tokenizer, texts, split_special_tokens=True)
+    return [([bos, *ids, eos], [False, *[True] * len(ids), True]) for ids in encoded]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], split_special_tokens: bool) -> list[list[int]]:
+    settings = {"add_special_tokens": False, "return_attention_mask": False}
+    return tokenizer(list(texts), split_special_tokens=split_special_tokens, **settings).input_ids if texts else []
 
 
 def _template_pieces(

@@ -3,12 +3,13 @@
 A row that cannot be used is reported as ``file:line: reason`` and never reaches the model.
 """
 
+import codecs
 import gzip
-import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from core.errors import UserError
 
@@ -101,69 +102,101 @@ def check_messages(messages: Any) -> list[dict]:
 
 def _read_values(path: Path) -> Iterator[tuple[int, Any]]:
     if not path.is_file():
-        raise UserError(f"data file {path} does not exist; check --data_path")
+        raise UserError(f"data file {path} does not exist; check its path")
     if not path.name.endswith(SUFFIXES):
         raise UserError(f"data file {path} has an unknown ending; use one of {', '.join(SUFFIXES)}")
     try:
-        with _open_text(path) as file:
-            first = True
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                if first and line.lstrip().startswith("["):
-                    yield from _array_items(line + file.read(), number)
-                    return
-                first = False
-                yield number, _parse(line)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); re-save it as UTF-8") from error
-    except (OSError, EOFError) as error:
+        lines = enumerate(_lines(path), 1)
+        first = True
+        for number, line in lines:
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if not line.strip():
+                continue
+            if first and line.lstrip().startswith(b"["):
+                yield from _array_items(line + b"".join(rest for _, rest in lines), number)
+                return
+            first = False
+            yield number, _parse(line.rstrip(b"\r\n"))
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}; download or copy it again") from error
 
 
-def _open_text(path: Path) -> TextIO:
-    if path.suffix == ".zst":
-        try:
-            import zstandard
-        except ModuleNotFoundError as error:
-            raise UserError(f"{path} needs the zstandard package: pip install zstandard") from error
-        return zstandard.open(path, "rt", encoding="utf-8-sig", newline="\n")
-    if path.suffix == ".gz":
-        return io.TextIOWrapper(gzip.open(path), encoding="utf-8-sig", newline="\n")
-    return path.open(encoding="utf-8-sig", newline="\n")
+def _lines(path: Path) -> Iterator[bytes]:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        yield from _zstd_lines(file, path) if path.suffix == ".zst" else file
 
 
-def _array_items(text: str, line: int) -> Iterator[tuple[int, Any]]:
-    """Items of the JSON array ``text``, which begins on ``line``, each with its own line.
+def _zstd_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """Lines of a zstd stream. (The package's own reader takes a truncated file for a whole one.)"""
+    try:
+        import zstandard
+    except ModuleNotFoundError as error:
+        raise UserError(f"{path} needs the zstandard package: pip install zstandard") from error
+    line, frame = b"", None
+    while chunk := file.read(1 << 20):
+        while chunk:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                *lines, line = (line + frame.decompress(chunk)).split(b"\n")
+            except zstandard.ZstdError as error:
+                raise OSError(str(error)) from error
+            yield from (whole + b"\n" for whole in lines)
+            chunk = frame.unused_data
+            frame = None if frame.eof else frame
+    if frame:
+        raise EOFError("the compressed file ends too early")
+    yield line
+
+
+def _array_items(array: bytes, line: int) -> Iterator[tuple[int, Any]]:
+    """Items of a JSON array, which begins on ``line``, each with its own line.
 
     After a broken item the rest cannot be told apart: it is one last ``BadRow``.
     """
-    decoder = json.JSONDecoder(object_pairs_hook=_without_duplicates)
+    try:
+        text = array.decode()
+    except UnicodeDecodeError as error:
+        line += array.count(b"\n", 0, error.start)
+        yield line, BadRow(f"not UTF-8 ({error.reason}), the array is unreadable; re-save the file as UTF-8")
+        return
+    decoder = json.JSONDecoder()
     position = text.index("[") + 1
     counted = 0
     while True:
-        while position < len(text) and text[position] in " \t\r\n,":
-            position += 1
+        position = _skip(text, position, " \t\r\n,")
         line, counted = line + text.count("\n", counted, position), position
         if position == len(text):
             yield line, BadRow("the JSON array is not closed")
             return
         if text[position] == "]":
-            return
+            break
         try:
-            item, position = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, BadRow, RecursionError) as error:
+            _, end = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
             yield line, BadRow(f"invalid JSON, the rest of the array is unreadable: {getattr(error, 'msg', error)}")
             return
-        yield line, item
+        yield line, _parse(text[position:end].encode())
+        position = end
+    end = _skip(text, position + 1, " \t\r\n")
+    if end < len(text):
+        yield line + text.count("\n", counted, end), BadRow("text after the end of the JSON array; give one row a line")
 
 
-def _parse(line: str) -> Any:
+def _skip(text: str, position: int, characters: str) -> int:
+    while position < len(text) and text[position] in characters:
+        position += 1
+    return position
+
+
+def _parse(line: bytes) -> Any:
     try:
-        return json.loads(line, object_pairs_hook=_without_duplicates)
+        return json.loads(line.decode(), object_pairs_hook=_without_duplicates)
     except BadRow as bad:
         return bad
-    except (json.JSONDecodeError, RecursionError) as error:
+    except UnicodeDecodeError as error:
+        return BadRow(f"not UTF-8 at byte {error.start + 1} of the line ({error.reason}); re-save the file as UTF-8")
+    except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
         column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         return BadRow(f"invalid JSON{column}: {getattr(error, 'msg', error)}")
 

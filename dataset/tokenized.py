@@ -14,26 +14,27 @@ from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
-from core.files import sha256_file
-from dataset.chat import Encoded, encode_chat, encode_document
+from core.files import atomic_write, sha256_file
+from dataset.chat import Encoded, encode_chats, encode_documents
 from dataset.rows import BadRow, clean_chat, clean_text, read_rows
 from dataset.tokenizer import tokenizer_fingerprint
 
-FORMAT = 1  # raise it when the meaning of a cached table changes
+FORMAT = 2  # raise it when the meaning of a cached table changes
 SHOWN_BAD_ROWS = 20
+ROWS_AT_ONCE = 1000  # tokenised and written together
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a row is: how it is cleaned, encoded, and which of its text identifies it."""
+    """What a row is, how one is cleaned and how many are encoded."""
 
     name: str
     clean: Callable[[object], dict]
-    encode: Callable[[PreTrainedTokenizerBase, dict], Encoded]
+    encode: Callable[[PreTrainedTokenizerBase, list[dict]], list[Encoded]]
 
 
-TEXT = Kind("text", clean_text, lambda tokenizer, row: encode_document(tokenizer, row["text"]))
-CHAT = Kind("chat", clean_chat, lambda tokenizer, row: encode_chat(tokenizer, row["conversations"]))
+TEXT = Kind("text", clean_text, lambda tokenizer, rows: encode_documents(tokenizer, [row["text"] for row in rows]))
+CHAT = Kind("chat", clean_chat, lambda tokenizer, rows: encode_chats(tokenizer, [row["conversations"] for row in rows]))
 
 
 def tokenize_files(
@@ -53,9 +54,9 @@ def tokenize_files(
     bad_list = table.with_suffix(".bad.json")
     if not table.is_file():
         cache.mkdir(parents=True, exist_ok=True)
-        bad = _write_table(table, paths, kind, tokenizer)
-        bad_list.write_text(json.dumps(bad, ensure_ascii=False), encoding="utf-8")
-    bad = json.loads(bad_list.read_text(encoding="utf-8"))
+        _write_table(table, bad_list, paths, kind, tokenizer)
+    # The cache may have been filled from files of other names.
+    bad = [f"{paths[n]}:{line}: {reason}" for n, line, reason in json.loads(bad_list.read_text(encoding="utf-8"))]
     if bad and bad_rows == "skip":
         print(f"bad rows skipped: {len(bad)} (scripts/inspect_data.py lists them)")
     elif bad:
@@ -67,33 +68,40 @@ def tokenize_files(
     return rows
 
 
-def _write_table(table: Path, paths: tuple[Path, ...], kind: Kind, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Write ``table`` whole or not at all; returns the bad rows as ``file:line: reason``."""
-    bad: list[str] = []
+def _write_table(
+    table: Path, bad_list: Path, paths: tuple[Path, ...], kind: Kind, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Write ``bad_list``, the bad rows as [number of the file, line, reason], then ``table``, whole or not at all."""
+    bad: list[tuple[int, int, str]] = []
     width = "uint16" if len(tokenizer) <= 1 << 16 else "int32"
     features = Features({"ids": Sequence(Value(width)), "learned": Sequence(Value("bool")), "digest": Value("int64")})
     temporary = table.with_name(f".{table.name}.{os.getpid()}")
     try:
         with ArrowWriter(path=str(temporary), features=features) as writer:
-            for row in _clean_rows(paths, kind, bad):
-                ids, learned = kind.encode(tokenizer, row)
-                content = json.dumps(row, sort_keys=True, ensure_ascii=False).encode()
-                digest = int.from_bytes(hashlib.sha256(content).digest()[:8], "little") >> 1
-                writer.write({"ids": ids, "learned": learned, "digest": digest})
+            clean_rows = _clean_rows(paths, kind, bad)
+            while rows := list(islice(clean_rows, ROWS_AT_ONCE)):
+                ids, learned = zip(*kind.encode(tokenizer, rows), strict=True)
+                writer.write_batch({"ids": ids, "learned": learned, "digest": [_digest(row) for row in rows]})
             writer.finalize()
+        atomic_write(bad_list, lambda file: file.write(json.dumps(bad, ensure_ascii=False).encode()))
         os.replace(temporary, table)
     finally:
         temporary.unlink(missing_ok=True)
-    return bad
 
 
-def _clean_rows(paths: tuple[Path, ...], kind: Kind, bad: list[str]) -> Iterator[dict]:
-    for path in paths:
+def _clean_rows(paths: tuple[Path, ...], kind: Kind, bad: list[tuple[int, int, str]]) -> Iterator[dict]:
+    for number, path in enumerate(paths):
         for line, row in read_rows(path, kind.clean):
             if isinstance(row, BadRow):
-                bad.append(f"{path}:{line}: {row}")
+                bad.append((number, line, str(row)))
             else:
                 yield row
+
+
+def _digest(row: dict) -> int:
+    """63 bits of the SHA-256 of a row's content."""
+    content = json.dumps(row, sort_keys=True, ensure_ascii=False).encode()
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little") >> 1
 
 
 class TokenRows:

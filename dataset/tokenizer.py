@@ -8,10 +8,17 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from core.errors import UserError
+from core.paths import TOKENIZER_DIR
+
+# How byte-level vocabularies spell (GPT-2's choice): a printable byte as its Latin-1 character, the others from U+0100.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(0x100 + n): byte for n, byte in enumerate(sorted(set(range(0x100)) - set(_PRINTABLE)))
+}
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in folder ``path``, read from disk only. Raises ``UserError`` if it is not one we can train with."""
+    """The tokenizer in folder ``path``, read from disk only. Raises ``UserError`` if we cannot train with it."""
     path = Path(path)
     if not (path / "tokenizer.json").is_file():
         raise UserError(
@@ -27,6 +34,27 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def tokenizer_of(record: dict, base: Path, named: Path | None, out_dir: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that the base file with this ``record`` was trained with: the one ``named`` if it is that, else the
+    shipped one or ``out_dir/tokenizer``.
+
+    Raises ``UserError`` if none of them is, or if the record does not say (MiniMind's files) and none is named.
+    """
+    wanted = record.get("tokenizer")
+    if named is None and wanted is None:
+        raise UserError(f"{base} does not say which tokenizer it was trained with; name it with --tokenizer_path")
+    folders = [named] if named else [folder for folder in (TOKENIZER_DIR, out_dir / "tokenizer") if folder.is_dir()]
+    for folder in folders:
+        tokenizer = load_tokenizer(folder)
+        if wanted not in (None, tokenizer_fingerprint(tokenizer)):
+            continue
+        if len(tokenizer) != (size := record["config"]["vocab_size"]):
+            raise UserError(f"{folder} has {len(tokenizer)} entries, {base} has {size}; name its own --tokenizer_path")
+        return tokenizer
+    tried = " or ".join(map(str, folders))
+    raise UserError(f"{base} was trained with another tokenizer than {tried}; name it with --tokenizer_path")
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hex SHA-256 over everything that decides which ids a text or a chat becomes."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -34,6 +62,13 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     added = {token_id: token.content for token_id, token in sorted(tokenizer.added_tokens_decoder.items())}
     text = json.dumps([decisive, added, tokenizer.chat_template], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def spelled_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes:
+    """The bytes an id stands for, a part of a character perhaps; a control token's are those of its name."""
+    token = tokenizer.convert_ids_to_tokens(token_id)
+    is_byte_level = all(character in BYTE_OF for character in token)
+    return bytes(BYTE_OF[character] for character in token) if is_byte_level else token.encode()
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

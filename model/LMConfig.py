@@ -41,6 +41,7 @@ class LMConfig(PretrainedConfig):
             "vocab_size": vocab_size,
             "multiple_of": multiple_of,
             "max_seq_len": max_seq_len,
+            "hidden_dim": 1 if hidden_dim is None else hidden_dim,
         }
         for name, value in sizes.items():
             if value < 1:
@@ -51,6 +52,8 @@ class LMConfig(PretrainedConfig):
             raise UserError(f"n_heads={n_heads} must be a multiple of n_kv_heads={n_kv_heads}")
         if not 0.0 <= dropout < 1.0:
             raise UserError(f"dropout={dropout} must lie in [0, 1)")
+        if not (norm_eps > 0 and rope_theta > 0):
+            raise UserError(f"norm_eps={norm_eps} and rope_theta={rope_theta} must be positive")
         if not tie_word_embeddings:
             raise UserError("tie_word_embeddings=False is not supported: the head shares the embedding's weight")
         self.dim = dim

@@ -24,7 +24,9 @@ class Sampling:
 def generate(
     model: nn.Module, ids: list[int], sampling: Sampling, stop: set[int], rng: torch.Generator
 ) -> Iterator[int]:
-    """Yield new ids after the prompt ``ids`` until one in ``stop`` (not yielded), ``max_new_tokens``, or the context ends.
+    """Yield new ids after the prompt ``ids``.
+
+    Ends before an id in ``stop``, after ``max_new_tokens``, or where the context ends.
 
     ``model`` returns ``logits`` and ``past_key_values`` and is called with one new token after the prompt. ``rng``
     lives on the CPU, so that a seed means the same on every device. Raises ``UserError`` for a prompt that fills the

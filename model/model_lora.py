@@ -9,6 +9,7 @@ model prepared with the same rank and targets, ``attach_lora`` for whatever the 
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from os import PathLike
@@ -123,11 +124,13 @@ def read_lora(path: str | PathLike) -> tuple[dict[str, Tensor], dict]:
         for name, tensor in tensors.items():
             target, matrix = re.fullmatch(r"(.+)\.lora\.([AB])\.weight", name).groups()
             targets.add(target)
-            ranks.add(tensor.shape[0 if matrix == "A" else 1])
+            rows, columns = tensor.shape
+            ranks.add(rows if matrix == "A" else columns)
         (rank,) = ranks
-        meta = {"rank": rank, "alpha": float(rank), "targets": sorted(targets), **meta}
-        consistent = len(tensors) == 2 * len(targets) and set(meta["targets"]) == targets and meta["rank"] == rank
-        if not consistent or not float(meta["alpha"]) > 0 or meta.get("format", FORMAT) != FORMAT:
+        meta = {"rank": rank, "alpha": rank, "targets": sorted(targets), **meta}
+        consistent = len(tensors) == 2 * len(targets) and set(meta["targets"]) == targets and meta["rank"] == rank >= 1
+        meta |= {"rank": rank, "alpha": float(meta["alpha"]), "base": dict(meta.get("base") or {})}
+        if not consistent or not 0 < meta["alpha"] < math.inf or meta.get("format", FORMAT) != FORMAT:
             raise ValueError("its _meta and its tensors disagree")
     except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise UserError(
@@ -136,26 +139,47 @@ def read_lora(path: str | PathLike) -> tuple[dict[str, Tensor], dict]:
     return tensors, meta
 
 
+def check_lora(
+    model: nn.Module, path: str | PathLike, *, allow_base_mismatch: bool = False
+) -> tuple[dict[str, Tensor], dict]:
+    """``read_lora``, once it is sure that the file fits ``model``; nothing is changed.
+
+    Raises ``UserError`` if the file was trained on another base (unless ``allow_base_mismatch``), or if the model lacks
+    a target or has it in another size; every such target is named.
+    """
+    tensors, meta = read_lora(path)
+    trained_on = meta["base"].get("fingerprint")
+    if trained_on is not None and trained_on != (present := base_fingerprint(model)) and not allow_base_mismatch:
+        name = meta["base"].get("file", "a base")
+        raise UserError(
+            f"{path} was trained on {name} ({short(str(trained_on))}), but this model is {short(present)};"
+            " use that base or --allow_base_mismatch"
+        )
+    linears, problems = dict(_linears(model)), []
+    for target in meta["targets"]:
+        wanted = (tensors[f"{target}.lora.B.weight"].size(0), tensors[f"{target}.lora.A.weight"].size(1))
+        linear = linears.get(target)
+        if linear is None:
+            problems.append(f"{target} is missing")
+        elif (linear.out_features, linear.in_features) != wanted:
+            problems.append(f"{target} is {(linear.out_features, linear.in_features)}, not {wanted}")
+    if problems:
+        raise UserError(f"{path} does not fit this model: {'; '.join(problems)}")
+    return tensors, meta
+
+
 def load_lora(model: nn.Module, path: str | PathLike, *, allow_base_mismatch: bool = False) -> dict:
     """Copy a LoRA file into the LoRA applied to ``model``; returns its ``_meta``.
 
-    Device and dtype of the model stay. Raises ``UserError``, before anything changes, if rank or targets differ (it
-    prints the right ``apply_lora`` call) or the file was trained on another base (unless ``allow_base_mismatch``).
+    Device and dtype of the model stay. Raises ``UserError``, before anything changes, for what ``check_lora`` refuses
+    and if rank or targets differ from what is applied: it prints the right ``apply_lora`` call.
     """
-    tensors, meta = read_lora(path)
-    adapted = dict(_adapted(model))
-    ranks = {linear.lora.rank for linear in adapted.values()}
-    if set(adapted) != set(meta["targets"]) or ranks != {meta["rank"]}:
-        raise UserError(f"{path} does not fit the LoRA on this model; prepare it with {_apply_call(model, meta)}")
-    trained_on = meta.get("base", {}).get("fingerprint")
-    if trained_on is None:
+    tensors, meta = check_lora(model, path, allow_base_mismatch=allow_base_mismatch)
+    if meta["base"].get("fingerprint") is None:
         print(f"note: {path} does not say which base it was trained on, so that cannot be checked")
-    elif trained_on != (present := base_fingerprint(model)) and not allow_base_mismatch:
-        name = meta["base"].get("file", "a base")
-        raise UserError(
-            f"{path} was trained on {name} ({short(trained_on)}), but this model is {short(present)};"
-            " use that base or --allow_base_mismatch"
-        )
+    adapted = dict(_adapted(model))
+    if set(adapted) != set(meta["targets"]) or {linear.lora.rank for linear in adapted.values()} != {meta["rank"]}:
+        raise UserError(f"{path} does not fit the LoRA on this model; prepare it with {_apply_call(model, meta)}")
     copy_strictly(_lora_state(model), tensors, path)
     for linear in adapted.values():
         linear.lora.scaling = meta["alpha"] / meta["rank"]
@@ -165,20 +189,12 @@ def load_lora(model: nn.Module, path: str | PathLike, *, allow_base_mismatch: bo
 def attach_lora(model: nn.Module, path: str | PathLike, *, allow_base_mismatch: bool = False) -> dict:
     """Put a skill file on ``model`` whatever its rank and targets, in place of an active one; returns its ``_meta``.
 
-    When the file is refused with ``UserError`` the active skill stays.
+    When ``check_lora`` refuses the file the active skill stays.
     """
-    _, meta = read_lora(path)
-    previous = {name: linear.lora for name, linear in _adapted(model)}
+    _, meta = check_lora(model, path, allow_base_mismatch=allow_base_mismatch)
     remove_lora(model)
-    try:
-        apply_lora(model, meta["rank"], meta["alpha"], meta["targets"])
-        return load_lora(model, path, allow_base_mismatch=allow_base_mismatch)
-    except UserError:
-        remove_lora(model)
-        for name, lora in previous.items():
-            linear = model.get_submodule(name)
-            linear.lora, linear.forward = lora, MethodType(_forward_with_lora, linear)
-        raise
+    apply_lora(model, meta["rank"], meta["alpha"], meta["targets"])
+    return load_lora(model, path, allow_base_mismatch=allow_base_mismatch)
 
 
 def base_fingerprint(model: nn.Module) -> str:
@@ -232,8 +248,8 @@ def _apply_call(model: nn.Module, meta: dict) -> str:
     if meta["alpha"] != meta["rank"]:
         arguments += f", alpha={meta['alpha']:g}"
     wanted = set(meta["targets"])
-    for named in ("square", "all-linear"):
-        if {name for name, linear in _linears(model) if _is_target(name, linear, named)} == wanted:
-            return f"apply_lora(model, {arguments}" + (")" if named == "square" else f", target_modules={named!r})")
     endings = sorted({name.rpartition(".")[2] for name in wanted})
-    return f"apply_lora(model, {arguments}, target_modules={endings})"
+    for targets in ("square", "all-linear", endings):
+        if {name for name, linear in _linears(model) if _is_target(name, linear, targets)} == wanted:
+            return f"apply_lora(model, {arguments}" + (")" if targets == "square" else f", target_modules={targets!r})")
+    return f"apply_lora(model, {arguments}, target_modules={sorted(wanted)})"

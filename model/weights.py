@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.errors import UserError
 from core.files import atomic_write
@@ -112,7 +112,8 @@ def load_base(path: str | Path, device: torch.device | str = "cpu") -> tuple[Min
     try:
         model = MiniMindLM(LMConfig(**config))
     except (TypeError, UserError) as error:
-        raise UserError(f"{path.with_suffix('.json')} describes no possible model: {error}") from error
+        source = path.with_suffix(".json") if record else path
+        raise UserError(f"{source} describes no possible model: {error}") from error
     head, embedding = tensors.get("output.weight"), tensors.get("tok_embeddings.weight")
     if head is not None and embedding is not None and not torch.equal(head, embedding):
         raise UserError(f"{path}: output.weight and tok_embeddings.weight differ, but this model ties them")
@@ -142,8 +143,9 @@ def read_record(path: Path) -> dict:
 def choose_base(
     out_dir: str | Path, named: Path | None = None, skill_base: str | None = None, stages: Iterable[str] = STAGES
 ) -> Path:
-    """The base file to use: the one ``named``; else that whose fingerprint is ``skill_base``; else the newest one of the
-    latest of ``stages`` that exists in ``out_dir``. Raises ``UserError`` when there is none.
+    """The base file to use: the one ``named``; else that whose fingerprint is ``skill_base``; else the newest.
+
+    The newest of the latest of ``stages`` that there is in ``out_dir``. Raises ``UserError`` when there is none.
     """
     if named is not None:
         if not named.is_file():

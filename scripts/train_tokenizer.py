@@ -13,6 +13,7 @@ from core.paths import bundled_data
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # pad, bos, eos: ids 0, 1, 2
 BYTES = 256
+HELD_OUT = 20
 # ChatML without a default system prompt. The generation marks let other trainers mask what is not learned.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -35,7 +36,7 @@ class Options:
     )
     vocab_size: int = option(6400, "entries, the 3 special tokens and 256 bytes included")
     tokenizer_path: Path = option(Path("out/tokenizer"), "folder to write")
-    held_out: int = option(20, "every N-th row is held out for the report")
+    held_out: int = option(HELD_OUT, "every N-th text (a chat has one a message) is held out for the report")
 
     def __post_init__(self):
         smallest = BYTES + len(SPECIAL_TOKENS)
@@ -47,23 +48,25 @@ def main(argv: list[str] | None = None) -> Path:
     options = parse(Options, argv)
     from dataset.rows import read_texts
 
-    texts = {path: list(read_texts(path)) for path in options.data_path}
-    tokenizer = train_bpe(
-        (text for rows in texts.values() for n, text in enumerate(rows) if n % options.held_out), options.vocab_size
-    )
+    texts = {path: split_texts(list(read_texts(path)), options.held_out) for path in options.data_path}
+    tokenizer = train_bpe((text for learned, _ in texts.values() for text in learned), options.vocab_size)
     if len(tokenizer) < options.vocab_size:
         raise UserError(
             f"the data yields only {len(tokenizer)} entries, not --vocab_size {options.vocab_size}:"
             " give more data or a smaller size"
         )
     save_tokenizer(tokenizer, options.tokenizer_path)
-    print(f"{len(tokenizer)} entries -> {options.tokenizer_path}\n\nfile | held-out rows | characters per token")
-    for path, rows in texts.items():
-        held_out = rows[:: options.held_out]
+    print(f"{len(tokenizer)} entries -> {options.tokenizer_path}\n\nfile | held-out texts | characters per token")
+    for path, (_, held_out) in texts.items():
         characters = sum(map(len, held_out))
         tokens = sum(len(ids) for ids in tokenizer(held_out, add_special_tokens=False).input_ids)
         print(f"{path.name} | {len(held_out)} | {characters / tokens:.3f}")
     return options.tokenizer_path
+
+
+def split_texts(texts: list[str], every: int = HELD_OUT) -> tuple[list[str], list[str]]:
+    """The texts to train on, and every N-th, the first included, held out for figures."""
+    return [text for n, text in enumerate(texts) if n % every], texts[::every]
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int):

@@ -1,4 +1,4 @@
-"""What the front doors share: which tokenizer belongs to a base, validation, and the record a run leaves in its file."""
+"""What the training doors share: their data, validation, and the record a run leaves in its file."""
 
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -6,36 +6,14 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from core.errors import UserError
 from core.files import sha256_file
-from core.paths import TOKENIZER_DIR, cache_dir
+from core.paths import cache_dir
 from dataset.batches import Batches, PretrainDataset, Samples, validation_batches
-from dataset.tokenizer import load_tokenizer, tokenizer_fingerprint
+from dataset.tokenizer import tokenizer_fingerprint
 from model.loss import nats_of
 from trainer.evaluation import Metrics, evaluate
 from trainer.options import TrainOptions
 from trainer.runtime import Runtime
-
-
-def tokenizer_for(named: Path | None, out_dir: Path, base: Path, record: dict) -> PreTrainedTokenizerBase:
-    """The tokenizer of the base whose record this is: the one ``named``, else the shipped one or out_dir's own.
-
-    Raises ``UserError`` if the base was trained with another one, or does not say and none is named.
-    """
-    wanted = record.get("tokenizer")
-    if named is None and wanted is None:
-        raise UserError(f"{base} does not say which tokenizer it was trained with; name it with --tokenizer_path")
-    folders = [named] if named else [folder for folder in (TOKENIZER_DIR, out_dir / "tokenizer") if folder.is_dir()]
-    for folder in folders:
-        tokenizer = load_tokenizer(folder)
-        if wanted in (None, tokenizer_fingerprint(tokenizer)):
-            if len(tokenizer) != record["config"]["vocab_size"]:
-                raise UserError(
-                    f"{folder} has {len(tokenizer)} entries, {base} {record['config']['vocab_size']}; name another"
-                )
-            return tokenizer
-    tried = " or ".join(map(str, folders))
-    raise UserError(f"{base} was trained with another tokenizer than {tried}; name it with --tokenizer_path")
 
 
 def read_data(

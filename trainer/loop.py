@@ -135,7 +135,7 @@ def train(
 def _backward(
     model: nn.Module, batches: list, scaler: torch.amp.GradScaler, runtime: Runtime, loss_sum: LossSum
 ) -> tuple[float, int]:
-    """Add the gradients of one optimizer step; returns its loss, a mean over its supervised targets, and their number."""
+    """Add the gradients of one optimizer step; returns its loss (a token mean) and its number of targets."""
     n_targets = sum(batch.n_targets for batch in batches)
     loss = torch.zeros((), device=runtime.device)
     for batch in batches:
@@ -163,7 +163,7 @@ def _announce(
     """Print what is about to happen, with the time it will take by a measured forward and backward pass."""
     every, trainable = count_parameters(model)
     rows = options.batch_size * options.accumulation_steps
-    print(f"{runtime}\nparameters {every:,}, trained {trainable:,} ({trainable / every:.1%})")
+    print(f"{runtime}\ntraining {trainable:,} of {every:,} parameters")
     batches = next(source.steps(0))
     model.train()
     # The measurement must leave no trace: dropout draws from a forked generator, gradients are thrown away.

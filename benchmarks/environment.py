@@ -1,0 +1,24 @@
+"""Where and when a figure was measured."""
+
+import os
+import platform
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+
+def measured_on(packages: tuple[str, ...]) -> dict:
+    """The entries ``date``, ``machine`` and ``versions`` (Python's and the named packages') of a results file."""
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": {"system": platform.system(), "cpu": cpu_model(), "cores": os.cpu_count()},
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

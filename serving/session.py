@@ -1,0 +1,100 @@
+"""A conversation with one model whose skills come and go."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
+
+from core.errors import UserError
+from core.paths import lora_path, lora_paths, skill_of
+from dataset.chat import encode_chat
+from model.generation import Sampling, generate
+from model.model import MiniMindLM
+from model.model_lora import attach_lora, check_lora, remove_lora
+
+
+class ChatSession:
+    """History, active skill and random state of a chat. The base's weights are never written.
+
+    ``history_cnt`` earlier messages go with each question. ``continues``: the base is no chat model, so a prompt is
+    continued as plain text, without template and history. ``skill`` is the active skill's name, None for the base.
+    """
+
+    def __init__(
+        self,
+        model: MiniMindLM,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        *,
+        seed: int,
+        history_cnt: int,
+        continues: bool,
+        out_dir: Path,
+        allow_base_mismatch: bool = False,
+    ):
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.history_cnt, self.continues, self.out_dir = history_cnt, continues, out_dir
+        self.allow_base_mismatch = allow_base_mismatch
+        self.rng = torch.Generator().manual_seed(seed)
+        self.messages: list[dict] = []
+        self.skill: str | None = None
+        self.tokens = 0  # of the last answer
+
+    def reply(self, text: str) -> Iterator[str]:
+        """Stream the answer to ``text`` in whole characters; what was said, even if cut short, joins the history."""
+        ids = self._prompt(text)
+        # Holds back the bytes of a character until it is whole.
+        decoder = DecodeStream(skip_special_tokens=True)
+        answer, self.tokens = "", 0
+        try:
+            for token in generate(self.model, ids, self.sampling, {self.tokenizer.eos_token_id}, self.rng):
+                self.tokens += 1
+                if piece := decoder.step(self.tokenizer.backend_tokenizer, token):
+                    answer += piece
+                    yield piece
+        finally:
+            if answer.strip():
+                self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+
+    def use_skill(self, name: str | None) -> None:
+        """Switch to the skill ``name``, or to the bare base for None. A refused file leaves the active skill as it is.
+
+        Raises ``UserError`` with the reason, or with the names there are.
+        """
+        if name is None:
+            remove_lora(self.model)
+            self.skill = None
+            return
+        path = lora_path(self.out_dir, name, self.model.config.dim)
+        if not path.is_file():
+            there = ", ".join(skill_of(found) for found in lora_paths(self.out_dir)) or "none yet"
+            raise UserError(f"there is no skill file {path}; skills here: {there}")
+        attach_lora(self.model, path, allow_base_mismatch=self.allow_base_mismatch)
+        self.skill = skill_of(path)
+
+    def skills(self) -> Iterator[tuple[str, str | None]]:
+        """Every skill file's name, and why it does not fit this base (None: it fits)."""
+        for path in lora_paths(self.out_dir):
+            try:
+                check_lora(self.model, path, allow_base_mismatch=self.allow_base_mismatch)
+                yield skill_of(path), None
+            except UserError as error:
+                yield skill_of(path), str(error)
+
+    def reset(self) -> None:
+        """Forget what was said."""
+        self.messages.clear()
+
+    def _prompt(self, text: str) -> list[int]:
+        if self.continues:
+            ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+            return [self.tokenizer.bos_token_id, *ids]
+        question = {"role": "user", "content": text}
+        history = self.messages[-self.history_cnt :] if self.history_cnt else []
+        while True:
+            ids, _ = encode_chat(self.tokenizer, [*history, question], add_generation_prompt=True)
+            if not history or len(ids) + self.sampling.max_new_tokens <= self.model.config.max_seq_len:
+                return ids
+            history = history[2:]  # the oldest exchange makes room

@@ -1,0 +1,70 @@
+"""The terminal side of a chat: lines in, streamed answers out, and the slash commands."""
+
+import sys
+import time
+
+from core.errors import UserError
+from serving.session import ChatSession
+
+HELP = """/lora NAME  switch to a skill      /lora off  back to the base
+/loras      list the skills        /reset     forget the conversation
+/help       this list              /exit      leave (or Ctrl-D); Ctrl-C stops an answer"""
+
+
+def chat(session: ChatSession) -> None:
+    """Answer line by line until end of input or /exit. Works on a terminal and on a pipe."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print(HELP)
+    while True:
+        try:
+            line = input(f"\n{session.skill or 'base'}> " if interactive else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print("\n(/exit or Ctrl-D leaves)")
+            continue
+        if line in ("/exit", "/quit"):
+            return
+        try:
+            if line.startswith("/"):
+                command(session, line)
+            elif line:
+                answer(session, line)
+        except UserError as error:  # a mistake inside a chat ends the line, not the session
+            print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print(" (stopped)")
+
+
+def answer(session: ChatSession, text: str) -> None:
+    """Stream one answer to stdout; its speed goes to stderr, so that a pipe holds answers only."""
+    began = time.perf_counter()
+    for piece in session.reply(text):
+        print(piece, end="", flush=True)
+    print(flush=True)
+    seconds = time.perf_counter() - began
+    print(f"[{session.tokens} tokens, {session.tokens / seconds:.1f} tokens/s]", file=sys.stderr, flush=True)
+
+
+def command(session: ChatSession, line: str) -> None:
+    """Carry out one slash command. Raises ``UserError`` for an unknown one or an unfit skill."""
+    name, _, argument = line.partition(" ")
+    argument = argument.strip()
+    if name == "/help":
+        print(HELP)
+    elif name == "/reset":
+        session.reset()
+        print("conversation forgotten")
+    elif name == "/loras":
+        found = list(session.skills())
+        for skill, reason in found:
+            mark = "*" if skill == session.skill else " "
+            print(f"{mark} {skill}" + (f"  unfit: {reason}" if reason else ""))
+        if not found:
+            print(f"no skills in {session.out_dir}; train_lora.py makes them")
+    elif name == "/lora" and argument:
+        session.use_skill(None if argument == "off" else argument)
+        print(f"skill: {session.skill or 'off'}")
+    else:
+        raise UserError(f"unknown command {line!r}; /help lists them")

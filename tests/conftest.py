@@ -1,0 +1,80 @@
+"""Small real parts that several test files share."""
+
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from core.paths import TOKENIZER_DIR, bundled_data
+from dataset.tokenizer import load_tokenizer
+from benchmarks.seeded_model import fill
+from model.LMConfig import LMConfig
+from model.model import MiniMindLM
+
+
+@pytest.fixture
+def tiny_model() -> MiniMindLM:
+    """A two-layer model with fixed random weights, in eval mode."""
+    torch.manual_seed(0)
+    config = LMConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=320, max_seq_len=128)
+    return MiniMindLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """The shipped tokenizer."""
+    return load_tokenizer(TOKENIZER_DIR)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the doors made of small data in a folder of its own; read only, shared by the whole session."""
+
+    out: Path
+    texts: Path
+    chats: Path
+
+    def flags(self, **more: object) -> list[str]:
+        return flags(out_dir=self.out, **more)
+
+
+def flags(**values: object) -> list[str]:
+    """``--name value`` words; a tuple gives several values."""
+    words = []
+    for name, value in values.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
+SMALL = {"max_seq_len": 64, "batch_size": 8, "max_steps": 4, "device": "cpu", "val_tokens": 512}
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Trained:
+    """Base, chat base and the skills ``a`` and ``b``, each trained for four steps by its own door."""
+    import train_full_sft
+    import train_lora
+    import train_pretrain
+
+    folder = tmp_path_factory.mktemp("trained")
+    made = Trained(folder / "out", folder / "texts.jsonl", folder / "chats.jsonl")
+    for path, bundled in ((made.texts, "pretrain_mini.jsonl"), (made.chats, "sft_mini.jsonl")):
+        with bundled_data(bundled).open(encoding="utf-8") as file:
+            path.write_text("".join(islice(file, 60)), encoding="utf-8")
+    train_pretrain.main(made.flags(data_path=made.texts, dim=64, n_layers=2, n_heads=4, **SMALL))
+    train_full_sft.main(made.flags(data_path=made.chats, **SMALL))
+    for name in ("a", "b"):
+        train_lora.main(
+            made.flags(data_path=made.chats, general_data=made.chats, lora_name=name, seed=ord(name), **SMALL)
+        )
+    return made
+
+
+@pytest.fixture
+def sharp_model(tiny_model) -> MiniMindLM:
+    """The tiny model with weights so large that attention is far from uniform: a wrong mask or angle shows."""
+    fill(tiny_model.named_parameters())
+    return tiny_model

@@ -1,0 +1,206 @@
+"""Doors x mistakes: exit code 2, exactly one line on stderr, and every result file as it was."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval_model
+import train_full_sft
+import train_lora
+import train_pretrain
+from conftest import SMALL, Trained
+from core.errors import run
+from core.files import sha256_file
+from core.paths import REPOSITORY
+from scripts import inspect_data, train_tokenizer
+
+DOORS = {
+    "pretrain": train_pretrain,
+    "sft": train_full_sft,
+    "lora": train_lora,
+    "chat": eval_model,
+    "tokenizer": train_tokenizer,
+    "inspect": inspect_data,
+}
+TRAINING = ("pretrain", "sft", "lora")
+
+
+class Touch:
+    """Unpickling this would make a file."""
+
+    def __init__(self, canary: Path):
+        self.canary = canary
+
+    def __reduce__(self):
+        return (open, (str(self.canary), "w"))
+
+
+@pytest.fixture(scope="module")
+def place(trained, tmp_path_factory) -> Trained:
+    """A copy of the trained folder beside which lie all kinds of broken files."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("bad")
+    shutil.copytree(trained.out, folder / "out")
+    good = (folder / "out" / "full_sft_64.pth").read_bytes()
+    skill = folder / "out" / "lora" / "lora_a_64.pth"
+    chats = trained.chats.read_text(encoding="utf-8").splitlines()
+    files = {
+        "empty.jsonl": "",
+        "broken.jsonl": "\n".join([chats[0], '{"conversations": [', chats[1]]),
+        "roles.jsonl": json.dumps({"conversations": [{"role": "robot", "content": "x"}]}),
+        "texts_for_chats.jsonl": '{"text": "a"}\n{"text": "b"}\n',
+        "wrong_ending.csv": "a,b\n",
+        # The question alone is longer than --max_seq_len, so no answer is left after the cut.
+        "long_questions.jsonl": "\n".join(
+            json.dumps({"messages": [{"role": "user", "content": f"{n} " * 300}, {"role": "assistant", "content": "x"}]})
+            for n in range(4)
+        ),
+        "one_row.jsonl": chats[0],
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "latin1.jsonl").write_bytes('{"text": "caf\u00e9"}'.encode("latin-1"))
+    (folder / "truncated.pth").write_bytes(good[: len(good) // 2])
+    (folder / "flipped.pth").write_bytes(good[:20000] + bytes([good[20000] ^ 1]) + good[20001:])
+    (folder / "noise.pth").write_bytes(b"this is no archive")
+    torch.save({"weights": Touch(folder / "canary")}, folder / "hostile.pth")
+    torch.save({"layers.0.attention.wq.weight": torch.ones(2, 2)}, folder / "not_a_model.pth")
+    tensors = torch.load(folder / "out" / "full_sft_64.pth", weights_only=True)
+    torch.save({**tensors, "norm.weight": tensors["norm.weight"] * torch.nan}, folder / "nan.pth")
+    torch.save(tensors, folder / "bare.pth")  # MiniMind's: no .json beside it
+    lora = folder / "out" / "lora"
+    (lora / "lora_truncated_64.pth").write_bytes(skill.read_bytes()[:3000])
+    torch.save({"weights": Touch(folder / "canary")}, lora / "lora_hostile_64.pth")
+    torch.save(tensors, lora / "lora_base_64.pth")
+    pretrained = torch.load(folder / "out" / "pretrain_64.pth", weights_only=True)
+    torch.save(pretrained, folder / "out" / "other_64.pth")
+    record = json.loads((folder / "out" / "pretrain_64.json").read_text(encoding="utf-8"))
+    (folder / "out" / "other_64.json").write_text(json.dumps(record), encoding="utf-8")
+    (folder / "mismatch.pth").write_bytes(good)
+    (folder / "mismatch.json").write_text(json.dumps(record), encoding="utf-8")
+    return replace(trained, out=folder / "out")
+
+
+# (doors, flags, what the one line must say); {f} is the folder with the broken files
+CASES = [
+    (TRAINING, "--data_path {f}/nothing.jsonl", "nothing.jsonl does not exist"),
+    (("inspect",), "{f}/nothing.jsonl", "nothing.jsonl does not exist"),
+    (("tokenizer",), "--data_path {f}/nothing.jsonl", "nothing.jsonl does not exist"),
+    (TRAINING, "--data_path {f}/wrong_ending.csv", "unknown ending"),
+    (TRAINING, "--data_path {f}/empty.jsonl", "no usable row"),
+    (("sft", "lora"), "--data_path {f}/broken.jsonl", "broken.jsonl:2: invalid JSON"),
+    (("sft", "lora"), "--data_path {f}/roles.jsonl", "roles.jsonl:1: message 1 has role 'robot'"),
+    (("sft", "lora"), "--data_path {f}/texts_for_chats.jsonl", "2 bad rows"),
+    (("pretrain",), "--data_path {f}/roles.jsonl", 'no "text"'),
+    (("pretrain",), "--data_path {f}/latin1.jsonl", "not UTF-8"),
+    (("sft", "lora"), "--data_path {f}/long_questions.jsonl", "--max_seq_len 64 leaves nothing to learn"),
+    (TRAINING[1:], "--data_path {f}/one_row.jsonl", "no row to train on"),
+    (("sft", "lora", "chat"), "--base {f}/nothing.pth", "--base {f}/nothing.pth does not exist"),
+    (("sft", "lora", "chat"), "--base {f}/truncated.pth", "truncated.pth is not a readable weights file"),
+    (("sft", "lora", "chat"), "--base {f}/flipped.pth", "flipped.pth is damaged"),
+    (("sft", "lora", "chat"), "--base {f}/noise.pth", "noise.pth is not a readable weights file"),
+    (("sft", "lora", "chat"), "--base {f}/hostile.pth", "hostile.pth is not a readable weights file"),
+    (("sft", "lora", "chat"), "--base {f}/not_a_model.pth", "is no MiniMindLM"),
+    (("sft", "lora", "chat"), "--base {f}/nan.pth", "NaN or infinity in norm.weight"),
+    (("sft", "lora", "chat"), "--base {f}/bare.pth", "name it with --tokenizer_path"),
+    (("sft", "lora", "chat"), "--base {f}/mismatch.pth", "not from the same run"),
+    (("sft", "lora", "chat"), "--out_dir {f}/nowhere", "no base model"),
+    (("chat",), "--lora_name a --base {f}/out/pretrain_64.pth --prompt x", "was trained on full_sft_64.pth"),
+    (("chat",), "--lora_name nobody --prompt x", "there is no skill file"),
+    (("chat",), "--lora_name truncated --prompt x", "lora_truncated_64.pth is not a readable weights file"),
+    (("chat",), "--lora_name hostile --prompt x", "lora_hostile_64.pth is not a readable weights file"),
+    (("chat",), "--lora_name base --prompt x", "is no LoRA file"),
+    (("lora", "chat"), "--lora_name ../escape", "is not a skill name"),
+    (("lora", "chat"), "--lora_name a/b", "is not a skill name"),
+    (("lora",), "--rank 0", "--rank 0 must be at least 1"),
+    (("lora",), "--alpha -1", "--alpha -1.0 must be positive"),
+    (TRAINING, "--epochs 0", "--epochs 0 must be at least 1"),
+    (TRAINING, "--batch_size many", "'many' is not a whole number"),
+    (TRAINING, "--learning_rate nan", "--learning_rate nan"),
+    (TRAINING, "--val_ratio 1", "--val_ratio 1.0"),
+    (TRAINING, "--max_seq_len 1", "--max_seq_len 1 must be at least 2"),
+    (TRAINING, "--max_seq_len 9000", "exceeds the model's context of 8192"),
+    (TRAINING, "--device warp", "--device 'warp' is not a device"),
+    (TRAINING, "--device cuda:77", "--device cuda:77"),
+    (TRAINING, "--dtype float64", "invalid choice"),
+    (TRAINING, "--dtype float16 --device cpu", "float16 needs a GPU"),
+    (TRAINING, "--use_wandb yes", "unexpected argument 'yes'"),
+    (TRAINING, "--tokenizer_path {f}", "no tokenizer.json"),
+    (("pretrain",), "--dim 60 --n_heads 7", "must split into n_heads=7"),
+    (("pretrain",), "--n_heads 8 --n_kv_heads 3", "must be a multiple of n_kv_heads=3"),
+    (("sft", "lora", "chat"), "--dim 512", "unknown flag --dim"),
+    (tuple(DOORS), "--learning_rat 1", "unknown flag --learning_rat"),
+    (tuple(DOORS), "--use_moe True", "--use_moe is gone"),
+    (TRAINING, "--ddp", "--ddp is gone"),
+    (("chat",), "--model_mode 1", "--model_mode is gone"),
+    (("chat",), "--temperature -1", "--temperature -1.0"),
+    (("chat",), "--top_p 0", "--top_p 0.0 must lie in (0, 1]"),
+    (("chat",), "--history_cnt 3", "must be an even number"),
+    (("tokenizer",), "--vocab_size 10", "--vocab_size 10 must be at least 259"),
+]
+
+
+def expanded():
+    for doors, flags, said in CASES:
+        for door in doors:
+            yield pytest.param(door, flags, said, id=f"{door} {flags}")
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Every result file; the cache is no result."""
+    files = (path for path in folder.rglob("*") if path.is_file() and "cache" not in path.parts)
+    return {str(path): sha256_file(path) for path in files}
+
+
+@pytest.mark.parametrize(("door", "flags", "said"), expanded())
+def test_a_mistake_is_one_line_and_harms_nothing(door, flags, said, place, capsys, monkeypatch):
+    folder = place.out.parent
+    argv = [word.replace("{f}", str(folder)) for word in flags.split()]
+    if door in TRAINING:
+        data = place.texts if door == "pretrain" else place.chats
+        argv += [] if "--data_path" in flags else ["--data_path", str(data)]
+        for name, value in SMALL.items():
+            argv += [] if f"--{name}" in flags else [f"--{name}", str(value)]
+    if door not in ("tokenizer", "inspect"):
+        argv += [] if "--out_dir" in flags else ["--out_dir", str(place.out)]
+    if door == "chat" and "--prompt" not in flags:
+        argv += ["--prompt", "hello"]
+    before = hashes(folder)
+    with pytest.raises(SystemExit) as stopped:
+        run(lambda: DOORS[door].main(argv))
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    assert said.replace("{f}", str(folder)) in err
+    assert hashes(folder) == before
+    assert not (folder / "canary").exists()
+
+
+@pytest.mark.parametrize("door", ["train_pretrain.py", "train_full_sft.py", "train_lora.py", "eval_model.py"])
+def test_flags_are_answered_before_torch_is_imported(door, tmp_path):
+    """In a Python without any package, so that nothing heavy can have been imported."""
+    for argv, code, said in ((["--help"], 0, "--out_dir"), (["--nonsense"], 2, "unknown flag --nonsense")):
+        found = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(REPOSITORY)!r});"
+             f"sys.argv = {[door, *argv]!r}; import runpy; runpy.run_path({str(REPOSITORY / door)!r}, run_name='__main__')"],
+            capture_output=True, text=True, cwd=tmp_path, encoding="utf-8",
+        )  # fmt: skip
+        assert found.returncode == code, found.stderr
+        assert said in found.stdout + found.stderr
+
+
+@pytest.mark.parametrize("door", ["train_pretrain.py", "eval_model.py"])
+def test_without_packages_a_door_names_the_command_that_helps(door, tmp_path):
+    found = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); sys.argv = [{door!r}];"
+         f"import runpy; runpy.run_path({str(REPOSITORY / door)!r}, run_name='__main__')"],
+        capture_output=True, text=True, cwd=tmp_path, encoding="utf-8",
+    )  # fmt: skip
+    assert found.returncode == 2
+    assert "scripts/quickstart.py" in found.stderr and found.stderr.count("\n") == 1

@@ -1,0 +1,199 @@
+"""The doors end to end on a small model: what they print, what they write, and what they leave alone."""
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+
+import eval_model
+import train_lora
+import train_pretrain
+from conftest import SMALL, flags
+from core.files import sha256_file
+from core.paths import lora_path
+from dataset.tokenizer import tokenizer_of
+from model.generation import Sampling
+from model.model_lora import attach_lora, base_fingerprint, read_lora, remove_lora
+from model.weights import load_base
+from serving.session import ChatSession
+
+
+def load(trained, stage="full_sft"):
+    base = trained.out / f"{stage}_64.pth"
+    model, record = load_base(base)
+    return model, record, tokenizer_of(record, base, None, trained.out)
+
+
+def session_on(trained, stage="full_sft", **more) -> ChatSession:
+    model, _, tokenizer = load(trained, stage)
+    settings = {"seed": 1, "history_cnt": 6, "continues": stage == "pretrain", "out_dir": trained.out, **more}
+    return ChatSession(model, tokenizer, Sampling(temperature=0.0, max_new_tokens=8), **settings)
+
+
+def test_every_stage_leaves_files_that_explain_themselves(trained):
+    files = {path.relative_to(trained.out).as_posix() for path in trained.out.rglob("*") if path.is_file()}
+    runs = ("pretrain_64", "full_sft_64", "lora_a_64", "lora_b_64")
+    wanted = {"pretrain_64.pth", "pretrain_64.json", "full_sft_64.pth", "full_sft_64.json"}
+    wanted |= {"lora/lora_a_64.pth", "lora/lora_b_64.pth"}
+    wanted |= {f"metrics/{run}.{ending}" for run in runs for ending in ("jsonl", "png")}
+    assert {name for name in files if not name.startswith("cache/")} == wanted
+    pretrain = json.loads((trained.out / "pretrain_64.json").read_text(encoding="utf-8"))
+    full_sft = json.loads((trained.out / "full_sft_64.json").read_text(encoding="utf-8"))
+    _, skill = read_lora(trained.out / "lora" / "lora_a_64.pth")
+    assert [record["stage"] for record in (pretrain, full_sft, skill)] == ["pretrain", "full_sft", "lora"]
+    assert full_sft["base"]["fingerprint"] == pretrain["fingerprint"]
+    assert skill["base"] == {"file": "full_sft_64.pth", "fingerprint": full_sft["fingerprint"]}
+    assert skill["options"]["data_path"] == ["chats.jsonl"]  # no folder of this machine
+    assert skill["metrics"]["step"] == 4
+    assert str(trained.out.parent) not in json.dumps([pretrain, full_sft, skill])
+
+
+def test_pretraining_says_what_it_will_do_before_it_begins(trained, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = flags(out_dir=out, data_path=trained.texts, dim=64, n_layers=2, n_heads=4, **SMALL)
+    train_pretrain.main(argv)
+    printed = capsys.readouterr().out
+    before_step_1 = printed[: printed.index("step 1/")]
+    for said in ("documents", "0 % truncated", "held out", "device cpu", "dtype float32", "parameters", "about"):
+        assert said in before_step_1
+    assert "starting clean" not in printed
+    train_pretrain.main(argv)
+    assert f"starting clean: {out / 'pretrain_64.pth'}" in capsys.readouterr().out
+
+
+def test_the_same_seed_makes_the_same_file_and_another_seed_does_not(trained, tmp_path):
+    def run(name: str, seed: int) -> str:
+        argv = flags(out_dir=tmp_path / name, data_path=trained.texts, dim=64, n_layers=2, n_heads=4, **SMALL)
+        path = train_pretrain.main([*argv, "--seed", str(seed)])
+        return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["fingerprint"]
+
+    assert run("a", 3) == run("b", 3) != run("c", 4)
+
+
+def test_lora_trains_only_lora_and_reports_both_losses(trained, capsys):
+    base = trained.out / "full_sft_64.pth"
+    bytes_before = sha256_file(base)
+    argv = trained.flags(data_path=trained.chats, general_data=trained.chats, lora_name="lora_c", **SMALL)
+    path = train_lora.main(argv)
+    assert path == lora_path(trained.out, "c", 64)  # lora_c and c are one skill
+    assert sha256_file(base) == bytes_before
+    printed = capsys.readouterr().out
+    # wq and wo of two layers: 4 modules of 2 x 64 x 16 parameters
+    assert "| LoRA 8,192 | share" in printed and f"base: {base}" in printed
+    assert "domain:  before loss" in printed and "general: before loss" in printed
+    tensors, meta = read_lora(path)
+    assert all(name.endswith(("lora.A.weight", "lora.B.weight")) for name in tensors)
+    assert sum(tensor.numel() for tensor in tensors.values()) == 8192
+    assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if ".B." in name)
+    path.unlink()
+
+
+def test_swapping_is_exact_and_the_base_never_changes(trained):
+    session = session_on(trained)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        base_logits = session.model(ids).logits
+        fingerprint = base_fingerprint(session.model)
+        found = {}
+        for name in ("a", "b", "a", None, "b", "a", None):
+            session.use_skill(name)
+            logits = session.model(ids).logits
+            assert torch.equal(found.setdefault(name, logits), logits)
+        assert torch.equal(found[None], base_logits)
+        assert not torch.equal(found["a"], base_logits) and not torch.equal(found["a"], found["b"])
+    assert base_fingerprint(session.model) == fingerprint
+
+
+def test_a_skill_survives_a_refused_swap(trained, tmp_path):
+    session = session_on(trained)
+    session.use_skill("a")
+    with pytest.raises(Exception, match="skills here: a, b"):
+        session.use_skill("nobody")
+    assert session.skill == "a"
+
+
+def test_history_goes_along_and_is_cut_to_what_was_asked(trained):
+    session = session_on(trained, history_cnt=2)
+    lengths = []
+    for _ in range(3):
+        lengths.append(len(session._prompt("hello")))
+        session.messages += [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    assert lengths[0] < lengths[1] == lengths[2]
+    session.reset()
+    assert len(session._prompt("hello")) == lengths[0]
+
+
+def test_a_history_that_outgrows_the_context_makes_room(trained):
+    session = session_on(trained, history_cnt=1000)
+    session.messages = [{"role": role, "content": "word " * 500} for role in ("user", "assistant")] * 20
+    context = session.model.config.max_seq_len
+    assert len(session._prompt("hello")) + session.sampling.max_new_tokens <= context
+
+
+def test_an_interrupted_answer_stays_in_the_history(trained):
+    session = session_on(trained)
+    stream = session.reply("hello")
+    pieces = [next(stream)]
+    stream.close()  # what Ctrl-C between two tokens does
+    if "".join(pieces).strip():
+        assert session.messages[-1] == {"role": "assistant", "content": "".join(pieces)}
+    assert [message["role"] for message in session.messages] in ([], ["user", "assistant"])
+
+
+def chat(monkeypatch, capsys, trained, text: str, *argv: str) -> tuple[str, str]:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    eval_model.main([*trained.flags(device="cpu", seed=7, max_new_tokens=6), *argv])
+    return capsys.readouterr()
+
+
+def test_a_piped_chat_swaps_skills_and_outlives_mistakes(trained, monkeypatch, capsys):
+    lines = ["hello", "/lora a", "hello", "/loras", "/lora nobody", "/nonsense", "/reset", "/lora off", "/help"]
+    out, err = chat(monkeypatch, capsys, trained, "\n".join(lines))
+    assert "skill: a\n" in out and "skill: off\n" in out and "conversation forgotten" in out
+    assert "* a\n  b\n" in out and "/lora NAME" in out
+    assert err.count("tokens/s]") == 2 and err.count("error: ") == 2
+    assert f"base: {trained.out / 'full_sft_64.pth'}" in err
+
+
+def test_prompt_answers_once_and_a_seed_repeats_it(trained, monkeypatch, capsys):
+    first = chat(monkeypatch, capsys, trained, "", "--prompt", "hello", "--temperature", "1.5").out
+    again = chat(monkeypatch, capsys, trained, "", "--prompt", "hello", "--temperature", "1.5").out
+    assert first == again
+    assert "�" not in first or "\n" in first
+
+
+def test_a_pretrained_base_continues_text(trained, monkeypatch, capsys):
+    base = trained.out / "pretrain_64.pth"
+    session = session_on(trained, "pretrain")
+    assert session.tokenizer.decode(session._prompt("Once upon")) == "<|im_start|>Once upon"
+    _, err = chat(monkeypatch, capsys, trained, "Once upon", "--base", str(base))
+    assert f"base: {base}" in err and "tokens/s]" in err
+
+
+def test_the_skill_decides_the_base_when_none_is_named(trained, tmp_path, monkeypatch, capsys):
+    """A newer base in out_dir does not take a skill away from its own."""
+    import shutil
+    from dataclasses import replace
+
+    import train_full_sft
+
+    copy = replace(trained, out=tmp_path / "out")
+    shutil.copytree(trained.out, copy.out)
+    (copy.out / "full_sft_64.pth").rename(copy.out / "full_sft_64_old.pth")
+    (copy.out / "full_sft_64.json").rename(copy.out / "full_sft_64_old.json")
+    train_full_sft.main(copy.flags(data_path=copy.chats, seed=9, **SMALL))
+    _, err = chat(monkeypatch, capsys, copy, "", "--prompt", "hello", "--lora_name", "a")
+    assert "full_sft_64_old.pth, skill: a" in err
+    out, _ = chat(monkeypatch, capsys, copy, "/loras", "--base", str(copy.out / "full_sft_64.pth"))
+    assert "a  unfit: " in out and "was trained on full_sft_64.pth" in out
+
+
+def test_attached_and_removed_by_hand_as_in_the_readme(trained):
+    model, _, _ = load(trained)
+    ids = torch.tensor([[5, 6, 7]])
+    before = model(ids).logits
+    attach_lora(model, trained.out / "lora" / "lora_a_64.pth")
+    remove_lora(model)
+    assert torch.equal(model(ids).logits, before)

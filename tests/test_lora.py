@@ -1,0 +1,255 @@
+"""Invariants of LoRA on a model: what is a target, what trains, what stays, and that patches undo, copy and compile."""
+
+import copy
+import os
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from core.errors import UserError
+from model.LMConfig import LMConfig
+from model.model import MiniMindLM
+from model.model_lora import LoRA, apply_lora, load_lora, lora_parameters, remove_lora, save_lora
+
+IDS = torch.arange(40).view(2, 20) + 3
+SQUARE = [f"layers.{n}.attention.{name}" for n in range(2) for name in ("wq", "wo")]
+EVERY = [
+    f"layers.{n}.{name}"
+    for n in range(2)
+    for name in (*(f"attention.{w}" for w in ("wq", "wk", "wv", "wo")), *(f"feed_forward.w{i}" for i in (1, 2, 3)))
+]
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def randomize(model, seed):
+    """Give the LoRA of ``model`` weights that matter, B included."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in lora_parameters(model):
+            parameter.normal_(std=0.1, generator=generator)
+
+
+def default_model():
+    """The default model without memory behind it."""
+    with torch.device("meta"):
+        return MiniMindLM(LMConfig())
+
+
+def trainable(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+# targets
+
+
+def test_default_targets_are_the_square_ones():
+    model = default_model()
+    targets = apply_lora(model, rank=16)
+    assert targets == [f"layers.{n}.attention.{name}" for n in range(8) for name in ("wq", "wo")]
+    assert sum(parameter.numel() for parameter in lora_parameters(model)) == 262_144
+    assert sum(parameter.numel() for parameter in model.parameters()) == 25_829_888 + 262_144
+    assert trainable(model) == {f"{target}.lora.{matrix}.weight" for target in targets for matrix in "AB"}
+
+
+def test_all_linear_is_everything_but_the_tied_head():
+    model = default_model()
+    assert len(apply_lora(model, rank=16, target_modules="all-linear")) == 8 * 7
+    assert sum(parameter.numel() for parameter in lora_parameters(model)) == 1_163_264
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "targets"),
+    [
+        (["wk"], ["layers.0.attention.wk", "layers.1.attention.wk"]),
+        (["layers.1.attention.wk", "w2"], [f"layers.{n}" for n in ("0.feed_forward.w2", "1.attention.wk")]),
+        (r"layers\.1\.attention\.w[qk]", ["layers.1.attention.wq", "layers.1.attention.wk"]),
+        (r".*\.(w1|wv)", [f"layers.{n}.{name}" for n in (0, 1) for name in ("attention.wv", "feed_forward.w1")]),
+        ("all-linear", EVERY),
+        ("square", SQUARE),
+    ],
+)
+def test_targets_by_name_and_by_regular_expression(tiny_model, target_modules, targets):
+    if "w2" in target_modules:
+        targets = [*targets, "layers.1.feed_forward.w2"]
+    assert apply_lora(tiny_model, 4, target_modules=target_modules) == targets
+    assert trainable(tiny_model) == {f"{target}.lora.{matrix}.weight" for target in targets for matrix in "AB"}
+
+
+@pytest.mark.parametrize("target_modules", ["attention", "w", ["q_proj"], [], "output", ["output"], ["tok_embeddings"]])
+def test_targets_that_match_nothing_are_an_error_that_lists_the_names(tiny_model, target_modules):
+    with pytest.raises(UserError, match="there are w1, w2, w3, wk, wo, wq, wv"):
+        apply_lora(tiny_model, target_modules=target_modules)
+    assert all(parameter.requires_grad for parameter in tiny_model.parameters()), "refused, yet the base is frozen"
+
+
+def test_a_tied_head_is_no_target_even_when_square():
+    model = MiniMindLM(LMConfig(dim=64, n_layers=1, vocab_size=64))
+    assert apply_lora(model) == ["layers.0.attention.wq", "layers.0.attention.wo"]
+
+
+@pytest.mark.parametrize("settings", [{"rank": 0}, {"rank": -1}, {"alpha": 0.0}, {"alpha": -2.0}])
+def test_impossible_sizes_are_refused(tiny_model, settings):
+    with pytest.raises(UserError, match="rank >= 1 and alpha > 0"):
+        apply_lora(tiny_model, **settings)
+
+
+# patching and undoing
+
+
+def test_twice_is_an_error(tiny_model):
+    apply_lora(tiny_model)
+    with pytest.raises(UserError, match="already applied"):
+        apply_lora(tiny_model, target_modules=["w1"])
+    remove_lora(tiny_model)
+    apply_lora(tiny_model)
+
+
+def test_step_0_equals_the_base_exactly(sharp_model):
+    before = logits_of(sharp_model)
+    apply_lora(sharp_model, rank=8, alpha=32, target_modules="all-linear")
+    assert torch.equal(logits_of(sharp_model), before)
+    for lora in (module for module in sharp_model.modules() if isinstance(module, LoRA)):
+        assert not lora.B.weight.any()
+    spread = torch.cat([p.flatten() for p in lora_parameters(sharp_model) if p.any()]).std().item()
+    assert spread == pytest.approx(0.02, rel=0.1)
+
+
+def test_removing_restores_the_base_bit_for_bit(sharp_model):
+    logits, keys = logits_of(sharp_model), list(sharp_model.state_dict())
+    modules = [name for name, _ in sharp_model.named_modules()]
+    apply_lora(sharp_model, 4, target_modules="all-linear")
+    randomize(sharp_model, 1)
+    assert set(sharp_model.state_dict()) > set(keys), "the base's keys stay while LoRA is applied"
+    assert not torch.equal(logits_of(sharp_model), logits)
+    remove_lora(sharp_model)
+    assert torch.equal(logits_of(sharp_model), logits)
+    assert list(sharp_model.state_dict()) == keys
+    assert [name for name, _ in sharp_model.named_modules()] == modules
+    assert not any("forward" in vars(module) for module in sharp_model.modules())
+
+
+def test_alpha_over_rank_scales_the_update(sharp_model):
+    linear = sharp_model.layers[0].attention.wq
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    plain = linear(x)
+    for rank, alpha, scale in ((4, None, 1.0), (4, 4.0, 1.0), (4, 10.0, 2.5), (8, 2.0, 0.25)):
+        apply_lora(sharp_model, rank, alpha)
+        randomize(sharp_model, 2)
+        update = x.double() @ linear.lora.A.weight.double().T @ linear.lora.B.weight.double().T
+        torch.testing.assert_close(linear(x), plain + scale * update.float(), atol=1e-5, rtol=1e-5)
+        remove_lora(sharp_model)
+
+
+def test_only_lora_receives_gradients(sharp_model):
+    apply_lora(sharp_model, 4)
+    randomize(sharp_model, 3)
+    sharp_model(IDS, labels=IDS).loss.backward()
+    for name, parameter in sharp_model.named_parameters():
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == (".lora." in name), name
+
+
+def test_a_deepcopy_is_independent(sharp_model):
+    apply_lora(sharp_model, 4)
+    randomize(sharp_model, 4)
+    before = logits_of(sharp_model)
+    twin = copy.deepcopy(sharp_model)
+    assert torch.equal(logits_of(twin), before)
+    randomize(twin, 5)
+    assert torch.equal(logits_of(sharp_model), before)
+    assert not torch.equal(logits_of(twin), before), "the copy still computes with the original's LoRA"
+    remove_lora(twin)
+    assert torch.equal(logits_of(sharp_model), before)
+
+
+def test_a_bf16_base_with_fp32_lora(sharp_model):
+    apply_lora(sharp_model.bfloat16(), 4)
+    randomize(sharp_model, 6)
+    assert {parameter.dtype for parameter in lora_parameters(sharp_model)} == {torch.float32}
+    out = sharp_model(IDS, labels=IDS)
+    assert out.logits.dtype == torch.bfloat16
+    out.loss.backward()
+    assert {parameter.grad.dtype for parameter in lora_parameters(sharp_model)} == {torch.float32}
+
+
+def test_multihead_attention_bypasses_the_patch_so_its_lora_gets_no_gradient():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2), "head": nn.Linear(16, 16)})
+    assert apply_lora(model, 2) == ["attention.out_proj", "head"]
+    x = torch.randn(5, 1, 16)
+    model["head"](model["attention"](x, x, x)[0]).sum().backward()
+    assert all(parameter.grad is None for parameter in model["attention"].out_proj.lora.parameters())
+    assert all(parameter.grad is not None for parameter in model["head"].lora.parameters())
+
+
+def test_a_model_of_another_kind_can_carry_lora(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    twin = copy.deepcopy(model)
+    apply_lora(model, 2, target_modules="all-linear")
+    randomize(model, 7)
+    save_lora(model, tmp_path / "any.pth")
+    apply_lora(twin, 2, target_modules="all-linear")
+    load_lora(twin, tmp_path / "any.pth")
+    assert torch.equal(twin(torch.ones(1, 6)), model(torch.ones(1, 6)))
+
+
+def compilers():
+    """torch.compile's own compiler where the machine has a C++ one, and one that needs none."""
+    needs = "torch.compile needs a C++ compiler here: install g++ (Linux), the Xcode tools (macOS) or MSVC (Windows)"
+    names = [os.environ.get("CXX"), *(("cl",) if os.name == "nt" else ("g++", "clang++", "c++"))]
+    missing = not any(name and shutil.which(name) for name in names)
+    return ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(missing, reason=needs))]
+
+
+@pytest.mark.parametrize("backend", compilers())
+def test_compiled_whole_and_new_weights_need_no_recompile(backend, tmp_path):
+    torch.manual_seed(0)
+    model = MiniMindLM(LMConfig(dim=32, n_layers=1, n_heads=2, vocab_size=64, multiple_of=16, max_seq_len=32)).eval()
+    base = logits_of(model)
+    apply_lora(model, 4)
+    randomize(model, 8)
+    save_lora(model, tmp_path / "a.pth")
+    randomize(model, 9)
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    first = logits_of(compiled)
+    torch.testing.assert_close(first, logits_of(model), atol=1e-5, rtol=0)
+    load_lora(model, tmp_path / "a.pth")
+    second = logits_of(compiled)
+    assert counter.frame_count == 1
+    torch.testing.assert_close(second, logits_of(model), atol=1e-5, rtol=0)
+    assert min((first - base).abs().max(), (second - base).abs().max(), (first - second).abs().max()) > 1e-3
+
+
+# an independent implementation
+
+
+@pytest.mark.parametrize("alpha", [4.0, 10.0])
+def test_peft_computes_the_same(sharp_model, alpha):
+    peft = pytest.importorskip("peft")
+    ours, other = sharp_model, copy.deepcopy(sharp_model)
+    apply_lora(ours, 4, alpha)
+    randomize(ours, 10)
+    settings = peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=["wq", "wo"], lora_dropout=0.0)
+    theirs = peft.get_peft_model(other, settings).eval()
+    pairs = []
+    for target in SQUARE:
+        lora, layer = ours.get_submodule(target).lora, other.get_submodule(target)
+        pairs += [(lora.A.weight, layer.lora_A["default"].weight), (lora.B.weight, layer.lora_B["default"].weight)]
+    with torch.no_grad():
+        for mine, peft_s in pairs:
+            peft_s.copy_(mine)
+    assert sum(p.requires_grad for p in theirs.parameters()) == len(pairs) == len(lora_parameters(ours))
+    outputs = [model(input_ids=IDS, labels=IDS) for model in (ours, theirs)]
+    torch.testing.assert_close(outputs[0].logits, outputs[1].logits, atol=1e-6, rtol=1e-6)
+    for output in outputs:
+        output.loss.backward()
+    for mine, peft_s in pairs:
+        assert mine.grad.abs().max() > 1e-3
+        torch.testing.assert_close(mine.grad, peft_s.grad, atol=1e-6, rtol=1e-6)

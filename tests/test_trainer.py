@@ -1,0 +1,293 @@
+"""The one loop: exact under accumulation, safe with bad numbers, and honest about what it did."""
+
+import copy
+import json
+import math
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from core.errors import UserError
+from dataset.batches import Batch
+from model.loss import loss_sum, nats_of
+from trainer.evaluation import evaluate
+from trainer.loop import Summary, _backward, train
+from trainer.optimizer import lr_at, param_groups, warmup_steps
+from trainer.options import TrainOptions
+from trainer.runtime import Runtime
+
+CPU = Runtime.start("cpu", "float32")
+CONTROL = {0, 1, 2}
+
+
+def ragged_batch(rows: int, seed: int, length: int = 12, vocab: int = 320) -> Batch:
+    """Random ids with a differently long learned part in each row."""
+    rng = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, vocab, (rows, length), generator=rng)
+    labels = ids.clone()
+    for row in range(rows):
+        labels[row, : int(torch.randint(1, length, (1,), generator=rng))] = -100
+    return Batch({"input_ids": ids}, labels, int((labels != -100).sum()), int((labels != -100).sum()))
+
+
+def rows_of(batch: Batch, start: int, end: int) -> Batch:
+    labels = batch.labels[start:end]
+    n_targets = int((labels != -100).sum())
+    return Batch({"input_ids": batch.inputs["input_ids"][start:end]}, labels, n_targets, n_targets)
+
+
+class Source:
+    """The same steps every epoch."""
+
+    def __init__(self, *steps: list[Batch]):
+        self.all_steps, self.steps_per_epoch = list(steps), len(steps)
+
+    def steps(self, epoch: int, start: int = 0):
+        return iter(self.all_steps[start:])
+
+
+def run_training(model, source, tmp_path, *, loss=loss_sum, on_save=lambda step: None, validate=None, **flags) -> Summary:
+    options = TrainOptions(**{"epochs": 4, "learning_rate": 1e-2, "warmup_iters": 1, "save_interval": 100, **flags})
+    groups = param_groups(model, options.weight_decay)
+    log_to = tmp_path / "metrics" / "run.jsonl"
+    return train(
+        model, source, groups, options, CPU, loss_sum=loss, on_save=on_save, validate=validate, log_to=log_to
+    )
+
+
+def gradients(model, batches) -> list[torch.Tensor]:
+    model.zero_grad()
+    _backward(model, batches, CPU.scaler(), CPU, loss_sum)
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def relative_difference(left, right) -> float:
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(left, right, strict=True))
+
+
+def test_accumulation_weighs_tokens_not_micro_batches(tiny_model):
+    model = tiny_model.double()
+    whole = ragged_batch(8, seed=0)
+    quarters = [rows_of(whole, n, n + 2) for n in range(0, 8, 2)]
+    at_once = gradients(model, [whole])
+    assert relative_difference(gradients(model, quarters), at_once) <= 1e-10
+
+    # The control: a mean of each micro-batch's mean is another gradient.
+    model.zero_grad()
+    for part in quarters:
+        (loss_sum(model, part) / part.n_targets / len(quarters)).backward()
+    mean_of_means = [parameter.grad for parameter in model.parameters()]
+    assert relative_difference(mean_of_means, at_once) > 1e-2
+
+
+def test_a_step_without_targets_changes_nothing_by_its_gradient(tiny_model):
+    batch = ragged_batch(2, seed=1)
+    empty = replace(batch, labels=torch.full_like(batch.labels, -100), n_targets=0, n_bytes=0)
+    tiny_model.zero_grad()
+    loss, n_targets = _backward(tiny_model, [empty], CPU.scaler(), CPU, loss_sum)
+    assert (loss, n_targets) == (0.0, 0)
+    assert all(parameter.grad.abs().max() == 0 for parameter in tiny_model.parameters())
+
+
+def test_one_batch_is_learned_by_heart_and_everything_is_recorded(tiny_model, tmp_path):
+    saved = []
+    summary = run_training(
+        tiny_model, Source([ragged_batch(4, seed=2)]), tmp_path, epochs=60, on_save=saved.append, log_interval=7
+    )
+    assert abs(summary.first_loss - math.log(320)) <= 0.3
+    assert summary.last_loss < 0.1 * summary.first_loss
+    assert saved == [60]  # save_interval never came: a run always saves at its end
+    records = [json.loads(line) for line in (tmp_path / "metrics" / "run.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, *range(7, 60, 7), 60]
+    assert records[0]["loss"] == summary.first_loss
+    assert all(record["lr"] <= 1e-2 and record["grad_norm"] > 0 for record in records)
+    assert (tmp_path / "metrics" / "run.png").read_bytes().startswith(b"\x89PNG")
+    assert not tiny_model.training
+
+
+def test_the_logged_loss_is_the_token_mean_of_its_window(tiny_model, tmp_path):
+    steps = [[ragged_batch(1, seed=3)], [ragged_batch(6, seed=4)]]
+    with torch.no_grad():
+        nats = [float(loss_sum(tiny_model, batches[0])) for batches in steps]
+    targets = [batches[0].n_targets for batches in steps]
+    # A vanishing learning rate, so that both steps see the same weights.
+    run_training(tiny_model, Source(*steps), tmp_path, epochs=2, log_interval=2, learning_rate=1e-30)
+    records = [json.loads(line) for line in (tmp_path / "metrics" / "run.jsonl").read_text().splitlines()]
+    assert records[-1]["loss"] == pytest.approx(sum(nats) / sum(targets), rel=1e-6)
+
+
+def test_saves_come_at_intervals_after_validation_and_at_the_end(tiny_model, tmp_path):
+    events = []
+
+    def validate():
+        events.append("validate")
+        return evaluate(tiny_model, [ragged_batch(2, seed=5)], CPU, loss_sum=nats_of(CONTROL))
+
+    run_training(
+        tiny_model,
+        Source([ragged_batch(1, seed=6)], [ragged_batch(1, seed=7)]),
+        tmp_path,
+        save_interval=3,
+        max_steps=7,
+        on_save=events.append,
+        validate=validate,
+    )
+    assert events == ["validate", 3, "validate", 6, "validate", 7]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_non_finite_loss_never_reaches_the_weights(tiny_model, tmp_path, bad):
+    calls = []
+    weights = []
+
+    def poisoned(model, batch):
+        calls.append(None)
+        if len(calls) == 5:  # two measuring passes, then two good steps
+            weights.append(copy.deepcopy(model.state_dict()))
+            return loss_sum(model, batch) * bad
+        return loss_sum(model, batch)
+
+    saved = []
+    with pytest.raises(UserError, match=r"step 3: loss (nan|inf)"):
+        run_training(tiny_model, Source([ragged_batch(2, seed=8)]), tmp_path, loss=poisoned, on_save=saved.append)
+    assert not saved
+    for name, tensor in tiny_model.state_dict().items():
+        assert torch.equal(tensor, weights[0][name]), name
+
+
+def test_a_non_finite_gradient_with_a_finite_loss_is_caught_too(tiny_model, tmp_path):
+    before = copy.deepcopy(tiny_model.state_dict())
+
+    def infinite_slope(model, batch):
+        loss = loss_sum(model, batch)
+        return loss + torch.sqrt(loss * 0.0)  # the root's slope at 0 is infinite, its value is not
+
+    with pytest.raises(UserError, match="gradient norm"):
+        run_training(tiny_model, Source([ragged_batch(2, seed=9)]), tmp_path, loss=infinite_slope)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_model.state_dict().items())
+
+
+def test_measuring_the_speed_leaves_no_trace(tiny_model, tmp_path):
+    """Two runs of one seed agree although each measures first, and dropout draws the same numbers."""
+    other = copy.deepcopy(tiny_model)
+    for model in (tiny_model, other):
+        for block in model.layers:
+            block.feed_forward.dropout.p = 0.3
+    source = Source([ragged_batch(3, seed=10)])
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    run_training(tiny_model, source, tmp_path / "a")
+    torch.manual_seed(5)
+    assert torch.equal(torch.get_rng_state(), state)
+    run_training(other, source, tmp_path / "b")
+    for name, tensor in tiny_model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def test_ctrl_c_ends_the_step_saves_and_interrupts(tiny_model, tmp_path):
+    saved = []
+
+    def interrupted(model, batch):
+        if tiny_model.training and not saved and len(calls) == 4:
+            signal.raise_signal(signal.SIGINT)
+        calls.append(None)
+        return loss_sum(model, batch)
+
+    calls = []
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(
+            tiny_model, Source([ragged_batch(2, seed=11)]), tmp_path, epochs=50, loss=interrupted, on_save=saved.append
+        )
+    assert saved == [3]  # calls 0 and 1 measured; the signal came in step 3, which was finished
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_frozen_model_is_refused(tiny_model, tmp_path):
+    tiny_model.requires_grad_(False)
+    with pytest.raises(UserError, match="no trainable parameter"):
+        run_training(tiny_model, Source([ragged_batch(2, seed=12)]), tmp_path)
+
+
+def test_parameters_without_gradient_are_reported(tiny_model, tmp_path, capsys):
+    tiny_model.bypassed = torch.nn.Linear(2, 2)
+    run_training(tiny_model, Source([ragged_batch(2, seed=13)]), tmp_path, epochs=1)
+    assert "bypassed.weight, bypassed.bias" in capsys.readouterr().out
+
+
+def test_decay_for_matrices_only_and_tied_weights_once(tiny_model):
+    matrices, vectors = param_groups(tiny_model, 0.1)
+    assert matrices["weight_decay"] == 0.1 and vectors["weight_decay"] == 0.0
+    assert all(p.dim() == 1 for p in vectors["params"]) and all(p.dim() == 2 for p in matrices["params"])
+    listed = sum(p.numel() for group in (matrices, vectors) for p in group["params"])
+    assert listed == sum(p.numel() for p in tiny_model.parameters())
+
+
+def test_the_schedule_warms_up_and_decays_to_a_tenth():
+    rates = [lr_at(step, 100, 10, 1.0) for step in range(100)]
+    assert all(left < right for left, right in zip(rates[:10], rates[1:11], strict=True))
+    assert all(left > right for left, right in zip(rates[10:-1], rates[11:], strict=True))
+    assert 0 < rates[0] <= 0.1 and max(rates) == rates[10] == 1.0
+    assert 0.1 <= rates[-1] < 0.101
+    assert [warmup_steps(0, 1000), warmup_steps(7, 1000)] == [30, 7]
+
+
+def test_bits_per_byte_leaves_control_tokens_out(tiny_model):
+    """Against a slow recount, one token at a time."""
+    batch = ragged_batch(3, seed=14)
+    batch.labels[:, -1] = batch.inputs["input_ids"][:, -1] = 2  # every row ends with a control token
+    batch = replace(batch, n_targets=int((batch.labels != -100).sum()), n_bytes=57)
+    metrics = evaluate(tiny_model, [batch], CPU, loss_sum=nats_of(CONTROL))
+    every, text = [], []
+    log_probabilities = tiny_model(batch.inputs["input_ids"]).logits.detach().log_softmax(-1)
+    for row in range(3):
+        for position in range(1, batch.labels.size(1)):
+            label = int(batch.labels[row, position])
+            if label != -100:
+                nats = -float(log_probabilities[row, position - 1, label])
+                every.append(nats)
+                text += [nats] if label not in CONTROL else []
+    assert len(text) == len(every) - 3
+    assert metrics.loss == pytest.approx(sum(every) / len(every), rel=1e-5)
+    assert metrics.bits_per_byte == pytest.approx(sum(text) / math.log(2) / 57, rel=1e-5)
+
+
+def test_evaluation_of_nothing_is_zero_and_keeps_the_mode(tiny_model):
+    tiny_model.train()
+    metrics = evaluate(tiny_model, [], CPU, loss_sum=nats_of(CONTROL))
+    assert (metrics.loss, metrics.bits_per_byte) == (0.0, 0.0)
+    assert tiny_model.training
+
+
+def test_wandb_offline_works(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run_training(tiny_model, Source([ragged_batch(2, seed=15)]), tmp_path, epochs=2, use_wandb=True)
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_autocast_uses_the_dtype_of_the_flag():
+    seen = []
+
+    class Probe(torch.nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            seen.append(y.dtype)
+            return y
+
+    probe = Probe(4, 4)
+    for flag, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("auto", torch.float32)):
+        with Runtime.start("cpu", flag).autocast():
+            probe(torch.ones(1, 4))
+        assert seen[-1] is dtype
+
+
+def test_flags_for_machines_that_are_not_here_are_refused():
+    for device in ("cuda:99", "nonsense", "xpu"):
+        with pytest.raises(UserError, match="--device"):
+            Runtime.start(device)
+    with pytest.raises(UserError, match="float16 needs a GPU"):
+        Runtime.start("cpu", "float16")
