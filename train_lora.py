@@ -1,6 +1,6 @@
 """Teach a frozen base one skill: python train_lora.py --lora_name mine --data_path my_chats.jsonl"""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from core.errors import run
@@ -50,36 +50,27 @@ def main(argv: list[str] | None = None) -> Path:
     tokenizer = tokenizer_of(found, base, options.tokenizer_path, options.out_dir)
     model.config.check_length(options.max_seq_len)
     data = read_data(SFTDataset, options, tokenizer)
-    general = read_data(SFTDataset, replace(options, data_path=options.general_data, bad_rows="skip"), tokenizer)
+    other = read_data(SFTDataset, replace(options, data_path=options.general_data, bad_rows="skip"), tokenizer)
     path = lora_path(options.out_dir, options.lora_name, model.config.dim)
     starts_clean(path)
-    total = count_parameters(model)[0]
+    total, _ = count_parameters(model)
     apply_lora(model, options.rank, options.alpha)
-    added = count_parameters(model)[1]
+    _, added = count_parameters(model)
     print(f"parameters {total:,} | LoRA {added:,} | share {100 * added / total:.1f} %")
-    validate = Validation(model, data.val, tokenizer, options, runtime)
-    validate_general = Validation(model, general.val, tokenizer, options, runtime)
-    before, general_before = validate(), validate_general()
-    record = run_record("lora", options, tokenizer, options.data_path)
-    record["base"] = {"file": base.name}
+    domain = Validation(model, data.val, tokenizer, options, runtime)
+    general = Validation(model, other.val, tokenizer, options, runtime)
+    domain(), general()
+    record = {**run_record("lora", options, tokenizer, options.data_path), "base": {"file": base.name}}
 
     def on_save(step: int) -> None:
-        metrics = {**validate.record(step), "before": asdict(before), "general_before": asdict(general_before)}
+        general()
+        metrics = {"step": step, "domain": domain.record(), "general": general.record()}
         save_lora(model, path, {**record, "metrics": metrics})
 
-    train(
-        model,
-        batches_of(data.train, options),
-        param_groups(model, options.weight_decay),
-        options,
-        runtime,
-        loss_sum=loss_sum,
-        on_save=on_save,
-        validate=validate if validate.batches else None,
-        log_to=metrics_path(options.out_dir, path.stem),
-    )
-    print(f"domain:  before {before}; after {validate.last}")
-    print(f"general: before {general_before}; after {validate_general()}")
+    source, groups = batches_of(data.train, options), param_groups(model, options.weight_decay)
+    log_to = metrics_path(options.out_dir, path.stem)
+    train(model, source, groups, options, runtime, loss_sum=loss_sum, on_save=on_save, validate=domain, log_to=log_to)
+    print(f"domain:  {domain}\ngeneral: {general}")
     print(f"saved {path}")
     return path
 

@@ -46,17 +46,13 @@ def main(argv: list[str] | None = None) -> Path:
     model = MiniMindLM(config).to(runtime.device)
     validate = Validation(model, data.val, tokenizer, options, runtime)
     record = run_record("pretrain", options, tokenizer, options.data_path)
-    train(
-        model,
-        batches_of(data.train, options),
-        param_groups(model, options.weight_decay),
-        options,
-        runtime,
-        loss_sum=loss_sum,
-        on_save=lambda step: save_base(path, model, {**record, "metrics": validate.record(step)}),
-        validate=validate if validate.batches else None,
-        log_to=metrics_path(options.out_dir, path.stem),
-    )
+
+    def on_save(step: int) -> None:
+        save_base(path, model, {**record, "metrics": {"step": step, "val": validate.record()}})
+
+    source, groups = batches_of(data.train, options), param_groups(model, options.weight_decay)
+    log_to = metrics_path(options.out_dir, path.stem)
+    train(model, source, groups, options, runtime, loss_sum=loss_sum, on_save=on_save, validate=validate, log_to=log_to)
     print(f"saved {path}")
     return path
 

@@ -22,7 +22,6 @@ STAMP = "requirements-stamp.json"
 # What the pinned torch has builds for.
 OLDEST, NEWEST = (3, 10), (3, 14)
 PLATFORMS = ("linux-x86_64", "linux-aarch64", "macosx-arm64", "win-amd64")
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 def stop(sentence):
@@ -165,7 +164,7 @@ def _create(folder):
 def _install(root, python, names):
     if sys.platform == "linux" and not shutil.which("nvidia-smi"):
         print("environment: there is no NVIDIA GPU here; should pip start to download gigabytes of CUDA packages,")
-        print("             press Ctrl-C, set PIP_EXTRA_INDEX_URL=%s and start again" % CPU_INDEX)
+        print("             press Ctrl-C, set PIP_EXTRA_INDEX_URL to the CPU index that pytorch.org names, start again")
     pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
     files = [os.path.join(root, name) for name in names]
     for path in files:

@@ -15,6 +15,7 @@ from core.errors import UserError
 from dataset.tokenized import CHAT, TEXT, TokenRows, split_rows, tokenize_files
 from dataset.tokenizer import token_bytes
 
+POOL = 50  # steps whose rows are sorted by length together: enough for little padding, few enough to stay random
 IGNORED = -100  # the label of a position that is not learned, PyTorch's own default
 
 
@@ -34,8 +35,9 @@ class Batch:
 
 
 class Samples(Protocol):
-    """What ``Batches`` draws from: ``samples[n]`` is ``(ids, learned)``, two numpy arrays of one length."""
+    """What ``Batches`` draws from: ``samples[n]`` is ``(ids, learned)``, two numpy arrays of length ``lengths[n]``."""
 
+    lengths: np.ndarray
     pad_id: int
     bytes_of: np.ndarray  # UTF-8 bytes each id stands for
 
@@ -52,13 +54,16 @@ class PretrainSamples:
     def __init__(self, rows: TokenRows, max_seq_len: int, pad_id: int, bytes_of: np.ndarray):
         self.rows, self.max_seq_len, self.pad_id, self.bytes_of = rows, max_seq_len, pad_id, bytes_of
         self._ends = np.cumsum(rows.lengths)  # of each document in the stream
+        tokens = int(rows.lengths.sum())
+        self._starts = np.arange(0, max(tokens - 1, 0), max_seq_len - 1)  # of each window
+        self.lengths = np.minimum(max_seq_len, tokens - self._starts)
 
     def __len__(self) -> int:
-        return -(-(int(self._ends[-1]) - 1) // (self.max_seq_len - 1)) if len(self.rows) else 0
+        return len(self.lengths)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        start = index * (self.max_seq_len - 1)
-        end = min(start + self.max_seq_len, int(self._ends[-1]))
+        start = int(self._starts[index])
+        end = start + int(self.lengths[index])
         first, last = np.searchsorted(self._ends, (start, end - 1), side="right")
         documents = range(int(first), int(last) + 1)
         offset = start - int(self._ends[first] - self.rows.lengths[first])
@@ -79,6 +84,7 @@ class ChatSamples:
         kept = [n for n in range(len(rows)) if rows.learned(n)[1:max_seq_len].any()]
         self.without_targets = len(rows) - len(kept)
         self.rows = TokenRows(rows.table, rows.chosen[kept])
+        self.lengths = np.minimum(self.rows.lengths, max_seq_len)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -88,10 +94,9 @@ class ChatSamples:
 
     def describe(self) -> str:
         total = len(self) + self.without_targets
-        tokens = int(np.minimum(self.rows.lengths, self.max_seq_len).sum())
-        share = 100 * self.truncated / max(total, 1)
+        cut = f"{100 * self.truncated / max(total, 1):.1f} % truncated at {self.max_seq_len}"
         left_out = f", {self.without_targets} left out: nothing to learn" if self.without_targets else ""
-        return f"{len(self)} chats, {tokens} tokens, {share:.1f} % truncated at {self.max_seq_len}{left_out}"
+        return f"{len(self)} chats, {int(self.lengths.sum())} tokens, {cut}{left_out}"
 
 
 class PretrainDataset:
@@ -143,8 +148,9 @@ def collate(samples: Samples, indices: np.ndarray) -> Batch:
 class Batches:
     """The optimizer steps of each epoch, in an order that depends on ``seed`` and epoch alone (a ``BatchSource``).
 
-    A step takes ``batch_size * accumulation_steps`` samples, sorts them by length and cuts them into micro-batches of
-    ``batch_size``, so that little is padding. An epoch uses every sample once; its last step may be smaller.
+    A step takes ``batch_size * accumulation_steps`` samples of like length, so that little is padding: the shuffled
+    samples are cut into pools of ``POOL`` steps, sorted by length within each, and the steps are shuffled again. An
+    epoch uses every sample once; one of its steps may be smaller.
     """
 
     def __init__(self, samples: Samples, batch_size: int, accumulation_steps: int, seed: int, num_workers: int = 0):
@@ -153,8 +159,13 @@ class Batches:
         self.steps_per_epoch = -(-len(samples) // self.rows_per_step)
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.samples))
-        indices = [order[n : n + self.rows_per_step] for n in range(0, len(order), self.rows_per_step)]
+        rng = np.random.default_rng([self.seed, epoch])
+        order, pool, rows = rng.permutation(len(self.samples)), POOL * self.rows_per_step, self.rows_per_step
+        for begin in range(0, len(order), pool):
+            part = order[begin : begin + pool]
+            order[begin : begin + pool] = part[np.argsort(-self.samples.lengths[part], kind="stable")]
+        indices = [order[n : n + rows] for n in range(0, len(order), rows)]
+        indices = [indices[n] for n in rng.permutation(len(indices))]
         # A generator of its own: the loader draws a seed, which would shift dropout after a resume within an epoch.
         settings = {"num_workers": self.num_workers, "collate_fn": self._step, "generator": torch.Generator()}
         return iter(DataLoader(indices[start:], batch_size=None, **settings))
@@ -165,7 +176,7 @@ class Batches:
 
 def micro_batches(samples: Samples, indices: np.ndarray, batch_size: int) -> list[Batch]:
     """Batches of at most ``batch_size`` of the chosen samples, of neighbouring lengths, the longest first."""
-    longest_first = sorted(indices, key=lambda index: -len(samples[int(index)][0]))
+    longest_first = indices[np.argsort(-samples.lengths[indices], kind="stable")]
     return [collate(samples, longest_first[n : n + batch_size]) for n in range(0, len(longest_first), batch_size)]
 
 
@@ -173,7 +184,6 @@ def validation_batches(samples: Samples, batch_size: int, max_tokens: int) -> li
     """About ``max_tokens`` tokens of samples spread evenly over all (files follow one another), as batches."""
     if not len(samples):
         return []
-    tokens = sum(len(samples[index][0]) for index in range(len(samples)))
-    count = max(1, min(len(samples), len(samples) * max_tokens // tokens))
+    count = max(1, min(len(samples), len(samples) * max_tokens // int(samples.lengths.sum())))
     spread = np.linspace(0, len(samples) - 1, count).round().astype(np.int64)
     return micro_batches(samples, spread, batch_size)

@@ -193,7 +193,7 @@ def attach_lora(model: nn.Module, path: str | PathLike, *, allow_base_mismatch: 
     """
     _, meta = check_lora(model, path, allow_base_mismatch=allow_base_mismatch)
     remove_lora(model)
-    apply_lora(model, meta["rank"], meta["alpha"], meta["targets"])
+    apply_lora(model, meta["rank"], meta["alpha"], _exactly(meta["targets"]))
     return load_lora(model, path, allow_base_mismatch=allow_base_mismatch)
 
 
@@ -223,12 +223,13 @@ def _lora_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Every Linear whose weight is its own: a head tied to the embedding would drag the embedding along."""
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    """Every Linear of the base whose weight is its own: a tied head would drag the embedding along."""
+    excluded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    excluded |= {id(parameter) for parameter in lora_parameters(model)}
     return (
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and id(module.weight) not in embeddings
+        if isinstance(module, nn.Linear) and id(module.weight) not in excluded
     )
 
 
@@ -252,4 +253,9 @@ def _apply_call(model: nn.Module, meta: dict) -> str:
     for targets in ("square", "all-linear", endings):
         if {name for name, linear in _linears(model) if _is_target(name, linear, targets)} == wanted:
             return f"apply_lora(model, {arguments}" + (")" if targets == "square" else f", target_modules={targets!r})")
-    return f"apply_lora(model, {arguments}, target_modules={sorted(wanted)})"
+    return f"apply_lora(model, {arguments}, target_modules={_exactly(sorted(wanted))!r})"
+
+
+def _exactly(names: Sequence[str]) -> str:
+    """``target_modules`` for these Linears alone: a list would take longer names that end like them too."""
+    return "|".join(map(re.escape, names))

@@ -16,7 +16,7 @@ from model.generation import Sampling, generate
 from model.model_lora import attach_lora, remove_lora
 from model.weights import load_base
 
-MAX_NEW_TOKENS = 64
+MAX_NEW_TOKENS = 48
 SHOWN = 4  # questions a skill, in the table
 
 
@@ -61,6 +61,7 @@ def ask_all(base: Path, skills: dict[str, Path]) -> list[Probe]:
 
 
 def _ask(who: str, probes: Sequence[Probe], answer: Callable[[str], str]) -> None:
+    print(f"asking {who}: {len(probes)} questions", flush=True)
     for probe in probes:
         probe.answers[who] = answer(probe.question)
 

@@ -28,7 +28,8 @@ def read_data(
         val_ratio=options.val_ratio,
         bad_rows=options.bad_rows,
     )
-    print(f"data: {data.train.describe()}\nheld out: {data.val.describe()}")
+    print(f"{', '.join(path.name for path in options.data_path)}: {data.train.describe()}")
+    print(f"  held out: {data.val.describe()}")
     return data
 
 
@@ -50,16 +51,20 @@ class Validation:
         self.model, self.runtime = model, runtime
         self.batches = validation_batches(samples, options.batch_size, options.val_tokens)
         self.nats = nats_of(set(tokenizer.all_special_ids))
+        self.first: Metrics | None = None
         self.last: Metrics | None = None
 
     def __call__(self) -> Metrics:
         self.last = evaluate(self.model, self.batches, self.runtime, loss_sum=self.nats)
+        self.first = self.first or self.last
         return self.last
 
-    def record(self, step: int) -> dict:
-        return {"step": step} | (
-            {f"val_{name}": value for name, value in asdict(self.last).items()} if self.last else {}
-        )
+    def record(self) -> dict:
+        """The first and the last result, empty before there is one."""
+        return {"first": asdict(self.first), "last": asdict(self.last)} if self.last else {}
+
+    def __str__(self) -> str:
+        return f"before {self.first}; after {self.last}"
 
 
 def run_record(stage: str, options: object, tokenizer: PreTrainedTokenizerBase, data_path: tuple[Path, ...]) -> dict:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.seeded_model import fill
 from core.paths import TOKENIZER_DIR, bundled_data
 from dataset.tokenizer import load_tokenizer
-from benchmarks.seeded_model import fill
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 

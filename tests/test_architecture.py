@@ -16,7 +16,18 @@ ALLOWED = {
     "dataset": {"core", "torch", "datasets", "tokenizers", "transformers", "numpy", "zstandard"},
     "trainer": {"core", "torch", "wandb", "tqdm", "matplotlib", "numpy"},
     "interop": {"core", "model", "torch", "transformers", "safetensors", "numpy", "gguf"},
-    "serving": {"core", "model", "dataset.chat", "dataset.tokenizer", "torch", "fastapi", "uvicorn", "pydantic"},
+    "serving": {
+        "core",
+        "model",
+        "dataset.chat",
+        "dataset.tokenizer",
+        "tokenizers",
+        "transformers",
+        "torch",
+        "fastapi",
+        "uvicorn",
+        "pydantic",
+    },
 }
 PRODUCT = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] in ROOMS | {"scripts", "benchmarks"}]
 DOORS = sorted(ROOT.glob("*.py"))

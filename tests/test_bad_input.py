@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SMALL, Trained
 
 import eval_model
 import train_full_sft
 import train_lora
 import train_pretrain
-from conftest import SMALL, Trained
 from core.errors import run
 from core.files import sha256_file
 from core.paths import REPOSITORY
@@ -58,7 +58,9 @@ def place(trained, tmp_path_factory) -> Trained:
         "wrong_ending.csv": "a,b\n",
         # The question alone is longer than --max_seq_len, so no answer is left after the cut.
         "long_questions.jsonl": "\n".join(
-            json.dumps({"messages": [{"role": "user", "content": f"{n} " * 300}, {"role": "assistant", "content": "x"}]})
+            json.dumps(
+                {"messages": [{"role": "user", "content": f"{n} " * 300}, {"role": "assistant", "content": "x"}]}
+            )
             for n in range(4)
         ),
         "one_row.jsonl": chats[0],
@@ -146,10 +148,7 @@ CASES = [
 ]
 
 
-def expanded():
-    for doors, flags, said in CASES:
-        for door in doors:
-            yield pytest.param(door, flags, said, id=f"{door} {flags}")
+EXPANDED = [pytest.param(door, flags, said, id=f"{door} {flags}") for doors, flags, said in CASES for door in doors]
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -158,7 +157,7 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(path): sha256_file(path) for path in files}
 
 
-@pytest.mark.parametrize(("door", "flags", "said"), expanded())
+@pytest.mark.parametrize(("door", "flags", "said"), EXPANDED)
 def test_a_mistake_is_one_line_and_harms_nothing(door, flags, said, place, capsys, monkeypatch):
     folder = place.out.parent
     argv = [word.replace("{f}", str(folder)) for word in flags.split()]
@@ -182,25 +181,24 @@ def test_a_mistake_is_one_line_and_harms_nothing(door, flags, said, place, capsy
     assert not (folder / "canary").exists()
 
 
+def run_bare(door: str, argv: list[str], cwd: Path) -> subprocess.CompletedProcess:
+    """A door in a Python without any package, so that nothing heavy can be imported."""
+    program = f"import runpy, sys; sys.path.insert(0, {str(REPOSITORY)!r}); sys.argv = {[door, *argv]!r};"
+    program += f"runpy.run_path({str(REPOSITORY / door)!r}, run_name='__main__')"
+    command = [sys.executable, "-I", "-S", "-c", program]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, encoding="utf-8")
+
+
 @pytest.mark.parametrize("door", ["train_pretrain.py", "train_full_sft.py", "train_lora.py", "eval_model.py"])
 def test_flags_are_answered_before_torch_is_imported(door, tmp_path):
-    """In a Python without any package, so that nothing heavy can have been imported."""
-    for argv, code, said in ((["--help"], 0, "--out_dir"), (["--nonsense"], 2, "unknown flag --nonsense")):
-        found = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(REPOSITORY)!r});"
-             f"sys.argv = {[door, *argv]!r}; import runpy; runpy.run_path({str(REPOSITORY / door)!r}, run_name='__main__')"],
-            capture_output=True, text=True, cwd=tmp_path, encoding="utf-8",
-        )  # fmt: skip
-        assert found.returncode == code, found.stderr
-        assert said in found.stdout + found.stderr
+    found = run_bare(door, ["--help"], tmp_path)
+    assert (found.returncode, found.stderr) == (0, "") and "--out_dir" in found.stdout
+    found = run_bare(door, ["--nonsense"], tmp_path)
+    assert (found.returncode, found.stderr) == (2, "error: unknown flag --nonsense; see --help\n")
 
 
 @pytest.mark.parametrize("door", ["train_pretrain.py", "eval_model.py"])
 def test_without_packages_a_door_names_the_command_that_helps(door, tmp_path):
-    found = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); sys.argv = [{door!r}];"
-         f"import runpy; runpy.run_path({str(REPOSITORY / door)!r}, run_name='__main__')"],
-        capture_output=True, text=True, cwd=tmp_path, encoding="utf-8",
-    )  # fmt: skip
+    found = run_bare(door, [], tmp_path)
     assert found.returncode == 2
     assert "scripts/quickstart.py" in found.stderr and found.stderr.count("\n") == 1

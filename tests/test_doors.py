@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
+from conftest import SMALL, flags
 
 import eval_model
 import train_lora
 import train_pretrain
-from conftest import SMALL, flags
 from core.files import sha256_file
 from core.paths import lora_path
 from dataset.tokenizer import tokenizer_of
@@ -47,6 +47,7 @@ def test_every_stage_leaves_files_that_explain_themselves(trained):
     assert skill["base"] == {"file": "full_sft_64.pth", "fingerprint": full_sft["fingerprint"]}
     assert skill["options"]["data_path"] == ["chats.jsonl"]  # no folder of this machine
     assert skill["metrics"]["step"] == 4
+    assert {"first", "last"} == set(skill["metrics"]["domain"]) == set(skill["metrics"]["general"])
     assert str(trained.out.parent) not in json.dumps([pretrain, full_sft, skill])
 
 
@@ -56,7 +57,16 @@ def test_pretraining_says_what_it_will_do_before_it_begins(trained, tmp_path, ca
     train_pretrain.main(argv)
     printed = capsys.readouterr().out
     before_step_1 = printed[: printed.index("step 1/")]
-    for said in ("documents", "0 % truncated", "held out", "device cpu", "dtype float32", "parameters", "about"):
+    for said in (
+        "texts.jsonl: ",
+        "documents",
+        "0 % truncated",
+        "held out",
+        "device cpu",
+        "dtype float32",
+        "parameters",
+        "about",
+    ):
         assert said in before_step_1
     assert "starting clean" not in printed
     train_pretrain.main(argv)
@@ -82,8 +92,8 @@ def test_lora_trains_only_lora_and_reports_both_losses(trained, capsys):
     printed = capsys.readouterr().out
     # wq and wo of two layers: 4 modules of 2 x 64 x 16 parameters
     assert "| LoRA 8,192 | share" in printed and f"base: {base}" in printed
-    assert "domain:  before loss" in printed and "general: before loss" in printed
-    tensors, meta = read_lora(path)
+    assert all(f"{data} before loss" in printed for data in ("domain: ", "general:"))
+    tensors, _ = read_lora(path)
     assert all(name.endswith(("lora.A.weight", "lora.B.weight")) for name in tensors)
     assert sum(tensor.numel() for tensor in tensors.values()) == 8192
     assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if ".B." in name)

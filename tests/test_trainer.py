@@ -12,7 +12,7 @@ import torch
 from core.errors import UserError
 from dataset.batches import Batch
 from model.loss import loss_sum, nats_of
-from trainer.evaluation import evaluate
+from trainer.evaluation import Metrics, evaluate
 from trainer.loop import Summary, _backward, train
 from trainer.optimizer import lr_at, param_groups, warmup_steps
 from trainer.options import TrainOptions
@@ -38,6 +38,10 @@ def rows_of(batch: Batch, start: int, end: int) -> Batch:
     return Batch({"input_ids": batch.inputs["input_ids"][start:end]}, labels, n_targets, n_targets)
 
 
+def no_validation():
+    return Metrics(0.0, 0.0, 0, 0)
+
+
 class Source:
     """The same steps every epoch."""
 
@@ -48,13 +52,13 @@ class Source:
         return iter(self.all_steps[start:])
 
 
-def run_training(model, source, tmp_path, *, loss=loss_sum, on_save=lambda step: None, validate=None, **flags) -> Summary:
+def run_training(
+    model, source, tmp_path, *, loss=loss_sum, on_save=lambda step: None, validate=no_validation, **flags
+) -> Summary:
     options = TrainOptions(**{"epochs": 4, "learning_rate": 1e-2, "warmup_iters": 1, "save_interval": 100, **flags})
     groups = param_groups(model, options.weight_decay)
     log_to = tmp_path / "metrics" / "run.jsonl"
-    return train(
-        model, source, groups, options, CPU, loss_sum=loss, on_save=on_save, validate=validate, log_to=log_to
-    )
+    return train(model, source, groups, options, CPU, loss_sum=loss, on_save=on_save, validate=validate, log_to=log_to)
 
 
 def gradients(model, batches) -> list[torch.Tensor]:
@@ -227,8 +231,8 @@ def test_decay_for_matrices_only_and_tied_weights_once(tiny_model):
 
 def test_the_schedule_warms_up_and_decays_to_a_tenth():
     rates = [lr_at(step, 100, 10, 1.0) for step in range(100)]
-    assert all(left < right for left, right in zip(rates[:10], rates[1:11], strict=True))
-    assert all(left > right for left, right in zip(rates[10:-1], rates[11:], strict=True))
+    assert rates[:11] == sorted(set(rates[:11]))
+    assert rates[10:] == sorted(set(rates[10:]), reverse=True)
     assert 0 < rates[0] <= 0.1 and max(rates) == rates[10] == 1.0
     assert 0.1 <= rates[-1] < 0.101
     assert [warmup_steps(0, 1000), warmup_steps(7, 1000)] == [30, 7]

@@ -37,14 +37,14 @@ class BatchSource(Protocol):
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run went. ``first_loss`` is that of step 1, before any update; ``final`` None without validation."""
+    """How a run went. ``first_loss`` is that of step 1, before any update; ``final`` the last validation."""
 
     steps: int
     first_loss: float
     last_loss: float
     seconds: float
     tokens: int
-    final: Metrics | None
+    final: Metrics
 
 
 def train(
@@ -56,7 +56,7 @@ def train(
     *,
     loss_sum: LossSum,
     on_save: Callable[[int], None],
-    validate: Callable[[], Metrics] | None,
+    validate: Callable[[], Metrics],
     log_to: Path,
 ) -> Summary:
     """Train ``model`` in place and leave it in eval mode.
@@ -108,7 +108,7 @@ def train(
             is_last = step == total or interrupted.is_set()
             if step % options.log_interval == 0 or step == 1 or is_last:
                 last_loss, speed = window.take(), clock.tokens_per_second()
-                _show(bar, step, f"loss {last_loss:.3f}, {speed:,.0f} tokens/s, {clock.left(total - step)} left")
+                _show(bar, step, f"loss {last_loss:.3f}, {speed:,.0f} tokens/s{clock.left(total - step)}")
                 log.write(
                     {"step": step, "loss": last_loss, "lr": lr, "grad_norm": norm, "tokens_per_second": round(speed, 1)}
                     | {"seconds": round(clock.elapsed(), 2)}
@@ -116,8 +116,8 @@ def train(
             bar.update()
             if step % options.save_interval == 0 or is_last:
                 with clock.paused():
-                    if validate is not None:
-                        final = validate()
+                    final = validate()
+                    if final.targets:
                         log.write({"step": step, "val_loss": final.loss, "val_bits_per_byte": final.bits_per_byte})
                         print(f"\rstep {step}: validation {final}", flush=True)
                     on_save(step)

@@ -49,11 +49,11 @@ class Clock:
         return (self.tokens - self._counted_tokens) / (time.perf_counter() - self._counted_from)
 
     def left(self, steps: int) -> str:
-        """Time that ``steps`` more steps will take, as text; empty while it cannot be told."""
+        """``, 12 min left`` for ``steps`` more steps; empty while it cannot be told."""
         if self.steps <= UNCOUNTED_STEPS:
             return ""
         pace = (time.perf_counter() - self._counted_from) / (self.steps - self._counted_steps)
-        return duration(pace * steps)
+        return f", {duration(pace * steps)} left"
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -1,0 +1,365 @@
+"""From files to batches: nothing lost, nothing learned twice, everything counted exactly, every run alike."""
+
+import hashlib
+import json
+import random
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets.arrow_writer import ArrowWriter
+
+from core.errors import UserError
+from dataset import tokenized
+from dataset.batches import IGNORED, Batches, PretrainDataset, SFTDataset, collate, validation_batches
+from dataset.chat import encode_chat, encode_documents
+from dataset.tokenized import CHAT, TEXT, split_rows, tokenize_files
+from dataset.tokenizer import spelled_bytes
+from scripts.train_tokenizer import train_bpe
+
+RNG = random.Random(2)
+WORDS = ["the", "cat", "天地", "sat", "on", "一二三", "a", "mat", "😀", "and", "你好", "café"]
+
+
+def words(least, most):
+    return " ".join(RNG.choices(WORDS, k=RNG.randint(least, most)))
+
+
+TEXTS = [{"text": words(1, 12)} for _ in range(40)] + [{"text": words(200, 300)}, {"text": words(60, 90)}]
+CHATS = [
+    {
+        "conversations": [
+            {"role": role, "content": words(1, 25)}
+            for role in ["system"] * (n % 3 == 0) + ["user", "assistant"] * RNG.randint(1, 3)
+        ]
+    }
+    for n in range(60)
+]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def texts(tmp_path):
+    return write(tmp_path / "texts.jsonl", TEXTS)
+
+
+@pytest.fixture
+def chats(tmp_path):
+    return write(tmp_path / "chats.jsonl", CHATS)
+
+
+@pytest.fixture
+def make(tokenizer, tmp_path):
+    """A data set of one file; by default all of it is training data."""
+
+    def make(kind, path, max_seq_len, val_ratio=0.0, **settings):
+        return kind((path,), tokenizer, max_seq_len, cache=tmp_path / "cache", val_ratio=val_ratio, **settings)
+
+    return make
+
+
+def learned_texts(tokenizer, batch):
+    """What each row of a batch learns, as bytes without control tokens."""
+    control = set(tokenizer.all_special_ids)
+    rows = [[int(n) for n in row if n != IGNORED and int(n) not in control] for row in batch.labels]
+    return [b"".join(spelled_bytes(tokenizer, n) for n in row) for row in rows]
+
+
+def check_batch(tokenizer, batch):
+    """The contract of ``Batch``, recounted the slow way."""
+    ids, labels = batch.inputs["input_ids"], batch.labels
+    assert batch.inputs.keys() == {"input_ids"} and ids.dtype == labels.dtype == torch.int64
+    assert ids.shape == labels.shape
+    assert ((labels == ids) | (labels == IGNORED)).all() and (labels[:, 0] == IGNORED).all()
+    assert batch.n_targets == sum(int(n) != IGNORED for row in labels for n in row) > 0
+    assert batch.n_bytes == sum(map(len, learned_texts(tokenizer, batch)))
+
+
+def window_rows(samples):
+    return [samples[n] for n in range(len(samples))]
+
+
+# Pretraining
+
+
+@pytest.mark.parametrize("max_seq_len", [2, 3, 7, 64, 65, 10_000])
+def test_every_token_but_the_first_is_predicted_exactly_once(make, tokenizer, texts, max_seq_len):
+    encoded = encode_documents(tokenizer, [row["text"] for row in TEXTS])
+    stream = [pair for ids, learned in encoded for pair in zip(ids, learned, strict=True)]
+    samples = make(PretrainDataset, texts, max_seq_len).train
+    windows = window_rows(samples)
+    assert len(windows) == len(samples) == -(-(len(stream) - 1) // (max_seq_len - 1))
+    assert all(2 <= len(ids) <= max_seq_len for ids, _ in windows)
+    assert all(len(ids) == max_seq_len for ids, _ in windows[:-1])
+    predicted = [pair for ids, learned in windows for pair in zip(ids[1:], learned[1:], strict=True)]
+    assert [(int(n), bool(flag)) for n, flag in predicted] == stream[1:]
+    assert all(left[0][-1] == right[0][0] for left, right in pairwise(windows))
+
+
+@pytest.mark.parametrize("max_seq_len", [2, 33, 512])
+def test_all_text_is_learned_and_its_bytes_are_counted(make, tokenizer, texts, max_seq_len):
+    samples = make(PretrainDataset, texts, max_seq_len).train
+    batches = [batch for step in Batches(samples, 4, 2, seed=0).steps(0) for batch in step]
+    labels = torch.cat([batch.labels.flatten() for batch in batches])
+    assert not (labels == tokenizer.bos_token_id).any(), "the beginning of a document is context, not learned"
+    assert (labels == tokenizer.eos_token_id).sum() == len(TEXTS)
+    assert sum(batch.n_bytes for batch in batches) == sum(len(row["text"].encode()) for row in TEXTS)
+    assert sum(batch.n_targets for batch in batches) == int((labels != IGNORED).sum())
+
+
+def test_windows_describe_themselves(make, texts):
+    data = make(PretrainDataset, texts, 64)
+    assert data.train.describe().startswith(f"{len(TEXTS)} documents, ")
+    assert len(data.val) == 0 and data.val.describe() == "0 documents, 0 tokens, 0 windows, 0 % truncated"
+
+
+# Chats
+
+
+@pytest.mark.parametrize("max_seq_len", [2, 20, 40, 10_000])
+def test_a_chat_loses_its_tail_and_is_left_out_when_nothing_remains(make, tokenizer, chats, max_seq_len):
+    encoded = [encode_chat(tokenizer, row["conversations"]) for row in CHATS]
+    kept = [(ids[:max_seq_len], flags[:max_seq_len]) for ids, flags in encoded if any(flags[1:max_seq_len])]
+    if not kept:
+        with pytest.raises(UserError, match=f"--max_seq_len {max_seq_len} leaves nothing to learn in .*chats.jsonl"):
+            make(SFTDataset, chats, max_seq_len)
+        return
+    samples = make(SFTDataset, chats, max_seq_len).train
+    assert [(ids.tolist(), flags.tolist()) for ids, flags in window_rows(samples)] == kept
+    assert samples.truncated == sum(len(ids) > max_seq_len for ids, _ in encoded)
+    assert samples.without_targets == len(CHATS) - len(kept)
+    share = 100 * samples.truncated / len(CHATS)
+    expected = f"{len(kept)} chats, {sum(len(ids) for ids, _ in kept)} tokens, {share:.1f} % truncated at {max_seq_len}"
+    left_out = f", {samples.without_targets} left out: nothing to learn" if samples.without_targets else ""
+    assert samples.describe() == expected + left_out
+    assert max_seq_len != 20 or 0 < samples.without_targets < samples.truncated, "the case is there"
+
+
+def test_answers_alone_are_learned_and_counted(make, tokenizer, chats):
+    samples = make(SFTDataset, chats, 10_000).train
+    batch = collate(samples, np.arange(len(CHATS)))
+    check_batch(tokenizer, batch)
+    answers = ["".join(m["content"] for m in row["conversations"] if m["role"] == "assistant") for row in CHATS]
+    assert learned_texts(tokenizer, batch) == [answer.encode() for answer in answers]
+    turns = sum(message["role"] == "assistant" for row in CHATS for message in row["conversations"])
+    assert (batch.labels == tokenizer.eos_token_id).sum() == turns
+
+
+# Batches of both kinds
+
+
+@pytest.mark.parametrize(("kind", "file"), [(PretrainDataset, "texts"), (SFTDataset, "chats")])
+@pytest.mark.parametrize("max_seq_len", [17, 64])
+def test_batches_keep_their_contract(make, tokenizer, request, kind, file, max_seq_len):
+    samples = make(kind, request.getfixturevalue(file), max_seq_len).train
+    batches = Batches(samples, 4, 2, seed=3)
+    steps = list(batches.steps(0))
+    assert len(steps) == batches.steps_per_epoch == -(-len(samples) // 8)
+    for step in steps:
+        for batch in step:
+            check_batch(tokenizer, batch)
+            ids = batch.inputs["input_ids"]
+            assert len(ids) <= 4 and ids.shape[1] <= max_seq_len
+            padding = ids == tokenizer.pad_token_id
+            assert not padding.all(dim=0).any(), "no column is padding alone"
+            assert (padding[:, 1:] >= padding[:, :-1]).all(), "padding stands on the right"
+            assert (batch.labels[padding] == IGNORED).all()
+    sizes = sorted(sum(len(batch.labels) for batch in step) for step in steps)
+    assert sizes[1:] == [8] * (len(steps) - 1)  # one may be smaller
+
+
+def rows_in(step):
+    """The samples of a step, unpadded."""
+    rows = [row for batch in step for row in batch.inputs["input_ids"].tolist()]
+    return [tuple(np.trim_zeros(row, "b")) for row in rows]
+
+
+def flat(steps):
+    return [(batch.inputs["input_ids"].tolist(), batch.labels.tolist()) for step in steps for batch in step]
+
+
+def test_each_epoch_uses_every_sample_once_in_an_order_of_its_own(make, chats):
+    samples = make(SFTDataset, chats, 40).train
+    expected = Counter(tuple(ids.tolist()) for ids, _ in window_rows(samples))
+    orders = []
+    for seed in (0, 1):
+        for epoch in (0, 1, 2):
+            steps = list(Batches(samples, 2, 2, seed).steps(epoch))
+            assert Counter(row for step in steps for row in rows_in(step)) == expected
+            assert flat(Batches(samples, 2, 2, seed).steps(epoch)) == flat(steps)
+            orders.append(json.dumps(flat(steps)))
+    assert len(set(orders)) == 6
+
+
+@pytest.mark.parametrize("start", [0, 1, 7, 14, 15])
+def test_a_later_start_gives_the_tail_of_the_epoch(make, chats, start):
+    batches = Batches(make(SFTDataset, chats, 10_000).train, 2, 2, seed=5)
+    assert batches.steps_per_epoch == 15
+    assert flat(batches.steps(1, start)) == flat(list(batches.steps(1))[start:])
+
+
+def test_worker_processes_change_nothing(make, chats, capfd):
+    samples = make(SFTDataset, chats, 40).train
+    alone, helped = (Batches(samples, 4, 2, seed=1, num_workers=workers) for workers in (0, 2))
+    assert flat(alone.steps(0, 2)) == flat(helped.steps(0, 2))
+    assert capfd.readouterr().err == ""
+
+
+def test_drawing_batches_leaves_the_random_state_alone(make, chats):
+    """Otherwise dropout would go another way after a resume within an epoch."""
+    samples = make(SFTDataset, chats, 40).train
+    before = torch.get_rng_state()
+    list(Batches(samples, 4, 2, seed=1).steps(0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_micro_batches_join_rows_of_like_length(make, chats):
+    samples = make(SFTDataset, chats, 10_000).train
+    (step,) = Batches(samples, 10, 6, seed=1).steps(0)
+    lengths = [len(row) for row in rows_in(step)]
+    assert lengths == sorted(lengths, reverse=True) and len(step) == 6
+
+
+def test_validation_reads_about_so_many_tokens_spread_over_all(make, chats):
+    samples = make(SFTDataset, chats, 10_000).train
+    total = sum(len(ids) for ids, _ in window_rows(samples))
+    batches = validation_batches(samples, 4, total // 3)
+    rows = rows_in(batches)
+    assert abs(len(rows) - len(samples) // 3) <= 1 and all(len(batch.labels) <= 4 for batch in batches)
+    firsts, lasts = (tuple(samples[n][0].tolist()) for n in (0, len(samples) - 1))
+    assert firsts in rows and lasts in rows
+    assert len(rows_in(validation_batches(samples, 4, 10 * total))) == len(samples)
+    assert len(rows_in(validation_batches(samples, 4, 1))) == 1
+    assert validation_batches(make(SFTDataset, chats, 40).val, 4, 100) == []
+
+
+# The split
+
+
+def contents(rows, tokenizer):
+    return Counter(tokenizer.decode(rows.ids(n)) for n in range(len(rows)))
+
+
+def test_duplicates_land_on_one_side_whatever_the_order(tokenizer, tmp_path, texts):
+    rows = TEXTS * 3 + [{"text": row["text"], "source": "copy"} for row in TEXTS]
+    RNG.shuffle(rows)
+    sides = []
+    for path in (texts, write(tmp_path / "shuffled.jsonl", rows)):
+        table = tokenize_files((path,), TEXT, tokenizer, tmp_path / "cache")
+        train, val = split_rows(table, 0.2)
+        assert len(train) + len(val) == len(table) and len(train) and len(val)
+        sides.append([set(contents(side, tokenizer)) for side in (train, val)])
+    assert sides[0] == sides[1] and not sides[0][0] & sides[0][1]
+
+
+def test_the_split_takes_its_share_and_at_least_one_row(make, tokenizer, tmp_path):
+    path = write(tmp_path / "many.jsonl", [{"text": f"row {n}"} for n in range(2000)])
+    table = tokenize_files((path,), TEXT, tokenizer, tmp_path / "cache")
+    sizes = {ratio: tuple(map(len, split_rows(table, ratio))) for ratio in (0.0, 1e-9, 0.02, 0.5)}
+    assert sizes[0.0] == (2000, 0) and sizes[1e-9] == (1999, 1)
+    assert 20 <= sizes[0.02][1] <= 60 and 920 <= sizes[0.5][1] <= 1080
+    lone = write(tmp_path / "lone.jsonl", [{"text": "the same"}] * 5)
+    with pytest.raises(UserError, match=r"--val_ratio 0\.02 leaves no row to train on"):
+        make(PretrainDataset, lone, 64, val_ratio=0.02)
+    assert len(make(PretrainDataset, lone, 64).train.rows) == 5
+
+
+# The cache
+
+
+def cached(tmp_path):
+    return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+
+
+def test_the_second_call_reads_the_cache(make, texts, tmp_path, monkeypatch):
+    first = window_rows(make(PretrainDataset, texts, 64).train)
+    files = cached(tmp_path)
+    moved = tmp_path / "another name.jsonl"
+    texts.rename(moved)
+    monkeypatch.setattr(tokenized, "read_rows", None)  # whoever tokenises again fails
+    second = window_rows(make(PretrainDataset, moved, 64).train)
+    assert cached(tmp_path) == files and len(files) == 2
+    assert all(map(np.array_equal, (ids for ids, _ in first), (ids for ids, _ in second)))
+
+
+def test_whatever_changes_the_tokens_makes_a_new_table(tokenizer, texts, chats, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+
+    def tables(*settings):
+        tokenize_files(*settings, cache)
+        return len(list(cache.glob("*.arrow")))
+
+    assert tables((texts,), TEXT, tokenizer) == tables((texts,), TEXT, tokenizer) == 1
+    assert tables((chats,), CHAT, tokenizer) == 2
+    assert tables((texts, texts), TEXT, tokenizer) == 3
+    other = train_bpe((row["text"] for row in TEXTS), 270)
+    assert tables((texts,), TEXT, other) == 4
+    other.chat_template = tokenizer.chat_template + " "
+    assert tables((texts,), TEXT, other) == 5
+    texts.write_bytes(texts.read_bytes().replace(b"cat", b"dog"))
+    assert tables((texts,), TEXT, tokenizer) == 6
+    monkeypatch.setattr(tokenized, "FORMAT", tokenized.FORMAT + 1)
+    assert tables((texts,), TEXT, tokenizer) == 7
+
+
+@pytest.mark.parametrize("fails", ["write_batch", "finalize", "atomic_write", "replace"])
+def test_an_interrupted_write_leaves_no_table(make, texts, tmp_path, monkeypatch, fails):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    place = {"atomic_write": tokenized, "replace": tokenized.os}.get(fails, ArrowWriter)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, fails, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            make(PretrainDataset, texts, 64)
+    assert not [name for name in cached(tmp_path) if not name.endswith(".bad.json")]
+    assert len(make(PretrainDataset, texts, 64).train) > 0
+
+
+def test_bad_rows_stop_the_run_or_are_skipped_and_are_remembered(make, tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [{"text": "a"}, {"text": 3}, {"text": "b"}, {"tekst": "c"}])
+    for name in ("a.jsonl", "renamed.jsonl"):  # the second time from the cache, and under the name it has now
+        path = path.rename(tmp_path / name)
+        with pytest.raises(UserError, match=rf"2 bad rows, the first .*{name}:2: \"text\" is not text but int; "):
+            make(PretrainDataset, path, 64)
+        printed = capsys.readouterr().out
+        assert f'{path}:2: "text" is not text but int\n{path}:4: no "text" among' in printed
+        assert len(make(PretrainDataset, path, 64, bad_rows="skip").train.rows) == 2
+        assert "bad rows skipped: 2" in capsys.readouterr().out
+    assert len(cached(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "[]", '{"text": ""}\n'])
+def test_a_file_without_a_usable_row_is_one_sentence(make, tmp_path, content):
+    path = tmp_path / "a.jsonl"
+    path.write_text(content, encoding="utf-8")
+    for _ in range(2):  # also when the cache answers
+        with pytest.raises(UserError, match=r"no usable row in .*a\.jsonl"):
+            make(PretrainDataset, path, 64, bad_rows="skip")
+
+
+def test_a_missing_file_is_one_sentence(make, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.jsonl does not exist"):
+        make(PretrainDataset, tmp_path / "nowhere.jsonl", 64)
+
+
+def test_a_table_of_many_parts_is_read_as_one(tokenizer, tmp_path):
+    count = 2 * tokenized.ROWS_AT_ONCE + 3
+    path = write(tmp_path / "many.jsonl", [{"text": f"row {n}"} for n in range(count)])
+    train, _ = split_rows(tokenize_files((path,), TEXT, tokenizer, tmp_path / "cache"), 0.0)
+    for n in (0, 1, 999, 1000, 1001, count - 2, count - 1):
+        assert tokenizer.decode(train.ids(n)) == f"<|im_start|>row {n}<|im_end|>"
+        assert train.learned(n).tolist() == [False, *[True] * (train.lengths[n] - 1)]
+
+
+def test_a_data_file_is_only_read(make, texts):
+    before = hashlib.sha256(texts.read_bytes()).hexdigest(), Path(texts).stat().st_mtime_ns
+    make(PretrainDataset, texts, 64)
+    assert before == (hashlib.sha256(texts.read_bytes()).hexdigest(), Path(texts).stat().st_mtime_ns)

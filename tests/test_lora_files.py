@@ -1,0 +1,299 @@
+"""Invariants of skill files: what they hold, what is refused and in which words, and swapping without a trace."""
+
+import json
+import re
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.seeded_model import fill
+from core.errors import UserError
+from model.LMConfig import LMConfig
+from model.model import MiniMindLM
+from model.model_lora import (
+    META_KEY,
+    apply_lora,
+    attach_lora,
+    base_fingerprint,
+    load_lora,
+    lora_parameters,
+    remove_lora,
+    save_lora,
+)
+from model.weights import fingerprint, save_base
+
+IDS = torch.arange(40).view(2, 20) + 3
+WQ = "layers.0.attention.wq"
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def add_lora(model, rank=4, alpha=None, target_modules="square", seed=0):
+    """LoRA with weights that matter, B included."""
+    apply_lora(model, rank, alpha, target_modules)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in lora_parameters(model):
+            parameter.normal_(std=0.1, generator=generator)
+
+
+def written(model, path, meta=None, **settings):
+    """A skill file for ``model``, which is left bare; and the logits with that skill."""
+    add_lora(model, **settings)
+    save_lora(model, path, meta)
+    logits = logits_of(model)
+    remove_lora(model)
+    return logits
+
+
+@pytest.fixture
+def skill(sharp_model, tmp_path):
+    """A skill of rank 4 on the square Linears of ``sharp_model``, which carries no LoRA."""
+    path = tmp_path / "lora_medical_64.pth"
+    written(sharp_model, path, {"base": {"file": "full_sft_64.pth"}, "data": {"medical.jsonl": "12ab"}})
+    return path
+
+
+def meta_of(path):
+    return json.loads(bytes(torch.load(path, weights_only=True)[META_KEY].tolist()))
+
+
+def edited(path, meta=None, **tensors):
+    """The skill file with other tensors (None: without that one) and other ``_meta`` entries (False: no _meta)."""
+    content = torch.load(path, weights_only=True) | tensors
+    record = meta_of(path) | (meta or {})
+    content[META_KEY] = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+    if meta is False:
+        del content[META_KEY]
+    torch.save({name: tensor for name, tensor in content.items() if tensor is not None}, path)
+    return path
+
+
+def refusal(action, model, path):
+    with pytest.raises(UserError) as caught:
+        action(model, path)
+    return str(caught.value)
+
+
+# what a file holds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_are_minimind_s_and_one_meta(sharp_model, tmp_path, dtype):
+    add_lora(sharp_model)
+    save_lora(sharp_model.to(dtype), tmp_path / "x.pth")
+    tensors = torch.load(tmp_path / "x.pth", weights_only=True)
+    targets = [f"layers.{n}.attention.{name}" for n in range(2) for name in ("wq", "wo")]
+    assert set(tensors) == {f"{target}.lora.{matrix}.weight" for target in targets for matrix in "AB"} | {"_meta"}
+    assert tensors.pop("_meta").dtype == torch.uint8
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert tensors[f"{WQ}.lora.A.weight"].shape == (4, 64)
+    assert tensors[f"{WQ}.lora.B.weight"].shape == (64, 4)
+
+
+def test_meta_explains_the_file(sharp_model, tmp_path):
+    written(sharp_model, tmp_path / "x.pth", {"base": {"file": "b.pth"}, "rank": 99, "note": "中"}, alpha=10.0, rank=4)
+    meta = meta_of(tmp_path / "x.pth")
+    assert (meta["format"], meta["rank"], meta["alpha"], meta["note"]) == (1, 4, 10.0, "中")
+    assert meta["base"] == {"file": "b.pth", "fingerprint": base_fingerprint(sharp_model)}
+    assert meta["scaling"] == dict.fromkeys(meta["targets"], 2.5)
+
+
+def test_a_model_without_lora_has_nothing_to_save(tiny_model, tmp_path):
+    with pytest.raises(UserError, match="no LoRA on this model to save"):
+        save_lora(tiny_model, tmp_path / "x.pth")
+    assert not list(tmp_path.iterdir())
+
+
+# loading
+
+
+def test_round_trip_is_bit_exact_and_takes_the_file_s_alpha(sharp_model, tmp_path):
+    expected = written(sharp_model, tmp_path / "x.pth", alpha=10.0)
+    apply_lora(sharp_model, 4)
+    meta = load_lora(sharp_model, tmp_path / "x.pth")
+    assert meta["alpha"] == 10.0
+    assert torch.equal(logits_of(sharp_model), expected)
+    assert all(parameter.requires_grad for parameter in lora_parameters(sharp_model))
+
+
+def test_loading_never_changes_the_dtype(sharp_model, skill):
+    apply_lora(sharp_model, 4)
+    load_lora(sharp_model.bfloat16(), skill)
+    assert {parameter.dtype for parameter in sharp_model.parameters()} == {torch.bfloat16}
+
+
+def test_a_minimind_file_loads_at_scale_1_with_a_note(sharp_model, tmp_path, capsys):
+    expected = written(sharp_model, tmp_path / "x.pth")
+    edited(tmp_path / "x.pth", meta=False)
+    apply_lora(sharp_model, 4, alpha=32.0)
+    assert load_lora(sharp_model, tmp_path / "x.pth")["alpha"] == 4
+    assert torch.equal(logits_of(sharp_model), expected)
+    assert "does not say which base" in capsys.readouterr().out
+
+
+def test_another_base_is_refused_with_both_names_unless_allowed(sharp_model, skill):
+    first = base_fingerprint(sharp_model)
+    with torch.no_grad():
+        sharp_model.norm.weight.mul_(1.1)
+    second = base_fingerprint(sharp_model)
+    add_lora(sharp_model, seed=1)
+    before = logits_of(sharp_model)
+    for action in (load_lora, attach_lora):
+        message = refusal(action, sharp_model, skill)
+        assert all(part in message for part in ("full_sft_64.pth", first[:12], second[:12], "--allow_base_mismatch"))
+        assert torch.equal(logits_of(sharp_model), before)
+    load_lora(sharp_model, skill, allow_base_mismatch=True)
+    assert not torch.equal(logits_of(sharp_model), before)
+
+
+def test_a_bf16_copy_of_the_base_is_the_same_base(sharp_model, skill):
+    attach_lora(sharp_model.bfloat16(), skill)
+
+
+@pytest.mark.parametrize(
+    ("settings", "call"),
+    [
+        ({}, "apply_lora(model, rank=4)"),
+        ({"rank": 8, "alpha": 2.5}, "apply_lora(model, rank=8, alpha=2.5)"),
+        ({"target_modules": "all-linear"}, "apply_lora(model, rank=4, target_modules='all-linear')"),
+        ({"target_modules": ["wk", "w2"]}, "apply_lora(model, rank=4, target_modules=['w2', 'wk'])"),
+        ({"target_modules": r"layers\.1\..*\.w[qk]"}, None),
+    ],
+)
+@pytest.mark.parametrize("applied", [{"rank": 2}, {"rank": 4, "target_modules": ["wv"]}, None])
+def test_a_mismatch_prints_the_call_that_makes_it_load(sharp_model, tmp_path, settings, call, applied):
+    expected = written(sharp_model, tmp_path / "x.pth", **settings)
+    if applied:
+        add_lora(sharp_model, **applied)
+    before = logits_of(sharp_model)
+    message = refusal(load_lora, sharp_model, tmp_path / "x.pth")
+    assert torch.equal(logits_of(sharp_model), before)
+    printed = re.search(r"apply_lora\(model, .*\)$", message)[0]
+    assert call in (None, printed)
+    remove_lora(sharp_model)
+    eval(printed, {"apply_lora": apply_lora, "model": sharp_model})
+    load_lora(sharp_model, tmp_path / "x.pth")
+    assert torch.equal(logits_of(sharp_model), expected)
+
+
+@pytest.mark.parametrize(
+    ("meta", "tensors", "words"),
+    [
+        (None, {f"{WQ}.lora.A.weight": None}, "is no LoRA file"),
+        (False, {f"{WQ}.lora.B.weight": None}, "is no LoRA file"),
+        (None, {f"{WQ}.lora.A.weight": None, f"{WQ}.lora.B.weight": None}, "is no LoRA file"),
+        (False, {f"{WQ}.lora.A.weight": None, f"{WQ}.lora.B.weight": None}, "prepare it with apply_lora"),
+        (None, {"norm.weight": torch.ones(64)}, "is no LoRA file"),
+        (None, {f"{WQ}.lora.A.weight": torch.ones(5, 64)}, "is no LoRA file"),
+        (None, {f"{WQ}.lora.A.weight": torch.ones(4)}, "is no LoRA file"),
+        (None, {f"{WQ}.lora.A.weight": torch.ones(4, 64, 1)}, "is no LoRA file"),
+        (None, {f"{WQ}.lora.A.weight": torch.ones(4, 65)}, f"{WQ} is (64, 64), not (64, 65)"),
+        (None, {f"{WQ}.lora.B.weight": torch.ones(9, 4)}, f"{WQ} is (64, 64), not (9, 64)"),
+        (None, {f"{WQ}.lora.B.weight": torch.full((64, 4), torch.nan)}, "NaN"),
+        ({"rank": 5}, {}, "is no LoRA file"),
+        ({"alpha": 0}, {}, "is no LoRA file"),
+        ({"alpha": float("inf")}, {}, "is no LoRA file"),
+        ({"alpha": [4]}, {}, "is no LoRA file"),
+        ({"targets": [WQ]}, {}, "is no LoRA file"),
+        ({"format": 2}, {}, "is no LoRA file"),
+        ({"base": "full_sft"}, {}, "is no LoRA file"),
+        ({"base": {"fingerprint": 5}}, {}, "was trained on a base (5)"),
+    ],
+)
+def test_a_file_that_does_not_fit_changes_nothing(sharp_model, skill, meta, tensors, words):
+    edited(skill, meta, **tensors)
+    add_lora(sharp_model, seed=1)
+    before = logits_of(sharp_model)
+    message = refusal(load_lora, sharp_model, skill)
+    assert words in message and "lora_medical_64.pth" in message and "\n" not in message
+    assert torch.equal(logits_of(sharp_model), before)
+    if "prepare it" not in words:  # attaching prepares it itself
+        assert words in refusal(attach_lora, sharp_model, skill)
+        assert torch.equal(logits_of(sharp_model), before)
+
+
+def test_every_target_that_does_not_fit_stands_in_one_error(skill, sharp_model):
+    config = LMConfig(dim=32, n_layers=1, n_heads=4, vocab_size=320)
+    message = refusal(lambda model, path: attach_lora(model, path, allow_base_mismatch=True), MiniMindLM(config), skill)
+    for part in (f"{WQ} is (32, 32), not (64, 64)", "0.attention.wo is (32, 32)", "1.attention.wo is missing"):
+        assert part in message
+
+
+# swapping
+
+
+def test_swapping_is_bit_exact_and_leaves_no_trace(sharp_model, tmp_path):
+    base, keys = logits_of(sharp_model), list(sharp_model.state_dict())
+    weights = {name: tensor.clone() for name, tensor in sharp_model.state_dict().items()}
+    mark = base_fingerprint(sharp_model)
+    a = written(sharp_model, tmp_path / "a.pth", seed=1)
+    b = written(sharp_model, tmp_path / "b.pth", rank=8, alpha=20.0, target_modules="all-linear", seed=2)
+    c = written(sharp_model, tmp_path / "c.pth", rank=2, target_modules=r"layers\.1\..*\.w1", seed=3)
+    for name, logits in (("a", a), ("b", b), ("a", a), ("c", c), ("b", b), ("a", a)):
+        attach_lora(sharp_model, tmp_path / f"{name}.pth")
+        assert torch.equal(logits_of(sharp_model), logits), name
+        assert base_fingerprint(sharp_model) == mark
+    assert min((x - y).abs().max() for x, y in ((a, b), (a, c), (b, c), (a, base), (b, base), (c, base))) > 1e-3
+    remove_lora(sharp_model)
+    assert torch.equal(logits_of(sharp_model), base)
+    assert list(sharp_model.state_dict()) == keys
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in sharp_model.state_dict().items())
+    assert fingerprint(sharp_model.named_parameters(), sharp_model.config) == mark
+
+
+def test_the_fingerprint_notices_when_the_base_itself_changes(sharp_model):
+    mark = base_fingerprint(sharp_model)
+    with torch.no_grad():
+        sharp_model.layers[0].ffn_norm.weight.add_(0.1)
+    changed = base_fingerprint(sharp_model)
+    assert changed != mark
+    add_lora(sharp_model, target_modules="all-linear")
+    assert base_fingerprint(sharp_model) == changed == fingerprint_without_lora(sharp_model)
+
+
+def fingerprint_without_lora(model):
+    remove_lora(model)
+    return fingerprint(model.named_parameters(), model.config)
+
+
+def test_attaching_takes_no_longer_name_that_ends_alike(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+    assert apply_lora(model, 2, target_modules="0") == ["0"]
+    save_lora(model, tmp_path / "x.pth")
+    attach_lora(model, tmp_path / "x.pth")
+    remove_lora(model)
+    message = refusal(load_lora, model, tmp_path / "x.pth")
+    assert eval(re.search(r"apply_lora\(model, .*\)$", message)[0], {"apply_lora": apply_lora, "model": model}) == ["0"]
+    load_lora(model, tmp_path / "x.pth")
+
+
+# MiniMind's own lines
+
+USAGE = """\
+    import torch
+    from model.model import MiniMindLM
+    from model.LMConfig import LMConfig
+    from model.model_lora import apply_lora, load_lora
+    model = MiniMindLM(LMConfig(dim=512, n_layers=8))
+    model.load_state_dict(torch.load("./out/full_sft_512.pth"))
+    apply_lora(model, rank=16)
+    load_lora(model, "./out/lora/lora_medical_512.pth")
+"""
+
+
+def test_the_usage_lines_run_as_they_stand(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = MiniMindLM(LMConfig()).eval()
+    fill(model.named_parameters())
+    save_base("out/full_sft_512.pth", model, {})
+    expected = written(model, "out/lora/lora_medical_512.pth", rank=16)
+    assert (tmp_path / "out" / "full_sft_512.json").is_file()
+    names = {}
+    exec(textwrap.dedent(USAGE), names)
+    assert torch.equal(logits_of(names["model"].eval()), expected)
