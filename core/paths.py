@@ -26,10 +26,10 @@ def lora_path(out_dir: str | Path, name: str, dim: int) -> Path:
     return Path(out_dir) / "lora" / f"lora_{skill_name(name)}_{dim}.pth"
 
 
-def lora_paths(out_dir: str | Path, name: str = "*", dim: int | str = "*") -> list[Path]:
-    """The skill files in ``out_dir``, of one name or dim if given, the newest last."""
-    name = name if name == "*" else skill_name(name)
-    found = (Path(out_dir) / "lora").glob(f"lora_{name}_{dim}.pth")
+def lora_paths(out_dir: str | Path, name: str | None = None) -> list[Path]:
+    """The skill files in ``out_dir``, of every dim, the newest last; only those of skill ``name`` if given."""
+    found = (Path(out_dir) / "lora").glob("lora_*_*.pth")
+    found = [path for path in found if name is None or skill_of(path) == skill_name(name)]
     return sorted(found, key=lambda path: path.stat().st_mtime_ns)
 
 

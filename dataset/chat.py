@@ -1,6 +1,5 @@
 """A chat becomes token ids and learned flags: the only place where that happens, for training, chatting and serving."""
 
-import re
 from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -72,9 +71,8 @@ def _template_pieces(
         return tokenizer.apply_chat_template(filled, tokenize=False, add_generation_prompt=add_generation_prompt)
 
     contents = [message["content"] for message in messages]
-    # Words of a private-use character that the chat does not contain; trimming templates leave them alone.
-    mark = next(chr(code) for code in range(0xE000, 0xF8FF) if not any(chr(code) in text for text in contents))
-    pieces = re.split(f"{mark}\\d+{mark}", render([f"{mark}{n}{mark}" for n in range(len(contents))]))
+    # A placeholder is a private-use character, which no template contains; trimming templates leave it alone.
+    pieces = render(["\ue000"] * len(contents)).split("\ue000")
     joined = pieces[0] + "".join(text + piece for text, piece in zip(contents, pieces[1:], strict=False))
     if len(pieces) != len(contents) + 1 or joined != render(contents):
         raise UserError("the tokenizer's chat template drops, repeats or rewrites message contents")

@@ -53,8 +53,12 @@ def tokenize_files(
     table = cache / f"{kind.name}-{key}.arrow"
     bad_list = table.with_suffix(".bad.json")
     if not table.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        _write_table(table, bad_list, paths, kind, tokenizer)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            _write_table(table, bad_list, paths, kind, tokenizer)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot write {table}: {reason}; free the disk or choose another --out_dir") from error
     # The cache may have been filled from files of other names.
     bad = [f"{paths[n]}:{line}: {reason}" for n, line, reason in json.loads(bad_list.read_text(encoding="utf-8"))]
     if bad and bad_rows == "skip":

@@ -220,6 +220,15 @@ def test_drawing_batches_leaves_the_random_state_alone(make, chats):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_steps_join_rows_of_like_length(make, chats, monkeypatch):
+    samples = make(SFTDataset, chats, 10_000).train
+    sizes = {}
+    for pool in (1, 10):
+        monkeypatch.setattr("dataset.batches.POOL", pool)
+        sizes[pool] = sum(batch.labels.numel() for step in Batches(samples, 3, 1, seed=1).steps(0) for batch in step)
+    assert sizes[10] < 0.8 * sizes[1]
+
+
 def test_micro_batches_join_rows_of_like_length(make, chats):
     samples = make(SFTDataset, chats, 10_000).train
     (step,) = Batches(samples, 10, 6, seed=1).steps(0)
@@ -343,6 +352,21 @@ def test_a_file_without_a_usable_row_is_one_sentence(make, tmp_path, content):
     for _ in range(2):  # also when the cache answers
         with pytest.raises(UserError, match=r"no usable row in .*a\.jsonl"):
             make(PretrainDataset, path, 64, bad_rows="skip")
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(make, texts, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ArrowWriter, "finalize", full)
+        with pytest.raises(UserError, match=r"cannot write .*: No space left on device; free the disk"):
+            make(PretrainDataset, texts, 64)
+    assert cached(tmp_path) == {}
+    (tmp_path / "cache").rmdir()
+    (tmp_path / "cache").touch()
+    with pytest.raises(UserError, match=r"cannot write .*choose another --out_dir"):
+        make(PretrainDataset, texts, 64)
 
 
 def test_a_missing_file_is_one_sentence(make, tmp_path):

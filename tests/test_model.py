@@ -10,7 +10,7 @@ from torch import Tensor
 
 from core.errors import UserError
 from model.LMConfig import LMConfig
-from model.model import IGNORED, MiniMindLM, RMSNorm
+from model.model import IGNORED, MiniMindLM, RMSNorm, rope_tables, rotate
 
 VOCAB = 320
 
@@ -112,6 +112,12 @@ def test_rotary_tables_stay_fp32_in_a_bf16_model(sharp_model, has_run):
     assert rounded.dtype == torch.bfloat16
     assert [table.dtype for table in sharp_model._rope] == [torch.float32, torch.float32]
     assert (rounded.float() - exact).abs().max() < 0.1
+
+
+def test_positions_of_bf16_features_are_turned_in_fp32():
+    cos, sin = rope_tables(16, 100, 1e4, torch.device("cpu"))
+    x = torch.randn(2, 100, 3, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(rotate(x, cos, sin), rotate(x.float(), cos, sin).bfloat16())
 
 
 def test_initial_values(default_model):
