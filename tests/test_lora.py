@@ -3,6 +3,8 @@
 import copy
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,9 +203,10 @@ def test_a_model_of_another_kind_can_carry_lora(tmp_path):
 
 def compilers():
     """torch.compile's own compiler where the machine has a C++ one, and one that needs none."""
-    needs = "torch.compile needs a C++ compiler here: install g++ (Linux), the Xcode tools (macOS) or MSVC (Windows)"
+    needs = "torch.compile needs a C++ compiler and Python.h: install g++ and python3-dev, the Xcode tools or MSVC"
     names = [os.environ.get("CXX"), *(("cl",) if os.name == "nt" else ("g++", "clang++", "c++"))]
     missing = not any(name and shutil.which(name) for name in names)
+    missing |= not Path(sysconfig.get_path("include"), "Python.h").is_file()
     return ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(missing, reason=needs))]
 
 
