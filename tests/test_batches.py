@@ -123,9 +123,10 @@ def test_windows_describe_themselves(make, texts):
 # Chats
 
 
-@pytest.mark.parametrize("max_seq_len", [2, 20, 40, 10_000])
+@pytest.mark.parametrize("max_seq_len", [2, 20, 40, "a chat's own", 10_000])
 def test_a_chat_loses_its_tail_and_is_left_out_when_nothing_remains(make, tokenizer, chats, max_seq_len):
     encoded = [encode_chat(tokenizer, row["conversations"]) for row in CHATS]
+    max_seq_len = len(encoded[0][0]) if max_seq_len == "a chat's own" else max_seq_len
     kept = [(ids[:max_seq_len], flags[:max_seq_len]) for ids, flags in encoded if any(flags[1:max_seq_len])]
     if not kept:
         with pytest.raises(UserError, match=f"--max_seq_len {max_seq_len} leaves nothing to learn in .*chats.jsonl"):
@@ -229,6 +230,16 @@ def test_steps_join_rows_of_like_length(make, chats, monkeypatch):
     assert sizes[10] < 0.8 * sizes[1]
 
 
+def test_neither_steps_nor_their_rows_keep_an_order(make, chats, monkeypatch):
+    samples = make(SFTDataset, chats, 10_000).train
+    monkeypatch.setattr("dataset.batches.POOL", 3)
+    first, second = ([rows_in(step) for step in Batches(samples, 3, 1, seed=1).steps(epoch)] for epoch in (0, 1))
+    assert set(map(frozenset, first)) != set(map(frozenset, second)), "other rows meet"
+    lengths = [len(step[0]) for step in first]
+    assert any(left > right for left, right in pairwise(lengths))
+    assert any(lengths[n] < max(lengths[n + 1 : n + 3]) for n in range(0, len(lengths) - 2, 3)), "not by length"
+
+
 def test_micro_batches_join_rows_of_like_length(make, chats):
     samples = make(SFTDataset, chats, 10_000).train
     (step,) = Batches(samples, 10, 6, seed=1).steps(0)
@@ -241,6 +252,7 @@ def test_validation_reads_about_so_many_tokens_spread_over_all(make, chats):
     total = sum(len(ids) for ids, _ in window_rows(samples))
     batches = validation_batches(samples, 4, total // 3)
     rows = rows_in(batches)
+    assert [len(row) for row in rows] == sorted(map(len, rows), reverse=True), "little padding"
     assert abs(len(rows) - len(samples) // 3) <= 1 and all(len(batch.labels) <= 4 for batch in batches)
     firsts, lasts = (tuple(samples[n][0].tolist()) for n in (0, len(samples) - 1))
     assert firsts in rows and lasts in rows

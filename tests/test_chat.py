@@ -148,6 +148,7 @@ BAD_TEMPLATES = {
     "trims": "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}{{ eos_token }}{% endfor %}",
     "rewrites": "{% for m in messages %}[{{ m.role }}]{{ m.content | replace('2', 'two') }}{% endfor %}",
     "drops": "{% for m in messages if m.role != 'system' %}[{{ m.role }}]{{ m.content }}{% endfor %}",
+    "drops the last": "{% for m in messages[:-1] %}[{{ m.role }}]{{ m.content }}{% endfor %}",
     "repeats": "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",
     "reorders": "{% for m in messages | reverse %}[{{ m.role }}]{{ m.content }}{% endfor %}",
     "cuts": "{% for m in messages %}[{{ m.role }}]{{ m.content[:5] }}{% endfor %}",
