@@ -42,11 +42,11 @@ def main(argv: list[str] | None = None) -> dict:
     files = {}
     for path in options.data_path:
         _, texts = split_texts(list(read_texts(path)))
-        files[path.name] = {"texts": len(texts), "characters": sum(map(len, texts))} | {
+        files[path.name] = {"rows": len(texts), "characters": sum(map(len, texts))} | {
             name: measure(tokenizer, texts) for name, tokenizer in tokenizers.items()
         }
     report = measured_on(("tokenizers",)) | {
-        "held_out": f"every {HELD_OUT}th text of a file, the first included",
+        "held_out": f"every {HELD_OUT}th row of a file, the first included",
         "entries": {name: tokenizer.get_vocab_size() for name, tokenizer in tokenizers.items()},
         "files": files,
     }
@@ -83,14 +83,14 @@ def measure(tokenizer, texts: list[str]) -> dict:
 
 
 def table(files: dict) -> str:
-    lines = ["| file | held-out texts | ours | MiniMind's | ours / MiniMind's | round trips: ours, MiniMind's |"]
+    lines = ["| file | held-out rows | ours | MiniMind's | ours / MiniMind's | round trips: ours, MiniMind's |"]
     lines.append("|---|---:|---:|---:|---:|---|")
     for name, figures in files.items():
         ours, theirs = figures["ours"], figures["minimind"]
         left, right = ours["characters_per_token"], theirs["characters_per_token"]
-        exact = [f"{figures['texts'] - one['not_round_trip']} of {figures['texts']}" for one in (ours, theirs)]
+        exact = [f"{figures['rows'] - one['not_round_trip']} of {figures['rows']}" for one in (ours, theirs)]
         lines.append(
-            f"| {name} | {figures['texts']} | {left:.3f} | {right:.3f} | {left / right:.2f} | {', '.join(exact)} |"
+            f"| {name} | {figures['rows']} | {left:.3f} | {right:.3f} | {left / right:.2f} | {', '.join(exact)} |"
         )
     return "\n".join(lines)
 

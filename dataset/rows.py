@@ -37,10 +37,10 @@ def read_rows(path: Path, clean: Callable[[Any], dict]) -> Iterator[tuple[int, d
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """Every text of a data file of either kind, bad rows left out: a pretraining text or each message's content."""
+    """One text a row of a data file of either kind, bad rows left out; a chat's is its contents, a line each."""
     for _, row in read_rows(path, clean_any):
         if not isinstance(row, BadRow):
-            yield from [row["text"]] if "text" in row else [message["content"] for message in row["conversations"]]
+            yield row["text"] if "text" in row else "\n".join(message["content"] for message in row["conversations"])
 
 
 def clean_any(row: Any) -> dict:

@@ -1,5 +1,6 @@
 """Train a byte-level BPE tokenizer from data files: python scripts/train_tokenizer.py --data_path a.jsonl b.jsonl.gz"""
 
+import random
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,11 +37,13 @@ class Options:
     )
     vocab_size: int = option(6400, "entries, the 3 special tokens and 256 bytes included")
     tokenizer_path: Path = option(Path("out/tokenizer"), "folder to write")
-    held_out: int = option(HELD_OUT, "every N-th text (a chat has one a message) is held out for the report")
+    max_characters: int = option(0, "train on about so many characters of each file, drawn at random; 0: all")
+    held_out: int = option(HELD_OUT, "every N-th row is held out for the report")
 
     def __post_init__(self):
         smallest = BYTES + len(SPECIAL_TOKENS)
         require(self.vocab_size >= smallest, f"--vocab_size {self.vocab_size} must be at least {smallest}")
+        require(self.max_characters >= 0, f"--max_characters {self.max_characters} must not be negative")
         require(self.held_out >= 2, f"--held_out {self.held_out} must be at least 2")
 
 
@@ -49,14 +52,15 @@ def main(argv: list[str] | None = None) -> Path:
     from dataset.rows import read_texts
 
     texts = {path: split_texts(list(read_texts(path)), options.held_out) for path in options.data_path}
-    tokenizer = train_bpe((text for learned, _ in texts.values() for text in learned), options.vocab_size)
+    drawn = (text for learned, _ in texts.values() for text in draw(learned, options.max_characters))
+    tokenizer = train_bpe(drawn, options.vocab_size)
     if len(tokenizer) < options.vocab_size:
         raise UserError(
             f"the data yields only {len(tokenizer)} entries, not --vocab_size {options.vocab_size}:"
             " give more data or a smaller size"
         )
     save_tokenizer(tokenizer, options.tokenizer_path)
-    print(f"{len(tokenizer)} entries -> {options.tokenizer_path}\n\nfile | held-out texts | characters per token")
+    print(f"{len(tokenizer)} entries -> {options.tokenizer_path}\n\nfile | held-out rows | characters per token")
     for path, (_, held_out) in texts.items():
         characters = sum(map(len, held_out))
         tokens = sum(len(ids) for ids in tokenizer(held_out, add_special_tokens=False).input_ids)
@@ -67,6 +71,22 @@ def main(argv: list[str] | None = None) -> Path:
 def split_texts(texts: list[str], every: int = HELD_OUT) -> tuple[list[str], list[str]]:
     """The texts to train on, and every N-th, the first included, held out for figures."""
     return [text for n, text in enumerate(texts) if n % every], texts[::every]
+
+
+def draw(texts: list[str], max_characters: int) -> Iterator[str]:
+    """Random texts, always the same ones, until ``max_characters`` are reached; all of them for 0.
+
+    A cap keeps a large file from spending the whole vocabulary on its own language and style.
+    """
+    if not max_characters:
+        yield from texts
+        return
+    drawn = 0
+    for text in random.Random(0).sample(texts, len(texts)):
+        if drawn >= max_characters:
+            return
+        drawn += len(text)
+        yield text
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int):

@@ -15,7 +15,7 @@ from core.errors import UserError
 from core.paths import TOKENIZER_DIR, bundled_data
 from dataset.chat import encode_chat
 from dataset.tokenizer import load_tokenizer, spelled_bytes, token_bytes, tokenizer_fingerprint
-from scripts.train_tokenizer import CHAT_TEMPLATE, main, save_tokenizer, split_texts, train_bpe
+from scripts.train_tokenizer import CHAT_TEMPLATE, draw, main, save_tokenizer, split_texts, train_bpe
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MESSAGES = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "Hello 👋"}]
@@ -79,6 +79,14 @@ def test_held_out_texts_are_never_trained_on(tmp_path, capsys):
     assert "zq" not in vocabulary and any(len(token) > 1 and token.isascii() for token in vocabulary)
     assert f"{path.name} | 3 | " in capsys.readouterr().out
     assert split_texts(list("abcdef"), 3) == (["b", "c", "e", "f"], ["a", "d"])
+
+
+def test_a_cap_draws_random_texts_once_each_and_the_same_ones_again():
+    texts = [f"{n:04d}" for n in range(500)]
+    drawn = list(draw(texts, 402))
+    assert len(drawn) == len(set(drawn)) == 101 and set(drawn) <= set(texts)
+    assert drawn == list(draw(texts, 402)) and drawn != sorted(drawn)
+    assert list(draw(texts, 0)) == texts and sorted(draw(texts, 10**9)) == texts
 
 
 def test_too_little_data_for_the_size_is_said(tmp_path):
