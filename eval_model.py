@@ -32,17 +32,27 @@ class Options:
     allow_base_mismatch: bool = option(False, "use a skill on a base it was not trained on")
 
     def __post_init__(self):
-        require(0 <= self.temperature < inf, f"--temperature {self.temperature} must be a number of at least 0")
+        # A temperature so small that the division overflows means greedy, and that is written 0.
+        require(
+            self.temperature == 0 or 0.01 <= self.temperature < inf,
+            f"--temperature {self.temperature} must be 0 (greedy) or at least 0.01",
+        )
         require(0 < self.top_p <= 1, f"--top_p {self.top_p} must lie in (0, 1]")
         require(self.top_k >= 0, f"--top_k {self.top_k} must not be negative")
-        require(0 < self.repetition_penalty < inf, f"--repetition_penalty {self.repetition_penalty} must be positive")
+        require(
+            0.1 <= self.repetition_penalty <= 10,
+            f"--repetition_penalty {self.repetition_penalty} must lie between 0.1 and 10; 1 is none",
+        )
         require(self.max_new_tokens >= 1, f"--max_new_tokens {self.max_new_tokens} must be at least 1")
         require(
             self.history_cnt >= 0 and self.history_cnt % 2 == 0,
             f"--history_cnt {self.history_cnt} must be an even number: a question and its answer make two",
         )
-        require(self.seed is None or self.seed >= 0, f"--seed {self.seed} must not be negative")
-        require(self.prompt is None or bool(self.prompt.strip()), "--prompt is empty")
+        require(self.seed is None or 0 <= self.seed < 2**63, f"--seed {self.seed} must lie between 0 and 2^63")
+        if self.prompt is not None:
+            # Bytes of the command line that were no text in the terminal's encoding arrive as lone surrogates.
+            self.prompt = self.prompt.encode(errors="replace").decode()
+            require(bool(self.prompt.strip()), "--prompt is empty")
         if self.lora_name is not None:
             skill_name(self.lora_name)
 

@@ -37,10 +37,9 @@ def main(argv: list[str] | None = None) -> Path:
     tokenizer = tokenizer_of(found, base, options.tokenizer_path, options.out_dir)
     model.config.check_length(options.max_seq_len)
     data = read_data(SFTDataset, options, tokenizer)
-    path = base_path(options.out_dir, "full_sft", model.config.dim)
-    starts_clean(path)
+    path = starts_clean(base_path(options.out_dir, "full_sft", model.config.dim))
     validate = Validation(model, data.val, tokenizer, options, runtime)
-    record = run_record("full_sft", options, tokenizer, options.data_path)
+    record = run_record("full_sft", options, tokenizer)
     record["base"] = {"file": base.name, "fingerprint": found["fingerprint"]}
 
     def on_save(step: int) -> None:

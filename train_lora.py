@@ -28,7 +28,7 @@ class Options(TrainOptions):
         super().__post_init__()
         skill_name(self.lora_name)
         require(self.rank >= 1, f"--rank {self.rank} must be at least 1")
-        require(self.alpha is None or self.alpha > 0, f"--alpha {self.alpha} must be positive")
+        require(self.alpha is None or 0 < self.alpha < 1e6, f"--alpha {self.alpha} must be positive and below 1e6")
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -50,9 +50,11 @@ def main(argv: list[str] | None = None) -> Path:
     tokenizer = tokenizer_of(found, base, options.tokenizer_path, options.out_dir)
     model.config.check_length(options.max_seq_len)
     data = read_data(SFTDataset, options, tokenizer)
-    other = read_data(SFTDataset, replace(options, data_path=options.general_data, bad_rows="skip"), tokenizer)
-    path = lora_path(options.out_dir, options.lora_name, model.config.dim)
-    starts_clean(path)
+    # Held out by the rule that the base was trained with, or the base would have seen these chats.
+    val_ratio = found.get("options", {}).get("val_ratio") or TrainOptions.val_ratio
+    other = replace(options, data_path=options.general_data, val_ratio=val_ratio, bad_rows="skip")
+    other = read_data(SFTDataset, other, tokenizer)
+    path = starts_clean(lora_path(options.out_dir, options.lora_name, model.config.dim))
     total, _ = count_parameters(model)
     apply_lora(model, options.rank, options.alpha)
     _, added = count_parameters(model)
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> Path:
     domain = Validation(model, data.val, tokenizer, options, runtime)
     general = Validation(model, other.val, tokenizer, options, runtime)
     domain(), general()
-    record = {**run_record("lora", options, tokenizer, options.data_path), "base": {"file": base.name}}
+    record = {**run_record("lora", options, tokenizer), "base": {"file": base.name}}
 
     def on_save(step: int) -> None:
         general()
@@ -70,8 +72,7 @@ def main(argv: list[str] | None = None) -> Path:
     source, groups = batches_of(data.train, options), param_groups(model, options.weight_decay)
     log_to = metrics_path(options.out_dir, path.stem)
     train(model, source, groups, options, runtime, loss_sum=loss_sum, on_save=on_save, validate=domain, log_to=log_to)
-    print(f"domain:  {domain}\ngeneral: {general}")
-    print(f"saved {path}")
+    print(f"domain:  {domain}\ngeneral: {general}\nsaved {path}")
     return path
 
 

@@ -41,11 +41,10 @@ def main(argv: list[str] | None = None) -> Path:
     config = LMConfig(vocab_size=len(tokenizer), **architecture)
     config.check_length(options.max_seq_len)
     data = read_data(PretrainDataset, options, tokenizer)
-    path = base_path(options.out_dir, "pretrain", options.dim)
-    starts_clean(path)
+    path = starts_clean(base_path(options.out_dir, "pretrain", options.dim))
     model = MiniMindLM(config).to(runtime.device)
     validate = Validation(model, data.val, tokenizer, options, runtime)
-    record = run_record("pretrain", options, tokenizer, options.data_path)
+    record = run_record("pretrain", options, tokenizer)
 
     def on_save(step: int) -> None:
         save_base(path, model, {**record, "metrics": {"step": step, "val": validate.record()}})

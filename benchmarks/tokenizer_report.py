@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> dict:
     }
     files = {}
     for path in options.data_path:
-        _, texts = split_texts(list(read_texts(path)))
+        _, texts = split_texts(read_texts(path))
         files[path.name] = {"rows": len(texts), "characters": sum(map(len, texts))} | {
             name: measure(tokenizer, texts) for name, tokenizer in tokenizers.items()
         }

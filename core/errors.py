@@ -1,6 +1,7 @@
 """What a user did wrong is one sentence and exit code 2; everything else is a bug and keeps its traceback."""
 
 import io
+import os
 import sys
 from collections.abc import Callable
 
@@ -34,6 +35,9 @@ def run(main: Callable[[], object]) -> None:
         message, code = f"the Python package {package!r} is not installed here: {INSTALL_HINT}", 2
     except KeyboardInterrupt:
         message, code = "interrupted", 130
+    except BrokenPipeError:  # the reader of our output has left, as `| head` does: nobody is there to be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     else:
         return
     print(f"error: {message}", file=sys.stderr)

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
     where the system allows it. Missing folders are made. Raises ``UserError`` when the disk refuses.
     """
     path = Path(path)
-    temporary = None
+    temporary, outer = None, sys.exc_info()[1]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
@@ -31,9 +32,13 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
         os.replace(temporary, path)
         temporary = None
         _fsync_folder(path.parent)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write {path}: {reason}; free the disk or choose another folder") from error
+    except Exception as error:
+        # torch.save hides the disk's error behind one of its own; what the caller is handling is another story.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError) or cause is outer:
+            raise
+        reason = cause.strerror or cause
+        raise UserError(f"cannot write {path}: {reason}; make room there or choose another folder") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

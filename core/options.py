@@ -108,5 +108,5 @@ def _explain_unknown(argument: str, known: list[str]) -> str:
         return f"{flag} is gone: {RETIRED_FLAGS[flag]}"
     if not flag.startswith("-"):
         return f"unexpected argument {argument!r}: values follow a flag; see --help"
-    close = difflib.get_close_matches(flag, known, n=1)
+    close = difflib.get_close_matches(flag, known, n=1, cutoff=0.75)
     return f"unknown flag {flag}" + (f"; did you mean {close[0]}?" if close else "; see --help")

@@ -10,6 +10,7 @@ from core.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOKENIZER_DIR = REPOSITORY / "model" / "minimind_tokenizer"
+SKILL_FILE = re.compile(r"lora_(?!lora_)\w[\w.-]*_\d+\.pth")  # the names that lora_path gives
 STAGES = ("pretrain", "full_sft")  # in the order in which they are trained
 
 
@@ -28,7 +29,7 @@ def lora_path(out_dir: str | Path, name: str, dim: int) -> Path:
 
 def lora_paths(out_dir: str | Path, name: str | None = None) -> list[Path]:
     """The skill files in ``out_dir``, of every dim, the newest last; only those of skill ``name`` if given."""
-    found = (Path(out_dir) / "lora").glob("lora_*_*.pth")
+    found = [path for path in (Path(out_dir) / "lora").glob("lora_*.pth") if SKILL_FILE.fullmatch(path.name)]
     found = [path for path in found if name is None or skill_of(path) == skill_name(name)]
     return sorted(found, key=lambda path: path.stat().st_mtime_ns)
 
@@ -40,10 +41,10 @@ def skill_of(path: Path) -> str:
 
 def skill_name(name: str) -> str:
     """The bare name of a skill, without the ``lora_`` in front."""
-    bare = name.removeprefix("lora_")
-    if not re.fullmatch(r"\w[\w.-]*", bare):
+    bare = re.sub(r"^(lora_)+", "", name)
+    if not re.fullmatch(r"\w[\w.-]{0,99}", bare) or bare == "off":  # /lora off means: no skill
         raise UserError(
-            f"--lora_name {name!r} is not a skill name: use letters, digits, '_', '-' and '.' only, no folders"
+            f"--lora_name {name[:99]!r} is not a skill name: use letters, digits, '_', '-', '.' (up to 100), not 'off'"
         )
     return bare
 

@@ -25,13 +25,14 @@ class Batch:
 
     ``inputs``: what the model's forward takes, ``input_ids`` (B, T) int64, right-padded. ``labels`` (B, T) int64: the
     id itself where it is learned, else -100; ``labels[:, 0]`` is -100 because nothing predicts it. ``n_targets``: how
-    many labels are learned. ``n_bytes``: how many UTF-8 bytes they stand for.
+    many labels are learned. ``n_bytes``: how many UTF-8 bytes they stand for. ``n_tokens``: ids that are no padding.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
     n_targets: int
     n_bytes: int
+    n_tokens: int
 
 
 class Samples(Protocol):
@@ -142,7 +143,8 @@ def collate(samples: Samples, indices: np.ndarray) -> Batch:
         targets[0] = IGNORED
         labels[row, : len(ids)] = torch.from_numpy(targets)
         n_bytes += int(samples.bytes_of[targets[targets != IGNORED]].sum())
-    return Batch({"input_ids": input_ids}, labels, int((labels != IGNORED).sum()), n_bytes)
+    n_tokens = sum(len(ids) for ids, _ in rows)
+    return Batch({"input_ids": input_ids}, labels, int((labels != IGNORED).sum()), n_bytes, n_tokens)
 
 
 class Batches:

@@ -36,11 +36,18 @@ def read_rows(path: Path, clean: Callable[[Any], dict]) -> Iterator[tuple[int, d
             yield line, bad
 
 
-def read_texts(path: Path) -> Iterator[str]:
-    """One text a row of a data file of either kind, bad rows left out; a chat's is its contents, a line each."""
-    for _, row in read_rows(path, clean_any):
-        if not isinstance(row, BadRow):
-            yield row["text"] if "text" in row else "\n".join(message["content"] for message in row["conversations"])
+def read_texts(path: Path) -> list[str]:
+    """One text a row of a data file of either kind; a chat's is its contents, a line each.
+
+    Bad rows are left out, with a count in print. Raises ``UserError`` if no row is left.
+    """
+    rows = [row for _, row in read_rows(path, clean_any)]
+    good = [row for row in rows if not isinstance(row, BadRow)]
+    if len(good) < len(rows):
+        print(f"{path}: {len(rows) - len(good)} bad rows left out (scripts/inspect_data.py lists them)")
+    if not good:
+        raise UserError(f"no usable row in {path}; look at it with scripts/inspect_data.py")
+    return [row["text"] if "text" in row else "\n".join(m["content"] for m in row["conversations"]) for row in good]
 
 
 def clean_any(row: Any) -> dict:

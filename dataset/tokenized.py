@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from datasets import Dataset, Features, Sequence, Value
@@ -51,46 +51,51 @@ def tokenize_files(
     identity = [FORMAT, kind.name, tokenizer_fingerprint(tokenizer), *(sha256_file(path) for path in paths)]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     table = cache / f"{kind.name}-{key}.arrow"
-    bad_list = table.with_suffix(".bad.json")
-    if not table.is_file():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            _write_table(table, bad_list, paths, kind, tokenizer)
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"cannot write {table}: {reason}; free the disk or choose another --out_dir") from error
+    cached = _read_table(table)
+    if cached is None:
+        _write_table(table, paths, kind, tokenizer)
+        cached = _read_table(table)
+    if cached is None:
+        raise UserError(f"cannot read {table} back, which was just written; choose another --out_dir")
+    rows, bad = cached
     # The cache may have been filled from files of other names.
-    bad = [f"{paths[n]}:{line}: {reason}" for n, line, reason in json.loads(bad_list.read_text(encoding="utf-8"))]
+    bad = [f"{paths[n]}:{line}: {reason}" for n, line, reason in bad]
     if bad and bad_rows == "skip":
         print(f"bad rows skipped: {len(bad)} (scripts/inspect_data.py lists them)")
     elif bad:
         print("\n".join(bad[:SHOWN_BAD_ROWS]), *["..."] * (len(bad) > SHOWN_BAD_ROWS), sep="\n", flush=True)
         raise UserError(f"{len(bad)} bad rows, the first {bad[0]}; mend them or pass --bad_rows skip")
-    rows = Dataset.from_file(str(table))
     if not len(rows):
         raise UserError(f"no usable row in {', '.join(map(str, paths))}")
     return rows
 
 
-def _write_table(
-    table: Path, bad_list: Path, paths: tuple[Path, ...], kind: Kind, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Write ``bad_list``, the bad rows as [number of the file, line, reason], then ``table``, whole or not at all."""
+def _read_table(table: Path) -> tuple[Dataset, list] | None:
+    """The cached rows and the bad ones as (number of the file, line, reason); None when missing or damaged."""
+    try:
+        bad = json.loads(table.with_suffix(".bad.json").read_text(encoding="utf-8"))
+        return Dataset.from_file(str(table)), [(int(n), int(line), str(reason)) for n, line, reason in bad]
+    except (OSError, ValueError, TypeError):  # the cache may be deleted, in whole or in part, at any time
+        return None
+
+
+def _write_table(table: Path, paths: tuple[Path, ...], kind: Kind, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write ``table`` and beside it the list of bad rows, each whole or not at all."""
     bad: list[tuple[int, int, str]] = []
     width = "uint16" if len(tokenizer) <= 1 << 16 else "int32"
     features = Features({"ids": Sequence(Value(width)), "learned": Sequence(Value("bool")), "digest": Value("int64")})
-    temporary = table.with_name(f".{table.name}.{os.getpid()}")
-    try:
-        with ArrowWriter(path=str(temporary), features=features) as writer:
+
+    def write(file: BinaryIO) -> None:
+        with ArrowWriter(stream=file, features=features) as writer:
             clean_rows = _clean_rows(paths, kind, bad)
             while rows := list(islice(clean_rows, ROWS_AT_ONCE)):
                 ids, learned = zip(*kind.encode(tokenizer, rows), strict=True)
                 writer.write_batch({"ids": ids, "learned": learned, "digest": [_digest(row) for row in rows]})
-            writer.finalize()
-        atomic_write(bad_list, lambda file: file.write(json.dumps(bad, ensure_ascii=False).encode()))
-        os.replace(temporary, table)
-    finally:
-        temporary.unlink(missing_ok=True)
+            writer.finalize(close_stream=False)
+
+    atomic_write(table, write)
+    text = json.dumps(bad, ensure_ascii=False)
+    atomic_write(table.with_suffix(".bad.json"), lambda file: file.write(text.encode()))
 
 
 def _clean_rows(paths: tuple[Path, ...], kind: Kind, bad: list[tuple[int, int, str]]) -> Iterator[dict]:

@@ -4,6 +4,8 @@ from transformers import PretrainedConfig
 
 from core.errors import UserError
 
+LARGEST = 1 << 20  # of any size: beyond, it is a slip of the finger or a damaged file, not a model
+
 
 class LMConfig(PretrainedConfig):
     """Architecture of a ``MiniMindLM``; the defaults make 25,829,888 parameters.
@@ -44,8 +46,8 @@ class LMConfig(PretrainedConfig):
             "hidden_dim": 1 if hidden_dim is None else hidden_dim,
         }
         for name, value in sizes.items():
-            if value < 1:
-                raise UserError(f"{name}={value} must be at least 1")
+            if not isinstance(value, int) or not 1 <= value <= LARGEST:
+                raise UserError(f"{name}={value} must be a whole number from 1 to {LARGEST:,}")
         if dim % n_heads or (dim // n_heads) % 2:
             raise UserError(f"dim={dim} must split into n_heads={n_heads} heads of even width (rotary pairs)")
         if n_heads % n_kv_heads:

@@ -20,7 +20,7 @@ class Sampling:
     max_new_tokens: int = 512
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: its tensors could never be trained with, the rotary tables among them
 def generate(
     model: nn.Module, ids: list[int], sampling: Sampling, stop: set[int], rng: torch.Generator
 ) -> Iterator[int]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from core.files import atomic_write
-from model.weights import copy_strictly, fingerprint, read_tensors, short
+from model.weights import ARITHMETIC, copy_strictly, fingerprint, read_tensors, short
 
 FORMAT = 1
 META_KEY = "_meta"  # a uint8 tensor of JSON; MiniMind's own loader passes over it
@@ -66,6 +66,9 @@ def apply_lora(
     if not targets:
         names = sorted({name.rpartition(".")[2] for name, _ in _linears(model)})
         raise UserError(f"target_modules={target_modules!r} matches no Linear; there are {', '.join(names) or 'none'}")
+    smallest, name = min((min(linear.in_features, linear.out_features), name) for name, linear in targets)
+    if rank > smallest:
+        raise UserError(f"rank={rank} exceeds the {smallest} features of {name}: choose a smaller rank")
     model.requires_grad_(False)  # freeze first: whatever is added below is what trains
     for _, linear in targets:
         lora = LoRA(linear.in_features, linear.out_features, rank, alpha or rank)
@@ -130,9 +133,12 @@ def read_lora(path: str | PathLike) -> tuple[dict[str, Tensor], dict]:
         meta = {"rank": rank, "alpha": rank, "targets": sorted(targets), **meta}
         consistent = len(tensors) == 2 * len(targets) and set(meta["targets"]) == targets and meta["rank"] == rank >= 1
         meta |= {"rank": rank, "alpha": float(meta["alpha"]), "base": dict(meta.get("base") or {})}
-        if not consistent or not 0 < meta["alpha"] < math.inf or meta.get("format", FORMAT) != FORMAT:
+        scaling = dict(meta.get("scaling") or {})
+        meta["scaling"] = {target: float(scaling.get(target, meta["alpha"] / rank)) for target in meta["targets"]}
+        numbers = [meta["alpha"], *meta["scaling"].values()]
+        if not consistent or not all(0 < n < math.inf for n in numbers) or meta.get("format", FORMAT) != FORMAT:
             raise ValueError("its _meta and its tensors disagree")
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{path} is no LoRA file: it needs '<module>.lora.A.weight' and '.B.weight' pairs of one rank"
         ) from error
@@ -175,14 +181,10 @@ def load_lora(model: nn.Module, path: str | PathLike, *, allow_base_mismatch: bo
     and if rank or targets differ from what is applied: it prints the right ``apply_lora`` call.
     """
     tensors, meta = check_lora(model, path, allow_base_mismatch=allow_base_mismatch)
-    if meta["base"].get("fingerprint") is None:
-        print(f"note: {path} does not say which base it was trained on, so that cannot be checked")
     adapted = dict(_adapted(model))
     if set(adapted) != set(meta["targets"]) or {linear.lora.rank for linear in adapted.values()} != {meta["rank"]}:
         raise UserError(f"{path} does not fit the LoRA on this model; prepare it with {_apply_call(model, meta)}")
-    copy_strictly(_lora_state(model), tensors, path)
-    for linear in adapted.values():
-        linear.lora.scaling = meta["alpha"] / meta["rank"]
+    _fill(model, tensors, meta, path)
     return meta
 
 
@@ -191,20 +193,35 @@ def attach_lora(model: nn.Module, path: str | PathLike, *, allow_base_mismatch: 
 
     When ``check_lora`` refuses the file the active skill stays.
     """
-    _, meta = check_lora(model, path, allow_base_mismatch=allow_base_mismatch)
+    tensors, meta = check_lora(model, path, allow_base_mismatch=allow_base_mismatch)
     remove_lora(model)
     apply_lora(model, meta["rank"], meta["alpha"], _exactly(meta["targets"]))
-    return load_lora(model, path, allow_base_mismatch=allow_base_mismatch)
+    _fill(model, tensors, meta, path)
+    return meta
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], meta: dict, path: str | PathLike) -> None:
+    """Copy checked tensors and scales into the LoRA applied to ``model``."""
+    if meta["base"].get("fingerprint") is None:
+        print(f"note: {path} does not say which base it was trained on, so that cannot be checked")
+    copy_strictly(_lora_state(model), tensors, path)
+    for name, linear in _adapted(model):
+        linear.lora.scaling = meta["scaling"][name]
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """``fingerprint`` of the model without its LoRA; recomputed only after a weight changed."""
+    """``fingerprint`` of the model without its LoRA; recomputed only after a weight changed.
+
+    A write through ``parameter.data`` is the one change that cannot be seen.
+    """
     added = {id(parameter) for parameter in lora_parameters(model)}
     base = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in added]
+    config = getattr(model, "config", None)
     version = [(parameter.data_ptr(), parameter._version) for _, parameter in base]
+    version += [getattr(config, name, None) for name in ARITHMETIC]
     known_version, known = getattr(model, "_base_fingerprint", (None, ""))
     if version != known_version:
-        known = fingerprint(base, getattr(model, "config", None))
+        known = fingerprint(base, config)
         model._base_fingerprint = (version, known)
     return known
 

@@ -1,5 +1,6 @@
 """Weights on disk: safe reading, base files that describe themselves, and the fingerprint that tells bases apart."""
 
+import contextlib
 import hashlib
 import json
 import zipfile
@@ -89,6 +90,8 @@ def save_base(path: str | Path, model: MiniMindLM, meta: dict) -> None:
     path = Path(path)
     config = {name: getattr(model.config, name) for name in ARCHITECTURE}
     weights = fingerprint(model.named_parameters(), model.config)
+    if any(".lora." in name for name in model.state_dict()):
+        raise UserError("a base is saved without a LoRA; call remove_lora(model) first")
     record = {"format": FORMAT, **meta, "config": config, "fingerprint": weights}
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
@@ -108,10 +111,16 @@ def load_base(path: str | Path, device: torch.device | str = "cpu") -> tuple[Min
     # Files of older MiniMind versions carry the causal mask and the rotary table; both are computed here.
     tensors = {name: t for name, t in tensors.items() if name != "pos_cis" and not name.endswith(".mask")}
     record = read_record(path)
-    config = record.get("config") or _config_from_shapes(tensors, path)
     try:
+        if record:
+            config = {name: record["config"][name] for name in ARCHITECTURE}
+        else:
+            config = _config_from_shapes(tensors, path)
         model = MiniMindLM(LMConfig(**config))
-    except (TypeError, UserError) as error:
+    except (KeyError, TypeError, RuntimeError) as error:  # RuntimeError: no memory for such a model
+        beside = path.with_suffix(".json")
+        raise UserError(f"{beside} describes no possible model ({error}); delete it or retrain") from error
+    except UserError as error:
         source = path.with_suffix(".json") if record else path
         raise UserError(f"{source} describes no possible model: {error}") from error
     head, embedding = tensors.get("output.weight"), tensors.get("tok_embeddings.weight")
@@ -154,8 +163,9 @@ def choose_base(
     folder = Path(out_dir)
     if skill_base is not None:
         for path in sorted(folder.glob("*.pth")):
-            if read_record(path).get("fingerprint") == skill_base:
-                return path
+            with contextlib.suppress(UserError):  # a broken record of another base is no reason to stop
+                if read_record(path).get("fingerprint") == skill_base:
+                    return path
     for stage in reversed(list(stages)):
         found = sorted(folder.glob(f"{stage}_*.pth"), key=lambda path: path.stat().st_mtime_ns)
         if found:

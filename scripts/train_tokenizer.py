@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core.errors import UserError, run
+from core.files import atomic_write
 from core.options import option, parse, require
 from core.paths import bundled_data
 
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> Path:
     options = parse(Options, argv)
     from dataset.rows import read_texts
 
-    texts = {path: split_texts(list(read_texts(path)), options.held_out) for path in options.data_path}
+    texts = {path: split_texts(read_texts(path), options.held_out) for path in options.data_path}
     drawn = (text for learned, _ in texts.values() for text in draw(learned, options.max_characters))
     tokenizer = train_bpe(drawn, options.vocab_size)
     if len(tokenizer) < options.vocab_size:
@@ -116,16 +117,35 @@ def train_bpe(texts: Iterator[str], vocab_size: int):
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:
-    """Write ``folder`` so that transformers 4 and 5 and other tools read it alike."""
-    import json
+    """Write ``folder``, whole or not at all, so that transformers 4 and 5 and other tools read it alike.
 
-    tokenizer.save_pretrained(folder)
+    Raises ``UserError`` if the disk refuses, or if the folder holds another tokenizer: models may need that one.
+    """
+    import json
+    import tempfile
+
+    from dataset.tokenizer import load_tokenizer, tokenizer_fingerprint
+
+    if (folder / "tokenizer.json").exists():
+        if tokenizer_fingerprint(load_tokenizer(folder)) == tokenizer_fingerprint(tokenizer):
+            return
+        raise UserError(
+            f"{folder} holds another tokenizer, which models may have been trained with; delete it or choose another"
+            " --tokenizer_path"
+        )
+    try:
+        with tempfile.TemporaryDirectory() as unfinished:
+            tokenizer.save_pretrained(unfinished)
+            files = {path.name: path.read_bytes() for path in Path(unfinished).iterdir()}
+    except OSError as error:
+        raise UserError(f"cannot write to the temporary folder: {error.strerror}; make room there") from error
     # Readers of transformers 4 know neither transformers 5's class name nor a template outside this file.
-    config_file = folder / "tokenizer_config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config = json.loads(files["tokenizer_config.json"])
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": tokenizer.chat_template}
     config.pop("extra_special_tokens", None)
-    config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+    files["tokenizer_config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    for name in sorted(files, key=lambda name: name == "tokenizer.json"):  # last the file that makes it a tokenizer
+        atomic_write(folder / name, lambda file, name=name: file.write(files[name]))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def batches_of(samples: Samples, options: TrainOptions) -> Batches:
 
 
 class Validation:
-    """Loss and bits per byte of ``model`` on the first ``val_tokens`` held-out tokens, the same ones at each call."""
+    """Loss and bits per byte of ``model`` on about ``val_tokens`` held-out tokens, the same ones at each call."""
 
     def __init__(
         self,
@@ -60,14 +60,14 @@ class Validation:
         return self.last
 
     def record(self) -> dict:
-        """The first and the last result, empty before there is one."""
-        return {"first": asdict(self.first), "last": asdict(self.last)} if self.last else {}
+        """The first and the last result, empty when nothing was held out."""
+        return {"first": asdict(self.first), "last": asdict(self.last)} if self.last and self.last.targets else {}
 
     def __str__(self) -> str:
         return f"before {self.first}; after {self.last}"
 
 
-def run_record(stage: str, options: object, tokenizer: PreTrainedTokenizerBase, data_path: tuple[Path, ...]) -> dict:
+def run_record(stage: str, options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> dict:
     """What a file says of the run that made it; paths are cut to file names."""
 
     def cut(value: object) -> object:
@@ -78,13 +78,13 @@ def run_record(stage: str, options: object, tokenizer: PreTrainedTokenizerBase, 
     return {
         "stage": stage,
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "data": {path.name: sha256_file(path) for path in data_path},
+        "data": [{"file": path.name, "sha256": sha256_file(path)} for path in options.data_path],
         "options": {field.name: cut(getattr(options, field.name)) for field in fields(options)},
     }
 
 
-def starts_clean(*outputs: Path) -> None:
-    """Say that a re-run replaces what an earlier run left."""
-    for path in outputs:
-        if path.exists():
-            print(f"starting clean: {path} of an earlier run will be replaced")
+def starts_clean(path: Path) -> Path:
+    """``path``, once it was said that a re-run replaces what an earlier run left there."""
+    if path.exists():
+        print(f"starting clean: {path} of an earlier run will be replaced")
+    return path

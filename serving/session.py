@@ -75,8 +75,11 @@ class ChatSession:
         self.skill = skill_of(path)
 
     def skills(self) -> Iterator[tuple[str, str | None]]:
-        """Every skill file's name, and why it does not fit this base (None: it fits)."""
+        """Every skill's name (of another dim: file name), and why it does not fit this base (None: it fits)."""
         for path in lora_paths(self.out_dir):
+            if path != lora_path(self.out_dir, skill_of(path), self.model.config.dim):
+                yield path.name, f"it is for another dim than this base's {self.model.config.dim}"
+                continue
             try:
                 check_lora(self.model, path, allow_base_mismatch=self.allow_base_mismatch)
                 yield skill_of(path), None

@@ -19,6 +19,7 @@ def chat(session: ChatSession) -> None:
     while True:
         try:
             line = input(f"\n{session.skill or 'base'}> " if interactive else "").strip()
+            line = line.removeprefix("\ufeff")  # some shells begin a pipe with a byte-order mark
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -38,7 +39,7 @@ def chat(session: ChatSession) -> None:
 
 
 def answer(session: ChatSession, text: str) -> None:
-    """Stream one answer to stdout; its speed goes to stderr, so that a pipe holds answers only."""
+    """Stream one answer to stdout; its speed goes to stderr, so that a pipe holds what the model said."""
     began = time.perf_counter()
     for piece in session.reply(text):
         print(piece, end="", flush=True)

@@ -16,7 +16,7 @@ import train_lora
 import train_pretrain
 from core.errors import run
 from core.files import sha256_file
-from core.paths import REPOSITORY
+from core.paths import REPOSITORY, TOKENIZER_DIR
 from scripts import inspect_data, train_tokenizer
 
 DOORS = {
@@ -67,6 +67,8 @@ def place(trained, tmp_path_factory) -> Trained:
     }
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
+    (folder / "chats.jsonl").write_text("\n".join(chats), encoding="utf-8")
+    shutil.copytree(TOKENIZER_DIR, folder / "other")
     (folder / "latin1.jsonl").write_bytes('{"text": "caf\u00e9"}'.encode("latin-1"))
     (folder / "truncated.pth").write_bytes(good[: len(good) // 2])
     (folder / "flipped.pth").write_bytes(good[:20000] + bytes([good[20000] ^ 1]) + good[20001:])
@@ -80,6 +82,10 @@ def place(trained, tmp_path_factory) -> Trained:
     (lora / "lora_truncated_64.pth").write_bytes(skill.read_bytes()[:3000])
     torch.save({"weights": Touch(folder / "canary")}, lora / "lora_hostile_64.pth")
     torch.save(tensors, lora / "lora_base_64.pth")
+    parts = torch.load(skill, weights_only=True)
+    for name, text in (("deep", "[" * 100_000), ("huge", '{"alpha": 1' + "0" * 400 + "}")):
+        parts["_meta"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        torch.save(parts, lora / f"lora_{name}_64.pth")
     pretrained = torch.load(folder / "out" / "pretrain_64.pth", weights_only=True)
     torch.save(pretrained, folder / "out" / "other_64.pth")
     record = json.loads((folder / "out" / "pretrain_64.json").read_text(encoding="utf-8"))
@@ -120,8 +126,18 @@ CASES = [
     (("chat",), "--lora_name base --prompt x", "is no LoRA file"),
     (("lora", "chat"), "--lora_name ../escape", "is not a skill name"),
     (("lora", "chat"), "--lora_name a/b", "is not a skill name"),
+    (("lora", "chat"), f"--lora_name {'x' * 300}", "is not a skill name"),
+    (("lora", "chat"), "--lora_name off", "is not a skill name"),
+    (("chat",), "--lora_name deep --prompt x", "is no LoRA file"),
+    (("chat",), "--lora_name huge --prompt x", "is no LoRA file"),
     (("lora",), "--rank 0", "--rank 0 must be at least 1"),
+    (("lora",), "--rank 99999999999", "exceeds the 64 features"),
     (("lora",), "--alpha -1", "--alpha -1.0 must be positive"),
+    (("lora",), "--alpha inf", "--alpha inf must be positive"),
+    (TRAINING, "--warmup_iters 4", "must be shorter than the run of 4"),
+    (TRAINING, "--max_steps -1", "--max_steps -1 must not be negative"),
+    (("pretrain", "sft", "lora", "chat"), "--seed 99999999999999999999", "--seed 99999999999999999999"),
+    (("pretrain",), "--dim 10000000000", "dim=10000000000 must be a whole number"),
     (TRAINING, "--epochs 0", "--epochs 0 must be at least 1"),
     (TRAINING, "--batch_size many", "'many' is not a whole number"),
     (TRAINING, "--learning_rate nan", "--learning_rate nan"),
@@ -142,9 +158,14 @@ CASES = [
     (TRAINING, "--ddp", "--ddp is gone"),
     (("chat",), "--model_mode 1", "--model_mode is gone"),
     (("chat",), "--temperature -1", "--temperature -1.0"),
+    (("chat",), "--temperature 1e-45", "must be 0 (greedy) or at least 0.01"),
+    (("chat",), "--repetition_penalty 1e-45", "must lie between 0.1 and 10"),
     (("chat",), "--top_p 0", "--top_p 0.0 must lie in (0, 1]"),
     (("chat",), "--history_cnt 3", "must be an even number"),
     (("tokenizer",), "--vocab_size 10", "--vocab_size 10 must be at least 259"),
+    (("tokenizer",), "--data_path {f}/empty.jsonl", "no usable row in {f}/empty.jsonl"),
+    (("tokenizer",), "--data_path {f}/chats.jsonl --tokenizer_path {f}/other --vocab_size 400", "another tokenizer"),
+    (("tokenizer",), "--data_path {f}/chats.jsonl --tokenizer_path {f}/noise.pth --vocab_size 400", "cannot write"),
 ]
 
 

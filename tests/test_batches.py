@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets.arrow_writer import ArrowWriter
 
+from core import files
 from core.errors import UserError
 from dataset import tokenized
 from dataset.batches import IGNORED, Batches, PretrainDataset, SFTDataset, collate, validation_batches
@@ -296,7 +297,7 @@ def test_the_split_takes_its_share_and_at_least_one_row(make, tokenizer, tmp_pat
 
 
 def cached(tmp_path):
-    return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*")}
 
 
 def test_the_second_call_reads_the_cache(make, texts, tmp_path, monkeypatch):
@@ -332,16 +333,32 @@ def test_whatever_changes_the_tokens_makes_a_new_table(tokenizer, texts, chats, 
 
 @pytest.mark.parametrize("fails", ["write_batch", "finalize", "atomic_write", "replace"])
 def test_an_interrupted_write_leaves_no_table(make, texts, tmp_path, monkeypatch, fails):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    place = {"atomic_write": tokenized, "replace": tokenized.os}.get(fails, ArrowWriter)
+    place = {"atomic_write": tokenized, "replace": files.os}.get(fails, ArrowWriter)
     with monkeypatch.context() as patch:
         patch.setattr(place, fails, interrupt)
         with pytest.raises(KeyboardInterrupt):
             make(PretrainDataset, texts, 64)
-    assert not [name for name in cached(tmp_path) if not name.endswith(".bad.json")]
+    assert cached(tmp_path) == {}
     assert len(make(PretrainDataset, texts, 64).train) > 0
+
+
+@pytest.mark.parametrize("damage", ["truncated table", "no list", "broken list", "empty table"])
+def test_a_damaged_cache_is_made_again(make, texts, tmp_path, damage):
+    before = len(make(PretrainDataset, texts, 64).train)
+    (table,) = (tmp_path / "cache").glob("*.arrow")
+    bad_list = table.with_suffix(".bad.json")
+    if damage == "truncated table":
+        table.write_bytes(table.read_bytes()[:200])
+    elif damage == "empty table":
+        table.write_bytes(b"")
+    elif damage == "no list":
+        bad_list.unlink()
+    else:
+        bad_list.write_text("[[")
+    assert len(make(PretrainDataset, texts, 64).train) == before
 
 
 def test_bad_rows_stop_the_run_or_are_skipped_and_are_remembered(make, tmp_path, capsys):
@@ -367,17 +384,17 @@ def test_a_file_without_a_usable_row_is_one_sentence(make, tmp_path, content):
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(make, texts, tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(ArrowWriter, "finalize", full)
-        with pytest.raises(UserError, match=r"cannot write .*: No space left on device; free the disk"):
+        with pytest.raises(UserError, match=r"cannot write .*: No space left on device; make room"):
             make(PretrainDataset, texts, 64)
     assert cached(tmp_path) == {}
     (tmp_path / "cache").rmdir()
     (tmp_path / "cache").touch()
-    with pytest.raises(UserError, match=r"cannot write .*choose another --out_dir"):
+    with pytest.raises(UserError, match=r"cannot write .*choose another folder"):
         make(PretrainDataset, texts, 64)
 
 

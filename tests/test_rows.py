@@ -239,4 +239,4 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path, name):
 
 def test_texts_of_either_kind_leave_bad_rows_out(tmp_path):
     path = write(tmp_path / "a.jsonl", {"text": "a"}, "oops", {"conversations": [SYSTEM, *CHAT]})
-    assert list(read_texts(path)) == ["a", "Be brief.\n你好\nHello 👋"]
+    assert read_texts(path) == ["a", "Be brief.\n你好\nHello 👋"]

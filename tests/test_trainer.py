@@ -29,13 +29,14 @@ def ragged_batch(rows: int, seed: int, length: int = 12, vocab: int = 320) -> Ba
     labels = ids.clone()
     for row in range(rows):
         labels[row, : int(torch.randint(1, length, (1,), generator=rng))] = -100
-    return Batch({"input_ids": ids}, labels, int((labels != -100).sum()), int((labels != -100).sum()))
+    n_targets = int((labels != -100).sum())
+    return Batch({"input_ids": ids}, labels, n_targets, n_targets, ids.numel())
 
 
 def rows_of(batch: Batch, start: int, end: int) -> Batch:
     labels = batch.labels[start:end]
     n_targets = int((labels != -100).sum())
-    return Batch({"input_ids": batch.inputs["input_ids"][start:end]}, labels, n_targets, n_targets)
+    return Batch({"input_ids": batch.inputs["input_ids"][start:end]}, labels, n_targets, n_targets, labels.numel())
 
 
 def no_validation():
@@ -215,9 +216,28 @@ def test_a_frozen_model_is_refused(tiny_model, tmp_path):
         run_training(tiny_model, Source([ragged_batch(2, seed=12)]), tmp_path)
 
 
+def test_a_warm_up_longer_than_the_run_is_refused(tiny_model, tmp_path):
+    with pytest.raises(UserError, match="--warmup_iters 4 must be shorter than the run of 4"):
+        run_training(tiny_model, Source([ragged_batch(2, seed=16)]), tmp_path, warmup_iters=4)
+
+
+def test_a_failing_run_leaves_the_metrics_of_an_earlier_one(tiny_model, tmp_path):
+    run_training(tiny_model, Source([ragged_batch(2, seed=17)]), tmp_path)
+    metrics = tmp_path / "metrics" / "run.jsonl"
+    before = metrics.read_bytes(), metrics.with_suffix(".png").read_bytes()
+    with pytest.raises(UserError, match="step 1: loss nan"):
+        run_training(
+            tiny_model,
+            Source([ragged_batch(2, seed=17)]),
+            tmp_path,
+            loss=lambda model, batch: loss_sum(model, batch) * math.nan,
+        )
+    assert before == (metrics.read_bytes(), metrics.with_suffix(".png").read_bytes())
+
+
 def test_parameters_without_gradient_are_reported(tiny_model, tmp_path, capsys):
     tiny_model.bypassed = torch.nn.Linear(2, 2)
-    run_training(tiny_model, Source([ragged_batch(2, seed=13)]), tmp_path, epochs=1)
+    run_training(tiny_model, Source([ragged_batch(2, seed=13)]), tmp_path, epochs=2)
     assert "bypassed.weight, bypassed.bias" in capsys.readouterr().out
 
 
@@ -258,10 +278,10 @@ def test_bits_per_byte_leaves_control_tokens_out(tiny_model):
     assert metrics.bits_per_byte == pytest.approx(sum(text) / math.log(2) / 57, rel=1e-5)
 
 
-def test_evaluation_of_nothing_is_zero_and_keeps_the_mode(tiny_model):
+def test_evaluation_of_nothing_is_no_perfect_score_and_keeps_the_mode(tiny_model):
     tiny_model.train()
     metrics = evaluate(tiny_model, [], CPU, loss_sum=nats_of(CONTROL))
-    assert (metrics.loss, metrics.bits_per_byte) == (0.0, 0.0)
+    assert math.isnan(metrics.loss) and math.isnan(metrics.bits_per_byte) and str(metrics) == "nothing held out"
     assert tiny_model.training
 
 

@@ -12,7 +12,10 @@ from trainer.runtime import Runtime
 
 @dataclass(frozen=True)
 class Metrics:
-    """``loss``: nats per supervised target. ``bits_per_byte``: of the learned text, control tokens in neither part."""
+    """``loss``: nats per supervised target. ``bits_per_byte``: of the learned text, control tokens in neither part.
+
+    Both are NaN when nothing was supervised (``targets`` 0).
+    """
 
     loss: float
     bits_per_byte: float
@@ -20,7 +23,7 @@ class Metrics:
     bytes: int
 
     def __str__(self) -> str:
-        return f"loss {self.loss:.4f}, {self.bits_per_byte:.4f} bits per byte"
+        return f"loss {self.loss:.4f}, {self.bits_per_byte:.4f} bits per byte" if self.targets else "nothing held out"
 
 
 @torch.no_grad()
@@ -29,7 +32,7 @@ def evaluate(
 ) -> Metrics:
     """Token mean over ``batches``. ``loss_sum(model, batch)`` returns two sums in nats: all targets, text alone.
 
-    The model is put into eval mode and back. No batches, or none supervised, gives 0.
+    The model is put into eval mode and back.
     """
     was_training = model.training
     model.eval()
@@ -41,4 +44,5 @@ def evaluate(
         targets, text_bytes = targets + batch.n_targets, text_bytes + batch.n_bytes
     model.train(was_training)
     bits = text_nats / math.log(2)
-    return Metrics(nats / max(targets, 1), bits / max(text_bytes, 1), targets, text_bytes)
+    loss = nats / targets if targets else math.nan
+    return Metrics(loss, bits / text_bytes if text_bytes else math.nan, targets, text_bytes)

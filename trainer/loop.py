@@ -73,15 +73,17 @@ def train(
     total = options.epochs * source.steps_per_epoch
     total = min(total, options.max_steps) if options.max_steps else total
     warmup = warmup_steps(options.warmup_iters, total)
+    if warmup >= total:
+        raise UserError(f"--warmup_iters {warmup} must be shorter than the run of {total} optimizer steps")
     optimizer = make_optimizer(groups, options.learning_rate)
     scaler = runtime.scaler()
     _announce(model, source, total, options, runtime, loss_sum)
 
     log = RunLog(log_to, options.use_wandb, options.wandb_project, {k: str(v) for k, v in asdict(options).items()})
-    window, clock, bar = LossWindow(), Clock(runtime), _bar(total)
+    window, clock = LossWindow(), Clock(runtime)
     step, overflows, first_loss, last_loss, final = 0, 0, math.nan, math.nan, None
     model.train()
-    with _interruptible() as interrupted:
+    with _interruptible() as interrupted, log, _bar(total) as bar:
         for batches in _all_steps(source, total):
             lr = lr_at(step, total, warmup, options.learning_rate)
             for group in optimizer.param_groups:
@@ -104,7 +106,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
 
             window.add(loss, n_targets)
-            clock.tick(sum(batch.labels.numel() for batch in batches))
+            clock.tick(sum(batch.n_tokens for batch in batches))
             is_last = step == total or interrupted.is_set()
             if step % options.log_interval == 0 or step == 1 or is_last:
                 last_loss, speed = window.take(), clock.tokens_per_second()
@@ -121,10 +123,9 @@ def train(
                         log.write({"step": step, "val_loss": final.loss, "val_bits_per_byte": final.bits_per_byte})
                         print(f"\rstep {step}: validation {final}", flush=True)
                     on_save(step)
+                    log.keep()
             if is_last:
                 break
-    bar.close()
-    log.close()
     model.eval()
     if step < total:
         print(f"stopped by Ctrl-C after step {step} of {total}; its weights are saved", flush=True)
@@ -165,17 +166,15 @@ def _announce(
     rows = options.batch_size * options.accumulation_steps
     print(f"{runtime}\ntraining {trainable:,} of {every:,} parameters")
     batches = next(source.steps(0))
-    model.train()
-    # The measurement must leave no trace: dropout draws from a forked generator, gradients are thrown away.
-    with torch.random.fork_rng(devices=[runtime.device] if runtime.device.type == "cuda" else []):
-        for _ in range(2):  # the first pass allocates and is not counted
-            began = time.perf_counter()
-            with runtime.autocast():
-                loss = loss_sum(model, runtime.move(batches[-1]))
-            loss.backward()
-            runtime.synchronize()
-            seconds = time.perf_counter() - began
-    model.zero_grad(set_to_none=True)
+    model.eval()  # without dropout, so that the measurement draws no random number
+    for _ in range(2):  # the first pass allocates and is not counted
+        began = time.perf_counter()
+        with runtime.autocast():
+            loss = loss_sum(model, runtime.move(batches[-1]))
+        loss.backward()
+        runtime.synchronize()
+        seconds = time.perf_counter() - began
+    model.zero_grad(set_to_none=True)  # and leaves no trace
     slots = sum(batch.labels.numel() for batch in batches) / batches[-1].labels.numel()
     print(f"{total} optimizer steps of {rows} rows, about {duration(seconds * slots * total)}", flush=True)
 

@@ -9,31 +9,42 @@ from core.files import atomic_write
 
 
 class RunLog:
-    """Writes ``path`` (.jsonl), ``path`` with .png, and wandb. An earlier file of that name is replaced."""
+    """Writes ``path`` (.jsonl), ``path`` with .png, and wandb; a context manager.
+
+    Until ``keep`` says that the run has saved something, its lines go to ``<path>.part.jsonl``: a run that fails before
+    leaves the files of an earlier one alone.
+    """
 
     def __init__(self, path: Path, use_wandb: bool, project: str, config: dict):
-        self.path = path
-        self.records: list[dict] = []
-        self._wandb = _wandb_run(project, path.stem, config) if use_wandb else None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w", encoding="utf-8", newline="\n")
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; choose another --out_dir") from error
+        self.path, self.records = path, []
+        self._file = path.with_suffix(".part.jsonl")
+        self._wandb = _wandb_run(path, project, config) if use_wandb else None
+        atomic_write(self._file, lambda file: None)
+
+    def __enter__(self) -> "RunLog":
+        return self
 
     def write(self, record: dict) -> None:
         self.records.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            with self._file.open("a", encoding="utf-8", newline="\n") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self._file}: {error.strerror}; make room or choose an --out_dir") from error
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
 
-    def close(self) -> None:
-        self._file.close()
-        if self.records:
-            plot_losses(self.records, self.path.with_suffix(".png"))
+    def keep(self) -> None:
+        """From now on these are the metrics of what lies in out_dir."""
+        if self._file != self.path:
+            os.replace(self._file, self.path)
+            self._file = self.path
+
+    def __exit__(self, *_) -> None:
         if self._wandb is not None:
             self._wandb.finish()
+        if self._file == self.path:
+            plot_losses(self.records, self.path.with_suffix(".png"))
 
 
 def plot_losses(records: list[dict], path: Path) -> None:
@@ -51,11 +62,12 @@ def plot_losses(records: list[dict], path: Path) -> None:
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
-def _wandb_run(project: str, name: str, config: dict):
+def _wandb_run(path: Path, project: str, config: dict):
     import wandb
 
     try:
-        return wandb.init(project=project, name=name, config=config, dir=os.environ.get("WANDB_DIR"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return wandb.init(project=project, name=path.stem, config=config, dir=os.environ.get("WANDB_DIR", path.parent))
     except Exception as error:  # no key, no network: wandb raises its own kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"--use_wandb: {reason}; log in with `wandb login` or set WANDB_MODE=offline") from error

@@ -42,6 +42,7 @@ class TrainOptions:
             require(getattr(self, name) >= 0, f"--{name} {getattr(self, name)} must not be negative")
         for name in ("weight_decay", "grad_clip"):
             require(0 <= getattr(self, name) < inf, f"--{name} {getattr(self, name)} must be a number of at least 0")
+        require(self.seed < 2**63, f"--seed {self.seed} must be below 2^63")
         require(0 < self.learning_rate < inf, f"--learning_rate {self.learning_rate} must be a positive number")
         require(0 <= self.val_ratio < 1, f"--val_ratio {self.val_ratio} must lie in [0, 1)")
         require(self.max_seq_len >= 2, f"--max_seq_len {self.max_seq_len} must be at least 2")

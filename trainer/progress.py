@@ -33,7 +33,7 @@ class Clock:
         self.steps = self.tokens = self._counted_tokens = self._counted_steps = 0
 
     def tick(self, tokens: int) -> None:
-        """One optimizer step over ``tokens`` slots (padding included) is done."""
+        """One optimizer step over ``tokens`` tokens, padding left out, is done."""
         self.steps, self.tokens = self.steps + 1, self.tokens + tokens
         if self.steps <= UNCOUNTED_STEPS:
             self._runtime.synchronize()
