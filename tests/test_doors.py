@@ -9,6 +9,7 @@ import torch
 from conftest import SMALL, flags
 
 import eval_model
+import train_full_sft
 import train_lora
 import train_pretrain
 from core.files import sha256_file
@@ -100,6 +101,40 @@ def test_lora_trains_only_lora_and_reports_both_losses(trained, capsys):
     path.unlink()
 
 
+def test_general_validation_uses_only_chats_that_the_base_never_saw(trained, tmp_path, monkeypatch):
+    """Whatever the skill's own --val_ratio is, the rule is the one that the base was trained with."""
+    from dataset import batches
+
+    seen, held_out = [], []
+    split = batches.split_rows
+
+    def spy(table, val_ratio):
+        train, val = split(table, val_ratio)
+        rows = table.with_format("numpy")["digest"][:]
+        seen.append(set(rows[train.chosen]))
+        held_out.append(set(rows[val.chosen]))
+        return train, val
+
+    monkeypatch.setattr(batches, "split_rows", spy)
+    train_full_sft.main(
+        trained.flags(data_path=trained.chats, base=trained.out / "pretrain_64.pth", **SMALL)[2:]
+        + flags(out_dir=tmp_path)
+    )
+    argv = flags(out_dir=tmp_path, data_path=trained.chats, general_data=trained.chats, lora_name="x", val_ratio=0.5)
+    train_lora.main(argv + flags(**SMALL))
+    base_saw, _, general = seen[0], held_out[1], held_out[2]
+    assert general and not general & base_saw
+
+
+def test_without_held_out_rows_no_score_is_claimed(trained, tmp_path, capsys):
+    argv = trained.flags(data_path=trained.chats, general_data=trained.chats, lora_name="z", val_ratio=0, **SMALL)
+    path = train_lora.main(argv)
+    assert "domain:  before nothing held out; after nothing held out" in capsys.readouterr().out
+    metrics = read_lora(path)[1]["metrics"]
+    assert metrics["domain"] == {} and metrics["general"]["last"]["targets"] > 0
+    path.unlink()
+
+
 def test_swapping_is_exact_and_the_base_never_changes(trained):
     session = session_on(trained)
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -159,7 +194,7 @@ def chat(monkeypatch, capsys, trained, text: str, *argv: str) -> tuple[str, str]
 
 
 def test_a_piped_chat_swaps_skills_and_outlives_mistakes(trained, monkeypatch, capsys):
-    lines = ["hello", "/lora a", "hello", "/loras", "/lora nobody", "/nonsense", "/reset", "/lora off", "/help"]
+    lines = ["\ufeffhello", "/lora a", "hello", "/loras", "/lora nobody", "/nonsense", "/reset", "/lora off", "/help"]
     out, err = chat(monkeypatch, capsys, trained, "\n".join(lines))
     assert "skill: a\n" in out and "skill: off\n" in out and "conversation forgotten" in out
     assert "* a\n  b\n" in out and "/lora NAME" in out
@@ -186,8 +221,6 @@ def test_the_skill_decides_the_base_when_none_is_named(trained, tmp_path, monkey
     """A newer base in out_dir does not take a skill away from its own."""
     import shutil
     from dataclasses import replace
-
-    import train_full_sft
 
     copy = replace(trained, out=tmp_path / "out")
     shutil.copytree(trained.out, copy.out)

@@ -88,3 +88,10 @@ def test_streaming_never_shows_part_of_a_character():
     pieces = [decoder.step(tokenizer.backend_tokenizer, token) for token in ids]
     assert "".join(piece for piece in pieces if piece) == text
     assert not any(piece and "�" in piece for piece in pieces)
+
+
+def test_a_model_that_has_generated_can_still_be_trained(tiny_model):
+    run(tiny_model, [5, 6], GREEDY)
+    ids = torch.tensor([[5, 6, 7]])
+    tiny_model(ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in tiny_model.parameters())

@@ -262,6 +262,31 @@ def fingerprint_without_lora(model):
     return fingerprint(model.named_parameters(), model.config)
 
 
+def test_the_fingerprint_notices_a_changed_config(sharp_model):
+    before = base_fingerprint(sharp_model)
+    sharp_model.config.rope_theta = 10.0
+    assert base_fingerprint(sharp_model) != before
+
+
+def test_each_module_gets_the_scale_that_the_file_gives_it(sharp_model, skill):
+    tensors = torch.load(skill, weights_only=True)
+    record = json.loads(bytes(tensors["_meta"].tolist()))
+    first = record["targets"][0]
+    record["scaling"][first] = 5.0
+    tensors["_meta"] = torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8)
+    torch.save(tensors, skill)
+    remove_lora(sharp_model)
+    attach_lora(sharp_model, skill)
+    scales = {name: sharp_model.get_submodule(name).lora.scaling for name in record["targets"]}
+    assert scales == record["scaling"] and scales[first] == 5.0 != scales[record["targets"][1]]
+
+
+def test_a_rank_beyond_the_width_is_refused(sharp_model):
+    remove_lora(sharp_model)
+    with pytest.raises(UserError, match="exceeds the 64 features"):
+        apply_lora(sharp_model, rank=65)
+
+
 def test_attaching_takes_no_longer_name_that_ends_alike(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
     assert apply_lora(model, 2, target_modules="0") == ["0"]

@@ -13,6 +13,7 @@ import torch
 from core.errors import UserError
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
+from model.model_lora import apply_lora
 from model.weights import ARCHITECTURE, choose_base, fingerprint, load_base, read_tensors, save_base
 
 
@@ -281,3 +282,30 @@ def test_no_base_is_an_error_that_names_the_folder(tmp_path):
     with pytest.raises(UserError, match="full_sft_") as caught:
         choose_base(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_model_with_lora_is_not_saved_as_a_base(tmp_path, tiny_model):
+    apply_lora(tiny_model, rank=2)
+    with pytest.raises(UserError, match="without a LoRA"):
+        save_base(tmp_path / "full_sft_64.pth", tiny_model, {})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "config", [{"vocab_size": None}, {"max_seq_len": 10**12}, {"n_layers": 1.5}, {"n_heads": "4"}, {"dim": True}]
+)
+def test_a_record_that_describes_no_model_is_one_sentence(base, config):
+    beside = base.with_suffix(".json")
+    record = json.loads(beside.read_text(encoding="utf-8"))
+    record["config"] |= config
+    if config == {"vocab_size": None}:
+        del record["config"]["vocab_size"]
+    beside.write_text(json.dumps(record), encoding="utf-8")
+    assert f"{beside} describes no possible model" in refusal(base)
+
+
+def test_a_broken_record_of_another_base_is_no_reason_to_stop(base):
+    (base.parent / "a.json").write_text("{")
+    (base.parent / "a.pth").write_text("x")
+    wanted = json.loads(base.with_suffix(".json").read_text(encoding="utf-8"))["fingerprint"]
+    assert choose_base(base.parent, skill_base=wanted) == base
