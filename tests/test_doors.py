@@ -116,10 +116,8 @@ def test_general_validation_uses_only_chats_that_the_base_never_saw(trained, tmp
         return train, val
 
     monkeypatch.setattr(batches, "split_rows", spy)
-    train_full_sft.main(
-        trained.flags(data_path=trained.chats, base=trained.out / "pretrain_64.pth", **SMALL)[2:]
-        + flags(out_dir=tmp_path)
-    )
+    pretrained = trained.out / "pretrain_64.pth"
+    train_full_sft.main(flags(out_dir=tmp_path, data_path=trained.chats, base=pretrained, **SMALL))
     argv = flags(out_dir=tmp_path, data_path=trained.chats, general_data=trained.chats, lora_name="x", val_ratio=0.5)
     train_lora.main(argv + flags(**SMALL))
     base_saw, _, general = seen[0], held_out[1], held_out[2]
