@@ -29,9 +29,9 @@ ROOMS = ("core", "dataset", "model", "trainer")  # their code decides what a sta
 
 # Small enough for ten minutes on two CPU cores. Every other option is the door's own default.
 DIM = 256
-PRETRAIN = {"dim": DIM, "n_layers": 6, "max_seq_len": 256, "epochs": 1, "batch_size": 16, "learning_rate": 1e-3}
-FULL_SFT = {"max_seq_len": 256, "epochs": 2, "batch_size": 16, "learning_rate": 5e-4}
-LORA = {"max_seq_len": 256, "epochs": 10, "batch_size": 16, "learning_rate": 2e-3}
+PRETRAIN = {"dim": DIM, "n_layers": 6, "max_seq_len": 256, "epochs": 4, "batch_size": 8, "learning_rate": 3e-3}
+FULL_SFT = {"max_seq_len": 256, "epochs": 12, "batch_size": 16, "learning_rate": 2e-3}
+LORA = {"max_seq_len": 256, "epochs": 30, "batch_size": 8, "learning_rate": 3e-3}
 
 
 @dataclasses.dataclass(frozen=True)
