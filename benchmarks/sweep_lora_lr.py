@@ -14,7 +14,7 @@ from core.errors import run
 from core.options import option, parse
 from core.paths import bundled_data
 
-RATES = (5e-5, 2e-4, 1e-3, 2e-3, 4e-3, 8e-3)  # the first is MiniMind's own
+RATES = (5e-5, 1e-3, 3e-3, 1e-2)  # the first is MiniMind's own
 SKILLS = ("identity", "medical")
 
 
@@ -23,7 +23,7 @@ class Options:
     """Train both bundled skills at each learning rate; report held-out loss, general loss and held-out answers."""
 
     out_dir: Path = option(Path("out/quickstart"), "folder with a full_sft_* base; the skills go to sweep/ in it")
-    epochs: int = option(10, "passes over each skill's data")
+    epochs: int = option(20, "passes over each skill's data")
     max_seq_len: int = option(256, "tokens of a row")
     result: Path | None = option(None, "also write the figures to this JSON file")
 
