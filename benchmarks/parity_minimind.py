@@ -119,7 +119,8 @@ def compare(folder: Path, settings: dict, rank: int) -> dict[str, float]:
 
     # A lone .pth tells shapes only; what it cannot tell is written beside it.
     if {"n_heads", "norm_eps", "rope_theta"} & settings.keys():
-        write_json(folder / "theirs.json", {"config": settings})
+        record = json.loads((folder / "ours.json").read_text(encoding="utf-8"))
+        write_json(folder / "theirs.json", {"config": record["config"]})
     model, _ = load_base(folder / "theirs.pth")
     check("base theirs -> ours", whole(model, ids), "theirs")
     apply_lora(model, rank)
