@@ -145,7 +145,9 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 def how_to_go_on() -> str:
     """Full commands for chatting with the skills and for training one's own."""
-    skills = "".join(f"  {_show('eval_model.py', out_dir=OUT, lora_name=skill)}\n" for skill in SKILLS)
+    # Its chats were short: with earlier turns in front, this small model loses the thread.
+    alone = {"out_dir": OUT, "history_cnt": 0}
+    skills = "".join(f"  {_show('eval_model.py', lora_name=skill, **alone)}\n" for skill in SKILLS)
     example = {"conversations": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     return f"""
 Chat with a skill (inside, /lora NAME swaps it, /lora off returns to the base, /help shows the rest):
@@ -154,7 +156,7 @@ Teach it your own skill: write my.jsonl with one chat a line, each like
   {json.dumps(example)}
 then train and chat:
   {_show("train_lora.py", lora_name="mine", data_path="my.jsonl", out_dir=OUT, **LORA)}
-  {_show("eval_model.py", out_dir=OUT, lora_name="mine")}"""
+  {_show("eval_model.py", lora_name="mine", **alone)}"""
 
 
 def _show(door: str, **flags: Any) -> str:

@@ -98,7 +98,8 @@ def test_the_plan_stays_in_its_own_folder_and_its_data_is_bundled():
 
 def test_the_way_on_is_full_commands():
     text = how_to_go_on()
-    assert all(f"--out_dir {Path('out/quickstart')} --lora_name {skill}" in text for skill in SKILLS)
+    chat = f"--out_dir {Path('out/quickstart')} --history_cnt 0"
+    assert all(f"eval_model.py --lora_name {skill} {chat}" in text for skill in (*SKILLS, "mine"))
     assert "--lora_name mine --data_path my.jsonl" in text
 
 
