@@ -12,6 +12,7 @@ import torch
 from core.errors import UserError
 from dataset.batches import Batch
 from model.loss import loss_sum, nats_of
+from trainer import progress
 from trainer.evaluation import Metrics, evaluate
 from trainer.loop import Summary, _backward, train
 from trainer.optimizer import lr_at, param_groups, warmup_steps
@@ -162,6 +163,16 @@ def test_a_non_finite_loss_never_reaches_the_weights(tiny_model, tmp_path, bad):
         assert torch.equal(tensor, weights[0][name]), name
 
 
+def test_a_non_finite_loss_with_a_finite_gradient_is_caught_too(tiny_model, tmp_path):
+    with pytest.raises(UserError, match=r"step 1: loss inf, gradient norm [0-9]"):
+        run_training(
+            tiny_model,
+            Source([ragged_batch(2, seed=9)]),
+            tmp_path,
+            loss=lambda model, batch: loss_sum(model, batch) + math.inf,
+        )
+
+
 def test_a_non_finite_gradient_with_a_finite_loss_is_caught_too(tiny_model, tmp_path):
     before = copy.deepcopy(tiny_model.state_dict())
 
@@ -175,20 +186,18 @@ def test_a_non_finite_gradient_with_a_finite_loss_is_caught_too(tiny_model, tmp_
 
 
 def test_measuring_the_speed_leaves_no_trace(tiny_model, tmp_path):
-    """Two runs of one seed agree although each measures first, and dropout draws the same numbers."""
-    other = copy.deepcopy(tiny_model)
-    for model in (tiny_model, other):
-        for block in model.layers:
-            block.feed_forward.dropout.p = 0.3
-    source = Source([ragged_batch(3, seed=10)])
+    """The first step draws the dropout that it would draw without the measurement; no gradient is left over."""
+    for block in tiny_model.layers:
+        block.feed_forward.dropout.p = 0.3
+    batch = ragged_batch(3, seed=10)
     torch.manual_seed(5)
-    state = torch.get_rng_state()
-    run_training(tiny_model, source, tmp_path / "a")
+    expected = _backward(tiny_model.train(), [batch], CPU.scaler(), CPU, loss_sum)[0]
+    norm = float(torch.cat([parameter.grad.flatten() for parameter in tiny_model.parameters()]).norm())
+    tiny_model.zero_grad()
     torch.manual_seed(5)
-    assert torch.equal(torch.get_rng_state(), state)
-    run_training(other, source, tmp_path / "b")
-    for name, tensor in tiny_model.state_dict().items():
-        assert torch.equal(tensor, other.state_dict()[name]), name
+    assert run_training(tiny_model, Source([batch]), tmp_path).first_loss == expected
+    first = json.loads((tmp_path / "metrics" / "run.jsonl").read_text().splitlines()[0])
+    assert first["grad_norm"] == pytest.approx(norm, rel=1e-4)  # one fp32 sum against a norm of norms
 
 
 def test_ctrl_c_ends_the_step_saves_and_interrupts(tiny_model, tmp_path):
@@ -315,3 +324,24 @@ def test_flags_for_machines_that_are_not_here_are_refused():
             Runtime.start(device)
     with pytest.raises(UserError, match="float16 needs a GPU"):
         Runtime.start("cpu", "float16")
+
+
+def test_speed_and_time_left_ignore_the_first_steps_and_pauses(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    clock = progress.Clock(CPU)
+    for seconds in (60.0, 30.0, 10.0, 1.0, 1.0):  # slow first steps, then one second each
+        now[0] += seconds
+        clock.tick(tokens=500)
+    assert clock.tokens_per_second() == 500
+    assert clock.left(45) == ", 45 s left"
+    with clock.paused():
+        now[0] += 1000.0
+    assert clock.tokens_per_second() == 500 and clock.elapsed() == 102.0
+    assert [progress.duration(seconds) for seconds in (5, 89, 91, 5399, 5400)] == [
+        "5 s",
+        "89 s",
+        "2 min",
+        "90 min",
+        "1.5 h",
+    ]
