@@ -81,6 +81,7 @@ def check_batch(tokenizer, batch):
     assert ((labels == ids) | (labels == IGNORED)).all() and (labels[:, 0] == IGNORED).all()
     assert batch.n_targets == sum(int(n) != IGNORED for row in labels for n in row) > 0
     assert batch.n_bytes == sum(map(len, learned_texts(tokenizer, batch)))
+    assert batch.n_tokens == int((ids != tokenizer.pad_token_id).sum())
 
 
 def window_rows(samples):

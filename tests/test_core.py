@@ -110,6 +110,38 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     assert path.read_bytes() == b"new"
 
 
+def test_the_disk_s_error_is_found_behind_torch_s_own_but_not_in_what_the_caller_handles(tmp_path):
+    def like_torch_save(file):
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")  # what its closing raises on top
+
+    with pytest.raises(UserError, match="No space left on device"):
+        atomic_write(tmp_path / "a", like_torch_save)
+
+    def buggy(file):
+        raise ValueError("a bug")
+
+    try:
+        raise OSError(2, "handled by the caller")
+    except OSError:
+        with pytest.raises(ValueError, match="a bug"):
+            atomic_write(tmp_path / "a", buggy)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
+def test_a_reader_that_leaves_ends_the_command_quietly():
+    program = "from core.errors import run; run(lambda: [print('x' * 1000, flush=True) for _ in range(10_000)])"
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
 def test_a_killed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file.bin"
     path.write_bytes(b"old")

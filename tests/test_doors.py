@@ -149,6 +149,14 @@ def test_swapping_is_exact_and_the_base_never_changes(trained):
     assert base_fingerprint(session.model) == fingerprint
 
 
+def test_a_skill_file_for_another_dim_is_listed_as_unfit(trained, tmp_path):
+    session = session_on(trained, out_dir=tmp_path)
+    (tmp_path / "lora").mkdir()
+    for name in ("lora_a_64.pth", "lora_a_128.pth"):
+        (tmp_path / "lora" / name).write_bytes((trained.out / "lora" / "lora_a_64.pth").read_bytes())
+    assert dict(session.skills()) == {"a": None, "lora_a_128.pth": "it is for another dim than this base's 64"}
+
+
 def test_a_skill_survives_a_refused_swap(trained, tmp_path):
     session = session_on(trained)
     session.use_skill("a")

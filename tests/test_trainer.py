@@ -99,11 +99,11 @@ def test_a_step_without_targets_changes_nothing_by_its_gradient(tiny_model):
 
 def test_one_batch_is_learned_by_heart_and_everything_is_recorded(tiny_model, tmp_path):
     saved = []
-    summary = run_training(
-        tiny_model, Source([ragged_batch(4, seed=2)]), tmp_path, epochs=60, on_save=saved.append, log_interval=7
-    )
+    source = Source([replace(ragged_batch(4, seed=2), n_tokens=40)])
+    summary = run_training(tiny_model, source, tmp_path, epochs=60, on_save=saved.append, log_interval=7)
     assert abs(summary.first_loss - math.log(320)) <= 0.3
     assert summary.last_loss < 0.1 * summary.first_loss
+    assert summary.tokens == 60 * 40  # what the batch says, not its 4 x 12 slots
     assert saved == [60]  # save_interval never came: a run always saves at its end
     records = [json.loads(line) for line in (tmp_path / "metrics" / "run.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, *range(7, 60, 7), 60]
