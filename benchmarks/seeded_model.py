@@ -49,8 +49,8 @@ def hashed(name: str, count: int) -> Tensor:
 
 def swap_rotary_pair(model: MiniMindLM) -> None:
     """Exchange cosine and sine of the fastest rotary pair in a model that has run; twice brings them back."""
-    cos, sin = model._rope
-    cos[:, 0], sin[:, 0] = sin[:, 0].clone(), cos[:, 0].clone()
+    fastest = model._rope[:, 0]
+    fastest.copy_(torch.complex(fastest.imag, fastest.real))
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.model import IGNORED
+from model.kernels import IGNORED
 
 
 def loss_sum(model: nn.Module, batch) -> Tensor:

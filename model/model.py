@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from core.errors import UserError
+from model.kernels import IGNORED, linear_cross_entropy, rms_norm, swiglu
 from model.LMConfig import LMConfig
 
 KVCache = list[tuple[Tensor, Tensor]]  # per layer: keys and values, each (B, n_kv_heads, S, head_dim)
-IGNORED = -100  # the label of a position that is not learned, PyTorch's own default
 
 
 class RMSNorm(nn.Module):
@@ -28,25 +28,28 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), (x.size(-1),), eps=self.eps).type_as(x)
+        return rms_norm(x, self.weight, self.eps)
 
 
-def rope_tables(head_dim: int, length: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles ``position * theta^(-2i/head_dim)``: two fp32 (length, head_dim/2)."""
+def rope_table(head_dim: int, length: int, theta: float, device: torch.device) -> Tensor:
+    """The rotary angles ``position * theta^(-2i/head_dim)`` as unit complex numbers: complex64 (length, head_dim/2)."""
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
     angles = torch.outer(torch.arange(length, device=device).float(), frequencies)
-    return angles.cos(), angles.sin()
+    return torch.complex(angles.cos(), angles.sin())
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
     """Turn each neighbouring pair of features by its position's angle (the complex-pair order, not rotate-half).
 
-    ``x`` (B, T, heads, head_dim) of any dtype, ``cos`` and ``sin`` (T, head_dim/2) fp32; computed in fp32.
+    ``x`` (B, T, heads, head_dim) of any dtype, ``turns`` (T, head_dim/2) complex64; computed in fp32, in one pass.
     """
-    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]  # one angle for all heads
-    turned = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
-    return turned.flatten(-2).type_as(x)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns[:, None, :]).flatten(-2).type_as(x)  # one angle for all heads
+
+
+def take(x: Tensor, positions: Tensor | None) -> Tensor:
+    """The chosen ``positions`` (N,) of ``x`` (B, T, D), counted through the flattened batch: (N, D); None: ``x``."""
+    return x if positions is None else x.flatten(0, 1).index_select(0, positions)
 
 
 class Attention(nn.Module):
@@ -64,11 +67,11 @@ class Attention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, past: tuple[Tensor, Tensor] | None
+        self, x: Tensor, turns: Tensor, past: tuple[Tensor, Tensor] | None, positions: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         B, T, _ = x.shape
-        q = rotate(self.wq(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, n_heads, T, head_dim)
-        k = rotate(self.wk(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, n_kv_heads, T, head_dim)
+        q = rotate(self.wq(x).view(B, T, -1, self.head_dim), turns).transpose(1, 2)  # (B, n_heads, T, head_dim)
+        k = rotate(self.wk(x).view(B, T, -1, self.head_dim), turns).transpose(1, 2)  # (B, n_kv_heads, T, head_dim)
         v = self.wv(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
@@ -84,7 +87,8 @@ class Attention(nn.Module):
             is_causal=T > 1 and past is None,
             enable_gqa=True,
         )
-        return self.resid_dropout(self.wo(y.transpose(1, 2).reshape(B, T, -1))), (k, v)
+        y = take(y.transpose(1, 2).reshape(B, T, -1), positions)
+        return self.resid_dropout(self.wo(y)), (k, v)
 
 
 class FeedForward(nn.Module):
@@ -99,7 +103,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        return self.dropout(self.w2(swiglu(self.w1(x), self.w3(x))))
 
 
 class MiniMindBlock(nn.Module):
@@ -111,10 +115,15 @@ class MiniMindBlock(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, past: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        turns: Tensor,
+        past: tuple[Tensor, Tensor] | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        attended, present = self.attention(self.attention_norm(x), cos, sin, past)
-        h = x + attended
+        """(B, T, dim) and this layer's keys and values; with ``positions`` (N,) only those come out: (N, dim)."""
+        attended, present = self.attention(self.attention_norm(x), turns, past, positions)
+        h = take(x, positions) + attended
         return h + self.feed_forward(self.ffn_norm(h)), present
 
 
@@ -135,7 +144,7 @@ class MiniMindLM(PreTrainedModel):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         # No buffer: from_pretrained leaves non-persistent buffers as garbage, and .bfloat16() would round the angles.
-        self._rope: tuple[Tensor, Tensor] | None = None
+        self._rope: Tensor | None = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -170,40 +179,47 @@ class MiniMindLM(PreTrainedModel):
         targets), 0 when nothing is supervised.
 
         Returns logits (B, T or kept, vocab_size), ``loss`` (scalar, fp32 at least), and ``past_key_values`` covering
-        S + T tokens when ``use_cache``. Raises ``UserError`` past ``max_seq_len``.
+        S + T tokens when ``use_cache``. In training mode with ``labels``, only positions that predict a supervised
+        target reach the head and the last block's output and MLP, and ``logits`` is None; loss and gradients are the
+        same. Raises ``UserError`` past ``max_seq_len``, and for ``labels`` together with ``logits_to_keep``.
         """
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise UserError("labels need the logits of all positions: leave logits_to_keep out")
         past = past_key_values or [None] * len(self.layers)
         start = 0 if past[0] is None else past[0][0].size(2)
-        cos, sin = self._rope_at(start, input_ids.size(1), input_ids.device)
+        turns = self._rope_at(start, input_ids.size(1), input_ids.device)
+        positions = None  # that the last block and the head compute; None: all
+        if labels is not None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()  # of each position
+            if self.training:
+                positions = (targets != IGNORED).nonzero().flatten()
+                targets = targets[positions]
+            if num_items_in_batch is None:
+                num_items_in_batch = (targets != IGNORED).sum().clamp(min=1)
         h = self.dropout(self.tok_embeddings(input_ids))
         present = []
-        for layer, layer_past in zip(self.layers, past, strict=True):
-            h, layer_present = layer(h, cos, sin, layer_past)
+        for number, (layer, layer_past) in enumerate(zip(self.layers, past, strict=True), 1):
+            last = number == len(self.layers)
+            h, layer_present = layer(h, turns, layer_past, positions if last else None)
             present.append(layer_present)
         h = self.norm(h)
+        cache = present if use_cache else None
+        if positions is not None:
+            loss = linear_cross_entropy(h, self.output.weight, targets) / num_items_in_batch
+            return CausalLMOutputWithPast(loss=loss, past_key_values=cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         logits = self.output(h if isinstance(kept, int) else h[:, kept])
-        loss = None if labels is None else next_token_loss(logits, labels, num_items_in_batch)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=present if use_cache else None)
+        loss = None
+        if labels is not None:
+            wide = logits if logits.dtype == torch.float64 else logits.float()
+            nats = F.cross_entropy(wide.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
+            loss = nats / num_items_in_batch
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
-    def _rope_at(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _rope_at(self, start: int, length: int, device: torch.device) -> Tensor:
         config = self.config
         if start + length > config.max_seq_len:
             raise UserError(f"{start + length} tokens exceed the model's max_seq_len of {config.max_seq_len}")
-        if self._rope is None or self._rope[0].device != device:
-            self._rope = rope_tables(config.dim // config.n_heads, config.max_seq_len, config.rope_theta, device)
-        cos, sin = self._rope
-        return cos[start : start + length], sin[start : start + length]
-
-
-def next_token_loss(logits: Tensor, labels: Tensor, num_items: int | Tensor | None = None) -> Tensor:
-    """Cross-entropy in nats of ``labels`` (B, T) one step ahead of ``logits`` (B, T, V), summed, / ``num_items``.
-
-    In fp32, or fp64 for fp64 logits. ``num_items`` None divides by the number of supervised targets.
-    """
-    targets = labels[:, 1:].flatten()
-    if num_items is None:
-        num_items = (targets != IGNORED).sum().clamp(min=1)
-    logits = logits[:, :-1].flatten(0, 1)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / num_items
+        if self._rope is None or self._rope.device != device:
+            self._rope = rope_table(config.dim // config.n_heads, config.max_seq_len, config.rope_theta, device)
+        return self._rope[start : start + length]

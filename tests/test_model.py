@@ -7,10 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.seeded_model import fill
 from core.errors import UserError
+from model.kernels import IGNORED, TARGETS_AT_ONCE
 from model.LMConfig import LMConfig
-from model.model import IGNORED, MiniMindLM, RMSNorm, rope_tables, rotate
+from model.model import MiniMindLM, RMSNorm, rope_table, rotate
+from model.model_lora import apply_lora
 
 VOCAB = 320
 
@@ -22,8 +26,8 @@ def default_model():
     return MiniMindLM(LMConfig())
 
 
-def ids(rows, length, seed=0):
-    return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+def ids(rows, length, seed=0, vocab=VOCAB):
+    return torch.randint(3, vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def logits_of(model, *arguments, **settings):
@@ -110,14 +114,14 @@ def test_rotary_tables_stay_fp32_in_a_bf16_model(sharp_model, has_run):
         logits_of(sharp_model, ids(2, 100))
     rounded = logits_of(sharp_model.bfloat16(), ids(2, 100))
     assert rounded.dtype == torch.bfloat16
-    assert [table.dtype for table in sharp_model._rope] == [torch.float32, torch.float32]
+    assert sharp_model._rope.dtype == torch.complex64
     assert (rounded.float() - exact).abs().max() < 0.1
 
 
 def test_positions_of_bf16_features_are_turned_in_fp32():
-    cos, sin = rope_tables(16, 100, 1e4, torch.device("cpu"))
+    turns = rope_table(16, 100, 1e4, torch.device("cpu"))
     x = torch.randn(2, 100, 3, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert torch.equal(rotate(x, cos, sin), rotate(x.float(), cos, sin).bfloat16())
+    assert torch.equal(rotate(x, turns), rotate(x.float(), turns).bfloat16())
 
 
 def test_initial_values(default_model):
@@ -206,10 +210,10 @@ def test_no_square_of_the_length_is_ever_stored(tiny_model):
 
 def test_rotary_tables_are_built_once_and_cover_the_context(tiny_model):
     logits_of(tiny_model, ids(1, 3))
-    cos, sin = tiny_model._rope
-    assert cos.shape == sin.shape == (128, 8)
+    table = tiny_model._rope
+    assert table.shape == (128, 8)
     logits_of(tiny_model, ids(1, 128))
-    assert tiny_model._rope[0] is cos
+    assert tiny_model._rope is table
     assert not list(tiny_model.buffers()), "a buffer would change dtype with the model and come back as garbage"
 
 
@@ -241,13 +245,58 @@ def test_loss_is_the_mean_over_supervised_targets_one_step_ahead(sharp_model):
         assert loss.item() == pytest.approx(nats / divisor, rel=1e-5)
 
 
-def test_a_bf16_model_has_an_fp32_loss_and_an_fp64_one_keeps_its_precision(tiny_model):
+@pytest.mark.parametrize("training", [False, True])
+def test_a_bf16_model_has_an_fp32_loss_and_an_fp64_one_keeps_its_precision(tiny_model, training):
     tokens = ids(1, 5)
+    tiny_model.train(training)
     assert tiny_model.bfloat16()(tokens, labels=tokens).loss.dtype == torch.float32
     assert tiny_model.double()(tokens, labels=tokens).loss.dtype == torch.float64
 
 
-def test_an_all_masked_batch_gives_zero_loss_and_zero_gradients(tiny_model):
+@pytest.mark.parametrize("with_lora", [False, True])
+@pytest.mark.parametrize("num_items", [None, 7])
+def test_training_computes_supervised_positions_alone_with_the_same_gradients(sharp_model, num_items, with_lora):
+    """Evaluation takes the plain path through all positions; float64, so that rounding hides nothing."""
+    if with_lora:
+        apply_lora(sharp_model, rank=4, target_modules="all-linear")
+        fill((name, p) for name, p in sharp_model.named_parameters() if "lora" in name)
+    model = sharp_model.double()
+    tokens, labels = ids(3, 12), ids(3, 12)
+    labels[0, :5], labels[1, 9:], labels[2, ::2] = IGNORED, IGNORED, IGNORED
+    found = {}
+    for training in (False, True):
+        model.train(training).zero_grad()
+        out = model(tokens, labels=labels, num_items_in_batch=num_items)
+        assert (out.logits is None) == training
+        out.loss.backward()
+        found[training] = [out.loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+    for plain, trimmed in zip(found[False], found[True], strict=True):
+        assert (plain - trimmed).abs().max() <= 1e-10 * plain.abs().max()
+
+
+def test_training_never_holds_the_logits_of_a_whole_batch(default_model):
+    """The largest tensor of a step, forward and backward, is a slice of the logits, however many tokens there are."""
+    model = copy.deepcopy(default_model).train()
+    model.layers = model.layers[-1:]
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            nonlocal largest
+            out = operation(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else (out,):
+                largest = max(largest, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+            return out
+
+    tokens = ids(5, 512, vocab=model.config.vocab_size)
+    with Watch():
+        model(tokens, labels=tokens).loss.backward()
+    assert largest == TARGETS_AT_ONCE * model.config.vocab_size < tokens.numel() * model.config.vocab_size / 2
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_all_masked_batch_gives_zero_loss_and_zero_gradients(tiny_model, training):
+    tiny_model.train(training)
     loss = tiny_model(ids(2, 6), labels=torch.full((2, 6), IGNORED)).loss
     loss.backward()
     assert loss.item() == 0.0
@@ -260,6 +309,11 @@ def test_logits_to_keep(sharp_model):
     for kept, positions in ((0, range(8)), (1, [7]), (3, [5, 6, 7]), (torch.tensor([0, 4]), [0, 4])):
         kept_logits = logits_of(sharp_model, tokens, logits_to_keep=kept)
         torch.testing.assert_close(kept_logits, everything[:, list(positions)], atol=1e-6, rtol=0)
+
+
+def test_labels_with_logits_to_keep_are_refused(tiny_model):
+    with pytest.raises(UserError, match="leave logits_to_keep out"):
+        tiny_model(ids(1, 4), labels=ids(1, 4), logits_to_keep=1)
 
 
 def test_dropout_works_in_training_only(tiny_model):
