@@ -15,6 +15,8 @@ from core.errors import UserError
 from dataset.tokenized import CHAT, TEXT, TokenRows, split_rows, tokenize_files
 from dataset.tokenizer import token_bytes
 
+MICRO_TOKENS = 2048  # of one forward and backward pass: a CPU is no faster with more, and needs more memory
+PASS_COST = 64  # a pass takes as long as this fraction of its largest size, however small it is
 POOL = 50  # steps whose rows are sorted by length together: enough for little padding, few enough to stay random
 IGNORED = -100  # the label of a position that is not learned, PyTorch's own default
 
@@ -150,44 +152,116 @@ def collate(samples: Samples, indices: np.ndarray) -> Batch:
 class Batches:
     """The optimizer steps of each epoch, in an order that depends on ``seed`` and epoch alone (a ``BatchSource``).
 
-    A step takes ``batch_size * accumulation_steps`` samples of like length, so that little is padding: the shuffled
-    samples are cut into pools of ``POOL`` steps, sorted by length within each, and the steps are shuffled again. An
-    epoch uses every sample once; one of its steps may be smaller.
+    A step takes ``rows_per_step`` samples of like length, so that little is padding: the shuffled samples are cut into
+    pools of ``POOL`` steps, sorted by length within each, and the steps are shuffled again. An epoch uses every sample
+    once; one of its steps may be smaller. Process ``rank`` of ``world_size`` gets its share of each step's samples, at
+    least one micro-batch of them: a fully masked one where there are fewer samples than processes.
     """
 
-    def __init__(self, samples: Samples, batch_size: int, accumulation_steps: int, seed: int, num_workers: int = 0):
-        self.samples, self.batch_size, self.seed, self.num_workers = samples, batch_size, seed, num_workers
-        self.rows_per_step = batch_size * accumulation_steps
+    def __init__(
+        self,
+        samples: Samples,
+        batch_size: int,
+        accumulation_steps: int,
+        seed: int,
+        num_workers: int = 0,
+        *,
+        micro_tokens: int = MICRO_TOKENS,
+        rank: int = 0,
+        world_size: int = 1,
+        rows_per_step: int | None = None,
+    ):
+        self.samples, self.batch_size, self.micro_tokens, self.seed = samples, batch_size, micro_tokens, seed
+        self.num_workers, self.rank, self.world_size = num_workers, rank, world_size
+        self.rows_per_step = rows_per_step or batch_size * accumulation_steps * world_size
         self.steps_per_epoch = -(-len(samples) // self.rows_per_step)
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
+        """This process' micro-batches, one list a step, from step ``start`` of the epoch on."""
+        # A generator of its own: the loader draws a seed, which would shift dropout after a resume within an epoch.
+        settings = {"num_workers": self.num_workers, "collate_fn": self._step, "generator": torch.Generator()}
+        remaining = range(start, self.steps_per_epoch)
+        return iter(DataLoader(self._plan(epoch), batch_size=None, sampler=remaining, **settings))
+
+    def useful_share(self, epoch: int = 0) -> float:
+        """Tokens that are no padding / all tokens computed, over the whole epoch of this process."""
+        useful = padded = 0
+        for indices in map(self._plan(epoch).__getitem__, range(self.steps_per_epoch)):
+            for part in micro_batches(self.samples, self._share(indices), self.batch_size, self.micro_tokens):
+                lengths = self.samples.lengths[part]
+                useful, padded = useful + int(lengths.sum()), padded + len(part) * int(lengths.max())
+        return useful / padded
+
+    def _plan(self, epoch: int) -> "_Plan":
         rng = np.random.default_rng([self.seed, epoch])
-        order, pool, rows = rng.permutation(len(self.samples)), POOL * self.rows_per_step, self.rows_per_step
+        lengths, pool = self.samples.lengths, POOL * self.rows_per_step
+        order = rng.permutation(len(self.samples))
         for begin in range(0, len(order), pool):
             part = order[begin : begin + pool]
             # Blurred by a tenth, or small data sets would meet in the same batches every epoch.
-            blurred = self.samples.lengths[part] * rng.uniform(1.0, 1.1, len(part))
-            order[begin : begin + pool] = part[np.argsort(blurred)]
-        indices = [order[n : n + rows] for n in range(0, len(order), rows)]
-        indices = [indices[n] for n in rng.permutation(len(indices))]
-        # A generator of its own: the loader draws a seed, which would shift dropout after a resume within an epoch.
-        settings = {"num_workers": self.num_workers, "collate_fn": self._step, "generator": torch.Generator()}
-        return iter(DataLoader(indices[start:], batch_size=None, **settings))
+            order[begin : begin + pool] = part[np.argsort(lengths[part] * rng.uniform(1.0, 1.1, len(part)))]
+        return _Plan(order, self.rows_per_step, rng.permutation(self.steps_per_epoch))
+
+    def _share(self, indices: np.ndarray) -> np.ndarray:
+        longest_first = indices[np.argsort(-self.samples.lengths[indices], kind="stable")]
+        return longest_first[self.rank :: self.world_size]  # dealt like cards: as much work for each process
 
     def _step(self, indices: np.ndarray) -> list[Batch]:
-        return micro_batches(self.samples, indices, self.batch_size)
+        share = self._share(indices)
+        if not len(share):
+            return [masked(collate(self.samples, indices[:1]))]
+        parts = micro_batches(self.samples, share, self.batch_size, self.micro_tokens)
+        return [collate(self.samples, part) for part in parts]
 
 
-def micro_batches(samples: Samples, indices: np.ndarray, batch_size: int) -> list[Batch]:
-    """Batches of at most ``batch_size`` of the chosen samples, of neighbouring lengths, the longest first."""
-    longest_first = indices[np.argsort(-samples.lengths[indices], kind="stable")]
-    return [collate(samples, longest_first[n : n + batch_size]) for n in range(0, len(longest_first), batch_size)]
+@dataclass
+class _Plan:
+    """The samples of each step of an epoch: consecutive ``rows`` of ``order``, the steps shuffled by ``turn``."""
+
+    order: np.ndarray
+    rows: int
+    turn: np.ndarray
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        first = int(self.turn[step]) * self.rows
+        return self.order[first : first + self.rows]
 
 
-def validation_batches(samples: Samples, batch_size: int, max_tokens: int) -> list[Batch]:
+def micro_batches(
+    samples: Samples, indices: np.ndarray, batch_size: int, micro_tokens: int = MICRO_TOKENS
+) -> list[np.ndarray]:
+    """Cut the chosen samples into micro-batches, the longest first, in the way that costs least.
+
+    A micro-batch has at most ``batch_size`` samples and ``micro_tokens`` tokens, padding included (or one sample). It
+    costs its padded tokens and, for starting it, ``micro_tokens / PASS_COST`` more.
+    """
+    indices = indices[np.argsort(-samples.lengths[indices], kind="stable")]
+    lengths, count = samples.lengths[indices], len(indices)
+    cost, cut = np.zeros(count + 1), np.zeros(count + 1, np.int64)
+    for end in range(1, count + 1):  # the cheapest way to cut the first ``end``: its last part begins at cut[end]
+        begin = np.arange(max(0, end - batch_size), end)
+        padded = (end - begin) * lengths[begin]
+        fits = (padded <= micro_tokens) | (begin == end - 1)
+        totals = np.where(fits, cost[begin] + padded + micro_tokens / PASS_COST, np.inf)
+        cost[end], cut[end] = totals.min(), begin[totals.argmin()]
+    parts = []
+    while count:
+        parts.insert(0, indices[cut[count] : count])
+        count = int(cut[count])
+    return parts
+
+
+def masked(batch: Batch) -> Batch:
+    """The same shapes without anything to learn or to count."""
+    return Batch(batch.inputs, torch.full_like(batch.labels, IGNORED), n_targets=0, n_bytes=0, n_tokens=0)
+
+
+def validation_batches(
+    samples: Samples, batch_size: int, max_tokens: int, micro_tokens: int = MICRO_TOKENS
+) -> list[Batch]:
     """About ``max_tokens`` tokens of samples spread evenly over all (files follow one another), as batches."""
     if not len(samples):
         return []
     count = max(1, min(len(samples), len(samples) * max_tokens // int(samples.lengths.sum())))
     spread = np.linspace(0, len(samples) - 1, count).round().astype(np.int64)
-    return micro_batches(samples, spread, batch_size)
+    return [collate(samples, part) for part in micro_batches(samples, spread, batch_size, micro_tokens)]

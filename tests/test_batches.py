@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import math
 import random
 from collections import Counter
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,18 @@ from datasets.arrow_writer import ArrowWriter
 
 from core import files
 from core.errors import UserError
+from core.paths import bundled_data
 from dataset import tokenized
-from dataset.batches import IGNORED, Batches, PretrainDataset, SFTDataset, collate, validation_batches
+from dataset.batches import (
+    IGNORED,
+    PASS_COST,
+    Batches,
+    PretrainDataset,
+    SFTDataset,
+    collate,
+    micro_batches,
+    validation_batches,
+)
 from dataset.chat import encode_chat, encode_documents
 from dataset.tokenized import CHAT, TEXT, split_rows, tokenize_files
 from dataset.tokenizer import spelled_bytes
@@ -228,7 +239,7 @@ def test_steps_join_rows_of_like_length(make, chats, monkeypatch):
     sizes = {}
     for pool in (1, 10):
         monkeypatch.setattr("dataset.batches.POOL", pool)
-        sizes[pool] = sum(batch.labels.numel() for step in Batches(samples, 3, 1, seed=1).steps(0) for batch in step)
+        sizes[pool] = sum(int(samples.lengths[part].max()) for part in Batches(samples, 3, 1, seed=1)._plan(0))
     assert sizes[10] < 0.8 * sizes[1]
 
 
@@ -242,11 +253,54 @@ def test_neither_steps_nor_their_rows_keep_an_order(make, chats, monkeypatch):
     assert any(lengths[n] < max(lengths[n + 1 : n + 3]) for n in range(0, len(lengths) - 2, 3)), "not by length"
 
 
-def test_micro_batches_join_rows_of_like_length(make, chats):
+@pytest.mark.parametrize(("batch_size", "micro_tokens"), [(10, 2048), (3, 600), (100, 10), (1, 2048)])
+def test_micro_batches_are_the_cheapest_cut_within_their_limits(make, chats, batch_size, micro_tokens):
     samples = make(SFTDataset, chats, 10_000).train
-    (step,) = Batches(samples, 10, 6, seed=1).steps(0)
-    lengths = [len(row) for row in rows_in(step)]
-    assert lengths == sorted(lengths, reverse=True) and len(step) == 6
+    indices = np.arange(0, len(samples), 5)
+    lengths = np.sort(samples.lengths[indices])[::-1]
+
+    def cost(cuts):
+        parts = [lengths[a:b] for a, b in pairwise((0, *cuts, len(lengths)))]
+        if any(len(part) > batch_size or (len(part) > 1 and len(part) * part[0] > micro_tokens) for part in parts):
+            return math.inf
+        return sum(len(part) * part[0] + micro_tokens / PASS_COST for part in parts)
+
+    inner = range(1, len(lengths))
+    cheapest = min(cost(cuts) for n in range(len(lengths)) for cuts in combinations(inner, n))
+    parts = micro_batches(samples, indices, batch_size, micro_tokens)
+    assert sorted(np.concatenate(parts)) == indices.tolist()
+    assert cost(np.cumsum([len(part) for part in parts])[:-1]) == cheapest
+    order = np.concatenate([samples.lengths[part] for part in parts])
+    assert order.tolist() == lengths.tolist(), "the longest first"
+
+
+@pytest.mark.parametrize("file", ["lora_identity.jsonl", "lora_medical.jsonl", "sft_mini.jsonl"])
+def test_little_of_what_is_computed_is_padding(tokenizer, tmp_path, file):
+    samples = SFTDataset((bundled_data(file),), tokenizer, 512, cache=tmp_path, val_ratio=0.05).train
+    batches = Batches(samples, 16, 1, seed=0)
+    steps = [batch for step in batches.steps(1) for batch in step]
+    share = sum(batch.n_tokens for batch in steps) / sum(batch.labels.numel() for batch in steps)
+    assert share == batches.useful_share(1) >= 0.95
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_share_each_step(make, chats, world_size):
+    samples = make(SFTDataset, chats, 40).train
+    alone = Batches(samples, 2, 2, seed=4, rows_per_step=4)
+    ranks = [Batches(samples, 2, 2, 4, rank=n, world_size=world_size, rows_per_step=4) for n in range(world_size)]
+    for whole, *shares in zip(alone.steps(1, 2), *(rank.steps(1, 2) for rank in ranks), strict=True):
+        assert Counter(row for share in shares for row in rows_in(share) if row) == Counter(rows_in(whole))
+        assert sum(batch.n_tokens for share in shares for batch in share) == sum(batch.n_tokens for batch in whole)
+        targets = [sum(batch.n_targets for batch in share) for share in shares]
+        assert all(targets) and sum(targets) == sum(batch.n_targets for batch in whole)
+    assert Batches(samples, 2, 3, 4, world_size=world_size).rows_per_step == 6 * world_size
+
+
+def test_a_process_without_rows_gets_one_masked_batch(make, chats):
+    samples = make(SFTDataset, chats, 40).train
+    (batch,) = next(Batches(samples, 1, 1, 4, rank=1, world_size=2, rows_per_step=1).steps(0))
+    assert (batch.labels == IGNORED).all() and batch.labels.shape == batch.inputs["input_ids"].shape
+    assert (batch.n_targets, batch.n_bytes, batch.n_tokens) == (0, 0, 0)
 
 
 def test_validation_reads_about_so_many_tokens_spread_over_all(make, chats):
