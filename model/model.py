@@ -216,6 +216,11 @@ class MiniMindLM(PreTrainedModel):
             loss = nats / num_items_in_batch
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
+    def compile(self, **settings) -> None:
+        """Compile each block, one program for all of them; state-dict keys and the head's loss stay as they are."""
+        for layer in self.layers:
+            layer.compile(**settings)
+
     def _rope_at(self, start: int, length: int, device: torch.device) -> Tensor:
         config = self.config
         if start + length > config.max_seq_len:

@@ -1,0 +1,149 @@
+"""Which rate, batch, schedule, warm-up, betas and optimizer pretraining wants: the measurement behind its defaults.
+
+    python benchmarks/sweep_recipe.py --data_path my_texts.jsonl --result benchmarks/results/sweep_recipe.json
+
+One setting is varied at a time, in the order of ``STAGES``, and its best value is kept for the next. Every run sees the
+same number of tokens. Finished runs are read back from the result file, so the sweep can be stopped and gone on with.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from core.errors import run
+from core.options import option, parse
+from core.paths import bundled_data
+
+# What is varied, and its values. A rate belongs to a batch: both are varied together.
+STAGES = {
+    "batch_and_rate": [(rows, rate) for rows in (2, 4, 8) for rate in (5e-4, 1e-3, 2e-3, 3e-3)],
+    "schedule": ["cosine to 10 %", "linear to zero", "warm-up, stable, decay"],
+    "warmup": [0.01, 0.03, 0.1],
+    "betas": [(0.9, 0.95), (0.9, 0.99), (0.9, 0.999), (0.8, 0.95)],
+    "optimizer": ["AdamW", "Muon", "Muon, rate x 2", "Muon, rate / 2"],
+}
+START = {"schedule": "cosine to 10 %", "warmup": 0.03, "betas": (0.9, 0.95), "optimizer": "AdamW"}
+DECAY = 0.4  # share of the run in which the stable rate falls to zero
+
+
+@dataclass
+class Options:
+    """Pretrain the same model on the same tokens under many settings and report each one's held-out loss."""
+
+    data_path: tuple[Path, ...] = option((bundled_data("pretrain_mini.jsonl"),), "pretraining files")
+    out_dir: Path = option(Path("out/sweep_recipe"), "folder for the runs and their token cache")
+    tokens: int = option(400_000, "tokens that every run trains on")
+    dim: int = option(512, "width of the model")
+    n_layers: int = option(8, "number of blocks")
+    max_seq_len: int = option(512, "tokens of a window")
+    val_tokens: int = option(65_536, "held-out tokens that every run is judged by")
+    dtype: str = option("auto", "autocast type")
+    result: Path = option(Path("out/sweep_recipe/result.json"), "JSON file of figures, also read to go on")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    options = parse(Options, argv)
+    from benchmarks.environment import measured_on
+
+    done = json.loads(options.result.read_text(encoding="utf-8")) if options.result.exists() else {"rows": []}
+    rows, best = done["rows"], dict(START)
+    for stage, values in STAGES.items():
+        tried = []
+        for value in values:
+            setting = json.loads(json.dumps({**best, stage: value}))  # tuples as JSON gives them back
+            row = next((row for row in rows if row["setting"] == setting), None)
+            if row is None:
+                row = {"setting": setting, "val_loss": round(train_once(setting, options), 4)}
+                rows.append(row)
+                figures = {"tokens": options.tokens, "rows": rows, **measured_on(("torch",))}
+                figures["data"] = [path.name for path in options.data_path]
+                figures["dtype"] = options.dtype
+                options.result.parent.mkdir(parents=True, exist_ok=True)
+                options.result.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8", newline="\n")
+            tried.append((row["val_loss"], len(tried)))
+            print(f"{row['val_loss']:.4f}  {stage} = {value}", flush=True)
+        best[stage] = values[min(tried)[1]]
+    print("best: " + ", ".join(f"{stage} {value}" for stage, value in best.items()))
+    return {"best": best, "rows": rows}
+
+
+def train_once(setting: dict, options: Options) -> float:
+    """The held-out loss after one run of the pretraining door."""
+    import train_pretrain
+    from model.weights import read_record
+
+    rows, rate = setting["batch_and_rate"]
+    steps = options.tokens // (rows * options.max_seq_len)
+    flags = {"batch_size": rows, "learning_rate": rate, "max_steps": steps, "epochs": 1000, "save_interval": 10**9}
+    flags |= {"warmup_iters": max(1, round(setting["warmup"] * steps)), "log_interval": 50}
+    for name in ("dim", "n_layers", "max_seq_len", "val_tokens", "dtype", "out_dir"):
+        flags[name] = getattr(options, name)
+    argv = ["--data_path", *map(str, options.data_path)]
+    with recipe(setting):
+        path = train_pretrain.main(argv + [word for name, value in flags.items() for word in (f"--{name}", str(value))])
+    return read_record(path)["metrics"]["val"]["last"]["loss"]
+
+
+@contextmanager
+def recipe(setting: dict) -> Iterator[None]:
+    """The loop with another schedule and optimizer; the product has the winner alone."""
+    with (
+        patch("trainer.loop.lr_at", lambda *at: rate_at(setting["schedule"], *at)),
+        patch("trainer.loop.make_optimizer", lambda groups, rate: make_optimizer(setting, groups, rate)),
+    ):
+        yield
+
+
+def rate_at(schedule: str, step: int, total: int, warmup: int, peak: float) -> float:
+    """Learning rate of optimizer step ``step`` in [0, total)."""
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    left = 1 - (step - warmup) / max(total - warmup, 1)  # from 1 to 0
+    if schedule == "cosine to 10 %":
+        return peak * (0.55 - 0.45 * math.cos(math.pi * left))
+    return peak * min(1.0, left / (1.0 if schedule == "linear to zero" else DECAY))
+
+
+def make_optimizer(setting: dict, groups: list[dict], rate: float):
+    import torch
+
+    settings = {"lr": rate, "betas": tuple(setting["betas"]), "fused": True}
+    if setting["optimizer"] == "AdamW":
+        return torch.optim.AdamW([group for group in groups if group["params"]], **settings)
+    # Muon is for the matrices inside; embedding and norms stay with AdamW. Its update is scaled to AdamW's size.
+    factor = {"Muon": 1.0, "Muon, rate x 2": 2.0, "Muon, rate / 2": 0.5}[setting["optimizer"]]
+    matrices, vectors = groups
+    embedding = max(matrices["params"], key=len)
+    inside = [parameter for parameter in matrices["params"] if parameter is not embedding]
+    adamw = torch.optim.AdamW([{**matrices, "params": [embedding]}, vectors], **settings)
+    muon = torch.optim.Muon(inside, lr=rate, weight_decay=matrices["weight_decay"], adjust_lr_fn="match_rms_adamw")
+    return Both(adamw, muon, factor)
+
+
+class Both:
+    """Two optimizers that step together; the second at ``factor`` times the rate that the loop sets."""
+
+    def __init__(self, first, second, factor: float):
+        self.first, self.second, self.factor = first, second, factor
+        self.param_groups = first.param_groups + second.param_groups
+
+    def step(self) -> None:
+        for group in self.second.param_groups:
+            group["lr"] *= self.factor
+        self.first.step()
+        self.second.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.first.zero_grad(set_to_none)
+        self.second.zero_grad(set_to_none)
+
+
+if __name__ == "__main__":
+    run(main)
