@@ -7,16 +7,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks.train_measure import (
-    Finished,
-    Paced,
-    linear_shapes,
-    ratios,
-    seconds,
-    sgemm_gflops,
-    spread,
-    training_mflop,
-)
+from benchmarks.train_child import seconds, sgemm_gflops
+from benchmarks.train_measure import Paced, linear_shapes, ratios, spread, train_paced, training_mflop
 
 
 class Floor:
@@ -49,7 +41,7 @@ class Floor:
                 torch.autograd.grad(y, (q, k, v), gradient)
 
 
-def measure(options, folder: Path) -> dict:
+def floor(options, folder: Path) -> dict:
     """Our whole optimizer step on full windows against its matrix products alone, and both against sgemm."""
     import train_pretrain
     from dataset.batches import PretrainDataset
@@ -58,9 +50,6 @@ def measure(options, folder: Path) -> dict:
     from model.loss import loss_sum
     from model.model import MiniMindLM
     from scripts.wiring import batches_of, read_data
-    from trainer.evaluation import Metrics
-    from trainer.loop import train
-    from trainer.optimizer import param_groups
     from trainer.runtime import Runtime
 
     settings = {"max_seq_len": options.max_seq_len, "dim": options.dim, "n_layers": options.n_layers, "val_ratio": 0.0}
@@ -80,50 +69,33 @@ def measure(options, folder: Path) -> dict:
 
     steps = full_steps()
     warm_up = next(steps)
-    floor = Floor(config, [tuple(batch.labels.shape) for batch in warm_up])
+    products = Floor(config, [tuple(batch.labels.shape) for batch in warm_up])
     times: dict[str, list[float]] = {"step": [], "linears": [], "sdpa": []}
     rates = []
 
     def rounds() -> Iterator[list]:
-        floor.linears(), floor.sdpa(), sgemm_gflops()
-        for _ in range(options.rounds):
+        for _ in range(1 + options.rounds):  # the first one allocates and does not count
             began = time.perf_counter()
             yield next(steps)
             times["step"].append(time.perf_counter() - began)
-            times["linears"].append(seconds(floor.linears))
-            times["sdpa"].append(seconds(floor.sdpa))
+            times["linears"].append(seconds(products.linears))
+            times["sdpa"].append(seconds(products.sdpa))
             rates.append(sgemm_gflops())
 
-    try:
-        source_of_rounds = Paced(warm_up, rounds)
-        groups = param_groups(model, door.weight_decay)
-        nothing = Metrics(float("nan"), float("nan"), 0, 0)
-        door.save_interval = door.log_interval = 10**9
-        train(
-            model,
-            source_of_rounds,
-            groups,
-            door,
-            runtime,
-            loss_sum=loss_sum,
-            on_save=lambda step: None,
-            validate=lambda: nothing,
-            log_to=folder / "metrics.jsonl",
-        )
-    except Finished:
-        pass
+    train_paced(model, Paced(warm_up, rounds), door, runtime, loss_sum, folder / "metrics.jsonl")
+    rates, times = rates[1:], {name: values[1:] for name, values in times.items()}
     mflop, sgemm = training_mflop(config, door.max_seq_len), max(rates)
-    products = [a + b for a, b in zip(times["linears"], times["sdpa"], strict=True)]
+    both = [a + b for a, b in zip(times["linears"], times["sdpa"], strict=True)]
     at_sgemm = full * mflop / 1e3 / sgemm
     return {
         "rounds": options.rounds,
         "tokens_per_step": full,
-        "micro_batches": floor.shapes,
+        "micro_batches": products.shapes,
         "mflop_per_token": round(mflop, 2),
-        "sgemm_gflops": round(sgemm, 1),
+        "sgemm_gflops": spread(rates, 1),
         "seconds": {name: spread(values) for name, values in times.items()},
         "tokens_per_second": spread((full / t for t in times["step"]), 1),
-        "products_of_step": ratios(products, times["step"]),
-        "sgemm_of_products": spread(at_sgemm / t for t in products),
+        "products_of_step": ratios(both, times["step"]),
+        "sgemm_of_products": spread(at_sgemm / t for t in both),
         "sgemm_of_step": spread(at_sgemm / t for t in times["step"]),
     }

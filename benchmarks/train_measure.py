@@ -1,15 +1,12 @@
-"""What the training measurements share: spread over rounds, sgemm, steps that a clock can stand between."""
+"""What the training measurements share: spread over rounds, FLOP counts, the real loop with a clock in it."""
 
+import contextlib
 import json
+import math
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-
-import torch
-
-SGEMM_SIZE = 2048
-SGEMM_RUNS = 2  # a round; the best of all rounds counts
 
 
 def spread(values: Iterable[float], digits: int = 3) -> dict[str, float]:
@@ -22,20 +19,6 @@ def spread(values: Iterable[float], digits: int = 3) -> dict[str, float]:
 def ratios(over: Iterable[float], under: Iterable[float]) -> dict[str, float]:
     """Spread of the quotients of figures that were measured in the same round."""
     return spread(a / b for a, b in zip(over, under, strict=True))
-
-
-def sgemm_gflops() -> float:
-    """GFLOP/s of the best of a few fp32 products of square matrices, in this process and its threads."""
-    a, b = torch.randn(2, SGEMM_SIZE, SGEMM_SIZE).unbind()
-    out = torch.empty_like(a)
-    best = min(seconds(lambda: torch.mm(a, b, out=out)) for _ in range(SGEMM_RUNS))
-    return 2 * SGEMM_SIZE**3 / best / 1e9
-
-
-def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 def training_mflop(config, length: int) -> float:
@@ -56,22 +39,38 @@ def linear_shapes(config) -> list[tuple[int, int]]:
 
 
 class Paced:
-    """A ``BatchSource`` for ``trainer.loop.train`` that hands over to ``rounds`` between optimizer steps.
+    """A ``BatchSource`` that lets the caller stand between the optimizer steps of ``trainer.loop.train``.
 
-    ``rounds(warm_up)`` is a generator of optimizer steps; whatever it does between two of them is between two steps of
-    the real training loop: it can read a clock, measure something else, or wait. It ends the run by returning.
-    ``warm_up`` is one step (a list of micro-batches), which is trained on once before ``rounds`` begins.
+    ``rounds()`` is a generator of optimizer steps; what it does between two of them happens between two steps of the
+    real training loop: it can read a clock, measure something else, or wait for an order. The run ends with it, by
+    ``Finished``. The first call is the loop's look at ``warm_up`` (one step), by which it estimates its time.
     """
 
-    steps_per_epoch = 10**9  # rounds end the run, not the count; the learning rate stays near zero
-
-    def __init__(self, warm_up: list, rounds: Callable[[], Iterator[list]]):
-        self.warm_up, self.rounds = warm_up, rounds
+    def __init__(self, warm_up: list, rounds: Callable[[], Iterator[list]], steps_per_epoch: int = 10**9):
+        self.warm_up, self.rounds, self.steps_per_epoch = warm_up, rounds, steps_per_epoch
+        self._was_looked_at = False
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[list]:
-        yield self.warm_up
+        if not self._was_looked_at:
+            self._was_looked_at = True
+            yield self.warm_up
+            return
         yield from self.rounds()
         raise Finished
+
+
+def train_paced(model, source: Paced, door, runtime, loss_sum, log_to: Path) -> None:
+    """Train as a door does, but for validation and saving."""
+    from trainer.evaluation import Metrics
+    from trainer.loop import train
+    from trainer.optimizer import param_groups
+
+    nothing = Metrics(math.nan, math.nan, 0, 0)
+    groups = param_groups(model, door.weight_decay)
+    quiet = replace(door, save_interval=10**9)
+    hooks = {"loss_sum": loss_sum, "on_save": lambda step: None, "validate": lambda: nothing, "log_to": log_to}
+    with contextlib.suppress(Finished):
+        train(model, source, groups, quiet, runtime, **hooks)
 
 
 class Finished(Exception):
