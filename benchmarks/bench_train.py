@@ -100,7 +100,7 @@ def data_names(options: Options, part: str) -> list[str]:
 
 
 def table(figures: dict, depth: int = 1) -> list[str]:
-    """One line a figure, nested as the figures are; a spread is one figure."""
+    """One line a figure, nested as the figures are; a spread is one figure. Lists are left to the file."""
     lines = []
     for name, value in figures.items():
         indent = "  " * depth
@@ -108,7 +108,7 @@ def table(figures: dict, depth: int = 1) -> list[str]:
             lines.append(f"{indent}{name:34} {value['median']}   ({value['min']} .. {value['max']})")
         elif isinstance(value, dict):
             lines += [f"{indent}{name}", *table(value, depth + 1)]
-        else:
+        elif not isinstance(value, list):
             lines.append(f"{indent}{name:34} {json.dumps(value, ensure_ascii=False)}")
     return lines
 

@@ -67,7 +67,7 @@ class Side:
     def step(self, x: Tensor, y: Tensor, mask: Tensor, micro_steps: int) -> None:
         """One micro-batch of a run of ``micro_steps``, and the update when enough of them are accumulated."""
         peak, accumulation = self.job["learning_rate"], self.job["accumulation_steps"]
-        through = self.micro_step / micro_steps
+        through = min(1.0, self.micro_step / micro_steps)  # a timed run may go past the planned end
         for group in self.optimizer.param_groups:
             group["lr"] = peak / 10 + 0.5 * peak * (1 + math.cos(math.pi * through))
         out = self.model(x)

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -100,8 +100,8 @@ class Side:
             orders.reply(seconds=spent, clock=clock, sgemm=rate, parameters=trained, **counts, **memory)
 
     def planned(self) -> Iterator[list]:
-        """The steps that a door would take."""
-        every = (step for epoch in range(self.job["epochs"]) for step in self.source.steps(epoch))
+        """The steps that the learning rate is planned for."""
+        every = (step for epoch in count() for step in self.source.steps(epoch))
         return islice(every, self.total)
 
     def save(self, path: Path) -> None:
