@@ -9,6 +9,7 @@ on a CPU and are left out; so are its saves and log lines, which it pays for and
 import importlib.util
 import json
 import math
+import os
 import sys
 import time
 import types
@@ -91,7 +92,8 @@ class Side:
             if order["do"] == "save":
                 self.save(order["path"])
             elif order["do"] == "checkpoint":
-                torch.save(self.state(), order["path"])
+                torch.save(self.state(), f"{order['path']}.new")
+                os.replace(f"{order['path']}.new", order["path"])
             elif order["do"] == "resume":
                 self.resume(order["path"])
                 before, began = self.micro_step, time.perf_counter()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.train_child import seconds, sgemm_gflops
+from benchmarks.train_data import document_files, documents
 from benchmarks.train_measure import Paced, linear_shapes, ratios, spread, train_paced, training_mflop
 
 
@@ -53,9 +54,12 @@ def floor(options, folder: Path) -> dict:
     from trainer.runtime import Runtime
 
     settings = {"max_seq_len": options.max_seq_len, "dim": options.dim, "n_layers": options.n_layers, "val_ratio": 0.0}
-    door = train_pretrain.Options(data_path=options.pretrain, out_dir=folder, device="cpu", **settings)
+    door = train_pretrain.Options(out_dir=folder, device="cpu", **settings)
     runtime = Runtime.start(door.device, door.dtype, door.seed)
     tokenizer = load_tokenizer(door.tokenizer_path)
+    rows = 2 * door.batch_size * door.accumulation_steps
+    file = document_files(documents(options.pretrain), "full", tokenizer, door.max_seq_len, 1, rows, folder)[0]
+    door.data_path = (file.path,)
     config = LMConfig(vocab_size=len(tokenizer), dim=door.dim, n_layers=door.n_layers)
     model = MiniMindLM(config)
     source = batches_of(read_data(PretrainDataset, door, tokenizer).train, door)

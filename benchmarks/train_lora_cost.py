@@ -110,6 +110,8 @@ def lora_step(options, folder: Path) -> dict:
         runtime = Runtime.start(door.device, door.dtype, door.seed)
         data = read_data(kind, door, tokenizer).train
         batches = [step for epoch in range(1 + options.rounds) for step in batches_of(data, door).steps(epoch)]
+        whole = max(sum(len(batch.labels) for batch in step) for step in batches)
+        batches = [step for step in batches if sum(len(batch.labels) for batch in step) == whole]  # no last, small ones
         runners = {}
         for side, loss in (("lora", loss_sum), ("full", loss_sum), ("full_untrimmed", whole_loss_sum)):
             model = MiniMindLM(LMConfig(**config))

@@ -127,6 +127,7 @@ def test_the_paced_loop_trains_on_what_it_is_given_and_nothing_else(tokenizer, t
             yield step
             seen.append(step)
 
+    assert list(Paced(steps[0], lambda: rounds(2)).steps(0)) == [steps[0]] and not seen
     for count in (0, 2):
         source = Paced(steps[0], lambda count=count: rounds(count))
         train_paced(model, source, options, Runtime.start("cpu"), loss_sum, tmp_path / "metrics.jsonl")
