@@ -1,0 +1,186 @@
+"""What each technique of the training step is worth: those in use, taken away, and those left out, put in.
+
+    python benchmarks/techniques.py --result benchmarks/results/techniques.json
+
+Each variant runs in processes of its own; the variants take turns, so that a noisy machine is noisy for all.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from core.errors import run
+from core.options import option, parse, require
+
+GLIBC_KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31 - 1), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+VARIANTS = {
+    "ours": "the training step as it is",
+    "autograd kernels": "in use, taken away: hand-written gradients of RMSNorm, SwiGLU and the head's loss",
+    "real rotary pairs": "in use, taken away: rotary positions as one complex product",
+    "repeated keys and values": "in use, taken away: grouped queries inside the attention kernel",
+    "optimizer not fused": "in use, taken away: fused AdamW",
+    "one large pass": "in use, taken away: the token budget of a pass",
+    "fused projections": "left out: one product for wq, wk, wv and one for w1, w3",
+    "allocator keeps memory": "left out: glibc told never to give memory back",
+    "compiled": "the flag --compile",
+    "bfloat16": "the flag --dtype bfloat16",
+}
+
+
+@dataclass
+class Options:
+    """Time an optimizer step of pretraining under each variant, beside ours."""
+
+    variant: str = option("", "run this one alone, and print the seconds of each step (used by the command itself)")
+    only: tuple[str, ...] = option(tuple(VARIANTS), "variants to compare; ours is always among them")
+    rounds: int = option(5, "processes of each variant")
+    steps: int = option(3, "timed steps of a process")
+    rows: int = option(16, "windows of a step")
+    max_seq_len: int = option(512, "tokens of a window")
+    dim: int = option(512, "width of the model")
+    n_layers: int = option(8, "number of blocks")
+    result: Path | None = option(None, "also write the figures to this JSON file")
+
+    def __post_init__(self):
+        for variant in (*self.only, self.variant or "ours"):
+            require(variant in VARIANTS, f"{variant!r} is no variant; there are {', '.join(VARIANTS)}")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    options = parse(Options, argv)
+    if options.variant:
+        print(json.dumps(step_seconds(options)))
+        return {}
+    from benchmarks.environment import measured_on
+    from benchmarks.train_measure import ratios
+
+    variants = list(dict.fromkeys(("ours", *options.only)))
+    rounds = [{variant: min(child(variant, options)) for variant in variants} for _ in range(options.rounds)]
+    rows = {}
+    for variant in variants:
+        figures = ratios(*([seconds[name] for seconds in rounds] for name in (variant, "ours")))
+        rows[variant] = {"what": VARIANTS[variant], "time_against_ours": figures}
+        print(
+            f"{figures['median']:.3f}  ({figures['min']:.3f} .. {figures['max']:.3f})  {variant}: {VARIANTS[variant]}"
+        )
+    shape = {name: getattr(options, name) for name in ("rounds", "steps", "rows", "max_seq_len", "dim", "n_layers")}
+    figures = {**shape, "variants": rows, **measured_on(("torch",))}
+    if options.result is not None:
+        options.result.parent.mkdir(parents=True, exist_ok=True)
+        options.result.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8", newline="\n")
+    return figures
+
+
+def child(variant: str, options: Options) -> list[float]:
+    """Seconds of each step of ``variant``, in a new process."""
+    words = [sys.executable, __file__, "--variant", variant]
+    for name in ("steps", "rows", "max_seq_len", "dim", "n_layers"):
+        words += [f"--{name}", str(getattr(options, name))]
+    environment = os.environ | (GLIBC_KEEPS_MEMORY if variant == "allocator keeps memory" else {})
+    done = subprocess.run(words, env=environment, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def step_seconds(options: Options) -> list[float]:
+    import torch
+
+    from dataset.batches import MICRO_TOKENS, Batch
+    from model.LMConfig import LMConfig
+    from model.loss import loss_sum
+    from model.model import MiniMindLM
+    from trainer.optimizer import make_optimizer, param_groups
+
+    torch.manual_seed(0)
+    model = MiniMindLM(LMConfig(dim=options.dim, n_layers=options.n_layers)).train()
+    ids = torch.randint(3, model.config.vocab_size, (options.rows, options.max_seq_len))
+    rows = options.rows if options.variant == "one large pass" else max(1, MICRO_TOKENS // options.max_seq_len)
+    passes = [Batch({"input_ids": part}, part, part[:, 1:].numel(), 0, part.numel()) for part in ids.split(rows)]
+    targets = sum(batch.n_targets for batch in passes)
+    optimizer = make_optimizer(param_groups(model, 0.1), 1e-4)
+    if options.variant == "optimizer not fused":
+        optimizer = torch.optim.AdamW(optimizer.param_groups, betas=(0.9, 0.95), fused=False)
+    parameters = list(model.parameters())
+    if options.variant == "compiled":
+        model.compile()
+    autocast = torch.autocast("cpu", torch.bfloat16) if options.variant == "bfloat16" else nullcontext()
+    seconds = []
+    with changed(options.variant):
+        for _ in range(1 + options.steps):  # the first one allocates or compiles
+            began = time.perf_counter()
+            for batch in passes:
+                with autocast:
+                    loss = loss_sum(model, batch) / targets
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seconds.append(time.perf_counter() - began)
+    return seconds[1:]
+
+
+@contextmanager
+def changed(variant: str) -> Iterator[None]:
+    """The model with another arithmetic for the same result."""
+    import torch
+    import torch.nn.functional as F
+
+    from model.model import Attention, swiglu
+
+    def plain_norm(x, weight, eps):
+        return weight * F.rms_norm(x.float(), (x.size(-1),), eps=eps).type_as(x)
+
+    def plain_loss(hidden, weight, targets):
+        return F.cross_entropy((hidden @ weight.t()).float(), targets, reduction="sum")
+
+    def real_rotate(x, turns):
+        real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = turns.real[:, None, :], turns.imag[:, None, :]
+        turned = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
+        return turned.flatten(-2).type_as(x)
+
+    sdpa, plain_attention = F.scaled_dot_product_attention, Attention.forward
+
+    def repeated(q, k, v, enable_gqa, **settings):
+        groups = q.size(1) // k.size(1)
+        return sdpa(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), **settings)
+
+    def fused_feed_forward(self, x):
+        gate, up = F.linear(x, torch.cat((self.w1.weight, self.w3.weight))).chunk(2, -1)
+        return self.w2(swiglu(gate, up))
+
+    def fused_attention(self, x, *rest):
+        linears = (self.wq, self.wk, self.wv)
+        product = F.linear(x, torch.cat([linear.weight for linear in linears]))
+        parts = product.split([linear.out_features for linear in linears], -1)
+        with ExitStack() as stack:
+            for linear, part in zip(linears, parts, strict=True):
+                stack.enter_context(patch.object(linear, "forward", lambda _, part=part: part))
+            return plain_attention(self, x, *rest)
+
+    replaced = {
+        "autograd kernels": {
+            "rms_norm": plain_norm,
+            "swiglu": lambda gate, up: F.silu(gate) * up,
+            "linear_cross_entropy": plain_loss,
+        },
+        "real rotary pairs": {"rotate": real_rotate},
+        "repeated keys and values": {"F.scaled_dot_product_attention": repeated},
+        "fused projections": {"FeedForward.forward": fused_feed_forward, "Attention.forward": fused_attention},
+    }
+    with ExitStack() as stack:
+        for name, replacement in replaced.get(variant, {}).items():
+            stack.enter_context(patch(f"model.model.{name}", replacement))
+        yield
+
+
+if __name__ == "__main__":
+    run(main)
