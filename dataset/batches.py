@@ -1,5 +1,6 @@
 """From tokenised rows to the micro-batches of optimizer steps."""
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,14 +151,27 @@ def collate(samples: Samples, indices: np.ndarray) -> Batch:
 class Batches:
     """The optimizer steps of each epoch, in an order that depends on ``seed`` and epoch alone (a ``BatchSource``).
 
-    A step takes ``batch_size * accumulation_steps`` samples of like length, so that little is padding: the shuffled
+    A step takes ``rows_per_step`` samples (``batch_size * accumulation_steps`` a rank) of like length, so that little
+    is padding, and ``steps`` yields the share of ``rank`` in micro-batches of ``batch_size`` at most: the shuffled
     samples are cut into pools of ``POOL`` steps, sorted by length within each, and the steps are shuffled again. An
     epoch uses every sample once; one of its steps may be smaller.
     """
 
-    def __init__(self, samples: Samples, batch_size: int, accumulation_steps: int, seed: int, num_workers: int = 0):
+    def __init__(
+        self,
+        samples: Samples,
+        batch_size: int,
+        accumulation_steps: int,
+        seed: int,
+        num_workers: int = 0,
+        *,
+        rows_per_step: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         self.samples, self.batch_size, self.seed, self.num_workers = samples, batch_size, seed, num_workers
-        self.rows_per_step = batch_size * accumulation_steps
+        self.rank, self.world_size = rank, world_size
+        self.rows_per_step = rows_per_step or batch_size * accumulation_steps * world_size
         self.steps_per_epoch = -(-len(samples) // self.rows_per_step)
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
@@ -172,10 +186,23 @@ class Batches:
         indices = [indices[n] for n in rng.permutation(len(indices))]
         # A generator of its own: the loader draws a seed, which would shift dropout after a resume within an epoch.
         settings = {"num_workers": self.num_workers, "collate_fn": self._step, "generator": torch.Generator()}
+        settings["worker_init_fn"] = _outlive_signals
         return iter(DataLoader(indices[start:], batch_size=None, **settings))
 
     def _step(self, indices: np.ndarray) -> list[Batch]:
-        return micro_batches(self.samples, indices, self.batch_size)
+        """This rank's micro-batches: rows of every length, dealt from the longest; at least one, if only of padding."""
+        longest_first = indices[np.argsort(-self.samples.lengths[indices], kind="stable")]
+        mine = longest_first[self.rank :: self.world_size]
+        if len(mine):
+            return micro_batches(self.samples, mine, self.batch_size)
+        batch = collate(self.samples, longest_first[-1:])
+        return [Batch(batch.inputs, torch.full_like(batch.labels, IGNORED), n_targets=0, n_bytes=0, n_tokens=0)]
+
+
+def _outlive_signals(worker: int) -> None:
+    """A Ctrl-C reaches every process of a terminal; the training process needs its workers to end in good order."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def micro_batches(samples: Samples, indices: np.ndarray, batch_size: int) -> list[Batch]:

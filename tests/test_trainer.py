@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from core.errors import UserError
+from core.errors import Stopped, UserError
 from dataset.batches import Batch
 from model.loss import loss_sum, nats_of
 from trainer import progress
@@ -17,6 +17,7 @@ from trainer.evaluation import Metrics, evaluate
 from trainer.loop import Summary, _backward, train
 from trainer.optimizer import lr_at, param_groups, warmup_steps
 from trainer.options import TrainOptions
+from trainer.run_state import RunStates
 from trainer.runtime import Runtime
 
 CPU = Runtime.start("cpu", "float32")
@@ -49,6 +50,7 @@ class Source:
 
     def __init__(self, *steps: list[Batch]):
         self.all_steps, self.steps_per_epoch = list(steps), len(steps)
+        self.rows_per_step = max(sum(len(batch.labels) for batch in step) for step in steps)
 
     def steps(self, epoch: int, start: int = 0):
         return iter(self.all_steps[start:])
@@ -59,8 +61,10 @@ def run_training(
 ) -> Summary:
     options = TrainOptions(**{"epochs": 4, "learning_rate": 1e-2, "warmup_iters": 1, "save_interval": 100, **flags})
     groups = param_groups(model, options.weight_decay)
+    states = RunStates(tmp_path / "states", {}, {}, resume=options.resume)
+    callbacks = {"loss_sum": loss, "on_save": on_save, "validate": validate}
     log_to = tmp_path / "metrics" / "run.jsonl"
-    return train(model, source, groups, options, CPU, loss_sum=loss, on_save=on_save, validate=validate, log_to=log_to)
+    return train(model, source, groups, options, CPU, log_to=log_to, states=states, **callbacks)
 
 
 def gradients(model, batches) -> list[torch.Tensor]:
@@ -211,7 +215,7 @@ def test_ctrl_c_ends_the_step_saves_and_interrupts(tiny_model, tmp_path):
 
     calls = []
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         run_training(
             tiny_model, Source([ragged_batch(2, seed=11)]), tmp_path, epochs=50, loss=interrupted, on_save=saved.append
         )

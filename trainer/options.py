@@ -32,6 +32,7 @@ class TrainOptions:
     val_tokens: int = option(16384, "how many held-out tokens a validation reads")
     bad_rows: Literal["stop", "skip"] = option("stop", "what to do about unusable rows")
     tokenizer_path: Path | None = option(None, "tokenizer folder (default: the one the base was trained with)")
+    resume: bool = option(False, "go on from the newest saved state of this run, if there is one")
     use_wandb: bool = option(False, "also log to Weights & Biases (WANDB_MODE=offline works)")
     wandb_project: str = option("MiniMind", "Weights & Biases project")
 
@@ -46,3 +47,9 @@ class TrainOptions:
         require(0 < self.learning_rate < inf, f"--learning_rate {self.learning_rate} must be a positive number")
         require(0 <= self.val_ratio < 1, f"--val_ratio {self.val_ratio} must lie in [0, 1)")
         require(self.max_seq_len >= 2, f"--max_seq_len {self.max_seq_len} must be at least 2")
+
+
+# What a resumed run may change: on one machine none of it alters the arithmetic or the order of the rows. Files are
+# compared by their content instead.
+MAY_CHANGE = {"data_path", "base", "tokenizer_path", "out_dir", "device", "num_workers", "resume"}
+MAY_CHANGE |= {"log_interval", "save_interval", "val_tokens", "use_wandb", "wandb_project"}
