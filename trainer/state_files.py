@@ -77,7 +77,7 @@ def write_state(
             shutil.rmtree(stale, ignore_errors=True)
         unfinished.mkdir()
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished / TENSORS)
-        _write(unfinished / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        _write(unfinished / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         _write(unfinished / METRICS, metrics)
         _write(unfinished / SUMS, "".join(f"{sha256_file(unfinished / name)}  {name}\n" for name in FILES))
         for name in (*FILES, SUMS):
