@@ -43,7 +43,6 @@ def main(argv: list[str] | None = None) -> Path:
         save_base(path, model, {**record, "metrics": {"step": step, "val": validate.record()}})
 
     train_and_save(model, data.train, options, runtime, path, record, on_save=on_save, validate=validate)
-    print(f"saved {path}")
     return path
 
 

@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> Path:
     memory = {}
     domain = Validation(model, data.val, tokenizer, options, runtime, memory, "domain")
     general = Validation(model, other.val, tokenizer, options, runtime, memory, "general")
-    runtime.on_first(lambda: (domain(), general()))
+    if not options.dry_run:
+        runtime.on_first(lambda: (domain(), general()))
     record = run_record("lora", options, tokenizer)
     record["base"] = {"file": base.name, "fingerprint": found["fingerprint"]}
 
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> Path:
         save_lora(model, path, {**record, "metrics": metrics})
 
     train_and_save(model, data.train, options, runtime, path, record, on_save=on_save, validate=domain)
-    print(f"domain:  {domain}\ngeneral: {general}\nsaved {path}")
+    print(f"domain:  {domain}\ngeneral: {general}")
     return path
 
 

@@ -114,6 +114,8 @@ def train_and_save(
         states=states,
     )
     runtime.stop()
+    if not options.dry_run:
+        print(f"saved {path}")
 
 
 def identity(options: TrainOptions, record: dict) -> dict:
@@ -132,19 +134,18 @@ def run_record(stage: str, options: TrainOptions, tokenizer: PreTrainedTokenizer
             return value.name
         return [cut(item) for item in value] if isinstance(value, tuple) else value
 
+    names = [field.name for field in fields(options)]
     return {
         "stage": stage,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "data": [{"file": path.name, "sha256": sha256_file(path)} for path in options.data_path],
         # A resumed run leaves the same file as one that was never interrupted.
-        "options": {
-            field.name: cut(getattr(options, field.name)) for field in fields(options) if field.name != "resume"
-        },
+        "options": {name: cut(getattr(options, name)) for name in names if name not in ("resume", "dry_run")},
     }
 
 
 def starts_clean(path: Path, options: TrainOptions) -> Path:
     """``path``, once it was said that a re-run replaces what an earlier run left there."""
-    if path.exists() and not options.resume:
+    if path.exists() and not (options.resume or options.dry_run):
         print(f"starting clean: {path} of an earlier run will be replaced")
     return path

@@ -23,7 +23,7 @@ from trainer.run_state import RunStates
 from trainer.runtime import Runtime
 from trainer.state_files import SUMS, newest_state, saved_states
 
-TIMINGS = ("seconds", "tokens_per_second")
+TIMINGS = ("seconds", "seconds_left", "tokens_per_second", "matmul_share", "peak_memory_mb")
 SHORT = {"max_seq_len": 64, "epochs": 3, "device": "cpu", "val_tokens": 256, "log_interval": 1, "save_interval": 4}
 SHAPE = {"dim": 64, "n_layers": 2, "n_heads": 4, "dropout": 0.1}
 
@@ -50,6 +50,7 @@ def cut_short(monkeypatch, step: int, how: int | None = None) -> None:
 def metrics_of(out: Path) -> list[dict]:
     (path,) = (out / "metrics").glob("*.jsonl")
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records[-1].update(records[-1].pop("summary", {}))
     return [{key: value for key, value in record.items() if key not in TIMINGS} for record in records]
 
 

@@ -4,7 +4,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -15,15 +15,16 @@ from tqdm import tqdm
 
 from core.errors import Stopped, UserError
 from trainer.evaluation import Metrics
-from trainer.measure import announce
+from trainer.measure import announce, peak_memory_mb, speed_figures
 from trainer.metrics import NoLog, RunLog
 from trainer.optimizer import lr_at, make_optimizer, warmup_steps
 from trainer.options import TrainOptions
-from trainer.progress import Clock
+from trainer.progress import Clock, duration
 from trainer.run_state import RunStates
 from trainer.runtime import Runtime
 from trainer.signals import stop_requests
 
+DRY_RUN_STEPS = 20
 MAX_OVERFLOWS = 20  # fp16 steps in a row whose scaled gradient overflows before the run is given up
 
 LossSum = Callable[[nn.Module, object], Tensor]
@@ -43,14 +44,29 @@ class BatchSource(Protocol):
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run went. ``first_loss`` is that of step 1, before any update; ``final`` the last validation, in rank 0."""
+    """How a run went; the last line of its metrics file.
+
+    ``first_loss`` is that of step 1, before any update; ``final`` the last validation, None in other ranks than 0.
+    ``matmul_share`` is explained at ``Floor.share``; ``peak_memory_mb`` is that of one process.
+    """
 
     steps: int
     first_loss: float
     last_loss: float
-    seconds: float
+    final: Metrics | None
     tokens: int
-    final: Metrics
+    seconds: float
+    tokens_per_second: float
+    matmul_share: float
+    peak_memory_mb: int | None
+
+    def __str__(self) -> str:
+        memory = f", peak memory {self.peak_memory_mb:,} MB" if self.peak_memory_mb else ""
+        return (
+            f"{self.steps} steps, {self.tokens:,} tokens in {duration(self.seconds)}: loss {self.first_loss:.3f} ->"
+            f" {self.last_loss:.3f}, {self.tokens_per_second:,.0f} tokens/s"
+            f" ({100 * self.matmul_share:.0f} % of the matmul floor){memory}"
+        )
 
 
 def train(
@@ -72,8 +88,8 @@ def train(
     optimizer step over all ranks, so that neither accumulation nor the number of processes changes anything. Every
     ``save_interval`` steps and at the end rank 0 calls ``validate()``, then ``on_save(step)``, and writes the state
     from which ``states`` can go on; SIGINT and SIGTERM end the run early, saved but not validated, with ``Stopped``.
-    ``log_to`` is the metrics file. Raises ``UserError`` when nothing is trainable, and when the loss or a gradient is
-    not finite: before it reaches the weights.
+    ``log_to`` is the metrics file. ``options.dry_run`` makes a few steps and writes nothing. Raises ``UserError`` when
+    nothing is trainable, and when the loss or a gradient is not finite: before it reaches the weights.
     """
     parameters = [parameter for group in groups for parameter in group["params"]]
     if not parameters:
@@ -83,13 +99,17 @@ def train(
     warmup = warmup_steps(options.warmup_iters, total)
     if warmup >= total:
         raise UserError(f"--warmup_iters {warmup} must be shorter than the run of {total} optimizer steps")
-    states.warn_of_others(total)
     optimizer, scaler = make_optimizer(groups, options.learning_rate), runtime.scaler()
     run = states.restore(model, optimizer, scaler, runtime)
     was_finished = run.step == total
-    replica = announce(model, source, total - run.step, runtime, loss_sum)
-    log = RunLog(log_to, options, states.metrics, states.wandb_id) if runtime.rank == 0 else NoLog()
-    clock, final = Clock(runtime, run.seconds), Metrics(math.nan, math.nan, 0, 0)
+    replica, floor = announce(model, source, total - run.step, runtime, loss_sum)
+    if options.dry_run or runtime.rank > 0:
+        log = NoLog()
+    else:
+        states.warn_of_others(total)
+        log = RunLog(log_to, options, states.metrics, states.wandb_id)
+    last = min(total, DRY_RUN_STEPS) if options.dry_run else total
+    clock, final = Clock(runtime, run.seconds), None
 
     def save() -> None:
         """In rank 0. The state comes last: whatever a kill cuts short is done again from the state before."""
@@ -105,10 +125,17 @@ def train(
             facts = {"total_steps": total, "rows_per_step": source.rows_per_step, "wandb_id": log.wandb_id}
             states.save(model, optimizer, scaler, run, rng_states, runtime, metrics=log.lines, **facts)
 
+    def summary() -> Summary:
+        seconds = clock.elapsed()
+        speed = run.tokens / seconds
+        losses = run.first_loss, run.last_loss
+        memory = peak_memory_mb(runtime)
+        return Summary(run.step, *losses, final, run.tokens, seconds, speed, floor.share(speed), memory)
+
     model.train()
     with stop_requests() as request, log, _bar(run.step, total, runtime) as bar:
         stopping = False
-        for batches in _steps(source, run.step, total):
+        for batches in _steps(source, run.step, last):
             lr = lr_at(run.step, total, warmup, options.learning_rate)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -131,15 +158,13 @@ def train(
             run.first_loss = loss if run.step == 1 else run.first_loss
             run.add(loss, n_targets, int(tokens))
             clock.tick(int(tokens))
-            if run.step % options.log_interval == 0 or run.step in (1, total):
-                mean, speed, run.seconds = run.take_loss(), clock.tokens_per_second(), clock.elapsed()
-                _show(bar, run.step, f"loss {mean:.3f}, {speed:,.0f} tokens/s{clock.left(total - run.step)}")
-                log.write(
-                    {"step": run.step, "loss": mean, "lr": lr, "grad_norm": norm, "tokens_per_second": round(speed, 1)}
-                    | {"seconds": round(run.seconds, 2)}
-                )
+            if run.step % options.log_interval == 0 or run.step in (1, last):
+                record = {"step": run.step, "loss": run.take_loss(), "lr": lr, "grad_norm": norm}
+                record |= speed_figures(clock, floor, total - run.step, runtime)
+                log.write(record)
+                _show(bar, record)
             bar.update()
-            if run.step % options.save_interval == 0 or run.step == total or stopping:
+            if (run.step % options.save_interval == 0 or run.step == total or stopping) and not options.dry_run:
                 rng_states, run.seconds = runtime.rng_states(), clock.elapsed()
                 with clock.paused():
                     runtime.on_first(save)
@@ -148,13 +173,19 @@ def train(
         if was_finished:
             print(f"this run was finished at step {total}: its files are written again", flush=True)
             runtime.on_first(save)
+        if run.step == total:
+            log.write({"step": total, "summary": asdict(summary())})
     model.eval()
-    if run.step < total:
+    if run.step < last:
         signum = request.signum or signal.SIGTERM  # without an own signal, another rank had one
-        name = signal.Signals(signum).name
-        print(f"stopped by {name} after step {run.step} of {total}: saved; --resume goes on from there", flush=True)
+        saved = "nothing is" if options.dry_run else "--resume goes on from there: all is"
+        print(f"stopped by {signal.Signals(signum).name} after step {run.step} of {total}; {saved} saved", flush=True)
         raise Stopped(signum)
-    return Summary(run.step, run.first_loss, run.last_loss, clock.elapsed(), run.tokens, final)
+    result = summary()
+    print(f"{'measured, nothing written' if options.dry_run else 'trained'}: {result}")
+    if options.dry_run and (whole := clock.seconds_for(total)):
+        print(f"the whole run of {total} steps takes about {duration(whole)}, validations and saves not counted")
+    return result
 
 
 def _backward(
@@ -193,7 +224,10 @@ def _bar(step: int, total: int, runtime: Runtime) -> tqdm:
     )
 
 
-def _show(bar: tqdm, step: int, text: str) -> None:
+def _show(bar: tqdm, record: dict) -> None:
+    left = record["seconds_left"]
+    text = f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s"
+    text += f", {duration(left)} left" if left is not None else ""
     bar.set_postfix_str(text, refresh=False)
     if bar.disable:
-        print(f"step {step}/{bar.total}: {text}", flush=True)
+        print(f"step {record['step']}/{bar.total}: {text}", flush=True)

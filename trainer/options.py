@@ -33,6 +33,7 @@ class TrainOptions:
     bad_rows: Literal["stop", "skip"] = option("stop", "what to do about unusable rows")
     tokenizer_path: Path | None = option(None, "tokenizer folder (default: the one the base was trained with)")
     resume: bool = option(False, "go on from the newest saved state of this run, if there is one")
+    dry_run: bool = option(False, "measure a few steps and write nothing (but the cache of tokens)")
     use_wandb: bool = option(False, "also log to Weights & Biases (WANDB_MODE=offline works)")
     wandb_project: str = option("MiniMind", "Weights & Biases project")
 
@@ -43,6 +44,7 @@ class TrainOptions:
             require(getattr(self, name) >= 0, f"--{name} {getattr(self, name)} must not be negative")
         for name in ("weight_decay", "grad_clip"):
             require(0 <= getattr(self, name) < inf, f"--{name} {getattr(self, name)} must be a number of at least 0")
+        require(not (self.dry_run and self.resume), "--dry_run begins a run that is thrown away: leave out --resume")
         require(self.seed < 2**63, f"--seed {self.seed} must be below 2^63")
         require(0 < self.learning_rate < inf, f"--learning_rate {self.learning_rate} must be a positive number")
         require(0 <= self.val_ratio < 1, f"--val_ratio {self.val_ratio} must lie in [0, 1)")
@@ -51,5 +53,5 @@ class TrainOptions:
 
 # What a resumed run may change: on one machine none of it alters the arithmetic or the order of the rows. Files are
 # compared by their content instead.
-MAY_CHANGE = {"data_path", "base", "tokenizer_path", "out_dir", "device", "num_workers", "resume"}
+MAY_CHANGE = {"data_path", "base", "tokenizer_path", "out_dir", "device", "num_workers", "resume", "dry_run"}
 MAY_CHANGE |= {"log_interval", "save_interval", "val_tokens", "use_wandb", "wandb_project"}

@@ -65,12 +65,11 @@ class Clock:
             return self._tokens / (time.perf_counter() - self._started)
         return (self._tokens - self._counted_tokens) / (time.perf_counter() - self._counted_from)
 
-    def left(self, steps: int) -> str:
-        """``, 12 min left`` for ``steps`` more steps; empty while it cannot be told."""
+    def seconds_for(self, steps: int) -> float | None:
+        """How long ``steps`` more steps take; None while it cannot be told."""
         if self._steps <= UNCOUNTED_STEPS:
-            return ""
-        pace = (time.perf_counter() - self._counted_from) / (self._steps - self._counted_steps)
-        return f", {duration(pace * steps)} left"
+            return None
+        return steps * (time.perf_counter() - self._counted_from) / (self._steps - self._counted_steps)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -72,7 +72,7 @@ class Runtime:
         """
         if self.world_size == 1:
             return model
-        return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=has_idle)
+        return DistributedDataParallel(model, find_unused_parameters=has_idle)
 
     def local(self, replica: nn.Module) -> AbstractContextManager:
         """Inside, forward and backward passes of what ``replicate`` returned keep their gradients to themselves."""
@@ -170,7 +170,8 @@ def _join(device: torch.device, asked: str) -> tuple[int, torch.device]:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     if rank > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
     return rank, device
