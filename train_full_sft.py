@@ -5,7 +5,7 @@ from pathlib import Path
 
 from core.errors import run
 from core.options import option, parse
-from core.paths import base_path, bundled_data, metrics_path
+from core.paths import base_path, bundled_data
 from trainer.options import TrainOptions
 
 
@@ -23,11 +23,8 @@ def main(argv: list[str] | None = None) -> Path:
     options = parse(Options, argv)
     from dataset.batches import SFTDataset
     from dataset.tokenizer import tokenizer_of
-    from model.loss import loss_sum
     from model.weights import choose_base, load_base, save_base
-    from scripts.wiring import Validation, batches_of, read_data, run_record, starts_clean
-    from trainer.loop import train
-    from trainer.optimizer import param_groups
+    from scripts.wiring import Validation, read_data, run_record, starts_clean, train_and_save
     from trainer.runtime import Runtime
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
@@ -36,19 +33,16 @@ def main(argv: list[str] | None = None) -> Path:
     print(f"base: {base}")
     tokenizer = tokenizer_of(found, base, options.tokenizer_path, options.out_dir)
     model.config.check_length(options.max_seq_len)
-    data = read_data(SFTDataset, options, tokenizer)
-    path = starts_clean(base_path(options.out_dir, "full_sft", model.config.dim))
-    validate = Validation(model, data.val, tokenizer, options, runtime)
+    data = read_data(SFTDataset, options, tokenizer, runtime)
+    path = starts_clean(base_path(options.out_dir, "full_sft", model.config.dim), options)
+    validate = Validation(model, data.val, tokenizer, options, runtime, memory={})
     record = run_record("full_sft", options, tokenizer)
     record["base"] = {"file": base.name, "fingerprint": found["fingerprint"]}
 
     def on_save(step: int) -> None:
         save_base(path, model, {**record, "metrics": {"step": step, "val": validate.record()}})
 
-    source, groups = batches_of(data.train, options), param_groups(model, options.weight_decay)
-    log_to = metrics_path(options.out_dir, path.stem)
-    train(model, source, groups, options, runtime, loss_sum=loss_sum, on_save=on_save, validate=validate, log_to=log_to)
-    print(f"saved {path}")
+    train_and_save(model, data.train, options, runtime, path, record, on_save=on_save, validate=validate)
     return path
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from core.errors import run
 from core.options import option, parse, require
-from core.paths import bundled_data, lora_path, metrics_path, skill_name
+from core.paths import bundled_data, lora_path, skill_name
 from trainer.options import TrainOptions
 
 
@@ -35,12 +35,9 @@ def main(argv: list[str] | None = None) -> Path:
     options = parse(Options, argv)
     from dataset.batches import SFTDataset
     from dataset.tokenizer import tokenizer_of
-    from model.loss import loss_sum
     from model.model_lora import apply_lora, save_lora
     from model.weights import choose_base, load_base
-    from scripts.wiring import Validation, batches_of, read_data, run_record, starts_clean
-    from trainer.loop import train
-    from trainer.optimizer import param_groups
+    from scripts.wiring import Validation, read_data, run_record, starts_clean, train_and_save
     from trainer.runtime import Runtime, count_parameters
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
@@ -49,30 +46,31 @@ def main(argv: list[str] | None = None) -> Path:
     print(f"base: {base}")
     tokenizer = tokenizer_of(found, base, options.tokenizer_path, options.out_dir)
     model.config.check_length(options.max_seq_len)
-    data = read_data(SFTDataset, options, tokenizer)
+    data = read_data(SFTDataset, options, tokenizer, runtime)
     # Held out by the rule that the base was trained with, or the base would have seen these chats.
     val_ratio = found.get("options", {}).get("val_ratio") or TrainOptions.val_ratio
     other = replace(options, data_path=options.general_data, val_ratio=val_ratio, bad_rows="skip")
-    other = read_data(SFTDataset, other, tokenizer)
-    path = starts_clean(lora_path(options.out_dir, options.lora_name, model.config.dim))
+    other = read_data(SFTDataset, other, tokenizer, runtime)
+    path = starts_clean(lora_path(options.out_dir, options.lora_name, model.config.dim), options)
     total, _ = count_parameters(model)
     apply_lora(model, options.rank, options.alpha)
     _, added = count_parameters(model)
     print(f"parameters {total:,} | LoRA {added:,} | share {100 * added / total:.1f} %")
-    domain = Validation(model, data.val, tokenizer, options, runtime)
-    general = Validation(model, other.val, tokenizer, options, runtime)
-    domain(), general()
-    record = {**run_record("lora", options, tokenizer), "base": {"file": base.name}}
+    memory = {}
+    domain = Validation(model, data.val, tokenizer, options, runtime, memory, "domain")
+    general = Validation(model, other.val, tokenizer, options, runtime, memory, "general")
+    if not options.dry_run:
+        runtime.on_first(lambda: (domain(), general()))
+    record = run_record("lora", options, tokenizer)
+    record["base"] = {"file": base.name, "fingerprint": found["fingerprint"]}
 
     def on_save(step: int) -> None:
         general()
         metrics = {"step": step, "domain": domain.record(), "general": general.record()}
         save_lora(model, path, {**record, "metrics": metrics})
 
-    source, groups = batches_of(data.train, options), param_groups(model, options.weight_decay)
-    log_to = metrics_path(options.out_dir, path.stem)
-    train(model, source, groups, options, runtime, loss_sum=loss_sum, on_save=on_save, validate=domain, log_to=log_to)
-    print(f"domain:  {domain}\ngeneral: {general}\nsaved {path}")
+    train_and_save(model, data.train, options, runtime, path, record, on_save=on_save, validate=domain)
+    print(f"domain:  {domain}\ngeneral: {general}")
     return path
 
 

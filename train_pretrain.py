@@ -5,7 +5,7 @@ from pathlib import Path
 
 from core.errors import run
 from core.options import option, parse
-from core.paths import TOKENIZER_DIR, base_path, bundled_data, metrics_path
+from core.paths import TOKENIZER_DIR, base_path, bundled_data
 from trainer.options import TrainOptions
 
 
@@ -27,12 +27,9 @@ def main(argv: list[str] | None = None) -> Path:
     from dataset.batches import PretrainDataset
     from dataset.tokenizer import load_tokenizer
     from model.LMConfig import LMConfig
-    from model.loss import loss_sum
     from model.model import MiniMindLM
     from model.weights import save_base
-    from scripts.wiring import Validation, batches_of, read_data, run_record, starts_clean
-    from trainer.loop import train
-    from trainer.optimizer import param_groups
+    from scripts.wiring import Validation, read_data, run_record, starts_clean, train_and_save
     from trainer.runtime import Runtime
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
@@ -40,19 +37,16 @@ def main(argv: list[str] | None = None) -> Path:
     architecture = {name: getattr(options, name) for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "dropout")}
     config = LMConfig(vocab_size=len(tokenizer), **architecture)
     config.check_length(options.max_seq_len)
-    data = read_data(PretrainDataset, options, tokenizer)
-    path = starts_clean(base_path(options.out_dir, "pretrain", options.dim))
+    data = read_data(PretrainDataset, options, tokenizer, runtime)
+    path = starts_clean(base_path(options.out_dir, "pretrain", options.dim), options)
     model = MiniMindLM(config).to(runtime.device)
-    validate = Validation(model, data.val, tokenizer, options, runtime)
+    validate = Validation(model, data.val, tokenizer, options, runtime, memory={})
     record = run_record("pretrain", options, tokenizer)
 
     def on_save(step: int) -> None:
         save_base(path, model, {**record, "metrics": {"step": step, "val": validate.record()}})
 
-    source, groups = batches_of(data.train, options), param_groups(model, options.weight_decay)
-    log_to = metrics_path(options.out_dir, path.stem)
-    train(model, source, groups, options, runtime, loss_sum=loss_sum, on_save=on_save, validate=validate, log_to=log_to)
-    print(f"saved {path}")
+    train_and_save(model, data.train, options, runtime, path, record, on_save=on_save, validate=validate)
     return path
 
 

@@ -57,7 +57,8 @@ class Side:
         """The file's steps. Each reading has a cache of its own, so that tokenising is always paid for."""
         self.reads += 1
         options = replace(self.options, data_path=(path,), out_dir=self.folder / f"read-{self.reads}")
-        return batches_of(read_data(DATASETS[self.job["rows"]], options, self.tokenizer).train, options)
+        data = read_data(DATASETS[self.job["rows"]], options, self.tokenizer, self.runtime)
+        return batches_of(data.train, options, self.runtime)
 
     def counted_loss_sum(self, model, batch):
         self.targets += int((batch.labels[:, 1:] != -100).sum())

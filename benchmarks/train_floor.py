@@ -62,7 +62,7 @@ def floor(options, folder: Path) -> dict:
     door.data_path = (file.path,)
     config = LMConfig(vocab_size=len(tokenizer), dim=door.dim, n_layers=door.n_layers)
     model = MiniMindLM(config)
-    source = batches_of(read_data(PretrainDataset, door, tokenizer).train, door)
+    source = batches_of(read_data(PretrainDataset, door, tokenizer, runtime).train, door, runtime)
     full = door.batch_size * door.accumulation_steps * door.max_seq_len
 
     def full_steps() -> Iterator[list]:

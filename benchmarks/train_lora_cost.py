@@ -108,8 +108,8 @@ def lora_step(options, folder: Path) -> dict:
         settings = {"data_path": (file.path,), "out_dir": folder / name, "val_ratio": 0.0, "device": "cpu"}
         door = train_lora.Options(max_seq_len=options.max_seq_len, **settings)
         runtime = Runtime.start(door.device, door.dtype, door.seed)
-        data = read_data(kind, door, tokenizer).train
-        batches = [step for epoch in range(1 + options.rounds) for step in batches_of(data, door).steps(epoch)]
+        data = read_data(kind, door, tokenizer, runtime).train
+        batches = [step for epoch in range(1 + options.rounds) for step in batches_of(data, door, runtime).steps(epoch)]
         whole = max(sum(len(batch.labels) for batch in step) for step in batches)
         batches = [step for step in batches if sum(len(batch.labels) for batch in step) == whole]  # no last, small ones
         runners = {}

@@ -48,6 +48,7 @@ class Paced:
 
     def __init__(self, warm_up: list, rounds: Callable[[], Iterator[list]], steps_per_epoch: int = 10**9):
         self.warm_up, self.rounds, self.steps_per_epoch = warm_up, rounds, steps_per_epoch
+        self.rows_per_step = sum(len(batch.labels) for batch in warm_up)
         self._was_looked_at = False
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[list]:
@@ -64,13 +65,15 @@ def train_paced(model, source: Paced, door, runtime, loss_sum, log_to: Path) -> 
     from trainer.evaluation import Metrics
     from trainer.loop import train
     from trainer.optimizer import param_groups
+    from trainer.run_state import RunStates
 
     nothing = Metrics(math.nan, math.nan, 0, 0)
     groups = param_groups(model, door.weight_decay)
     quiet = replace(door, save_interval=10**9)
+    states = RunStates(log_to.with_suffix(".states"), {}, {}, resume=False)
     hooks = {"loss_sum": loss_sum, "on_save": lambda step: None, "validate": lambda: nothing, "log_to": log_to}
     with contextlib.suppress(Finished):
-        train(model, source, groups, quiet, runtime, **hooks)
+        train(model, source, groups, quiet, runtime, **hooks, states=states)
 
 
 class Finished(Exception):

@@ -3,10 +3,13 @@
 import io
 import os
 import sys
+import time
 from collections.abc import Callable
 
 INSTALL_HINT = "run `python scripts/quickstart.py` once, then use the Python in .venv"
 REQUIRED_PACKAGES = {"torch", "transformers", "datasets", "tokenizers", "tqdm", "wandb", "matplotlib", "numpy"}
+
+ECHO_SECONDS = 3.0
 
 
 class UserError(Exception):
@@ -16,11 +19,20 @@ class UserError(Exception):
     """
 
 
+class Stopped(Exception):
+    """Work ended early but in good order, because the signal ``signum`` asked for it; it has said so itself."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by signal {signum}")
+        self.signum = signum
+
+
 def run(main: Callable[[], object]) -> None:
     """Run a command's ``main`` and end the process.
 
     Exit codes: 0 when ``main`` returns, 2 with one line on stderr for a ``UserError`` or a missing package,
-    130 for Ctrl-C. Any other exception is a bug and propagates with its traceback.
+    130 for Ctrl-C, 128 + its number for a signal that ``Stopped`` the work. Any other exception is a bug and propagates
+    with its traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # output sent to a file on Windows may not know every character
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -35,10 +47,14 @@ def run(main: Callable[[], object]) -> None:
         message, code = f"the Python package {package!r} is not installed here: {INSTALL_HINT}", 2
     except KeyboardInterrupt:
         message, code = "interrupted", 130
+    except Stopped as stopped:
+        sys.exit(128 + stopped.signum)
     except BrokenPipeError:  # the reader of our output has left, as `| head` does: nobody is there to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     else:
         return
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # torchrun ends this process at once if the first one says the same
+        time.sleep(ECHO_SECONDS)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)

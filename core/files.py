@@ -31,7 +31,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
         temporary = None
-        _fsync_folder(path.parent)
+        fsync_folder(path.parent)
     except Exception as error:
         # torch.save hides the disk's error behind one of its own; what the caller is handling is another story.
         cause = error if isinstance(error, OSError) else error.__context__
@@ -59,7 +59,8 @@ def _umask() -> int:
     return current
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
+    """Make renames in ``folder`` outlast a power cut, where the system can do that."""
     # Windows cannot open a folder, and some network file systems refuse to sync one: the rename itself has happened.
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

@@ -59,6 +59,11 @@ def metrics_path(out_dir: str | Path, run: str) -> Path:
     return Path(out_dir) / "metrics" / f"{run}.jsonl"
 
 
+def checkpoints_dir(out_dir: str | Path, run: str) -> Path:
+    """``out/checkpoints/<run>``, the folder of the states from which a run can be resumed."""
+    return Path(out_dir) / "checkpoints" / run
+
+
 def cache_dir(out_dir: str | Path) -> Path:
     """Tokenised data, safe to delete at any time."""
     return Path(out_dir) / "cache"

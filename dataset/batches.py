@@ -1,5 +1,6 @@
 """From tokenised rows to the micro-batches of optimizer steps."""
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,6 +181,7 @@ class Batches:
         """This process' micro-batches, one list a step, from step ``start`` of the epoch on."""
         # A generator of its own: the loader draws a seed, which would shift dropout after a resume within an epoch.
         settings = {"num_workers": self.num_workers, "collate_fn": self._step, "generator": torch.Generator()}
+        settings["worker_init_fn"] = _outlive_signals
         remaining = range(start, self.steps_per_epoch)
         return iter(DataLoader(self._plan(epoch), batch_size=None, sampler=remaining, **settings))
 
@@ -212,6 +214,12 @@ class Batches:
             return [masked(collate(self.samples, indices[:1]))]
         parts = micro_batches(self.samples, share, self.batch_size, self.micro_tokens)
         return [collate(self.samples, part) for part in parts]
+
+
+def _outlive_signals(worker: int) -> None:
+    """A Ctrl-C reaches every process of a terminal; the training process needs its workers to end in good order."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 @dataclass

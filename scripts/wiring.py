@@ -1,5 +1,6 @@
-"""What the training doors share: their data, validation, and the record a run leaves in its file."""
+"""What the training doors share: their data, validation, the run itself, and the record it leaves in its file."""
 
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -7,38 +8,43 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from core.files import sha256_file
-from core.paths import cache_dir
-from dataset.batches import Batches, PretrainDataset, Samples, validation_batches
+from core.paths import cache_dir, checkpoints_dir, metrics_path
+from dataset.batches import MICRO_TOKENS, Batches, PretrainDataset, Samples, validation_batches
 from dataset.tokenizer import tokenizer_fingerprint
-from model.loss import nats_of
+from model.loss import loss_sum, nats_of
 from trainer.evaluation import Metrics, evaluate
-from trainer.options import TrainOptions
+from trainer.loop import train
+from trainer.optimizer import param_groups
+from trainer.options import MAY_CHANGE, TrainOptions
+from trainer.run_state import RunStates
 from trainer.runtime import Runtime
+
+GPU_MICRO_TOKENS = 32768  # about 5 GB for the default model
 
 
 def read_data(
-    kind: type[PretrainDataset], options: TrainOptions, tokenizer: PreTrainedTokenizerBase
+    kind: type[PretrainDataset], options: TrainOptions, tokenizer: PreTrainedTokenizerBase, runtime: Runtime
 ) -> PretrainDataset:
-    """The data of ``--data_path``, described in print."""
-    data = kind(
-        options.data_path,
-        tokenizer,
-        options.max_seq_len,
-        cache=cache_dir(options.out_dir),
-        val_ratio=options.val_ratio,
-        bad_rows=options.bad_rows,
-    )
+    """The data of ``--data_path``, described in print. The first process fills the cache, the others read it."""
+    with runtime.first_alone():
+        data = kind(
+            options.data_path,
+            tokenizer,
+            options.max_seq_len,
+            cache=cache_dir(options.out_dir),
+            val_ratio=options.val_ratio,
+            bad_rows=options.bad_rows,
+        )
     print(f"{', '.join(path.name for path in options.data_path)}: {data.train.describe()}")
     print(f"  held out: {data.val.describe()}")
     return data
 
 
-def batches_of(samples: Samples, options: TrainOptions) -> Batches:
-    return Batches(samples, options.batch_size, options.accumulation_steps, options.seed, options.num_workers)
-
-
 class Validation:
-    """Loss and bits per byte of ``model`` on about ``val_tokens`` held-out tokens, the same ones at each call."""
+    """Loss and bits per byte of ``model`` on about ``val_tokens`` held-out tokens, the same ones at each call.
+
+    ``memory[name]`` keeps the first and the last result, also over a resume.
+    """
 
     def __init__(
         self,
@@ -47,24 +53,90 @@ class Validation:
         tokenizer: PreTrainedTokenizerBase,
         options: TrainOptions,
         runtime: Runtime,
+        memory: dict,
+        name: str = "val",
     ):
         self.model, self.runtime = model, runtime
         self.batches = validation_batches(samples, options.batch_size, options.val_tokens)
         self.nats = nats_of(set(tokenizer.all_special_ids))
-        self.first: Metrics | None = None
-        self.last: Metrics | None = None
+        self.memory, self.name = memory, name
 
     def __call__(self) -> Metrics:
-        self.last = evaluate(self.model, self.batches, self.runtime, loss_sum=self.nats)
-        self.first = self.first or self.last
-        return self.last
+        metrics = evaluate(self.model, self.batches, self.runtime, loss_sum=self.nats)
+        result = asdict(metrics)
+        self.memory[self.name] = {"first": self.memory.get(self.name, {}).get("first", result), "last": result}
+        return metrics
 
     def record(self) -> dict:
         """The first and the last result, empty when nothing was held out."""
-        return {"first": asdict(self.first), "last": asdict(self.last)} if self.last and self.last.targets else {}
+        return self.memory.get(self.name, {}) if self.batches else {}
 
     def __str__(self) -> str:
-        return f"before {self.first}; after {self.last}"
+        if self.name not in self.memory:
+            return "not measured"
+        first, last = (Metrics(**self.memory[self.name][when]) for when in ("first", "last"))
+        return f"before {first}; after {last}"
+
+
+def train_and_save(
+    model: nn.Module,
+    samples: Samples,
+    options: TrainOptions,
+    runtime: Runtime,
+    path: Path,
+    record: dict,
+    *,
+    on_save: Callable[[int], None],
+    validate: Validation,
+) -> None:
+    """Train what is trainable in ``model`` into the file ``path``, from a saved state with ``--resume``."""
+    folder = checkpoints_dir(options.out_dir, path.stem)
+    states = RunStates(folder, identity(options, record), validate.memory, resume=options.resume)
+    rows_per_step = states.rows_per_step(options.batch_size * options.accumulation_steps * runtime.world_size)
+    source = batches_of(samples, options, runtime, rows_per_step)
+    train(
+        model,
+        source,
+        param_groups(model, options.weight_decay),
+        options,
+        runtime,
+        loss_sum=loss_sum,
+        on_save=on_save,
+        validate=validate,
+        log_to=metrics_path(options.out_dir, path.stem),
+        states=states,
+    )
+    runtime.stop()
+    if not options.dry_run:
+        print(f"saved {path}")
+
+
+def batches_of(samples: Samples, options: TrainOptions, runtime: Runtime, rows_per_step: int | None = None) -> Batches:
+    """This process' share of the optimizer steps that the options describe."""
+    return Batches(
+        samples,
+        options.batch_size,
+        options.accumulation_steps,
+        options.seed,
+        options.num_workers,
+        micro_tokens=pass_size(options, runtime),
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        rows_per_step=rows_per_step,
+    )
+
+
+def pass_size(options: TrainOptions, runtime: Runtime) -> int:
+    """Tokens that are computed at once: ``--micro_tokens``, or what keeps the device busy."""
+    return options.micro_tokens or (MICRO_TOKENS if runtime.device.type == "cpu" else GPU_MICRO_TOKENS)
+
+
+def identity(options: TrainOptions, record: dict) -> dict:
+    """What must be the same when a run is resumed: flags, files by their content, and the base."""
+    flags = {f"--{name}": value for name, value in record["options"].items() if name not in MAY_CHANGE}
+    files = {f"data file {n} ({entry['file']})": entry["sha256"] for n, entry in enumerate(record["data"], 1)}
+    base = record.get("base", {}).get("fingerprint")
+    return flags | files | {"the tokenizer": record["tokenizer"], "the base": base}
 
 
 def run_record(stage: str, options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> dict:
@@ -75,16 +147,18 @@ def run_record(stage: str, options: TrainOptions, tokenizer: PreTrainedTokenizer
             return value.name
         return [cut(item) for item in value] if isinstance(value, tuple) else value
 
+    names = [field.name for field in fields(options)]
     return {
         "stage": stage,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "data": [{"file": path.name, "sha256": sha256_file(path)} for path in options.data_path],
-        "options": {field.name: cut(getattr(options, field.name)) for field in fields(options)},
+        # A resumed run leaves the same file as one that was never interrupted.
+        "options": {name: cut(getattr(options, name)) for name in names if name not in ("resume", "dry_run")},
     }
 
 
-def starts_clean(path: Path) -> Path:
+def starts_clean(path: Path, options: TrainOptions) -> Path:
     """``path``, once it was said that a re-run replaces what an earlier run left there."""
-    if path.exists():
+    if path.exists() and not (options.resume or options.dry_run):
         print(f"starting clean: {path} of an earlier run will be replaced")
     return path

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.seeded_model import fill
 from core.paths import TOKENIZER_DIR, bundled_data
+from dataset.batches import Batch
 from dataset.tokenizer import load_tokenizer
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
@@ -71,6 +72,23 @@ def trained(tmp_path_factory) -> Trained:
             made.flags(data_path=made.chats, general_data=made.chats, lora_name=name, seed=ord(name), **SMALL)
         )
     return made
+
+
+def ragged_batch(rows: int, seed: int, length: int = 12, vocab: int = 320) -> Batch:
+    """Random ids with a differently long learned part in each row."""
+    rng = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, vocab, (rows, length), generator=rng)
+    labels = ids.clone()
+    for row in range(rows):
+        labels[row, : int(torch.randint(1, length, (1,), generator=rng))] = -100
+    n_targets = int((labels != -100).sum())
+    return Batch({"input_ids": ids}, labels, n_targets, n_targets, ids.numel())
+
+
+def rows_of(batch: Batch, start: int, end: int) -> Batch:
+    labels = batch.labels[start:end]
+    n_targets = int((labels != -100).sum())
+    return Batch({"input_ids": batch.inputs["input_ids"][start:end]}, labels, n_targets, n_targets, labels.numel())
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ ALLOWED = {
     "core": set(),
     "model": {"core", "torch", "transformers"},
     "dataset": {"core", "torch", "datasets", "tokenizers", "transformers", "numpy", "zstandard"},
-    "trainer": {"core", "torch", "wandb", "tqdm", "matplotlib", "numpy"},
+    "trainer": {"core", "torch", "safetensors", "wandb", "tqdm", "matplotlib"},
     "interop": {"core", "model", "torch", "transformers", "safetensors", "numpy", "gguf"},
     "serving": {
         "core",

@@ -117,7 +117,7 @@ def test_the_paced_loop_trains_on_what_it_is_given_and_nothing_else(tokenizer, t
     file = document_files(texts(), "full", tokenizer, LENGTH, 1, 8, tmp_path)[0]
     data = PretrainDataset((file.path,), tokenizer, LENGTH, cache=tmp_path, val_ratio=0.0).train
     options = TrainOptions(batch_size=4, max_seq_len=LENGTH)
-    steps = list(batches_of(data, options).steps(0))
+    steps = list(batches_of(data, options, Runtime.start("cpu")).steps(0))
     model = MiniMindLM(LMConfig(dim=32, n_layers=1, vocab_size=len(tokenizer)))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     seen = []
@@ -141,7 +141,9 @@ def test_our_process_counts_saves_and_ends(small, tokenizer, tmp_path):
     file = write_chats(tmp_path / "chats.jsonl", rows, tokenizer, LENGTH)
     data = SFTDataset((file.path,), tokenizer, LENGTH, cache=tmp_path, val_ratio=0.0).train
     assert int(data.lengths.sum()) == file.tokens
-    wanted = sum(batch.n_targets for step in batches_of(data, TrainOptions()).steps(0) for batch in step)
+    wanted = sum(
+        batch.n_targets for step in batches_of(data, TrainOptions(), Runtime.start("cpu")).steps(0) for batch in step
+    )
     with Sides(small, "chat", weights, config, tmp_path).ours("ours", "train_lora", file.path, 2) as side:
         rounds = [side.ask("round", data=str(file.path)) for _ in range(2)]
         side.ask("save", path=str(tmp_path / "lora.pth"))

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ragged_batch, rows_of
 
-from core.errors import UserError
+from core.errors import Stopped, UserError
 from dataset.batches import Batch
 from model.loss import loss_sum, nats_of
 from trainer import progress
@@ -17,27 +18,11 @@ from trainer.evaluation import Metrics, evaluate
 from trainer.loop import Summary, _backward, train
 from trainer.optimizer import lr_at, param_groups, warmup_steps
 from trainer.options import TrainOptions
+from trainer.run_state import RunStates
 from trainer.runtime import Runtime
 
 CPU = Runtime.start("cpu", "float32")
 CONTROL = {0, 1, 2}
-
-
-def ragged_batch(rows: int, seed: int, length: int = 12, vocab: int = 320) -> Batch:
-    """Random ids with a differently long learned part in each row."""
-    rng = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, vocab, (rows, length), generator=rng)
-    labels = ids.clone()
-    for row in range(rows):
-        labels[row, : int(torch.randint(1, length, (1,), generator=rng))] = -100
-    n_targets = int((labels != -100).sum())
-    return Batch({"input_ids": ids}, labels, n_targets, n_targets, ids.numel())
-
-
-def rows_of(batch: Batch, start: int, end: int) -> Batch:
-    labels = batch.labels[start:end]
-    n_targets = int((labels != -100).sum())
-    return Batch({"input_ids": batch.inputs["input_ids"][start:end]}, labels, n_targets, n_targets, labels.numel())
 
 
 def no_validation():
@@ -49,6 +34,7 @@ class Source:
 
     def __init__(self, *steps: list[Batch]):
         self.all_steps, self.steps_per_epoch = list(steps), len(steps)
+        self.rows_per_step = max(sum(len(batch.labels) for batch in step) for step in steps)
 
     def steps(self, epoch: int, start: int = 0):
         return iter(self.all_steps[start:])
@@ -59,8 +45,10 @@ def run_training(
 ) -> Summary:
     options = TrainOptions(**{"epochs": 4, "learning_rate": 1e-2, "warmup_iters": 1, "save_interval": 100, **flags})
     groups = param_groups(model, options.weight_decay)
+    states = RunStates(tmp_path / "states", {}, {}, resume=options.resume)
+    callbacks = {"loss_sum": loss, "on_save": on_save, "validate": validate}
     log_to = tmp_path / "metrics" / "run.jsonl"
-    return train(model, source, groups, options, CPU, loss_sum=loss, on_save=on_save, validate=validate, log_to=log_to)
+    return train(model, source, groups, options, CPU, log_to=log_to, states=states, **callbacks)
 
 
 def gradients(model, batches) -> list[torch.Tensor]:
@@ -105,10 +93,12 @@ def test_one_batch_is_learned_by_heart_and_everything_is_recorded(tiny_model, tm
     assert summary.last_loss < 0.1 * summary.first_loss
     assert summary.tokens == 60 * 40  # what the batch says, not its 4 x 12 slots
     assert saved == [60]  # save_interval never came: a run always saves at its end
-    records = [json.loads(line) for line in (tmp_path / "metrics" / "run.jsonl").read_text().splitlines()]
+    *records, last = [json.loads(line) for line in (tmp_path / "metrics" / "run.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, *range(7, 60, 7), 60]
     assert records[0]["loss"] == summary.first_loss
     assert all(record["lr"] <= 1e-2 and record["grad_norm"] > 0 for record in records)
+    assert all(0 < record["matmul_share"] < 1.5 for record in records)
+    assert last["summary"]["last_loss"] == summary.last_loss and last["summary"]["tokens"] == summary.tokens
     assert (tmp_path / "metrics" / "run.png").read_bytes().startswith(b"\x89PNG")
     assert not tiny_model.training
 
@@ -120,7 +110,7 @@ def test_the_logged_loss_is_the_token_mean_of_its_window(tiny_model, tmp_path):
     targets = [batches[0].n_targets for batches in steps]
     # A vanishing learning rate, so that both steps see the same weights.
     run_training(tiny_model, Source(*steps), tmp_path, epochs=2, log_interval=2, learning_rate=1e-30)
-    records = [json.loads(line) for line in (tmp_path / "metrics" / "run.jsonl").read_text().splitlines()]
+    *records, _ = [json.loads(line) for line in (tmp_path / "metrics" / "run.jsonl").read_text().splitlines()]
     assert records[-1]["loss"] == pytest.approx(sum(nats) / sum(targets), rel=1e-6)
 
 
@@ -211,7 +201,7 @@ def test_ctrl_c_ends_the_step_saves_and_interrupts(tiny_model, tmp_path):
 
     calls = []
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         run_training(
             tiny_model, Source([ragged_batch(2, seed=11)]), tmp_path, epochs=50, loss=interrupted, on_save=saved.append
         )
@@ -334,7 +324,7 @@ def test_speed_and_time_left_ignore_the_first_steps_and_pauses(monkeypatch):
         now[0] += seconds
         clock.tick(tokens=500)
     assert clock.tokens_per_second() == 500
-    assert clock.left(45) == ", 45 s left"
+    assert clock.seconds_for(45) == 45
     with clock.paused():
         now[0] += 1000.0
     assert clock.tokens_per_second() == 500 and clock.elapsed() == 102.0

@@ -2,11 +2,10 @@
 
 import math
 import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -14,37 +13,60 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from core.errors import UserError
+from core.errors import Stopped, UserError
 from trainer.evaluation import Metrics
-from trainer.metrics import RunLog
+from trainer.measure import announce, peak_memory_mb, speed_figures
+from trainer.metrics import NoLog, RunLog
 from trainer.optimizer import lr_at, make_optimizer, warmup_steps
 from trainer.options import TrainOptions
-from trainer.progress import Clock, LossWindow, duration
-from trainer.runtime import Runtime, count_parameters
+from trainer.progress import Clock, duration
+from trainer.run_state import RunStates
+from trainer.runtime import Runtime
+from trainer.signals import stop_requests
 
+DRY_RUN_STEPS = 20
 MAX_OVERFLOWS = 20  # fp16 steps in a row whose scaled gradient overflows before the run is given up
 
 LossSum = Callable[[nn.Module, object], Tensor]
 
 
 class BatchSource(Protocol):
-    """One item of ``steps`` = the micro-batches of one optimizer step."""
+    """One item of ``steps`` = the micro-batches of one optimizer step, of ``rows_per_step`` rows over all ranks.
+
+    ``steps(epoch, start)`` leaves out the first ``start`` steps of the epoch. A rank's list is never empty.
+    """
 
     steps_per_epoch: int
+    rows_per_step: int
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[list]: ...
 
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run went. ``first_loss`` is that of step 1, before any update; ``final`` the last validation."""
+    """How a run went; the last line of its metrics file.
+
+    ``first_loss`` is that of step 1, before any update; ``final`` the last validation, None in other ranks than 0.
+    ``matmul_share`` is explained at ``Floor.share``; ``peak_memory_mb`` is that of one process.
+    """
 
     steps: int
     first_loss: float
     last_loss: float
-    seconds: float
+    final: Metrics | None
     tokens: int
-    final: Metrics
+    seconds: float
+    tokens_per_second: float
+    matmul_share: float
+    peak_memory_mb: int | None
+
+    def __str__(self) -> str:
+        memory = f", peak memory {self.peak_memory_mb:,} MB" if self.peak_memory_mb else ""
+        return (
+            f"{self.steps} steps, {self.tokens:,} tokens in {duration(self.seconds)}: loss {self.first_loss:.3f} ->"
+            f" {self.last_loss:.3f}, {self.tokens_per_second:,.0f} tokens/s"
+            f" ({100 * self.matmul_share:.0f} % of the matmul floor){memory}"
+        )
 
 
 def train(
@@ -58,14 +80,16 @@ def train(
     on_save: Callable[[int], None],
     validate: Callable[[], Metrics],
     log_to: Path,
+    states: RunStates,
 ) -> Summary:
     """Train ``model`` in place and leave it in eval mode.
 
     ``loss_sum(model, batch)`` is the summed loss of a micro-batch; it is divided by the supervised targets of the whole
-    optimizer step, so that accumulation changes nothing. Every ``save_interval`` steps, at the end, and when Ctrl-C
-    ends the run early (which then raises ``KeyboardInterrupt``), ``validate()`` runs and then ``on_save(step)``.
-    ``log_to`` is the metrics file. Raises ``UserError`` when nothing is trainable, and when the loss or a gradient is
-    not finite: before it reaches the weights.
+    optimizer step over all ranks, so that neither accumulation nor the number of processes changes anything. Every
+    ``save_interval`` steps and at the end rank 0 calls ``validate()``, then ``on_save(step)``, and writes the state
+    from which ``states`` can go on; SIGINT and SIGTERM end the run early, saved but not validated, with ``Stopped``.
+    ``log_to`` is the metrics file. ``options.dry_run`` makes a few steps and writes nothing. Raises ``UserError`` when
+    nothing is trainable, and when the loss or a gradient is not finite: before it reaches the weights.
     """
     parameters = [parameter for group in groups for parameter in group["params"]]
     if not parameters:
@@ -75,143 +99,143 @@ def train(
     warmup = warmup_steps(options.warmup_iters, total)
     if warmup >= total:
         raise UserError(f"--warmup_iters {warmup} must be shorter than the run of {total} optimizer steps")
-    optimizer = make_optimizer(groups, options.learning_rate)
-    scaler = runtime.scaler()
-    _announce(model, source, total, options, runtime, loss_sum)
+    optimizer, scaler = make_optimizer(groups, options.learning_rate), runtime.scaler()
+    run = states.restore(model, optimizer, scaler, runtime)
+    was_finished = run.step == total
+    replica, floor = announce(model, source, total - run.step, runtime, loss_sum, options.compile)
+    if options.dry_run or runtime.rank > 0:
+        log = NoLog()
+    else:
+        states.warn_of_others(total)
+        log = RunLog(log_to, options, states.metrics, states.wandb_id)
+    last = min(total, DRY_RUN_STEPS) if options.dry_run else total
+    clock, final = Clock(runtime, run.seconds), None
 
-    log = RunLog(log_to, options.use_wandb, options.wandb_project, {k: str(v) for k, v in asdict(options).items()})
-    window, clock = LossWindow(), Clock(runtime)
-    step, overflows, first_loss, last_loss, final = 0, 0, math.nan, math.nan, None
+    def save() -> None:
+        """In rank 0. The state comes last: whatever a kill cuts short is done again from the state before."""
+        nonlocal final
+        if run.step == total or run.step % options.save_interval == 0:  # a stop in between leaves no trace in the log
+            final = validate()
+            if final.targets and not was_finished:
+                log.write({"step": run.step, "val_loss": final.loss, "val_bits_per_byte": final.bits_per_byte})
+                print(f"\rstep {run.step}: validation {final}", flush=True)
+        on_save(run.step)
+        log.keep()
+        if not was_finished:
+            facts = {"total_steps": total, "rows_per_step": source.rows_per_step, "wandb_id": log.wandb_id}
+            states.save(model, optimizer, scaler, run, rng_states, runtime, metrics=log.lines, **facts)
+
+    def summary() -> Summary:
+        seconds = clock.elapsed()
+        speed = run.tokens / seconds
+        losses = run.first_loss, run.last_loss
+        memory = peak_memory_mb(runtime)
+        return Summary(run.step, *losses, final, run.tokens, seconds, speed, floor.share(speed), memory)
+
     model.train()
-    with _interruptible() as interrupted, log, _bar(total) as bar:
-        for batches in _all_steps(source, total):
-            lr = lr_at(step, total, warmup, options.learning_rate)
+    with stop_requests() as request, log, _bar(run.step, total, runtime) as bar:
+        stopping = False
+        for batches in _steps(source, run.step, last):
+            lr = lr_at(run.step, total, warmup, options.learning_rate)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss, n_targets = _backward(model, batches, scaler, runtime, loss_sum)
+            loss, n_targets = _backward(replica, batches, scaler, runtime, loss_sum)
             scaler.unscale_(optimizer)
-            norm = float(nn.utils.clip_grad_norm_(parameters, options.grad_clip or math.inf))
-            step += 1
-            overflows = 0 if math.isfinite(norm) else overflows + 1
-            if not math.isfinite(loss) or overflows > (MAX_OVERFLOWS if scaler.is_enabled() else 0):
+            norm = _clip(parameters, options.grad_clip or math.inf)
+            # Summed, so that all ranks stop at the same step: for a number that is not finite, or for a signal.
+            loss, tokens, stopping = runtime.sum(loss, sum(batch.n_tokens for batch in batches), request.signum > 0)
+            run.step += 1
+            run.overflows = 0 if math.isfinite(norm) else run.overflows + 1
+            if not math.isfinite(loss) or run.overflows > (MAX_OVERFLOWS if scaler.is_enabled() else 0):
                 raise UserError(
-                    f"step {step}: loss {loss}, gradient norm {norm}; the weights were not touched and the last save"
-                    " stands: lower --learning_rate or look at the data with scripts/inspect_data.py"
+                    f"step {run.step}: loss {loss}, gradient norm {norm}; the weights were not touched and the last"
+                    " save stands: lower --learning_rate or look at the data with scripts/inspect_data.py"
                 )
-            if step == 1:
-                first_loss = loss
-                _report_idle(model)
             scaler.step(optimizer)  # skips the step, in fp16, if a gradient overflowed
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-            window.add(loss, n_targets)
-            clock.tick(sum(batch.n_tokens for batch in batches))
-            is_last = step == total or interrupted.is_set()
-            if step % options.log_interval == 0 or step == 1 or is_last:
-                last_loss, speed = window.take(), clock.tokens_per_second()
-                _show(bar, step, f"loss {last_loss:.3f}, {speed:,.0f} tokens/s{clock.left(total - step)}")
-                log.write(
-                    {"step": step, "loss": last_loss, "lr": lr, "grad_norm": norm, "tokens_per_second": round(speed, 1)}
-                    | {"seconds": round(clock.elapsed(), 2)}
-                )
+            run.first_loss = loss if run.step == 1 else run.first_loss
+            run.add(loss, n_targets, int(tokens))
+            clock.tick(int(tokens))
+            if run.step % options.log_interval == 0 or run.step in (1, last):
+                record = {"step": run.step, "loss": run.take_loss(), "lr": lr, "grad_norm": norm}
+                record |= speed_figures(clock, floor, total - run.step, runtime)
+                log.write(record)
+                _show(bar, record)
             bar.update()
-            if step % options.save_interval == 0 or is_last:
+            if (run.step % options.save_interval == 0 or run.step == total or stopping) and not options.dry_run:
+                rng_states, run.seconds = runtime.rng_states(), clock.elapsed()
                 with clock.paused():
-                    final = validate()
-                    if final.targets:
-                        log.write({"step": step, "val_loss": final.loss, "val_bits_per_byte": final.bits_per_byte})
-                        print(f"\rstep {step}: validation {final}", flush=True)
-                    on_save(step)
-                    log.keep()
-            if is_last:
+                    runtime.on_first(save)
+            if stopping:
                 break
+        if was_finished:
+            print(f"this run was finished at step {total}: its files are written again", flush=True)
+            runtime.on_first(save)
+        if run.step == total:
+            log.write({"step": total, "summary": asdict(summary())})
     model.eval()
-    if step < total:
-        print(f"stopped by Ctrl-C after step {step} of {total}; its weights are saved", flush=True)
-        raise KeyboardInterrupt
-    return Summary(step, first_loss, last_loss, clock.elapsed(), clock.tokens, final)
+    if run.step < last:
+        signum = request.signum or signal.SIGTERM  # without an own signal, another rank had one
+        saved = "nothing is" if options.dry_run else "--resume goes on from there: all is"
+        print(f"stopped by {signal.Signals(signum).name} after step {run.step} of {total}; {saved} saved", flush=True)
+        raise Stopped(signum)
+    result = summary()
+    print(f"{'measured, nothing written' if options.dry_run else 'trained'}: {result}")
+    if options.dry_run and (whole := clock.seconds_for(total)):
+        print(f"the whole run of {total} steps takes about {duration(whole)}, validations and saves not counted")
+    return result
 
 
 def _backward(
-    model: nn.Module, batches: list, scaler: torch.amp.GradScaler, runtime: Runtime, loss_sum: LossSum
+    replica: nn.Module, batches: list, scaler: torch.amp.GradScaler, runtime: Runtime, loss_sum: LossSum
 ) -> tuple[float, int]:
-    """Add the gradients of one optimizer step; returns its loss (a token mean) and its number of targets."""
-    n_targets = sum(batch.n_targets for batch in batches)
+    """Add the gradients of one optimizer step, over all ranks, to every rank's.
+
+    Returns this rank's part of the step's loss (a token mean) and the number of targets of all ranks.
+    """
+    (n_targets,) = runtime.sum(sum(batch.n_targets for batch in batches))
     loss = torch.zeros((), device=runtime.device)
-    for batch in batches:
-        with runtime.autocast():
-            share = loss_sum(model, runtime.move(batch)) / max(n_targets, 1)
-        scaler.scale(share).backward()
+    for n, batch in enumerate(batches, 1):
+        # Ranks meet once a step, in the last backward pass; how many micro-batches each has does not matter.
+        with nullcontext() if n == len(batches) else runtime.local(replica):
+            with runtime.autocast():
+                share = loss_sum(replica, runtime.move(batch)) / max(n_targets, 1)
+            scaler.scale(share * runtime.world_size).backward()  # because the ranks' gradients are averaged
         loss = loss + share.detach()
-    return float(loss), n_targets
+    return float(loss), int(n_targets)
 
 
-def _all_steps(source: BatchSource, total: int) -> Iterator[list]:
-    epoch = step = 0
-    while step < total:
-        for batches in source.steps(epoch):
-            if step == total:
-                return
+def _clip(parameters: list[nn.Parameter], largest: float) -> float:
+    """The gradient norm; gradients of a larger one are scaled down to it, and others are not touched at all."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if norm > largest:
+        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return float(norm)
+
+
+def _steps(source: BatchSource, start: int, total: int) -> Iterator[list]:
+    """The optimizer steps from ``start`` to ``total``, epoch after epoch."""
+    while start < total:
+        epoch, skipped = divmod(start, source.steps_per_epoch)
+        for batches in islice(source.steps(epoch, skipped), total - start):
             yield batches
-            step += 1
-        epoch += 1
+            start += 1
 
 
-def _announce(
-    model: nn.Module, source: BatchSource, total: int, options: TrainOptions, runtime: Runtime, loss_sum: LossSum
-) -> None:
-    """Print what is about to happen, with the time it will take by a measured forward and backward pass."""
-    every, trainable = count_parameters(model)
-    rows = options.batch_size * options.accumulation_steps
-    print(f"{runtime}\ntraining {trainable:,} of {every:,} parameters")
-    batches = next(source.steps(0))
-    model.eval()  # without dropout, so that the measurement draws no random number
-    for _ in range(2):  # the first pass allocates and is not counted
-        began = time.perf_counter()
-        with runtime.autocast():
-            loss = loss_sum(model, runtime.move(batches[-1]))
-        loss.backward()
-        runtime.synchronize()
-        seconds = time.perf_counter() - began
-    model.zero_grad(set_to_none=True)  # and leaves no trace
-    slots = sum(batch.labels.numel() for batch in batches) / batches[-1].labels.numel()
-    print(f"{total} optimizer steps of {rows} rows, about {duration(seconds * slots * total)}", flush=True)
-
-
-def _report_idle(model: nn.Module) -> None:
-    """Say which trainable parameters took no part in the first step, such as a LoRA whose forward is bypassed."""
-    idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    if idle:
-        print(f"warning: {len(idle)} trainable tensors got no gradient and will not learn: {', '.join(idle[:8])}")
-
-
-def _bar(total: int) -> tqdm:
+def _bar(step: int, total: int, runtime: Runtime) -> tqdm:
     """A progress bar on a terminal; nothing (but ``_show``'s lines) where the output goes to a file."""
-    return tqdm(total=total, bar_format="{n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}", disable=None)
+    disable = True if runtime.rank > 0 else None
+    return tqdm(
+        initial=step, total=total, bar_format="{n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}", disable=disable
+    )
 
 
-def _show(bar: tqdm, step: int, text: str) -> None:
+def _show(bar: tqdm, record: dict) -> None:
+    left = record["seconds_left"]
+    text = f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s"
+    text += f", {duration(left)} left" if left is not None else ""
     bar.set_postfix_str(text, refresh=False)
     if bar.disable:
-        print(f"step {step}/{bar.total}: {text}", flush=True)
-
-
-@contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Inside, a first Ctrl-C sets the event, so that the running step can end; a second one interrupts at once."""
-    event = threading.Event()
-
-    def on_signal(signum, frame):
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield event  # only the main thread may set handlers
-        return
-    before = signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)
+        print(f"step {record['step']}/{bar.total}: {text}", flush=True)

@@ -2,33 +2,40 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from core.errors import UserError
 from core.files import atomic_write
+from trainer.options import TrainOptions
 
 
 class RunLog:
     """Writes ``path`` (.jsonl), ``path`` with .png, and wandb; a context manager.
 
-    Until ``keep`` says that the run has saved something, its lines go to ``<path>.part.jsonl``: a run that fails before
-    leaves the files of an earlier one alone.
+    ``lines`` are those of the run that this one resumes. Without them, until ``keep`` says that the run has saved
+    something, lines go to ``<path>.part.jsonl``: a run that fails before leaves the files of an earlier one alone.
     """
 
-    def __init__(self, path: Path, use_wandb: bool, project: str, config: dict):
-        self.path, self.records = path, []
-        self._file = path.with_suffix(".part.jsonl")
-        self._wandb = _wandb_run(path, project, config) if use_wandb else None
-        atomic_write(self._file, lambda file: None)
+    def __init__(self, path: Path, options: TrainOptions, lines: str = "", wandb_id: str | None = None):
+        self.path, self.lines = path, lines
+        self._file = path if lines else path.with_suffix(".part.jsonl")
+        self._wandb = _wandb_run(path, options, wandb_id) if options.use_wandb else None
+        atomic_write(self._file, lambda file: file.write(lines.encode()))
+
+    @property
+    def wandb_id(self) -> str | None:
+        return self._wandb.id if self._wandb is not None else None
 
     def __enter__(self) -> "RunLog":
         return self
 
     def write(self, record: dict) -> None:
-        self.records.append(record)
+        line = json.dumps(record) + "\n"
+        self.lines += line
         try:
             with self._file.open("a", encoding="utf-8", newline="\n") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(line)
         except OSError as error:
             raise UserError(f"cannot write {self._file}: {error.strerror}; make room or choose an --out_dir") from error
         if self._wandb is not None:
@@ -44,7 +51,22 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.finish()
         if self._file == self.path:
-            plot_losses(self.records, self.path.with_suffix(".png"))
+            plot_losses([json.loads(line) for line in self.lines.splitlines()], self.path.with_suffix(".png"))
+
+
+class NoLog:
+    """What a process that is not the first keeps in place of a ``RunLog``."""
+
+    lines, wandb_id = "", None
+
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def write(self, record: dict) -> None:
+        pass
+
+    def __exit__(self, *_) -> None:
+        pass
 
 
 def plot_losses(records: list[dict], path: Path) -> None:
@@ -62,12 +84,14 @@ def plot_losses(records: list[dict], path: Path) -> None:
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
-def _wandb_run(path: Path, project: str, config: dict):
+def _wandb_run(path: Path, options: TrainOptions, wandb_id: str | None):
     import wandb
 
+    settings = {"project": options.wandb_project, "name": path.stem, "dir": os.environ.get("WANDB_DIR", path.parent)}
+    settings["config"] = {name: str(value) for name, value in asdict(options).items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return wandb.init(project=project, name=path.stem, config=config, dir=os.environ.get("WANDB_DIR", path.parent))
+        return wandb.init(**settings, id=wandb_id, resume="allow" if wandb_id else None)
     except Exception as error:  # no key, no network: wandb raises its own kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"--use_wandb: {reason}; log in with `wandb login` or set WANDB_MODE=offline") from error

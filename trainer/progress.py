@@ -1,59 +1,75 @@
-"""Speed, time left, and the loss since the last log line."""
+"""How far a run is, how fast it goes, and how long it will take."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from trainer.runtime import Runtime
 
 UNCOUNTED_STEPS = 3  # the first steps allocate memory and warm caches: speed and time left leave them out
 
 
-class LossWindow:
-    """The token mean of the loss since it was last taken."""
+@dataclass
+class Progress:
+    """Plain numbers that are saved with a run's state and put back on a resume.
 
-    def __init__(self):
-        self._nats, self._targets = 0.0, 0
+    ``nats`` and ``targets`` are those since the last log line, over all ranks. ``overflows``: fp16 steps skipped in a
+    row. ``tokens`` and ``seconds`` since the run began, without what a kill undid.
+    """
 
-    def add(self, loss: float, n_targets: int) -> None:
-        self._nats, self._targets = self._nats + loss * n_targets, self._targets + n_targets
+    step: int = 0
+    nats: float = 0.0
+    targets: int = 0
+    overflows: int = 0
+    first_loss: float = math.nan
+    last_loss: float = math.nan
+    tokens: int = 0
+    seconds: float = 0.0
 
-    def take(self) -> float:
-        loss = self._nats / max(self._targets, 1)
-        self._nats, self._targets = 0.0, 0
-        return loss
+    def add(self, loss: float, n_targets: int, tokens: int) -> None:
+        """One optimizer step with a token mean of ``loss``; ``tokens`` are those that are no padding."""
+        self.nats, self.targets = self.nats + loss * n_targets, self.targets + n_targets
+        self.tokens += tokens
+
+    def take_loss(self) -> float:
+        """The token mean of the loss since it was last taken."""
+        self.last_loss = self.nats / max(self.targets, 1)
+        self.nats, self.targets = 0.0, 0
+        return self.last_loss
 
 
 class Clock:
-    """Training time without validation and saving."""
+    """Training time without validation and saving; ``seconds`` of it passed before this process began."""
 
-    def __init__(self, runtime: Runtime):
-        self._runtime = runtime
+    def __init__(self, runtime: Runtime, seconds: float = 0.0):
+        self._runtime, self._before = runtime, seconds
         self._started = self._counted_from = time.perf_counter()
-        self.steps = self.tokens = self._counted_tokens = self._counted_steps = 0
+        self._steps = self._tokens = self._counted_tokens = self._counted_steps = 0
 
     def tick(self, tokens: int) -> None:
         """One optimizer step over ``tokens`` tokens, padding left out, is done."""
-        self.steps, self.tokens = self.steps + 1, self.tokens + tokens
-        if self.steps <= UNCOUNTED_STEPS:
+        self._steps, self._tokens = self._steps + 1, self._tokens + tokens
+        if self._steps <= UNCOUNTED_STEPS:
             self._runtime.synchronize()
-            self._counted_from, self._counted_tokens, self._counted_steps = time.perf_counter(), self.tokens, self.steps
+            self._counted_from = time.perf_counter()
+            self._counted_tokens, self._counted_steps = self._tokens, self._steps
 
     def elapsed(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self._started
+        """Seconds since the run began."""
+        return self._before + time.perf_counter() - self._started
 
     def tokens_per_second(self) -> float:
-        if self.steps <= UNCOUNTED_STEPS:
-            return self.tokens / self.elapsed()
-        return (self.tokens - self._counted_tokens) / (time.perf_counter() - self._counted_from)
+        if self._steps <= UNCOUNTED_STEPS:
+            return self._tokens / (time.perf_counter() - self._started)
+        return (self._tokens - self._counted_tokens) / (time.perf_counter() - self._counted_from)
 
-    def left(self, steps: int) -> str:
-        """``, 12 min left`` for ``steps`` more steps; empty while it cannot be told."""
-        if self.steps <= UNCOUNTED_STEPS:
-            return ""
-        pace = (time.perf_counter() - self._counted_from) / (self.steps - self._counted_steps)
-        return f", {duration(pace * steps)} left"
+    def seconds_for(self, steps: int) -> float | None:
+        """How long ``steps`` more steps take; None while it cannot be told."""
+        if self._steps <= UNCOUNTED_STEPS:
+            return None
+        return steps * (time.perf_counter() - self._counted_from) / (self._steps - self._counted_steps)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -1,32 +1,49 @@
-"""Where the arithmetic happens: device, dtype and seed."""
+"""Where the arithmetic happens: device, dtype, seed, and the other processes of the run."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from core.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PATIENCE = timedelta(days=1)  # of processes that wait while the first one prepares data or validates
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """A device and the dtype of its matrix products; parameters and optimizer state are always fp32."""
+    """A device, the dtype of its matrix products, and which of ``world_size`` equal processes this one is.
+
+    Parameters and optimizer state are always fp32. Every process has the same weights and an own share of each
+    optimizer step's rows; ``rank`` 0 alone prints and writes.
+    """
 
     device: torch.device
     dtype: torch.dtype
+    rank: int = 0
+    world_size: int = 1
 
     @classmethod
     def start(cls, device: str = "auto", dtype: str = "auto", seed: int | None = None) -> "Runtime":
-        """Resolve the flags and seed torch. Raises ``UserError`` for what this machine does not have."""
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError("training runs in one process for now: start it with python, not with torchrun")
-        runtime = cls(chosen := _device(device), _dtype(dtype, chosen))
+        """Resolve the flags, join the other processes that torchrun started, and seed torch.
+
+        Rank r is seeded with ``seed`` + r, so that dropout differs; DDP gives all of them rank 0's weights.
+        Raises ``UserError`` for what this machine does not have.
+        """
+        rank, world_size, chosen = 0, int(os.environ.get("WORLD_SIZE", "1")), _device(device)
+        if world_size > 1:
+            rank, chosen = _join(chosen, device)
+        runtime = cls(chosen, _dtype(dtype, chosen), rank, world_size)
         if seed is not None:
-            torch.manual_seed(seed)
+            torch.manual_seed(seed + rank)
         return runtime
 
     def autocast(self) -> AbstractContextManager:
@@ -48,9 +65,116 @@ class Runtime:
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
 
+    def replicate(self, model: nn.Module, has_idle: bool) -> nn.Module:
+        """``model`` so wrapped that a backward pass averages its gradients over all processes.
+
+        ``has_idle``: some trainable parameter takes no part in the loss, which would otherwise make the others wait.
+        """
+        if self.world_size == 1:
+            return model
+        return DistributedDataParallel(model, find_unused_parameters=has_idle)
+
+    def local(self, replica: nn.Module) -> AbstractContextManager:
+        """Inside, forward and backward passes of what ``replicate`` returned keep their gradients to themselves."""
+        return replica.no_sync() if self.world_size > 1 else nullcontext()
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over all processes, in fp64. They must all call it, and get the same."""
+        if self.world_size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """What happens inside happens in rank 0 first, and in the others when it is done there."""
+        if self.rank > 0:
+            self.sum(0)
+        try:
+            yield
+        finally:
+            if self.rank == 0:
+                self.sum(0)
+
+    def on_first(self, work: Callable[[], object]) -> None:
+        """Do ``work`` in rank 0 while the others wait. If it raises there, they end too, silently."""
+        error = None
+        if self.rank == 0:
+            try:
+                work()
+            except BaseException as raised:
+                error = raised
+        if self.sum(error is not None)[0]:
+            raise error or SystemExit(2)
+
+    def rng_state(self) -> dict[str, Tensor]:
+        """torch's random states by device type, each a uint8 tensor."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.device.type == "mps":
+            states["mps"] = torch.mps.get_rng_state()
+        return states
+
+    def rng_states(self) -> list[dict[str, Tensor]]:
+        """``rng_state`` of every rank. They must all call it."""
+        if self.world_size == 1:
+            return [self.rng_state()]
+        states = [{} for _ in range(self.world_size)]
+        for name, state in self.rng_state().items():
+            gathered = [torch.empty_like(state) for _ in states]
+            dist.all_gather(gathered, state)
+            for rank, other in enumerate(gathered):
+                states[rank][name] = other
+        return states
+
+    def set_rng_state(self, states: dict[str, Tensor | None]) -> None:
+        """Put ``rng_state`` back; None leaves a generator as it is."""
+        for name, state in states.items():
+            if state is not None and name == "cuda":
+                torch.cuda.set_rng_state(state, self.device)
+            elif state is not None:
+                (torch.mps if name == "mps" else torch).set_rng_state(state)
+
+    def environment(self) -> dict[str, str | int]:
+        """What must be equal for two runs to be equal bit for bit."""
+        facts = {"torch": torch.__version__, "device": self.device.type, "dtype": str(self.dtype)}
+        return facts | {"processes": self.world_size, "threads": torch.get_num_threads()}
+
+    def stop(self) -> None:
+        """Leave the other processes."""
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
     def __str__(self) -> str:
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
-        return f"device {self.device}{threads}, dtype {str(self.dtype).removeprefix('torch.')}"
+        processes = f", {self.world_size} processes" if self.world_size > 1 else ""
+        return f"device {self.device}{threads}{processes}, dtype {str(self.dtype).removeprefix('torch.')}"
+
+
+def _join(device: torch.device, asked: str) -> tuple[int, torch.device]:
+    """This process' rank and device, once all processes have met."""
+    try:
+        rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    except KeyError as error:
+        raise UserError(f"WORLD_SIZE is set but {error} is not: start several processes with torchrun") from error
+    if device.type == "mps":
+        raise UserError("--device mps has one GPU for one process: start it with python, or pass --device cpu")
+    if device.type == "cuda":
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if device.index is not None or here > torch.cuda.device_count():
+            raise UserError(
+                f"--device {asked}: {here} processes need a GPU each and there are {torch.cuda.device_count()}; pass"
+                " --device cuda, or cpu, and let torchrun start no more processes than GPUs"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
+    return rank, device
 
 
 def _device(name: str) -> torch.device:

@@ -1,0 +1,124 @@
+"""Several processes train as one does: the same gradients, the same samples, one set of files, one end for all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+import torch
+from conftest import flags
+from test_resume import left_in, metrics_of, states_in
+from two_processes import PRETRAIN, run_door
+
+import train_pretrain
+from core.paths import REPOSITORY, checkpoints_dir
+from model.model_lora import read_lora
+from model.weights import read_tensors
+from trainer.state_files import newest_state
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch build knows no processes")
+
+
+def torchrun(*command: object) -> subprocess.Popen:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    places = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": places}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    return subprocess.Popen([*launcher, *map(str, command)], env=os.environ | settings, **pipes)
+
+
+@pytest.fixture(scope="module")
+def both(trained, tmp_path_factory):
+    """What each of two processes saw in the scenarios of two_processes.py, and the folder that they worked in."""
+    folder = tmp_path_factory.mktemp("both")
+    pretrain = PRETRAIN | {"data_path": trained.texts}
+    alone = run_door(train_pretrain, folder / "two" / "out", crash_at=14, **pretrain)
+    script = REPOSITORY / "tests" / "two_processes.py"
+    child = torchrun(script, folder, trained.texts, trained.chats, trained.out / "full_sft_64.pth")
+    output, errors = child.communicate(timeout=240)
+    assert child.returncode == 0, errors
+    seen = [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
+    return {"folder": folder, "ranks": seen, "alone": alone, "output": output}
+
+
+def rows(*runs: list) -> Counter:
+    """How often each row was learned from, padding left out."""
+    return Counter(tuple(id for id in row if id) for steps in runs for step in steps for row in step)
+
+
+def test_ranks_together_have_the_gradient_of_one_process(both):
+    for rank in both["ranks"]:
+        assert len(rank["gradients"]) == 3
+        assert max(rank["gradients"].values()) <= 1e-10
+
+
+def test_each_rank_has_random_numbers_of_its_own(both):
+    first, second = (rank["rng differs"] for rank in both["ranks"])
+    assert first != second
+
+
+def test_the_first_rank_alone_prints(both):
+    finished = [run for run in both["ranks"][0].values() if isinstance(run, dict) and run.get("end") == "finished"]
+    assert both["output"].count("saved ") == len(finished) == 4
+
+
+def test_files_are_those_of_one_process(both, trained):
+    out = both["folder"] / "whole" / "out"
+    assert read_tensors(out / "pretrain_64.pth").keys() == read_tensors(trained.out / "pretrain_64.pth").keys()
+    tensors, _ = read_lora(both["folder"] / "lora" / "out" / "lora" / "lora_x_64.pth")
+    assert tensors.keys() == read_lora(trained.out / "lora" / "lora_a_64.pth")[0].keys()
+    assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if ".B." in name)
+    one, two = (newest_state(checkpoints_dir(folder, "pretrain_64")) for folder in (trained.out, out))
+    assert {name for name in two.tensors if not name.startswith("rng.1.")} == one.tensors.keys()
+
+
+def test_two_processes_resume_bit_for_bit(both):
+    folder = both["folder"]
+    assert [rank["crashed"]["end"] for rank in both["ranks"]] == ["RuntimeError: crash"] * 2
+    assert left_in(folder / "cut" / "out") == left_in(folder / "whole" / "out")
+
+
+def test_no_sample_is_lost_or_repeated_when_the_number_of_processes_changes(both, trained, capsys):
+    first, second = both["ranks"]
+    expected = rows(first["whole"]["steps"], second["whole"]["steps"])
+    assert set(expected.values()) == {1} and len(expected) == 42
+
+    before = [rank["crashed for one"]["steps"][:4] for rank in both["ranks"]]
+    pretrain = PRETRAIN | {"data_path": trained.texts}
+    after = run_door(train_pretrain, both["folder"] / "one" / "out", "--resume", **pretrain)
+    assert after["end"] == "finished" and rows(*before, after["steps"]) == expected
+    printed = capsys.readouterr().out
+    assert "processes was 2 and is now 1" in printed and "7 optimizer steps of 4 rows" in printed
+
+    resumed = [rank["resumed from one"]["steps"] for rank in both["ranks"]]
+    assert rows(both["alone"]["steps"][:12], *resumed) == expected
+
+
+def test_a_number_that_is_not_finite_on_one_rank_stops_both_before_the_update(both):
+    first, second = (rank["poisoned"] for rank in both["ranks"])
+    assert first["end"] == second["end"] and first["end"].startswith("UserError: step 7: loss nan")
+    out = both["folder"] / "poisoned" / "out"
+    state = newest_state(checkpoints_dir(out, "pretrain_64"))
+    assert state.manifest["progress"]["step"] == 4
+    assert all(tensor.isfinite().all() for tensor in state.tensors.values())
+
+
+def test_sigterm_to_torchrun_saves_once_and_ends_all(trained, tmp_path):
+    values = PRETRAIN | {"data_path": trained.texts, "epochs": 1000, "save_interval": 100_000, "log_interval": 5}
+    child = torchrun(REPOSITORY / "train_pretrain.py", *flags(out_dir=tmp_path, **values))
+    for line in child.stdout:
+        if line.startswith("step 5/"):
+            break
+    child.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    output, errors = child.communicate(timeout=60)
+    assert child.returncode != 0 and time.monotonic() - began < 25, errors
+    assert output.count("stopped by SIGTERM after step") == 1
+    (step,) = states_in(tmp_path)
+    assert f"after step {step} of" in output
+    assert (tmp_path / "pretrain_64.pth").is_file()
+    assert all(record["step"] <= step for record in metrics_of(tmp_path))

@@ -1,0 +1,271 @@
+"""A run that was cut short and resumed leaves, bit for bit, what an uninterrupted one leaves; damage never passes."""
+
+import json
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import flags
+
+import train_full_sft
+import train_lora
+import train_pretrain
+from core.errors import Stopped, UserError
+from core.files import sha256_file
+from model.loss import loss_sum
+from trainer.optimizer import make_optimizer, param_groups
+from trainer.options import MAY_CHANGE
+from trainer.progress import Progress
+from trainer.run_state import RunStates
+from trainer.runtime import Runtime
+from trainer.state_files import SUMS, newest_state, saved_states
+
+TIMINGS = ("seconds", "seconds_left", "tokens_per_second", "matmul_share", "peak_memory_mb")
+SHORT = {"max_seq_len": 64, "epochs": 3, "device": "cpu", "val_tokens": 256, "log_interval": 1, "save_interval": 4}
+SHAPE = {"dim": 64, "n_layers": 2, "n_heads": 4, "dropout": 0.1}
+
+
+class Crash(Exception):
+    """Stands for a kill: nothing in the program catches it."""
+
+
+def cut_short(monkeypatch, step: int, how: int | None = None) -> None:
+    """Let the training pass number ``step`` from now raise, or send signal ``how``."""
+    passes = []
+
+    def counted(model, batch):
+        passes.append(model.training)
+        if model.training and sum(passes) == step:
+            if how is None:
+                raise Crash
+            signal.raise_signal(how)
+        return loss_sum(model, batch)
+
+    monkeypatch.setattr("scripts.wiring.loss_sum", counted)
+
+
+def metrics_of(out: Path) -> list[dict]:
+    (path,) = (out / "metrics").glob("*.jsonl")
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records[-1].update(records[-1].pop("summary", {}))
+    return [{key: value for key, value in record.items() if key not in TIMINGS} for record in records]
+
+
+def states_in(out: Path) -> dict[int, Path]:
+    (folder,) = (out / "checkpoints").iterdir()
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    return dict(saved_states(folder))
+
+
+def left_in(out: Path) -> list:
+    """Everything a run leaves, but for the clock."""
+    files = sorted(path for path in out.rglob("*") if path.suffix in (".pth", ".json") and "cache" not in path.parts)
+    results = {path.name: sha256_file(path) for path in files if "checkpoints" not in path.parts}
+    states = {step: sha256_file(path / "state.safetensors") for step, path in states_in(out).items()}
+    return [results, states, metrics_of(out)]
+
+
+def door_and_flags(name: str, trained, **more) -> tuple:
+    if name == "pretrain":
+        return train_pretrain, flags(data_path=trained.texts, **(SHAPE | SHORT | more))
+    chats = flags(data_path=trained.chats, **(SHORT | more))
+    if name == "full_sft":
+        return train_full_sft, [*chats, "--base", str(trained.out / "pretrain_64.pth")]
+    base = flags(base=trained.out / "full_sft_64.pth", general_data=trained.chats, lora_name="x")
+    return train_lora, [*chats, *base]
+
+
+@pytest.mark.parametrize(
+    ("name", "accumulation_steps", "num_workers"),
+    [("pretrain", 1, 2), ("full_sft", 4, 0), ("lora", 1, 0)],
+)
+def test_a_resumed_run_leaves_the_same_bits(trained, tmp_path, monkeypatch, name, accumulation_steps, num_workers):
+    rows = {"batch_size": 8 // accumulation_steps, "accumulation_steps": accumulation_steps}
+    door, argv = door_and_flags(name, trained, **rows, num_workers=num_workers)
+    whole, cut = tmp_path / "whole" / "out", tmp_path / "cut" / "out"  # one name: it stands in the files
+    door.main([*argv, "--out_dir", str(whole)])
+    assert len(states_in(whole)) == 2
+
+    # Killed in step 7, after the save at 4; resumed and asked to stop in what is step 4 + 5; resumed to the end.
+    cut_short(monkeypatch, 6 * accumulation_steps + 1)
+    with pytest.raises(Crash):
+        door.main([*argv, "--out_dir", str(cut)])
+    assert list(states_in(cut)) == [4]
+    cut_short(monkeypatch, 4 * accumulation_steps + 1, signal.SIGTERM)
+    with pytest.raises(Stopped) as stopped:
+        door.main([*argv, "--out_dir", str(cut), "--resume"])
+    assert stopped.value.signum == signal.SIGTERM and max(states_in(cut)) == 9
+    door.main([*argv, "--out_dir", str(cut), "--resume"])
+    assert left_in(cut) == left_in(whole)
+
+
+@pytest.fixture(scope="module")
+def finished(trained, tmp_path_factory) -> Path:
+    """The folder of a pretraining run of 22 steps, with states after steps 20 and 22."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    door, argv = door_and_flags("pretrain", trained, batch_size=4, epochs=2)
+    door.main([*argv, "--out_dir", str(out)])
+    assert list(states_in(out)) == [22, 20]
+    return out
+
+
+@pytest.fixture
+def run(finished, trained, tmp_path):
+    """A copy of ``finished``, and a function that runs its door again on it."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    door, argv = door_and_flags("pretrain", trained, batch_size=4, epochs=2)
+
+    def again(*words: str, **more: object) -> None:
+        door.main([*argv, "--out_dir", str(out), *words, *flags(**more)])
+
+    again.out = out
+    return again
+
+
+def test_a_finished_run_writes_its_files_again(run, finished, capsys):
+    for name in ("pretrain_64.pth", "pretrain_64.json"):
+        (run.out / name).unlink()
+    run("--resume")
+    assert "this run was finished at step 22: its files are written again" in capsys.readouterr().out
+    assert left_in(run.out) == left_in(finished)
+
+
+def test_a_damaged_state_gives_way_to_the_one_before(run, finished, capsys):
+    state = states_in(run.out)[22]
+    (state / "state.safetensors").write_bytes(b"")
+    run("--resume")
+    printed = capsys.readouterr().out
+    assert f"warning: state {state} is damaged (checksum of state.safetensors)" in printed
+    assert "resumed at step 20 of 22" in printed
+    assert left_in(run.out) == left_in(finished)
+
+
+def test_states_that_are_all_damaged_end_the_run(run):
+    before = left_in(run.out)
+    for state in states_in(run.out).values():
+        (state / SUMS).unlink()
+    with pytest.raises(UserError, match=r"no state in .*pretrain_64 can be used"):
+        run("--resume")
+    assert left_in(run.out) == before
+
+
+def test_no_flipped_bit_and_no_cut_passes(finished):
+    folder = states_in(finished)[22].parent
+    rng = random.Random(0)
+    for path in (path for path in sorted((folder / "step-22").iterdir()) for _ in range(5)):
+        good = path.read_bytes()
+        at = rng.randrange(len(good))
+        flipped = bytearray(good)
+        flipped[at] ^= 1 << rng.randrange(8)
+        for bad in (bytes(flipped), good[:at], good + b"\n"):
+            path.write_bytes(bad)
+            assert newest_state(folder).path.name == "step-20", (path, at)
+        path.write_bytes(good)
+    assert newest_state(folder).path.name == "step-22"
+
+
+def test_every_change_that_matters_is_refused_in_one_sentence(run, trained, tmp_path):
+    other = tmp_path / "texts.jsonl"
+    other.write_bytes(trained.texts.read_bytes() + b'{"text": "one more"}\n')
+    with pytest.raises(UserError) as refused:
+        run("--resume", learning_rate=2e-3, data_path=other, seed=5)
+    assert "--learning_rate was 0.001 and is now 0.002" in str(refused.value)
+    assert "--seed was 1337 and is now 5" in str(refused.value)
+    assert "data file 1 (texts.jsonl) changed since step 22" in str(refused.value)
+    assert "without --resume" in str(refused.value)
+
+
+def test_what_may_change_may_change(run, trained, tmp_path):
+    assert {field for field in MAY_CHANGE if not hasattr(train_full_sft.Options, field)} == set()
+    moved = tmp_path / "elsewhere" / "texts.jsonl"
+    moved.parent.mkdir()
+    moved.write_bytes(trained.texts.read_bytes())
+    run("--resume", data_path=moved, log_interval=3, save_interval=7, num_workers=1, val_tokens=64)
+
+
+def test_resume_without_a_state_starts_and_says_so(run, finished, capsys):
+    shutil.rmtree(run.out / "checkpoints")
+    run("--resume")
+    assert "there is no state in" in capsys.readouterr().out
+    assert left_in(run.out) == left_in(finished)
+
+
+def test_a_new_run_deletes_the_old_states_at_its_first_save_and_not_before(run, monkeypatch, capsys):
+    shutil.rmtree(states_in(run.out)[22])  # so that the run looks unfinished
+    cut_short(monkeypatch, 4)
+    with pytest.raises(Crash):
+        run(seed=3)
+    assert "that got to step 20: --resume would go on with it" in capsys.readouterr().out
+    assert list(states_in(run.out)) == [20]
+    cut_short(monkeypatch, 5)
+    with pytest.raises(Crash):
+        run(seed=3)
+    assert list(states_in(run.out)) == [4]
+
+
+def test_left_over_folders_of_a_kill_are_cleared_away(run):
+    folder = states_in(run.out)[22].parent
+    (folder / ".new-step-99").mkdir()
+    shutil.move(folder / "step-22", folder / ".old-step-22")
+    run("--resume")
+    assert list(states_in(run.out)) == [22, 20]
+
+
+def test_a_full_disk_is_one_sentence_and_harms_nothing(run, finished):
+    resource = pytest.importorskip("resource")  # there is none on Windows
+    shutil.rmtree(states_in(run.out)[22])
+    before = left_in(finished)[0]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Less than a state needs, more than the weights.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot save the run's state in .*pretrain_64.*--resume"):
+            run("--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(states_in(run.out)) == [20]
+    assert left_in(run.out)[0] == before
+    run("--resume")
+    assert left_in(run.out) == left_in(finished)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda groups: make_optimizer(groups, 1e-2),
+        lambda groups: torch.optim.SGD(groups, lr=1e-2, momentum=0.9),
+        lambda groups: torch.optim.NAdam(groups, lr=1e-2),
+        lambda groups: torch.optim.Adafactor(groups, lr=1e-2),
+    ],
+)
+def test_any_optimizer_goes_on_where_it_was(tmp_path, make):
+    cpu = Runtime.start("cpu")
+
+    def parts():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4))
+        return model, make(param_groups(model, 0.1)), cpu.scaler()
+
+    def steps(model, optimizer, count):
+        for _ in range(count):
+            model(torch.rand(3, 6)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer, scaler = parts()
+    steps(model, optimizer, 3)
+    states = RunStates(tmp_path, {}, {"seen": 7}, resume=False)
+    states.save(model, optimizer, scaler, Progress(3), cpu.rng_states(), cpu, metrics="", total_steps=6)
+    steps(model, optimizer, 3)
+
+    other, optimizer, scaler = parts()
+    memory = {}
+    found = RunStates(tmp_path, {}, memory, resume=True)
+    assert found.restore(other, optimizer, scaler, cpu).step == 3 and memory == {"seen": 7}
+    steps(other, optimizer, 3)
+    for left, right in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(left, right)

@@ -1,0 +1,116 @@
+"""What tests/test_processes.py lets two processes do: torchrun ... tests/two_processes.py FOLDER
+
+Each scenario returns what this rank saw; FOLDER/rank-N.json gets all of it.
+"""
+
+import json
+import math
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from conftest import flags, ragged_batch, rows_of
+from test_resume import SHAPE, SHORT
+
+import scripts.wiring
+import train_lora
+import train_pretrain
+from core.errors import Stopped, UserError
+from model.LMConfig import LMConfig
+from model.loss import loss_sum
+from model.model import MiniMindLM
+from trainer.loop import _backward
+from trainer.runtime import Runtime
+
+RAGGED = ragged_batch(8, seed=0)
+EMPTY = replace(RAGGED, labels=torch.full_like(RAGGED.labels, -100), n_targets=0, n_bytes=0, n_tokens=0)
+SHARES = {
+    "equal": ([(0, 2), (2, 4)], [(4, 6), (6, 8)]),
+    "rank 1 has fewer": ([(0, 2), (2, 4), (4, 7)], [(7, 8)]),
+    "rank 1 has nothing": ([(0, 4), (4, 8)], []),
+}
+PRETRAIN = SHAPE | SHORT | {"batch_size": 2, "epochs": 1}
+
+
+def double_model() -> MiniMindLM:
+    torch.manual_seed(0)
+    config = LMConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=320, max_seq_len=128)
+    return MiniMindLM(config).double()
+
+
+def share(name: str, rank: int) -> list:
+    return [rows_of(RAGGED, *rows) for rows in SHARES[name][rank]] or [EMPTY]
+
+
+def gradients(runtime: Runtime) -> dict:
+    """The largest difference, relative, from the gradient of one process with one batch."""
+    expected = double_model()
+    loss_sum(expected, RAGGED).div(RAGGED.n_targets).backward()
+    found = {}
+    for name in SHARES:
+        model = double_model()
+        replica = runtime.replicate(model, has_idle=False)
+        batches = share(name, runtime.rank)
+        _, n_targets = _backward(replica, batches, runtime.scaler(), runtime, loss_sum)
+        assert n_targets == RAGGED.n_targets
+        pairs = zip(model.parameters(), expected.parameters(), strict=True)
+        found[name] = max(float((a.grad - b.grad).abs().max() / b.grad.abs().max()) for a, b in pairs)
+    return found
+
+
+def run_door(door, out: Path, *words: str, crash_at: int = 0, poison_at: int = 0, **values) -> dict:
+    """Run a door; returns how it ended and the rows that this rank learned from, one list a micro-batch.
+
+    At the training pass ``crash_at`` every rank raises; at ``poison_at`` rank 1's loss is NaN.
+    """
+    steps = []
+
+    def watched(model, batch):
+        if model.training:
+            steps.append([row for row in batch.inputs["input_ids"].tolist() if batch.n_targets])
+            if len(steps) == crash_at:
+                raise RuntimeError("crash")
+            if len(steps) == poison_at and dist.get_rank() == 1:
+                return loss_sum(model, batch) * math.nan
+        return loss_sum(model, batch)
+
+    scripts.wiring.loss_sum = watched
+    end = "finished"
+    try:
+        door.main([*flags(out_dir=out, **values), *words])
+    except (RuntimeError, UserError, Stopped) as error:
+        end = f"{type(error).__name__}: {error}"
+    return {"end": end, "steps": steps}
+
+
+def scenarios(folder: Path, texts: Path, chats: Path, base: Path):
+    runtime = Runtime.start("cpu")
+    yield "gradients", gradients(runtime)
+    yield "rng differs", torch.initial_seed()
+    Runtime.stop = lambda self: None  # the processes of one torchrun meet once
+    pretrain = PRETRAIN | {"data_path": texts}
+    yield "whole", run_door(train_pretrain, folder / "whole" / "out", **pretrain)
+    cut = folder / "cut" / "out"
+    yield "crashed", run_door(train_pretrain, cut, crash_at=7, **pretrain)
+    yield "resumed", run_door(train_pretrain, cut, "--resume", **pretrain)
+    yield "crashed for one", run_door(train_pretrain, folder / "one" / "out", crash_at=7, **pretrain)
+    yield "resumed from one", run_door(train_pretrain, folder / "two" / "out", "--resume", **pretrain)
+    yield "poisoned", run_door(train_pretrain, folder / "poisoned" / "out", poison_at=7, **pretrain)
+    lora = SHORT | {"data_path": chats, "general_data": chats, "base": base, "lora_name": "x", "max_steps": 4}
+    yield "lora", run_door(train_lora, folder / "lora" / "out", **(lora | {"batch_size": 2}))
+
+
+def main() -> None:
+    folder, texts, chats, base = map(Path, sys.argv[1:])
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    results = dict(scenarios(folder, texts, chats, base))
+    dist.destroy_process_group()
+    (folder / f"rank-{rank}.json").write_text(json.dumps(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Run states on disk: folders ``step-N`` that are whole or absent, and whose every bit is checked when they are read.
+
+The order of a save: files written and fsynced in a folder of another name, that folder renamed, its parent fsynced,
+older states renamed away and deleted. A kill at any point leaves the states of before or the new one.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from core.errors import UserError
+from core.files import fsync_folder, sha256_file
+
+TENSORS, MANIFEST, METRICS = FILES = "state.safetensors", "manifest.json", "metrics.jsonl"
+SUMS = "SHA256SUMS"  # `sha256sum --check SHA256SUMS` checks a state by hand
+KEPT = 2
+
+
+@dataclass(frozen=True)
+class State:
+    """What one ``step-N`` folder holds; ``metrics`` are the lines of the metrics file up to that step."""
+
+    path: Path
+    manifest: dict
+    tensors: dict[str, Tensor]
+    metrics: str
+
+
+class _Damaged(Exception):
+    pass
+
+
+def saved_states(folder: Path) -> list[tuple[int, Path]]:
+    """``(step, path)`` of the states in ``folder``, whole or damaged, the newest first."""
+    found = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*")]
+    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+
+def newest_state(folder: Path) -> State | None:
+    """The newest state that is whole, with a printed line for each damaged one; None when there are no states.
+
+    Raises ``UserError`` when all are damaged.
+    """
+    states = saved_states(folder)
+    for _, path in states:
+        try:
+            return _read(path)
+        except _Damaged as damage:
+            print(f"warning: state {path} is damaged ({damage}) and is passed over")
+    if states:
+        raise UserError(f"no state in {folder} can be used: all are damaged; start again without --resume")
+    return None
+
+
+def write_state(
+    folder: Path, step: int, tensors: dict[str, Tensor], manifest: dict, metrics: str, *, starts_over: bool
+) -> None:
+    """Write ``folder``/step-N, then delete all but the newest two.
+
+    ``starts_over``: the states in ``folder`` are another run's; they go just before the new one takes its name. So do
+    states of later steps, which a resume has passed over as damaged. Raises ``UserError`` when the disk refuses; the
+    states of before are then as they were.
+    """
+    unfinished = folder / f".new-step-{step}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(".*-step-*"):  # of a run that was killed
+            shutil.rmtree(stale, ignore_errors=True)
+        unfinished.mkdir()
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished / TENSORS)
+        _write(unfinished / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        _write(unfinished / METRICS, metrics)
+        _write(unfinished / SUMS, "".join(f"{sha256_file(unfinished / name)}  {name}\n" for name in FILES))
+        for name in (*FILES, SUMS):
+            _fsync(unfinished / name)
+        fsync_folder(unfinished)
+        for other, path in saved_states(folder):
+            if starts_over or other >= step:
+                _discard(path)
+        os.rename(unfinished, folder / f"step-{step}")
+        fsync_folder(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot save the run's state in {folder}: {getattr(error, 'strerror', None) or error}; make room there or"
+            " choose another --out_dir, then go on with --resume"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for _, path in saved_states(folder)[KEPT:]:
+        with contextlib.suppress(OSError):  # a file that someone reads cannot go on Windows; the next save tries again
+            _discard(path)
+
+
+def _read(path: Path) -> State:
+    try:
+        contents = {name: (path / name).read_bytes() for name in FILES}
+        sums = {name: f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in contents.items()}
+        written = (path / SUMS).read_bytes()
+    except OSError as error:
+        raise _Damaged(f"{Path(error.filename or path).name}: {error.strerror}") from error
+    for name, line in sums.items():
+        if line.encode() not in written:
+            raise _Damaged(f"checksum of {name}")
+    if written != "".join(sums.values()).encode():
+        raise _Damaged(f"{SUMS} holds more than checksums")
+    return State(path, json.loads(contents[MANIFEST]), load(contents[TENSORS]), contents[METRICS].decode())
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _fsync(path: Path) -> None:
+    with path.open("r+b") as file:  # Windows syncs only what is open for writing
+        os.fsync(file.fileno())
+
+
+def _discard(path: Path) -> None:
+    """Delete a state: out of sight first, so that a kill leaves no half of it."""
+    gone = path.with_name(f".old-{path.name}")
+    os.rename(path, gone)
+    shutil.rmtree(gone)
