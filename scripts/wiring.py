@@ -78,7 +78,9 @@ def run_record(stage: str, options: TrainOptions, tokenizer: PreTrainedTokenizer
     return {
         "stage": stage,
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "data": [{"file": path.name, "sha256": sha256_file(path)} for path in options.data_path],
+        "data": [
+            {"file": path.name, "sha256": sha256_file(path, cache_dir(options.out_dir))} for path in options.data_path
+        ],
         "options": {field.name: cut(getattr(options, field.name)) for field in fields(options)},
     }
 
