@@ -85,13 +85,14 @@ def tokenize_files(
     for path in paths:
         if not Path(path).is_file():
             raise UserError(f"data file {path} does not exist; check --data_path")
+    before = _stamps(paths)
     identity = [FORMAT, kind.name, tokenizer_fingerprint(tokenizer), *(sha256_file(path, cache) for path in paths)]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     table = cache / f"{kind.name}-{key}.arrow"
     cached = _read_table(table)
     if cached is None:
         try:
-            _write_table(table, paths, kind, tokenizer, workers)
+            _write_table(table, paths, before, kind, tokenizer, workers)
         except UserError:  # Windows replaces no open file: another process, begun together with this one, was first
             if _read_table(table) is None:
                 raise
@@ -125,10 +126,18 @@ def _read_table(table: Path) -> tuple[Dataset, BadRows] | None:
 
 
 def _write_table(
-    table: Path, paths: tuple[Path, ...], kind: Kind, tokenizer: PreTrainedTokenizerBase, workers: int
+    table: Path,
+    paths: tuple[Path, ...],
+    before: list[tuple[int, int]],
+    kind: Kind,
+    tokenizer: PreTrainedTokenizerBase,
+    workers: int,
 ) -> None:
-    """Write ``table`` and beside it a ``.json`` with its size and the bad rows, each whole or not at all."""
-    bad, rows, before = BadRows(), 0, _stamps(paths)
+    """Write ``table`` and beside it a ``.json`` with its size and the bad rows, each whole or not at all.
+
+    ``before``: the files' stamps when they were hashed.
+    """
+    bad, rows = BadRows(), 0
     total = sum(size for size, _ in before)
     is_small = total < SMALL_BYTES
     workers = workers or (1 if is_small else min(usable_cores(), MOST_WORKERS))

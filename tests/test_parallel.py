@@ -20,13 +20,14 @@ sys.path.insert(0, {str(REPOSITORY)!r})
 from core.errors import run
 from dataset.parallel import in_order
 
-def slow(shared, item):
-    time.sleep(0.2)
+def work(shared, item):
+    time.sleep(0.05)
     return os.getpid()
 
 def main():
-    for process in in_order(slow, None, range(1000), 2):
+    for process in in_order(work, None, range(1000), 2):
         print(process, flush=True)
+        time.sleep(0.5)  # the workers have nothing left to do meanwhile
 
 if __name__ == "__main__":
     run(main)
@@ -87,7 +88,8 @@ def test_no_worker_outlives_its_parent(tmp_path, end):
     command = [sys.executable, str(program)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, start_new_session=True, text=True, **pipes) as parent:
-        workers = {int(parent.stdout.readline()) for _ in range(4)}
+        workers = {int(parent.stdout.readline()) for _ in range(3)}
+        time.sleep(0.25)
         if end == "Ctrl-C":  # a terminal sends it to the whole group
             os.killpg(parent.pid, signal.SIGINT)
         else:
