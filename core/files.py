@@ -58,7 +58,7 @@ def sha256_file(path: Path, cache: Path | None = None) -> str:
     memo = Path(cache) / "sha256.json" if cache else None
     stamp, known = _stamp(path), _read_memo(memo)
     entry = known.get(str(path))
-    if isinstance(entry, list) and entry[:-1] == stamp and isinstance(entry[-1], str):
+    if isinstance(entry, list) and entry[:-1] == stamp:
         return entry[-1]
     digest, began = hashlib.sha256(), time.time_ns()
     with path.open("rb") as file:

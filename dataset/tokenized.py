@@ -152,8 +152,7 @@ def _write_table(
         bar = tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=True if is_small else None)
         with bar, closing(encoded), pa.ipc.new_stream(file, _schema(tokenizer)) as writer:
             for part in encoded:
-                if len(part.batch):
-                    writer.write_batch(part.batch)
+                writer.write_batch(part.batch)
                 rows += len(part.batch)
                 bad.add(part.file, part.bad)
                 bar.update(part.read)

@@ -228,6 +228,14 @@ def test_bad_rows_of_an_array_are_named_by_their_line(tmp_path, monkeypatch, arr
     assert all(reason in actual[line] for line, reason in found.items())
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_number_is_not_cut_where_reading_paused(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", size)
+    path = tmp_path / "a.json"
+    path.write_text('[12345, -1.5e7, {"text": "a"}]', encoding="utf-8")
+    assert [line for block in read_blocks(path) for _, line in block.lines] == [b"12345", b"-1.5e7", b'{"text": "a"}']
+
+
 def test_no_line_of_random_damage_escapes(tmp_path):
     rng = random.Random(0)
     good = [json.dumps(row, ensure_ascii=False).encode() for row in ({"text": "añ😀"}, {"messages": CHAT}, *TEXTS)]
