@@ -2,14 +2,18 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 from core.errors import UserError
+
+RACY_NS = 2_000_000_000  # file systems count time in steps of up to two seconds
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -44,13 +48,43 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes, read in chunks."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+def sha256_file(path: Path, cache: Path | None = None) -> str:
+    """Hex SHA-256 of a file's bytes.
+
+    With a ``cache`` folder it is remembered there, in ``sha256.json``, for as long as the file keeps its size and its
+    times. That file may be deleted at any time; one that cannot be read or written only costs the time to hash.
+    """
+    path = Path(path).resolve()
+    memo = Path(cache) / "sha256.json" if cache else None
+    stamp, known = _stamp(path), _read_memo(memo)
+    entry = known.get(str(path))
+    if isinstance(entry, list) and entry[:-1] == stamp:
+        return entry[-1]
+    digest, began = hashlib.sha256(), time.time_ns()
+    with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
+    # A file that has just changed may change again within one tick of its clock, and keep its times: git's "racily
+    # clean" entries. Such a file is not remembered.
+    if memo and _stamp(path) == stamp and began - max(stamp[1:]) > RACY_NS:
+        known = _read_memo(memo) | {str(path): [*stamp, digest.hexdigest()]}
+        with contextlib.suppress(UserError):
+            atomic_write(memo, lambda file: file.write(json.dumps(known, indent=1).encode()))
     return digest.hexdigest()
+
+
+def _stamp(path: Path) -> list[int]:
+    """What changes when a file is written: size, and on Unix the second time too if the first was set back."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _read_memo(memo: Path | None) -> dict:
+    try:
+        known = json.loads(memo.read_text(encoding="utf-8")) if memo else {}
+    except (OSError, ValueError):
+        known = {}
+    return known if isinstance(known, dict) else {}
 
 
 def _umask() -> int:

@@ -57,20 +57,21 @@ class PretrainSamples:
 
     def __init__(self, rows: TokenRows, max_seq_len: int, pad_id: int, bytes_of: np.ndarray):
         self.rows, self.max_seq_len, self.pad_id, self.bytes_of = rows, max_seq_len, pad_id, bytes_of
-        self._ends = np.cumsum(rows.lengths)  # of each document in the stream
-        tokens = int(rows.lengths.sum())
-        self._starts = np.arange(0, max(tokens - 1, 0), max_seq_len - 1)  # of each window
-        self.lengths = np.minimum(max_seq_len, tokens - self._starts)
+        self._ends = np.cumsum(rows.lengths, dtype=np.int64)  # of each document in the stream
+        tokens = int(self._ends[-1]) if len(rows) else 0
+        count = -(-max(tokens - 1, 0) // (max_seq_len - 1))
+        self.lengths = np.full(count, max_seq_len, np.int32)
+        self.lengths[-1:] = tokens - (count - 1) * (max_seq_len - 1)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        start = int(self._starts[index])
+        start = index * (self.max_seq_len - 1)
         end = start + int(self.lengths[index])
         first, last = np.searchsorted(self._ends, (start, end - 1), side="right")
         documents = range(int(first), int(last) + 1)
-        offset = start - int(self._ends[first] - self.rows.lengths[first])
+        offset = start - int(self._ends[first]) + int(self.rows.lengths[first])
         window = slice(offset, offset + end - start)
         ids = np.concatenate([self.rows.ids(row) for row in documents])[window]
         return ids, np.concatenate([self.rows.learned(row) for row in documents])[window]
@@ -85,7 +86,7 @@ class ChatSamples:
     def __init__(self, rows: TokenRows, max_seq_len: int, pad_id: int, bytes_of: np.ndarray):
         self.max_seq_len, self.pad_id, self.bytes_of = max_seq_len, pad_id, bytes_of
         self.truncated = int((rows.lengths > max_seq_len).sum())
-        kept = [n for n in range(len(rows)) if rows.learned(n)[1:max_seq_len].any()]
+        kept = np.flatnonzero(rows.first_target < max_seq_len)
         self.without_targets = len(rows) - len(kept)
         self.rows = TokenRows(rows.table, rows.chosen[kept])
         self.lengths = np.minimum(self.rows.lengths, max_seq_len)

@@ -26,22 +26,26 @@ def encode_chats(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[dict]], add_generation_prompt: bool = False
 ) -> list[Encoded]:
     """``encode_chat`` of each chat; the tokenizer spreads many texts over the processor's cores."""
-    pieces = [_template_pieces(tokenizer, messages, add_generation_prompt) for messages in chats]
-    piece_ids = iter(_encode(tokenizer, [piece for chat in pieces for piece in chat], split_special_tokens=False))
+    pieces = _template_pieces(tokenizer, chats, add_generation_prompt)
+    kinds = list({piece for chat in pieces for piece in chat})  # many chats, few kinds of template pieces
+    ids_of = dict(zip(kinds, _encode(tokenizer, kinds, split_special_tokens=False), strict=True))
     contents = [message["content"] for messages in chats for message in messages]
     content_ids = iter(_encode(tokenizer, contents, split_special_tokens=True))
     control = set(tokenizer.all_special_ids)
-    return [_join(messages, piece_ids, content_ids, control) for messages in chats]
+    return [
+        _join(messages, [ids_of[piece] for piece in chat], content_ids, control)
+        for messages, chat in zip(chats, pieces, strict=True)
+    ]
 
 
 def _join(
-    messages: Sequence[dict], piece_ids: Iterator[list[int]], content_ids: Iterator[list[int]], control: set[int]
+    messages: Sequence[dict], pieces: list[list[int]], content_ids: Iterator[list[int]], control: set[int]
 ) -> Encoded:
-    ids = list(next(piece_ids))
+    ids = list(pieces[0])
     learned = [False] * len(ids)
-    for message in messages:
+    for message, piece in zip(messages, pieces[1:], strict=True):
         is_answer = message["role"] == "assistant"
-        content, piece = next(content_ids), next(piece_ids)
+        content = next(content_ids)
         end_of_turn = next((n for n, token in enumerate(piece, 1) if token in control), 0)
         ids += content + piece
         learned += [is_answer] * len(content)
@@ -57,23 +61,35 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], split_special_tokens: bool) -> list[list[int]]:
-    settings = {"add_special_tokens": False, "return_attention_mask": False}
-    return tokenizer(list(texts), split_special_tokens=split_special_tokens, **settings).input_ids if texts else []
+    """What ``tokenizer(texts, add_special_tokens=False, ...)`` gives, without the offsets and masks that nobody reads.
+
+    They would take a third of the time.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = split_special_tokens
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _template_pieces(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], add_generation_prompt: bool
-) -> list[str]:
-    """The rendered template cut at the contents: one string before each content, one after the last."""
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[dict]], add_generation_prompt: bool
+) -> list[list[str]]:
+    """Each chat's rendered template cut at the contents: one string before each content, one after the last."""
 
-    def render(contents: Sequence[str]) -> str:
-        filled = [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
-        return tokenizer.apply_chat_template(filled, tokenize=False, add_generation_prompt=add_generation_prompt)
+    def render(messages: Sequence[dict]) -> str:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
-    contents = [message["content"] for message in messages]
-    # A placeholder is a private-use character, which no template contains; trimming templates leave it alone.
-    pieces = render(["\ue000"] * len(contents)).split("\ue000")
-    joined = pieces[0] + "".join(text + piece for text, piece in zip(contents, pieces[1:], strict=False))
-    if len(pieces) != len(contents) + 1 or joined != render(contents):
-        raise UserError("the tokenizer's chat template drops, repeats or rewrites message contents")
-    return pieces
+    rendered: dict[str, list[str]] = {}  # pieces of chats that differ in their contents alone
+    found = []
+    for messages in chats:
+        # A placeholder is a private-use character, which no template contains; trimming templates leave it alone.
+        empty = [{**message, "content": "\ue000"} for message in messages]
+        if (shape := repr(empty)) not in rendered:
+            rendered[shape] = render(empty).split("\ue000")
+        pieces, contents = rendered[shape], [message["content"] for message in messages]
+        joined = pieces[0] + "".join(text + piece for text, piece in zip(contents, pieces[1:], strict=False))
+        if len(pieces) != len(contents) + 1 or joined != render(messages):
+            raise UserError("the tokenizer's chat template drops, repeats or rewrites message contents")
+        found.append(pieces)
+    return found

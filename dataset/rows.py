@@ -3,37 +3,36 @@
 A row that cannot be used is reported as ``file:line: reason`` and never reaches the model.
 """
 
-import codecs
-import gzip
 import json
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from core.errors import UserError
+from dataset.blocks import BadRow, Block, read_blocks
 
 ROLES = ("system", "user", "assistant")
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
-
-
-class BadRow(Exception):
-    """Why one row is unusable; the message is the reason alone."""
 
 
 def read_rows(path: Path, clean: Callable[[Any], dict]) -> Iterator[tuple[int, dict | BadRow]]:
     """Yield ``(line number, row)`` for every row of ``path``; the row is a ``BadRow`` when ``clean`` refuses it.
 
-    ``clean`` is ``clean_text`` or ``clean_chat``. Reads JSON lines or one JSON array, plain, ``.gz`` or ``.zst``, UTF-8
-    with or without a byte-order mark. Raises ``UserError`` when the file itself cannot be read.
+    ``clean`` is ``clean_text`` or ``clean_chat``. Reads what ``read_blocks`` reads.
     """
-    for line, parsed in _read_values(Path(path)):
+    for block in read_blocks(path):
+        yield from clean_rows(block, clean)
+
+
+def clean_rows(block: Block, clean: Callable[[Any], dict]) -> Iterator[tuple[int, dict | BadRow]]:
+    """``(line number, row)`` of a block's rows, as ``read_rows`` gives them."""
+    for number, line in block.lines:
         try:
+            parsed = line if isinstance(line, BadRow) else _parse(line)
             if isinstance(parsed, BadRow):
                 raise parsed
-            yield line, clean(parsed)
+            yield number, clean(parsed)
         except BadRow as bad:
-            yield line, bad
+            yield number, bad
 
 
 def read_texts(path: Path) -> list[str]:
@@ -107,102 +106,13 @@ def check_messages(messages: Any) -> list[dict]:
     return clean
 
 
-def _read_values(path: Path) -> Iterator[tuple[int, Any]]:
-    if not path.is_file():
-        raise UserError(f"data file {path} does not exist; check its path")
-    if not path.name.endswith(SUFFIXES):
-        raise UserError(f"data file {path} has an unknown ending; use one of {', '.join(SUFFIXES)}")
-    try:
-        lines = enumerate(_lines(path), 1)
-        first = True
-        for number, line in lines:
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if not line.strip():
-                continue
-            if first and line.lstrip().startswith(b"["):
-                yield from _array_items(line + b"".join(rest for _, rest in lines), number)
-                return
-            first = False
-            yield number, _parse(line.rstrip(b"\r\n"))
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}; download or copy it again") from error
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        yield from _zstd_lines(file, path) if path.suffix == ".zst" else file
-
-
-def _zstd_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """Lines of a zstd stream. (The package's own reader takes a truncated file for a whole one.)"""
-    try:
-        import zstandard
-    except ModuleNotFoundError as error:
-        raise UserError(f"{path} needs the zstandard package: pip install zstandard") from error
-    line, frame = b"", None
-    while chunk := file.read(1 << 20):
-        while chunk:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            try:
-                *lines, line = (line + frame.decompress(chunk)).split(b"\n")
-            except zstandard.ZstdError as error:
-                raise OSError(str(error)) from error
-            yield from (whole + b"\n" for whole in lines)
-            chunk = frame.unused_data
-            frame = None if frame.eof else frame
-    if frame:
-        raise EOFError("the compressed file ends too early")
-    yield line
-
-
-def _array_items(array: bytes, line: int) -> Iterator[tuple[int, Any]]:
-    """Items of a JSON array, which begins on ``line``, each with its own line.
-
-    After a broken item the rest cannot be told apart: it is one last ``BadRow``.
-    """
-    try:
-        text = array.decode()
-    except UnicodeDecodeError as error:
-        line += array.count(b"\n", 0, error.start)
-        yield line, BadRow(f"not UTF-8 ({error.reason}), the array is unreadable; re-save the file as UTF-8")
-        return
-    decoder = json.JSONDecoder()
-    position = text.index("[") + 1
-    counted = 0
-    while True:
-        position = _skip(text, position, " \t\r\n,")
-        line, counted = line + text.count("\n", counted, position), position
-        if position == len(text):
-            yield line, BadRow("the JSON array is not closed")
-            return
-        if text[position] == "]":
-            break
-        try:
-            _, end = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            yield line, BadRow(f"invalid JSON, the rest of the array is unreadable: {getattr(error, 'msg', error)}")
-            return
-        yield line, _parse(text[position:end].encode())
-        position = end
-    end = _skip(text, position + 1, " \t\r\n")
-    if end < len(text):
-        yield line + text.count("\n", counted, end), BadRow("text after the end of the JSON array; give one row a line")
-
-
-def _skip(text: str, position: int, characters: str) -> int:
-    while position < len(text) and text[position] in characters:
-        position += 1
-    return position
-
-
 def _parse(line: bytes) -> Any:
     try:
         return json.loads(line.decode(), object_pairs_hook=_without_duplicates)
     except BadRow as bad:
         return bad
     except UnicodeDecodeError as error:
-        return BadRow(f"not UTF-8 at byte {error.start + 1} of the line ({error.reason}); re-save the file as UTF-8")
+        return BadRow(f"not UTF-8 at byte {error.start + 1} of the row ({error.reason}); re-save the file as UTF-8")
     except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
         column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         return BadRow(f"invalid JSON{column}: {getattr(error, 'msg', error)}")

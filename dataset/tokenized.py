@@ -2,26 +2,41 @@
 
 import hashlib
 import json
+import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from datasets import Dataset, Features, Sequence, Value
-from datasets.arrow_writer import ArrowWriter
+import pyarrow as pa
+from datasets import Dataset
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
 from core.files import atomic_write, sha256_file
+from dataset.blocks import BadRow, Block, read_blocks
 from dataset.chat import Encoded, encode_chats, encode_documents
-from dataset.rows import BadRow, clean_chat, clean_text, read_rows
+from dataset.parallel import MOST_WORKERS, in_order, usable_cores
+from dataset.rows import clean_chat, clean_rows, clean_text
 from dataset.tokenizer import tokenizer_fingerprint
 
-FORMAT = 2  # raise it when the meaning of a cached table changes
+FORMAT = 3  # raise it when the meaning of a cached table changes
 SHOWN_BAD_ROWS = 20
-ROWS_AT_ONCE = 1000  # tokenised and written together
+SMALL_BYTES = 1 << 24  # less is tokenised sooner than worker processes start
+NO_TARGET = np.iinfo(np.int32).max  # the first target of a row that has none: beyond any length
+
+
+def _encode_texts(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[Encoded]:
+    return encode_documents(tokenizer, [row["text"] for row in rows])
+
+
+def _encode_conversations(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[Encoded]:
+    return encode_chats(tokenizer, [row["conversations"] for row in rows])
 
 
 @dataclass(frozen=True)
@@ -33,78 +48,178 @@ class Kind:
     encode: Callable[[PreTrainedTokenizerBase, list[dict]], list[Encoded]]
 
 
-TEXT = Kind("text", clean_text, lambda tokenizer, rows: encode_documents(tokenizer, [row["text"] for row in rows]))
-CHAT = Kind("chat", clean_chat, lambda tokenizer, rows: encode_chats(tokenizer, [row["conversations"] for row in rows]))
+TEXT = Kind("text", clean_text, _encode_texts)
+CHAT = Kind("chat", clean_chat, _encode_conversations)
+
+
+@dataclass
+class BadRows:
+    """How many there are, and the first of them as (number of the file, line, reason)."""
+
+    count: int = 0
+    shown: list[tuple[int, int, str]] = field(default_factory=list)
+
+    def add(self, file: int, lines: list[tuple[int, str]]) -> None:
+        self.count += len(lines)
+        self.shown += [(file, *row) for row in lines[: SHOWN_BAD_ROWS - len(self.shown)]]
 
 
 def tokenize_files(
-    paths: tuple[Path, ...], kind: Kind, tokenizer: PreTrainedTokenizerBase, cache: Path, bad_rows: str = "stop"
+    paths: tuple[Path, ...],
+    kind: Kind,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Path,
+    bad_rows: str = "stop",
+    workers: int = 0,
 ) -> Dataset:
-    """One row per usable row of the files: ``ids``, ``learned``, ``digest`` (63 bits of the content's SHA-256).
+    """One row per usable row of the files, in their order.
 
-    The cache is keyed by the files' bytes, the tokenizer's fingerprint and the format. ``bad_rows`` "stop" lists every
-    bad row and raises ``UserError``; "skip" leaves them out with a count. Raises ``UserError`` for files without rows.
+    Columns: ``ids``, ``learned``, ``digest`` (63 bits of the content's SHA-256), ``first_target`` (the position of the
+    first learned token that something predicts: at least 1, or ``NO_TARGET``).
+
+    The cache is keyed by the files' bytes, the tokenizer's fingerprint and the format. ``workers`` processes tokenise
+    (0: one a core, for small files none); the table is the same whatever their number. ``bad_rows`` "stop" lists the
+    first bad rows and raises ``UserError``; "skip" leaves all out with a count. Raises ``UserError`` for files without
+    rows, and for files that change meanwhile.
     """
     for path in paths:
         if not Path(path).is_file():
             raise UserError(f"data file {path} does not exist; check --data_path")
-    identity = [FORMAT, kind.name, tokenizer_fingerprint(tokenizer), *(sha256_file(path) for path in paths)]
+    before = _stamps(paths)
+    identity = [FORMAT, kind.name, tokenizer_fingerprint(tokenizer), *(sha256_file(path, cache) for path in paths)]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     table = cache / f"{kind.name}-{key}.arrow"
     cached = _read_table(table)
     if cached is None:
-        _write_table(table, paths, kind, tokenizer)
+        try:
+            _write_table(table, paths, before, kind, tokenizer, workers)
+        except UserError:  # Windows replaces no open file: another process, begun together with this one, was first
+            if _read_table(table) is None:
+                raise
         cached = _read_table(table)
     if cached is None:
         raise UserError(f"cannot read {table} back, which was just written; choose another --out_dir")
     rows, bad = cached
     # The cache may have been filled from files of other names.
-    bad = [f"{paths[n]}:{line}: {reason}" for n, line, reason in bad]
-    if bad and bad_rows == "skip":
-        print(f"bad rows skipped: {len(bad)} (scripts/inspect_data.py lists them)")
-    elif bad:
-        print("\n".join(bad[:SHOWN_BAD_ROWS]), *["..."] * (len(bad) > SHOWN_BAD_ROWS), sep="\n", flush=True)
-        raise UserError(f"{len(bad)} bad rows, the first {bad[0]}; mend them or pass --bad_rows skip")
+    shown = [f"{paths[n]}:{line}: {reason}" for n, line, reason in bad.shown]
+    if bad.count and bad_rows == "skip":
+        print(f"bad rows skipped: {bad.count} (scripts/inspect_data.py lists them)")
+    elif bad.count:
+        print("\n".join(shown), *["..."] * (bad.count > len(shown)), sep="\n", flush=True)
+        raise UserError(f"{bad.count} bad rows, the first {shown[0]}; mend them or pass --bad_rows skip")
     if not len(rows):
         raise UserError(f"no usable row in {', '.join(map(str, paths))}")
     return rows
 
 
-def _read_table(table: Path) -> tuple[Dataset, list] | None:
-    """The cached rows and the bad ones as (number of the file, line, reason); None when missing or damaged."""
+def _read_table(table: Path) -> tuple[Dataset, BadRows] | None:
+    """The cached rows and what is known of the bad ones; None when missing or damaged."""
     try:
-        bad = json.loads(table.with_suffix(".bad.json").read_text(encoding="utf-8"))
-        return Dataset.from_file(str(table)), [(int(n), int(line), str(reason)) for n, line, reason in bad]
-    except (OSError, ValueError, TypeError):  # the cache may be deleted, in whole or in part, at any time
+        said = json.loads(table.with_suffix(".json").read_text(encoding="utf-8"))
+        rows = Dataset.from_file(str(table))
+        rows.data.table.validate()  # a sound outline: a glance at each part, not a look at each row
+        whole = said["bytes"] == table.stat().st_size and said["rows"] == len(rows)
+        bad = BadRows(said["bad"], [(int(n), int(line), str(reason)) for n, line, reason in said["shown"]])
+        return (rows, bad) if whole else None
+    except (OSError, ValueError, TypeError, KeyError, pa.ArrowException):  # the cache may be harmed or gone at any time
         return None
 
 
-def _write_table(table: Path, paths: tuple[Path, ...], kind: Kind, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write ``table`` and beside it the list of bad rows, each whole or not at all."""
-    bad: list[tuple[int, int, str]] = []
-    width = "uint16" if len(tokenizer) <= 1 << 16 else "int32"
-    features = Features({"ids": Sequence(Value(width)), "learned": Sequence(Value("bool")), "digest": Value("int64")})
+def _write_table(
+    table: Path,
+    paths: tuple[Path, ...],
+    before: list[tuple[int, int]],
+    kind: Kind,
+    tokenizer: PreTrainedTokenizerBase,
+    workers: int,
+) -> None:
+    """Write ``table`` and beside it a ``.json`` with its size and the bad rows, each whole or not at all.
+
+    ``before``: the files' stamps when they were hashed.
+    """
+    bad, rows = BadRows(), 0
+    total = sum(size for size, _ in before)
+    is_small = total < SMALL_BYTES
+    workers = workers or (1 if is_small else min(usable_cores(), MOST_WORKERS))
+    names = ", ".join(Path(path).name for path in paths)
+    if not is_small:
+        print(f"tokenising {names}: {total / 1e6:,.0f} MB, {workers} processes", flush=True)
+    began = time.perf_counter()
 
     def write(file: BinaryIO) -> None:
-        with ArrowWriter(stream=file, features=features) as writer:
-            clean_rows = _clean_rows(paths, kind, bad)
-            while rows := list(islice(clean_rows, ROWS_AT_ONCE)):
-                ids, learned = zip(*kind.encode(tokenizer, rows), strict=True)
-                writer.write_batch({"ids": ids, "learned": learned, "digest": [_digest(row) for row in rows]})
-            writer.finalize(close_stream=False)
+        nonlocal rows
+        encoded = in_order(_encode, (kind, tokenizer), _numbered_blocks(paths), workers)
+        bar = tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=True if is_small else None)
+        with bar, closing(encoded), pa.ipc.new_stream(file, _schema(tokenizer)) as writer:
+            for part in encoded:
+                writer.write_batch(part.batch)
+                rows += len(part.batch)
+                bad.add(part.file, part.bad)
+                bar.update(part.read)
+        if _stamps(paths) != before:
+            raise UserError(f"{names} changed while it was read; start again once it is complete")
 
     atomic_write(table, write)
-    text = json.dumps(bad, ensure_ascii=False)
-    atomic_write(table.with_suffix(".bad.json"), lambda file: file.write(text.encode()))
+    seconds = time.perf_counter() - began
+    said = {"rows": rows, "bytes": table.stat().st_size, "bad": bad.count, "shown": bad.shown}
+    atomic_write(table.with_suffix(".json"), lambda file: file.write(json.dumps(said, ensure_ascii=False).encode()))
+    if not is_small:
+        speed = f"{rows / seconds:,.0f} rows/s, {total / 1e6 / seconds:.1f} MB/s"
+        print(f"tokenised {rows:,} rows in {seconds:.0f} s ({speed})", flush=True)
 
 
-def _clean_rows(paths: tuple[Path, ...], kind: Kind, bad: list[tuple[int, int, str]]) -> Iterator[dict]:
-    for number, path in enumerate(paths):
-        for line, row in read_rows(path, kind.clean):
-            if isinstance(row, BadRow):
-                bad.append((number, line, str(row)))
-            else:
-                yield row
+def _stamps(paths: tuple[Path, ...]) -> list[tuple[int, int]]:
+    """Size and time of each file."""
+    return [(status.st_size, status.st_mtime_ns) for status in (Path(path).stat() for path in paths)]
+
+
+def _numbered_blocks(paths: tuple[Path, ...]) -> Iterator[tuple[int, Block]]:
+    return ((number, block) for number, path in enumerate(paths) for block in read_blocks(path))
+
+
+class Part(NamedTuple):
+    """What becomes of one block of rows."""
+
+    batch: pa.RecordBatch
+    file: int
+    bad: list[tuple[int, str]]  # line, reason
+    read: int  # bytes of the file
+
+
+def _width(tokenizer: PreTrainedTokenizerBase) -> type[np.integer]:
+    return np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
+
+
+def _schema(tokenizer: PreTrainedTokenizerBase) -> pa.Schema:
+    lists = {"ids": pa.list_(pa.from_numpy_dtype(_width(tokenizer))), "learned": pa.list_(pa.bool_())}
+    return pa.schema({**lists, "digest": pa.int64(), "first_target": pa.int32()})
+
+
+def _encode(shared: tuple[Kind, PreTrainedTokenizerBase], numbered: tuple[int, Block]) -> Part:
+    (kind, tokenizer), (file, block) = shared, numbered
+    good, bad = [], []
+    for line, row in clean_rows(block, kind.clean):
+        if isinstance(row, BadRow):
+            bad.append((line, str(row)))
+        else:
+            good.append(row)
+    encoded = kind.encode(tokenizer, good)
+    schema = _schema(tokenizer)
+    ends = np.fromiter(accumulate((len(ids) for ids, _ in encoded), initial=0), np.int32, len(good) + 1)
+    columns = []
+    for n, dtype in enumerate((_width(tokenizer), np.bool_)):
+        values = np.fromiter(chain.from_iterable(row[n] for row in encoded), dtype, ends[-1])
+        columns.append(pa.ListArray.from_arrays(ends, values))
+    columns.append(pa.array([_digest(row) for row in good], pa.int64()))
+    columns.append(pa.array([_first_target(learned) for _, learned in encoded], pa.int32()))
+    return Part(pa.RecordBatch.from_arrays(columns, schema=schema), file, bad, block.read)
+
+
+def _first_target(learned: list[bool]) -> int:
+    try:
+        return learned.index(True, 1)
+    except ValueError:
+        return NO_TARGET
 
 
 def _digest(row: dict) -> int:
@@ -116,40 +231,45 @@ def _digest(row: dict) -> int:
 class TokenRows:
     """Zero-copy numpy views of a memory-mapped table's rows, for a chosen subset of them.
 
-    Pickles by file name, so that worker processes map the same pages.
+    Twelve bytes of memory a row: ``chosen`` (rows of the table), ``lengths`` and ``first_target``, each (rows,) int32.
+    A row has something to learn within its first ``n`` tokens where ``first_target < n``. Pickles by file name, so
+    that worker processes map the same pages.
     """
 
     def __init__(self, table: Dataset, chosen: np.ndarray):
         self.table = table
-        self.chosen = chosen
+        self.chosen = chosen.astype(np.int32, copy=False)
         self._map()
 
     def _map(self) -> None:
-        self._ids, self._learned, starts, ends, part = [], [], [], [], []
-        columns = (self.table.data.column(name).chunks for name in ("ids", "learned"))
-        for number, (ids, learned) in enumerate(zip(*columns, strict=True)):
-            offsets = ids.offsets.to_numpy()
-            self._ids.append(ids.values.to_numpy())
-            self._learned.append(learned.values)  # bits: unpacked a row at a time
-            starts.append(offsets[:-1])
-            ends.append(offsets[1:])
-            part.append(np.full(len(ids), number))
-        self._starts, self._ends, self._part = map(np.concatenate, (starts, ends, part))
-        self.lengths = (self._ends - self._starts)[self.chosen].astype(np.int64)
+        ids, self._learned, first_targets = (
+            self.table.data.column(name).chunks for name in ("ids", "learned", "first_target")
+        )
+        self._ids = [part.values.to_numpy() for part in ids]
+        self._offsets = [part.offsets.to_numpy() for part in ids]  # of each row in its part; the end beside the start
+        self._firsts = list(accumulate(map(len, ids), initial=0))  # row of the table that each part begins with
+        self.lengths = np.concatenate([np.diff(offsets) for offsets in self._offsets])[self.chosen]
+        self.first_target = np.concatenate([part.to_numpy() for part in first_targets])[self.chosen]
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def ids(self, row: int) -> np.ndarray:
         """All ids of a row, (length,) uint16 or int32."""
-        at = self.chosen[row]
-        return self._ids[self._part[at]][self._starts[at] : self._ends[at]]
+        part, start, end = self._place(row)
+        return self._ids[part][start:end]
 
     def learned(self, row: int) -> np.ndarray:
         """The learned flags of a row, (length,) bool."""
-        at = self.chosen[row]
-        start, end = int(self._starts[at]), int(self._ends[at])
-        return self._learned[self._part[at]].slice(start, end - start).to_numpy(zero_copy_only=False)
+        part, start, end = self._place(row)
+        return self._learned[part].values.slice(start, end - start).to_numpy(zero_copy_only=False)
+
+    def _place(self, row: int) -> tuple[int, int, int]:
+        """The part that holds a row, and where in it the row starts and ends."""
+        at = int(self.chosen[row])
+        part = bisect_right(self._firsts, at) - 1
+        start, end = self._offsets[part][at - self._firsts[part] :][:2]
+        return part, int(start), int(end)
 
     def __getstate__(self) -> dict:
         return {"table": self.table, "chosen": self.chosen}
@@ -163,10 +283,12 @@ def split_rows(table: Dataset, val_ratio: float) -> tuple[TokenRows, TokenRows]:
 
     At least one row each; ``val_ratio`` 0 makes no validation rows. Raises ``UserError`` when nothing is left to train.
     """
-    digests = table.with_format("numpy")["digest"][:]
-    chosen = digests < np.float64(val_ratio) * 2.0**63
+    digests = [part.to_numpy() for part in table.data.column("digest").chunks]
+    limit = np.float64(val_ratio) * 2.0**63
+    chosen = np.concatenate([part < limit for part in digests])
     if val_ratio > 0 and not chosen.any():
-        chosen = digests == digests.min()
+        lowest = min(part.min() for part in digests)
+        chosen = np.concatenate([part == lowest for part in digests])
     if chosen.all():
         raise UserError(f"--val_ratio {val_ratio} leaves no row to train on; give more different rows or --val_ratio 0")
     return TokenRows(table, np.flatnonzero(~chosen)), TokenRows(table, np.flatnonzero(chosen))

@@ -15,6 +15,7 @@ from core.options import option, parse, require
 from core.paths import TOKENIZER_DIR
 from trainer.options import TrainOptions
 
+ROWS_AT_ONCE = 1000  # encoded together
 BAR = 40  # characters of the longest bar
 ROW_NAMES = {"text": "pretraining rows", "chat": "chat rows", "unknown": "neither pretraining nor chat rows"}
 
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 def inspect(path: Path, tokenizer, options: Options) -> Report:
     """Read ``path`` once, as training would."""
     from dataset.rows import BadRow, read_rows
-    from dataset.tokenized import ROWS_AT_ONCE, TEXT
+    from dataset.tokenized import TEXT
 
     kind = detect(path)
     report = Report(kind.name)

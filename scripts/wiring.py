@@ -147,11 +147,11 @@ def run_record(stage: str, options: TrainOptions, tokenizer: PreTrainedTokenizer
             return value.name
         return [cut(item) for item in value] if isinstance(value, tuple) else value
 
-    names = [field.name for field in fields(options)]
+    names, cache = [field.name for field in fields(options)], cache_dir(options.out_dir)
     return {
         "stage": stage,
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "data": [{"file": path.name, "sha256": sha256_file(path)} for path in options.data_path],
+        "data": [{"file": path.name, "sha256": sha256_file(path, cache)} for path in options.data_path],
         # A resumed run leaves the same file as one that was never interrupted.
         "options": {name: cut(getattr(options, name)) for name in names if name not in ("resume", "dry_run")},
     }

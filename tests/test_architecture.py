@@ -13,7 +13,7 @@ ROOMS = {"core", "model", "dataset", "trainer", "interop", "serving"}
 ALLOWED = {
     "core": set(),
     "model": {"core", "torch", "transformers"},
-    "dataset": {"core", "torch", "datasets", "tokenizers", "transformers", "numpy", "zstandard"},
+    "dataset": {"core", "torch", "datasets", "pyarrow", "tokenizers", "transformers", "numpy", "tqdm", "zstandard"},
     "trainer": {"core", "torch", "safetensors", "wandb", "tqdm", "matplotlib"},
     "interop": {"core", "model", "torch", "transformers", "safetensors", "numpy", "gguf"},
     "serving": {

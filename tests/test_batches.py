@@ -1,22 +1,17 @@
 """From files to batches: nothing lost, nothing learned twice, everything counted exactly, every run alike."""
 
-import hashlib
 import json
 import math
 import random
 from collections import Counter
 from itertools import combinations, pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from datasets.arrow_writer import ArrowWriter
 
-from core import files
 from core.errors import UserError
 from core.paths import bundled_data
-from dataset import tokenized
 from dataset.batches import (
     IGNORED,
     PASS_COST,
@@ -28,9 +23,8 @@ from dataset.batches import (
     validation_batches,
 )
 from dataset.chat import encode_chat, encode_documents
-from dataset.tokenized import CHAT, TEXT, split_rows, tokenize_files
+from dataset.tokenized import TEXT, split_rows, tokenize_files
 from dataset.tokenizer import spelled_bytes
-from scripts.train_tokenizer import train_bpe
 
 RNG = random.Random(2)
 WORDS = ["the", "cat", "天地", "sat", "on", "一二三", "a", "mat", "😀", "and", "你好", "café"]
@@ -346,128 +340,3 @@ def test_the_split_takes_its_share_and_at_least_one_row(make, tokenizer, tmp_pat
     with pytest.raises(UserError, match=r"--val_ratio 0\.02 leaves no row to train on"):
         make(PretrainDataset, lone, 64, val_ratio=0.02)
     assert len(make(PretrainDataset, lone, 64).train.rows) == 5
-
-
-# The cache
-
-
-def cached(tmp_path):
-    return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*")}
-
-
-def test_the_second_call_reads_the_cache(make, texts, tmp_path, monkeypatch):
-    first = window_rows(make(PretrainDataset, texts, 64).train)
-    files = cached(tmp_path)
-    moved = tmp_path / "another name.jsonl"
-    texts.rename(moved)
-    monkeypatch.setattr(tokenized, "read_rows", None)  # whoever tokenises again fails
-    second = window_rows(make(PretrainDataset, moved, 64).train)
-    assert cached(tmp_path) == files and len(files) == 2
-    assert all(map(np.array_equal, (ids for ids, _ in first), (ids for ids, _ in second)))
-
-
-def test_whatever_changes_the_tokens_makes_a_new_table(tokenizer, texts, chats, tmp_path, monkeypatch):
-    cache = tmp_path / "cache"
-
-    def tables(*settings):
-        tokenize_files(*settings, cache)
-        return len(list(cache.glob("*.arrow")))
-
-    assert tables((texts,), TEXT, tokenizer) == tables((texts,), TEXT, tokenizer) == 1
-    assert tables((chats,), CHAT, tokenizer) == 2
-    assert tables((texts, texts), TEXT, tokenizer) == 3
-    other = train_bpe((row["text"] for row in TEXTS), 270)
-    assert tables((texts,), TEXT, other) == 4
-    other.chat_template = tokenizer.chat_template + " "
-    assert tables((texts,), TEXT, other) == 5
-    texts.write_bytes(texts.read_bytes().replace(b"cat", b"dog"))
-    assert tables((texts,), TEXT, tokenizer) == 6
-    monkeypatch.setattr(tokenized, "FORMAT", tokenized.FORMAT + 1)
-    assert tables((texts,), TEXT, tokenizer) == 7
-
-
-@pytest.mark.parametrize("fails", ["write_batch", "finalize", "atomic_write", "replace"])
-def test_an_interrupted_write_leaves_no_table(make, texts, tmp_path, monkeypatch, fails):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    place = {"atomic_write": tokenized, "replace": files.os}.get(fails, ArrowWriter)
-    with monkeypatch.context() as patch:
-        patch.setattr(place, fails, interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            make(PretrainDataset, texts, 64)
-    assert cached(tmp_path) == {}
-    assert len(make(PretrainDataset, texts, 64).train) > 0
-
-
-@pytest.mark.parametrize("damage", ["truncated table", "no list", "broken list", "empty table"])
-def test_a_damaged_cache_is_made_again(make, texts, tmp_path, damage):
-    before = len(make(PretrainDataset, texts, 64).train)
-    (table,) = (tmp_path / "cache").glob("*.arrow")
-    bad_list = table.with_suffix(".bad.json")
-    if damage == "truncated table":
-        table.write_bytes(table.read_bytes()[:200])
-    elif damage == "empty table":
-        table.write_bytes(b"")
-    elif damage == "no list":
-        bad_list.unlink()
-    else:
-        bad_list.write_text("[[")
-    assert len(make(PretrainDataset, texts, 64).train) == before
-
-
-def test_bad_rows_stop_the_run_or_are_skipped_and_are_remembered(make, tmp_path, capsys):
-    path = write(tmp_path / "a.jsonl", [{"text": "a"}, {"text": 3}, {"text": "b"}, {"tekst": "c"}])
-    for name in ("a.jsonl", "renamed.jsonl"):  # the second time from the cache, and under the name it has now
-        path = path.rename(tmp_path / name)
-        with pytest.raises(UserError, match=rf"2 bad rows, the first .*{name}:2: \"text\" is not text but int; "):
-            make(PretrainDataset, path, 64)
-        printed = capsys.readouterr().out
-        assert f'{path}:2: "text" is not text but int\n{path}:4: no "text" among' in printed
-        assert len(make(PretrainDataset, path, 64, bad_rows="skip").train.rows) == 2
-        assert "bad rows skipped: 2" in capsys.readouterr().out
-    assert len(cached(tmp_path)) == 2
-
-
-@pytest.mark.parametrize("content", ["", "\n\n", "[]", '{"text": ""}\n'])
-def test_a_file_without_a_usable_row_is_one_sentence(make, tmp_path, content):
-    path = tmp_path / "a.jsonl"
-    path.write_text(content, encoding="utf-8")
-    for _ in range(2):  # also when the cache answers
-        with pytest.raises(UserError, match=r"no usable row in .*a\.jsonl"):
-            make(PretrainDataset, path, 64, bad_rows="skip")
-
-
-def test_a_cache_that_cannot_be_written_is_one_sentence(make, texts, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ArrowWriter, "finalize", full)
-        with pytest.raises(UserError, match=r"cannot write .*: No space left on device; make room"):
-            make(PretrainDataset, texts, 64)
-    assert cached(tmp_path) == {}
-    (tmp_path / "cache").rmdir()
-    (tmp_path / "cache").touch()
-    with pytest.raises(UserError, match=r"cannot write .*choose another folder"):
-        make(PretrainDataset, texts, 64)
-
-
-def test_a_missing_file_is_one_sentence(make, tmp_path):
-    with pytest.raises(UserError, match=r"nowhere\.jsonl does not exist"):
-        make(PretrainDataset, tmp_path / "nowhere.jsonl", 64)
-
-
-def test_a_table_of_many_parts_is_read_as_one(tokenizer, tmp_path):
-    count = 2 * tokenized.ROWS_AT_ONCE + 3
-    path = write(tmp_path / "many.jsonl", [{"text": f"row {n}"} for n in range(count)])
-    train, _ = split_rows(tokenize_files((path,), TEXT, tokenizer, tmp_path / "cache"), 0.0)
-    for n in (0, 1, 999, 1000, 1001, count - 2, count - 1):
-        assert tokenizer.decode(train.ids(n)) == f"<|im_start|>row {n}<|im_end|>"
-        assert train.learned(n).tolist() == [False, *[True] * (train.lengths[n] - 1)]
-
-
-def test_a_data_file_is_only_read(make, texts):
-    before = hashlib.sha256(texts.read_bytes()).hexdigest(), Path(texts).stat().st_mtime_ns
-    make(PretrainDataset, texts, 64)
-    assert before == (hashlib.sha256(texts.read_bytes()).hexdigest(), Path(texts).stat().st_mtime_ns)

@@ -176,3 +176,19 @@ def test_a_document_stands_between_bos_and_eos_and_cannot_end_itself(tokenizer):
         assert not set(ids[1:-1]) & set(tokenizer.all_special_ids)
         assert learned == [False] + [True] * (len(ids) - 1)
     assert encode_documents(tokenizer, []) == []
+
+
+def test_texts_become_the_ids_that_transformers_gives(tokenizer):
+    """Ours take a shorter way. What another caller left set, such as a longest length, must not show."""
+    other = copy.deepcopy(tokenizer)
+    other.backend_tokenizer.enable_truncation(3)
+    other.backend_tokenizer.enable_padding()
+    texts = [*HOSTILE, "".join(HOSTILE), *(message["content"] for messages in CHATS for message in messages)]
+    for (ids, _), text in zip(encode_documents(other, texts), texts, strict=True):
+        plain = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        assert ids == [tokenizer.bos_token_id, *plain, tokenizer.eos_token_id]
+
+
+def test_many_chats_are_encoded_as_each_alone(tokenizer):
+    assert encode_chats(tokenizer, CHATS) == [encode_chat(tokenizer, messages) for messages in CHATS]
+    assert encode_chats(tokenizer, []) == []

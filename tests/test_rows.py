@@ -4,11 +4,14 @@ import codecs
 import gzip
 import json
 import random
+import tracemalloc
 
 import pytest
 import zstandard
 
 from core.errors import UserError
+from dataset import blocks
+from dataset.blocks import read_blocks
 from dataset.rows import BadRow, clean_any, clean_chat, clean_text, read_rows, read_texts
 
 CHAT = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "Hello 👋"}]
@@ -59,6 +62,26 @@ def test_every_file_format_gives_the_same_rows(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(FORMATS[name])
     assert rows_of(path) == TEXTS
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 64])
+@pytest.mark.parametrize("name", FORMATS)
+def test_however_little_is_read_at_once_the_rows_are_the_same(tmp_path, monkeypatch, name, size):
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", size)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
+    path = tmp_path / name
+    path.write_bytes(FORMATS[name])
+    assert rows_of(path) == TEXTS
+    assert sum(block.read for block in read_blocks(path)) == path.stat().st_size
+
+
+def test_neither_a_long_line_nor_a_long_array_is_held_whole(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("[" + ", ".join(['{"text": "' + "x" * 1000 + '"}'] * 20_000) + "]", encoding="utf-8")
+    tracemalloc.start()
+    assert sum(len(block.lines) for block in read_blocks(path)) == 20_000
+    assert tracemalloc.get_traced_memory()[1] < 8e6 < path.stat().st_size
+    tracemalloc.stop()
 
 
 def test_lines_are_counted_in_the_file_not_among_the_rows(tmp_path):
@@ -140,10 +163,10 @@ FAULTS = [  # a line, the reason in it
     ('["text"]', "a row must be a JSON object, not list"),
     ("null", "a row must be a JSON object, not NoneType"),
     ('"text"', "a row must be a JSON object, not str"),
-    (b'{"text": "caf\xe9"}', "not UTF-8 at byte 14 of the line (invalid continuation byte)"),
-    ('{"text": "你好"}'.encode("gb18030"), "not UTF-8 at byte 11 of the line"),
-    ('{"text": "a"}'.encode("utf-16"), "not UTF-8 at byte 1 of the line"),
-    ('{"text": "😀"}'.encode()[:-4], "not UTF-8 at byte 11 of the line (unexpected end of data)"),
+    (b'{"text": "caf\xe9"}', "not UTF-8 at byte 14 of the row (invalid continuation byte)"),
+    ('{"text": "你好"}'.encode("gb18030"), "not UTF-8 at byte 11 of the row"),
+    ('{"text": "a"}'.encode("utf-16"), "not UTF-8 at byte 1 of the row"),
+    ('{"text": "😀"}'.encode()[:-4], "not UTF-8 at byte 11 of the row (unexpected end of data)"),
 ]
 
 
@@ -178,26 +201,39 @@ def test_planted_faults_among_many_good_rows_are_all_found(tmp_path, ending):
     assert len(rows_of(path)) == 3000
 
 
-@pytest.mark.parametrize(
-    ("array", "found"),
-    [
-        ('[\n{"text": "a"},\n{"text": ""},\n{"text": "c"}]', {3: '"text" is empty'}),
-        ('[\n{"text": "a"},\n{"text": "b", "text": "c"},\n{"text": ""}]', {3: "a key appears twice", 4: "is empty"}),
-        ('[\n{"text": "a"},\n{"text": oops},\n{"text": "c"}]', {3: "the rest of the array is unreadable"}),
-        ('[\n{"text": "a"},\n\n', {4: "the JSON array is not closed"}),
-        ('[\n{"text": "a"},\n{"text": "b', {3: "the rest of the array is unreadable"}),
-        ('[{"text": "a"}]\n\n[{"text": "b"}]\n', {3: "text after the end of the JSON array"}),
-        ('[\n{"text": "a"},\n"\\ud83d"]', {3: "a row must be a JSON object, not str"}),
-        (b'[\n{"text": "a"},\n{"text": "\xe9"}\n]', {3: "not UTF-8"}),
-        ("[]", {}),
-    ],
-)
-def test_bad_rows_of_an_array_are_named_by_their_line(tmp_path, array, found):
+ARRAYS = [  # a file's content, the reason in each bad line
+    ('[\n{"text": "a"},\n{"text": ""},\n{"text": "c"}]', {3: '"text" is empty'}),
+    ('[\n{"text": "a"},\n{"text": "b", "text": "c"},\n{"text": ""}]', {3: "a key appears twice", 4: "is empty"}),
+    ('[\n{"text": "a"},\n{"text": oops},\n{"text": "c"}]', {3: "the rest of the array is unreadable"}),
+    ('[\n{"text": "a"},\n\n', {4: "the JSON array is not closed"}),
+    ('[\n{"text": "a"},\n{"text": "b', {3: "the rest of the array is unreadable"}),
+    ('[{"text": "a"}]\n\n[{"text": "b"}]\n', {3: "text after the end of the JSON array"}),
+    ('[\n{"text": "a"},\n"\\ud83d"]', {3: "a row must be a JSON object, not str"}),
+    (b'[\n{"text": "a"},\n{"text": "\xe9"}\n]', {3: "not UTF-8"}),
+    ("[]", {}),
+    ('[\n1, "a", 22, nul]', {2: "the rest of the array is unreadable"}),
+    ('[{"text": "a \n b"},\n{"text": "b"}]', {1: "the rest of the array is unreadable"}),
+    (b'[\n{"text": "\xff"},\n{"text": "b"},\n{"text": "\xe4\xbd"}]', {2: "not UTF-8", 4: "not UTF-8"}),
+]
+
+
+@pytest.mark.parametrize("size", [1, 3, 1 << 18])
+@pytest.mark.parametrize(("array", "found"), ARRAYS)
+def test_bad_rows_of_an_array_are_named_by_their_line(tmp_path, monkeypatch, array, found, size):
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", size)
     path = tmp_path / "a.json"
     path.write_bytes(array if isinstance(array, bytes) else array.encode())
     actual = bad_rows(path)
     assert actual.keys() == found.keys()
     assert all(reason in actual[line] for line, reason in found.items())
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_number_is_not_cut_where_reading_paused(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", size)
+    path = tmp_path / "a.json"
+    path.write_text('[12345, -1.5e7, {"text": "a"}]', encoding="utf-8")
+    assert [line for block in read_blocks(path) for _, line in block.lines] == [b"12345", b"-1.5e7", b'{"text": "a"}']
 
 
 def test_no_line_of_random_damage_escapes(tmp_path):

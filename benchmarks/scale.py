@@ -1,0 +1,189 @@
+"""What data of some gigabytes cost: preparing it, starting on it, and the memory of training on it. Linux only.
+
+python benchmarks/scale.py --sizes 0.5 2 --folder /tmp/scale   (needs about twice the largest size there)
+
+Memory is resident anonymous memory (``RssAnon``): what a process holds for itself. Resident pages of mapped files
+(``RssFile``) are the system's cache of the table, given back when others need room; they are listed apart.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from core.errors import UserError, run
+from core.options import option, parse, require
+from core.paths import REPOSITORY, bundled_data
+
+CHILD = REPOSITORY / "benchmarks" / "scale_child.py"
+TRAIN = ("--max_steps", "3", "--val_tokens", "4096", "--batch_size", "4", "--device", "cpu")
+SPEED_GB = 0.05  # whose tokenising is timed in several ways
+LENGTHS = (1, 1, 2, 4, 8, 16)  # bundled texts in a document
+
+
+@dataclass
+class Options:
+    """Time and memory of preparing, starting and training on generated files of several sizes."""
+
+    sizes: tuple[float, ...] = option((0.5, 2.0), "gigabytes (10^9 bytes) of the generated files, ascending")
+    folder: Path = option(Path("out/scale"), "where to generate and train; a file already there is used")
+    result: Path = option(REPOSITORY / "benchmarks" / "results" / "scale.json", "file of the figures")
+
+    def __post_init__(self):
+        require(min(self.sizes) > 0, f"--sizes {min(self.sizes)} must be positive")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    options = parse(Options, argv)
+    from benchmarks.environment import measured_on
+
+    if not Path("/proc/self/status").is_file():
+        raise UserError("memory is read from /proc, which only Linux has; run the benchmark there")
+    options.folder.mkdir(parents=True, exist_ok=True)
+    tiny = options.folder / "tiny.jsonl"
+    shutil.copyfile(bundled_data("pretrain_mini.jsonl"), tiny)
+    sample_file = generated(options.folder / f"{SPEED_GB:g}gb.jsonl", SPEED_GB)
+    figures: dict = {"mb_per_second": throughput(sample_file, options.folder)}
+    figures |= {"tiny": measure(tiny, options.folder), "sizes": {}}
+    base = figures["tiny"]["training"]["anonymous_mb"]
+    for size in options.sizes:
+        path = generated(options.folder / f"{size:g}gb.jsonl", size)
+        found = measure(path, options.folder)
+        found["training"]["anonymous_mb_above_tiny"] = found["training"]["anonymous_mb"] - base
+        figures["sizes"][f"{size:g} GB"] = found
+    figures |= measured_on(("torch", "tokenizers", "datasets"))
+    text = json.dumps(figures, indent=2) + "\n"
+    print(text, end="")
+    options.result.parent.mkdir(parents=True, exist_ok=True)
+    options.result.write_text(text, encoding="utf-8", newline="\n")
+    return figures
+
+
+def measure(path: Path, folder: Path) -> dict:
+    """Prepare ``path`` afresh, start on it twice, train on it."""
+    out, size = folder / path.stem, path.stat().st_size
+    shutil.rmtree(out, ignore_errors=True)
+    prepared = watched("scripts/prepare_data.py", path, "--out_dir", out)
+    counts = re.search(r"([\d,]+) text rows, ([\d,]+) tokens", prepared["said"])
+    rows, tokens = (int(count.replace(",", "")) for count in counts.groups())
+    kept = ("seconds", "anonymous_mb", "workers_anonymous_mb")
+    figures = {
+        "mb": round(size / 1e6, 1),
+        "rows": rows,
+        "tokens": tokens,
+        "cache_mb": round(sum(file.stat().st_size for file in (out / "cache").iterdir()) / 1e6, 1),
+        "prepare": {name: prepared[name] for name in kept} | {"mb_per_second": speed(prepared)},
+    }
+    (out / "cache" / "sha256.json").unlink(missing_ok=True)
+    for kind in ("cold", "warm"):
+        if kind == "cold":  # nothing in the system's cache, no hash remembered
+            for file in (path, *(out / "cache").iterdir()):
+                evict(file)
+        found = watched(CHILD, path, out)
+        said = json.loads(found["said"].splitlines()[-1])
+        figures[f"{kind}_start"] = said | {name: found[name] for name in ("anonymous_mb", "file_mb")}
+    trained = watched("train_pretrain.py", "--data_path", path, "--out_dir", out, *TRAIN)
+    figures["training"] = {name: trained[name] for name in ("seconds", "anonymous_mb", "file_mb")}
+    return figures
+
+
+def throughput(path: Path, folder: Path) -> dict:
+    """Megabytes a second of tokenising one file in three ways."""
+    figures = {}
+    for name, flags, threads in (
+        ("one process, one thread", ("--workers", 1), "false"),
+        ("one process, the tokenizer's own threads", ("--workers", 1), "true"),
+        ("a process for each core", (), "false"),
+    ):
+        shutil.rmtree(folder / "speed", ignore_errors=True)
+        done = watched("scripts/prepare_data.py", path, "--out_dir", folder / "speed", *flags, threads=threads)
+        figures[name] = speed(done)
+    return figures
+
+
+def speed(prepared: dict) -> float | None:
+    """Megabytes a second without the imports, as the command said; of small files it says nothing."""
+    said = re.search(r"([\d.]+) MB/s", prepared["said"])
+    return float(said.group(1)) if said else None
+
+
+def watched(script: str | Path, *arguments: object, threads: str = "true") -> dict:
+    """Run a command; its seconds, what it ``said``, and the highest memory of it and (summed) of its children.
+
+    Pages that forked children share with their parent count for each of them.
+    """
+    command = [sys.executable, str(REPOSITORY / script), *map(str, arguments)]
+    print("+", *command[1:], flush=True)
+    peaks = {"anonymous_mb": 0, "file_mb": 0, "workers_anonymous_mb": 0}
+    began = time.perf_counter()
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": threads}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment) as process:
+        ended = threading.Event()
+        sampler = threading.Thread(target=sample, args=(process.pid, peaks, ended))
+        sampler.start()
+        said, _ = process.communicate()
+        ended.set()
+        sampler.join()
+    if process.returncode:
+        raise UserError(f"{' '.join(command)} ended with code {process.returncode}; it says why above")
+    return {"seconds": round(time.perf_counter() - began, 2), "said": said, **peaks}
+
+
+def sample(process: int, peaks: dict, ended: threading.Event) -> None:
+    while not ended.wait(0.05):
+        anonymous, mapped = memory(process)
+        workers = sum(memory(child)[0] for child in children(process))
+        for name, value in (("anonymous_mb", anonymous), ("file_mb", mapped), ("workers_anonymous_mb", workers)):
+            peaks[name] = max(peaks[name], round(value / 1e6))
+
+
+def memory(process: int) -> tuple[int, int]:
+    """Bytes of resident anonymous memory and of resident file pages; 0 of a process that has ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0, 0
+    found = dict(line.split(":", 1) for line in lines)
+    return tuple(1024 * int(found.get(name, "0").split()[0]) for name in ("RssAnon", "RssFile"))
+
+
+def children(process: int) -> list[int]:
+    try:
+        found = [task.read_text().split() for task in Path(f"/proc/{process}/task").glob("*/children")]
+    except OSError:
+        return []
+    return [int(child) for some in found for child in some]
+
+
+def evict(path: Path) -> None:
+    """Take a file out of the system's cache."""
+    with path.open("rb") as file:
+        os.fdatasync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def generated(path: Path, size: float) -> Path:
+    """``size`` gigabytes of documents, each some of the bundled texts: the same ones for the same size."""
+    if path.exists() and path.stat().st_size >= size * 1e9:
+        return path
+    lines = bundled_data("pretrain_mini.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.dumps(json.loads(line)["text"], ensure_ascii=False)[1:-1] for line in lines]
+    rng, written = random.Random(0), 0
+    with path.open("wb") as file:
+        while written < size * 1e9:
+            document = "\\n".join(rng.choices(texts, k=rng.choice(LENGTHS)))
+            written += file.write(f'{{"text": "{document}"}}\n'.encode())
+    return path
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,49 @@
+"""Tokenise data files ahead of training, on any machine with cores to spare: python scripts/prepare_data.py my.jsonl
+
+Training does the same when it starts and finds nothing prepared. It must be given the same files in the same order.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from core.errors import UserError, run
+from core.options import option, parse, require
+from core.paths import TOKENIZER_DIR, cache_dir
+from trainer.options import TrainOptions
+
+
+@dataclass
+class Options:
+    """Tokenise pretraining or chat rows into out/cache, where training with the same --out_dir finds them."""
+
+    files: tuple[Path, ...] = option((), "data files of one training run: pretraining or chat rows", positional=True)
+    out_dir: Path = option(TrainOptions.out_dir, "folder of all results, made if missing")
+    tokenizer_path: Path = option(TOKENIZER_DIR, "tokenizer folder")
+    bad_rows: Literal["stop", "skip"] = option(TrainOptions.bad_rows, "what to do about unusable rows")
+    workers: int = option(0, "processes; 0: one a core")
+
+    def __post_init__(self):
+        require(self.workers >= 0, f"--workers {self.workers} must not be negative")
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(Options, argv)
+    from dataset.tokenized import CHAT, TEXT, split_rows, tokenize_files
+    from dataset.tokenizer import load_tokenizer
+    from scripts.inspect_data import detect
+
+    kind = {kind.name: kind for kind in (TEXT, CHAT)}.get(detect(options.files[0]).name)
+    if kind is None:
+        raise UserError(f"no usable row in {options.files[0]}; look at it with scripts/inspect_data.py")
+    tokenizer, cache = load_tokenizer(options.tokenizer_path), cache_dir(options.out_dir)
+    table = tokenize_files(options.files, kind, tokenizer, cache, options.bad_rows, options.workers)
+    rows, _ = split_rows(table, 0.0)
+    print(f"{len(rows):,} {kind.name} rows, {int(rows.lengths.sum()):,} tokens in {cache}")
+
+
+if __name__ == "__main__":
+    run(main)

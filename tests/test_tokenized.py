@@ -1,0 +1,449 @@
+"""The token cache: the same table whoever makes it, whole or absent, and never an old one for a new file."""
+
+import gzip
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import zstandard
+
+from core import files
+from core.errors import UserError
+from core.files import sha256_file
+from core.paths import cache_dir
+from dataset import blocks, tokenized
+from dataset.batches import PretrainDataset
+from dataset.chat import encode_chat
+from dataset.tokenized import CHAT, NO_TARGET, TEXT, TokenRows, split_rows, tokenize_files
+from scripts import prepare_data
+from scripts.train_tokenizer import train_bpe
+
+RNG = random.Random(3)
+WORDS = ["the", "cat", "天地", "sat", "on", "一二三", "a", "mat", "😀", "and", "你好", "café"]
+
+
+def words(most):
+    return " ".join(RNG.choices(WORDS, k=RNG.randint(1, most)))
+
+
+TEXTS = [{"text": words(30)} for _ in range(60)]
+CHATS = [
+    {"messages": [{"role": r, "content": words(9)} for r in ("user", "assistant") * (n % 3 + 1)]} for n in range(40)
+]
+HOUR_NS = 3600 * 10**9
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def texts(tmp_path):
+    return write(tmp_path / "texts.jsonl", TEXTS)
+
+
+@pytest.fixture
+def make(tokenizer, tmp_path):
+    """The table of one file of texts."""
+
+    def make(path, bad_rows="stop", workers=0):
+        return tokenize_files((path,), TEXT, tokenizer, tmp_path / "cache", bad_rows, workers)
+
+    return make
+
+
+@pytest.fixture
+def later(monkeypatch):
+    """An hour has passed since every file was written."""
+    now = files.time.time_ns
+    monkeypatch.setattr(files.time, "time_ns", lambda: now() + HOUR_NS)
+
+
+def cached(tmp_path):
+    return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*") if path.name != "sha256.json"}
+
+
+def rows_of(table):
+    rows, _ = split_rows(table, 0.0)
+    return [(rows.ids(n).tolist(), rows.learned(n).tolist(), int(rows.lengths[n])) for n in range(len(rows))]
+
+
+# One table, whoever makes it
+
+GOOD_LINES = [json.dumps(row, ensure_ascii=False).encode() for row in TEXTS]
+FAULTY_LINES = [b"", b'{"text": 3}', *GOOD_LINES[:25], b" ", b"oops", *GOOD_LINES[25:], b'{"tekst": "a"}']
+FAULTS = [2, 29, 65]
+LINES = b"\n".join(FAULTY_LINES) + b"\n"
+ARRAY = b"[" + b",\n".join([b'{"text": 3}', *GOOD_LINES, b'{"text": ""}']) + b"]"
+FORMATS = {  # content, lines of the bad rows
+    "a.jsonl": (LINES, FAULTS),
+    "bom_crlf.jsonl": (b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n"), FAULTS),
+    "a.jsonl.gz": (gzip.compress(LINES), FAULTS),
+    "two_frames.jsonl.zst": (zstandard.compress(LINES[:999]) + zstandard.compress(LINES[999:]), FAULTS),
+    "array.json": (ARRAY, [1, 62]),
+}
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 700)
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", 1000)
+
+
+def tables(folder, paths, kind, tokenizer, workers):
+    """The bytes of everything in the cache, made by so many processes."""
+    cache = folder / f"cache-{workers}"
+    tokenize_files(paths, kind, tokenizer, cache, "skip", workers)
+    return {path.name: path.read_bytes() for path in cache.glob("*")}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_any_number_of_processes_makes_the_same_table(tokenizer, tmp_path, small_blocks, name):
+    content, faults = FORMATS[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    paths = (path, write(tmp_path / "second.jsonl", [*TEXTS, {"text": []}]))
+    alone, helped = (tables(tmp_path, paths, TEXT, tokenizer, workers) for workers in (1, 3))
+    assert alone == helped and len(alone) == 2
+    (said,) = (json.loads(content) for name, content in alone.items() if name.endswith(".json"))
+    assert [(file, line) for file, line, _ in said["shown"]] == [*((0, line) for line in faults), (1, len(TEXTS) + 1)]
+    table = tokenize_files(paths, TEXT, tokenizer, tmp_path / "cache-1", "skip")
+    assert len(table.data.column("ids").chunks) > 5, "several blocks"
+    assert [tokenizer.decode(ids) for ids, *_ in rows_of(table)] == [
+        f"<|im_start|>{row['text']}<|im_end|>" for row in TEXTS * 2
+    ]
+
+
+def test_processes_that_inherit_nothing_make_the_same_table(tokenizer, tmp_path, small_blocks):
+    """As on macOS and Windows."""
+    paths = (write(tmp_path / "chats.jsonl", [*CHATS, {"messages": []}]),)
+    alone = tables(tmp_path, paths, CHAT, tokenizer, 1)
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        assert tables(tmp_path, paths, CHAT, tokenizer, 2) == alone
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
+def test_small_files_start_no_process_and_large_ones_say_what_happens(make, texts, monkeypatch, capsys):
+    started = []
+    in_order = tokenized.in_order
+    monkeypatch.setattr(tokenized, "in_order", lambda *a: started.append(a[-1]) or in_order(*a))
+    make(texts)
+    assert started == [1] and capsys.readouterr() == ("", "")
+    monkeypatch.setattr(tokenized, "SMALL_BYTES", 100)
+    monkeypatch.setattr(tokenized, "usable_cores", lambda: 2)
+    make(write(texts.with_name("other.jsonl"), TEXTS[1:]))
+    printed = capsys.readouterr()
+    assert started == [1, 2] and printed.err == ""  # the bar is for terminals
+    first, last = printed.out.splitlines()
+    assert first.startswith("tokenising other.jsonl: ") and first.endswith(" MB, 2 processes")
+    assert last.startswith(f"tokenised {len(TEXTS) - 1} rows in ") and "rows/s" in last
+
+
+def test_a_file_that_grows_meanwhile_is_refused(make, texts, tmp_path, monkeypatch):
+    read = tokenized.read_blocks
+
+    def grow(path):
+        yield from read(path)
+        with path.open("a") as file:
+            file.write('{"text": "late"}\n')
+
+    monkeypatch.setattr(tokenized, "read_blocks", grow)
+    with pytest.raises(UserError, match=r"texts\.jsonl changed while it was read"):
+        make(texts)
+    assert cached(tmp_path) == {}
+
+
+def test_processes_that_start_at_once_share_one_table(tokenizer, texts, tmp_path):
+    found = []
+
+    def work():
+        found.append(rows_of(tokenize_files((texts,), TEXT, tokenizer, tmp_path / "cache")))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and all(rows == found[0] for rows in found) and len(cached(tmp_path)) == 2
+
+
+# Rows
+
+
+def test_the_first_target_is_the_first_learned_token_that_something_predicts(tokenizer, tmp_path, small_blocks):
+    path = write(tmp_path / "chats.jsonl", CHATS)
+    table = tokenize_files((path,), CHAT, tokenizer, tmp_path / "cache")
+    rows, _ = split_rows(table, 0.0)
+    assert rows.lengths.tolist() == [len(encode_chat(tokenizer, row["messages"])[0]) for row in CHATS]
+    for n, first in enumerate(rows.first_target):
+        flags = rows.learned(n)
+        assert first >= 1 and flags[first] and not flags[1:first].any()
+    some = TokenRows(table, np.array([7, 3]))
+    assert some.first_target.tolist() == rows.first_target[[7, 3]].tolist()
+
+
+@pytest.mark.parametrize(("learned", "expected"), [([True, False], NO_TARGET), ([False] * 3, NO_TARGET), ([1, 1], 1)])
+def test_the_very_first_token_is_no_target(learned, expected):
+    assert tokenized._first_target(learned) == expected and expected > 0
+
+
+def test_a_table_of_many_parts_is_read_as_one(make, tokenizer, texts, small_blocks):
+    rows, _ = split_rows(make(texts), 0.0)
+    copied = TokenRows.__new__(TokenRows)
+    copied.__setstate__(rows.__getstate__())
+    for n in range(len(TEXTS)):
+        for some in (rows, copied):
+            assert tokenizer.decode(some.ids(n)) == f"<|im_start|>{TEXTS[n]['text']}<|im_end|>"
+            assert some.learned(n).tolist() == [False, *[True] * (some.lengths[n] - 1)]
+
+
+# Whole or absent
+
+
+def test_the_second_call_reads_the_cache(make, texts, tmp_path, monkeypatch):
+    first = rows_of(make(texts))
+    before = cached(tmp_path)
+    moved = texts.rename(tmp_path / "another name.jsonl")
+    monkeypatch.setattr(tokenized, "read_blocks", None)  # whoever tokenises again fails
+    assert rows_of(make(moved)) == first
+    assert cached(tmp_path) == before and len(before) == 2
+
+
+def test_whatever_changes_the_tokens_makes_a_new_table(tokenizer, texts, tmp_path, monkeypatch):
+    cache, chats = tmp_path / "cache", write(tmp_path / "chats.jsonl", CHATS)
+
+    def tables(*settings):
+        tokenize_files(*settings, cache)
+        return len(list(cache.glob("*.arrow")))
+
+    assert tables((texts,), TEXT, tokenizer) == tables((texts,), TEXT, tokenizer) == 1
+    assert tables((chats,), CHAT, tokenizer) == 2
+    assert tables((texts, texts), TEXT, tokenizer) == 3
+    other = train_bpe((row["text"] for row in TEXTS), 270)
+    assert tables((texts,), TEXT, other) == 4
+    other.chat_template = tokenizer.chat_template + " "
+    assert tables((texts,), TEXT, other) == 5
+    texts.write_bytes(texts.read_bytes().replace(b"cat", b"dog"))
+    assert tables((texts,), TEXT, tokenizer) == 6
+    monkeypatch.setattr(tokenized, "FORMAT", tokenized.FORMAT + 1)
+    assert tables((texts,), TEXT, tokenizer) == 7
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("fails", ["block", "atomic_write", "replace"])
+def test_an_interrupted_write_leaves_no_table_and_no_process(
+    make, texts, tmp_path, monkeypatch, small_blocks, fails, workers
+):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if fails == "block":
+            patch.setattr(tokenized.BadRows, "add", interrupt)  # while parts are coming in
+        else:
+            patch.setattr(*{"atomic_write": (tokenized, fails), "replace": (files.os, fails)}[fails], interrupt)
+        with pytest.raises(KeyboardInterrupt) as caught:  # its traceback keeps every variable alive
+            make(texts, workers=workers)
+        assert caught and multiprocessing.active_children() == []
+    assert cached(tmp_path) == {}
+    assert len(make(texts)) == len(TEXTS)
+
+
+def damage(table, how, rng=None):
+    said = table.with_suffix(".json")
+    content = table.read_bytes()
+    if how == "cut":
+        table.write_bytes(content[:200])
+    elif how == "a part less":  # still a legal stream
+        batches = list(pa.ipc.open_stream(content))
+        with pa.ipc.new_stream(str(table), batches[0].schema) as writer:
+            for batch in batches[:-1]:
+                writer.write_batch(batch)
+    elif how == "a row too long":
+        (ends, *_) = (batch.column("ids").offsets.to_numpy() for batch in pa.ipc.open_stream(content))
+        too_long = ends.copy()
+        too_long[-1] += 10**6
+        table.write_bytes(content.replace(ends.tobytes(), too_long.tobytes()))
+    elif how == "empty":
+        table.write_bytes(b"")
+    elif how == "no list":
+        said.unlink()
+    elif how == "another list":
+        said.write_text("[]")
+    elif how == "broken list":
+        said.write_text("[[")
+    else:
+        at = rng.randrange(len(content))
+        table.write_bytes(content[:at] + bytes(rng.choices(range(256), k=4)) + content[at + 4 :])
+
+
+@pytest.mark.parametrize(
+    "how", ["cut", "a part less", "a row too long", "empty", "no list", "another list", "broken list"]
+)
+def test_a_damaged_cache_is_made_again(make, texts, tmp_path, small_blocks, how):
+    before = rows_of(make(texts))
+    (table,) = (tmp_path / "cache").glob("*.arrow")
+    damage(table, how)
+    assert rows_of(make(texts)) == before
+
+
+def test_no_damage_ends_the_process(make, texts, tmp_path, small_blocks):
+    make(texts)
+    (table,) = (tmp_path / "cache").glob("*.arrow")
+    sound, rng = table.read_bytes(), random.Random(1)
+    for _ in range(300):
+        damage(table, "noise", rng)
+        tokenized._read_table(table)
+        table.write_bytes(sound)
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(make, texts, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", full)
+        with pytest.raises(UserError, match=r"cannot write .*: No space left on device; make room"):
+            make(texts)
+    assert cached(tmp_path) == {}
+    (tmp_path / "cache").rmdir()
+    (tmp_path / "cache").touch()
+    with pytest.raises(UserError, match=r"cannot write .*choose another folder"):
+        make(texts)
+
+
+# Bad rows
+
+
+def test_bad_rows_stop_the_run_or_are_skipped_and_are_remembered(make, tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [{"text": "a"}, {"text": 3}, {"text": "b"}, {"tekst": "c"}])
+    for name in ("a.jsonl", "renamed.jsonl"):  # the second time from the cache, and under the name it has now
+        path = path.rename(tmp_path / name)
+        with pytest.raises(UserError, match=rf"2 bad rows, the first .*{name}:2: \"text\" is not text but int; "):
+            make(path)
+        printed = capsys.readouterr().out
+        assert f'{path}:2: "text" is not text but int\n{path}:4: no "text" among' in printed
+        assert len(make(path, bad_rows="skip")) == 2
+        assert "bad rows skipped: 2" in capsys.readouterr().out
+    assert len(cached(tmp_path)) == 2
+
+
+def test_many_bad_rows_are_counted_and_the_first_are_shown(make, tmp_path, small_blocks, capsys):
+    path = write(tmp_path / "a.jsonl", [{"text": n} for n in range(500)])
+    with pytest.raises(UserError, match=r"500 bad rows, the first .*a\.jsonl:1: "):
+        make(path)
+    *shown, more = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[-2] for line in shown] == [str(n) for n in range(1, 21)] and more == "..."
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "[]", '{"text": ""}\n'])
+def test_a_file_without_a_usable_row_is_one_sentence(make, tmp_path, content):
+    path = tmp_path / "a.jsonl"
+    path.write_text(content, encoding="utf-8")
+    for _ in range(2):  # also when the cache answers
+        with pytest.raises(UserError, match=r"no usable row in .*a\.jsonl"):
+            make(path, bad_rows="skip")
+
+
+def test_a_missing_file_is_one_sentence(make, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.jsonl does not exist"):
+        make(tmp_path / "nowhere.jsonl")
+
+
+def test_a_data_file_is_only_read(tokenizer, texts, tmp_path):
+    before = hashlib.sha256(texts.read_bytes()).hexdigest(), Path(texts).stat().st_mtime_ns
+    PretrainDataset((texts,), tokenizer, 64, cache=tmp_path / "cache")
+    assert before == (hashlib.sha256(texts.read_bytes()).hexdigest(), Path(texts).stat().st_mtime_ns)
+
+
+# The memory of hashes
+
+
+def sha(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_a_hash_is_remembered_until_the_file_changes(tmp_path, later, monkeypatch):
+    path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
+    path.write_bytes(b"old")
+    assert sha256_file(path, cache) == sha(b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.hashlib, "sha256", None)  # whoever hashes again fails
+        remembered = sha256_file(path, cache), sha256_file(cache / ".." / "a.jsonl", cache)
+    assert set(remembered) == {sha(b"old")}
+    other = tmp_path / "b.jsonl"
+    other.write_bytes(b"other")
+    kept = sha256_file(other, cache)
+    assert kept == sha(b"other")
+    status = path.stat()
+    for content, time_ns in ((b"longer", status.st_mtime_ns), (b"newest", status.st_mtime_ns + 1000)):
+        path.write_bytes(content)
+        os.utime(path, ns=(status.st_atime_ns, time_ns))  # one at a time: the size alone, then the time alone
+        assert sha256_file(path, cache) == sha256_file(path) == sha(content)
+    monkeypatch.setattr(files.hashlib, "sha256", None)
+    assert sha256_file(other, cache) == kept, "one file's change makes nobody forget another"
+
+
+def test_a_file_just_written_is_not_remembered(tmp_path):
+    """Its next change may leave size and time as they are."""
+    path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
+    path.write_bytes(b"old")
+    status = path.stat()
+    assert sha256_file(path, cache) == sha(b"old") and not cache.exists()
+    path.write_bytes(b"new")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert sha256_file(path, cache) == sha(b"new")
+
+
+@pytest.mark.parametrize("memo", ["", "[]", '{"a": ', "null", "\x00", "{p: [1]}", "{p: null}"])
+def test_a_harmed_or_deleted_memory_costs_only_time(tmp_path, later, memo):
+    path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
+    path.write_bytes(b"old")
+    sha256_file(path, cache)
+    (cache / "sha256.json").write_text(memo.replace("p:", json.dumps(str(path.resolve())) + ":"), encoding="utf-8")
+    assert sha256_file(path, cache) == sha(b"old")
+    (cache / "sha256.json").unlink()
+    assert sha256_file(path, cache) == sha(b"old")
+
+
+def test_a_memory_that_cannot_be_written_is_done_without(tmp_path, later):
+    path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
+    path.write_bytes(b"old")
+    cache.touch()  # no folder
+    assert sha256_file(path, cache) == sha(b"old")
+
+
+def test_a_warm_start_hashes_no_data(make, texts, later, monkeypatch):
+    rows = rows_of(make(texts))
+    opened = []
+    open_path = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *a, **k: opened.append(path.name) or open_path(path, *a, **k))
+    assert rows_of(make(texts)) == rows and "texts.jsonl" not in opened
+
+
+# The command
+
+
+def test_training_finds_what_was_prepared(tokenizer, texts, tmp_path, capsys, monkeypatch):
+    prepare_data.main([str(texts), "--out_dir", str(tmp_path), "--workers", "2"])
+    assert capsys.readouterr().out.startswith(f"{len(TEXTS)} text rows, ")
+    monkeypatch.setattr(tokenized, "read_blocks", None)  # whoever tokenises again fails
+    assert len(PretrainDataset((texts,), tokenizer, 64, cache=cache_dir(tmp_path), val_ratio=0.0).train.rows) == 60
+
+
+def test_chats_are_told_from_texts_and_other_rows_refused(tmp_path, capsys):
+    prepare_data.main([str(write(tmp_path / "a.jsonl", CHATS)), "--out_dir", str(tmp_path)])
+    assert capsys.readouterr().out.startswith(f"{len(CHATS)} chat rows, ")
+    with pytest.raises(UserError, match=r"no usable row in .*b\.jsonl"):
+        prepare_data.main([str(write(tmp_path / "b.jsonl", [{"question": "x"}])), "--out_dir", str(tmp_path)])
