@@ -56,6 +56,17 @@ def test_ranks_together_have_the_gradient_of_one_process(both):
         assert max(rank["gradients"].values()) <= 1e-10
 
 
+def test_parameters_that_the_loss_never_reaches_make_no_rank_wait(both):
+    assert [rank["bypassed"] for rank in both["ranks"]] == [["bypassed.weight", "bypassed.bias"]] * 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on the size of files")
+def test_what_fails_in_the_first_process_ends_all(both):
+    first, second = (rank["full disk"]["end"] for rank in both["ranks"])
+    assert first.startswith("UserError: cannot write") and "File too large" in first
+    assert second == "SystemExit: 2"
+
+
 def test_each_rank_has_random_numbers_of_its_own(both):
     first, second = (rank["seed"] for rank in both["ranks"])
     assert first != second
@@ -120,7 +131,7 @@ def test_a_signal_for_all_processes_saves_once_and_ends_all(trained, tmp_path):
     began = time.monotonic()
     output, errors = child.communicate(timeout=60)
     assert child.returncode != 0 and time.monotonic() - began < 25, errors
-    assert output.count("stopped by SIGTERM after step") == 1
+    assert output.count("stopped by SIGTERM after step") == 1, errors
     (step,) = states_in(tmp_path)
     assert f"after step {step} of" in output
     assert (tmp_path / "pretrain_64.pth").is_file()

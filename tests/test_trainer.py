@@ -349,7 +349,7 @@ def test_a_second_signal_acts_at_once_but_an_echo_does_not(monkeypatch):
         now[0] += 0.5
         signal.raise_signal(signal.SIGINT)  # torchrun passes on what the terminal has already sent
         assert request.signum == signal.SIGTERM
-        now[0] += 1.0
+        now[0] += signals.ECHO_SECONDS
         signal.raise_signal(signal.SIGINT)
 
 
