@@ -61,7 +61,7 @@ class Options:
     def __post_init__(self):
         require(hasattr(os, "fork"), "this needs a system with fork and SIGKILL: Linux or macOS")
         if self.quick:
-            self.kills, self.terms, self.terms_2, self.every, self.damages = 3, 1, 0, 12, 10
+            self.kills, self.terms, self.terms_2, self.every, self.damages = 3, 1, 0, 20, 10
 
 
 class Campaign:
@@ -165,13 +165,13 @@ class Campaign:
         undisturbed = torchrun(argv(whole, self.data, STEPS))
         self.check(undisturbed.code == 0, f"two processes: {undisturbed.code}")
         expected, good, ends = left_in(whole), 0, Counter()
-        for number in range(count):
-            out = self.out("cut-2")
-            end = torchrun(argv(out, self.data, STEPS), disturb_after=self.rng.uniform(0, 0.8))
+        while ends.total() < count:
+            out, number = self.out("cut-2"), ends.total()
+            end = torchrun(argv(out, self.data, STEPS), disturb_after=self.rng.uniform(0, undisturbed.seconds))
+            if end.code == 0 or end.step == STEPS:
+                continue  # the run was faster
             said = sum("stopped by SIGTERM" in line for line in end.lines)
             ends["stopped once" if said == 1 else f"said {said} times"] += 1
-            if end.code == 0:
-                continue
             what = f"SIGTERM to torchrun {number + 1}"
             fine = self.check(said == 1 and end.step == saved_step(out), f"{what}: said {said} times, step {end.step}")
             again = torchrun(argv(out, self.data, STEPS, "--resume"))

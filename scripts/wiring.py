@@ -94,18 +94,9 @@ def train_and_save(
     states = RunStates(folder, identity(options, record), validate.memory, resume=options.resume)
     rows_per_step = states.rows_per_step(options.batch_size * options.accumulation_steps * runtime.world_size)
     source = batches_of(samples, options, runtime, rows_per_step)
-    train(
-        model,
-        source,
-        param_groups(model, options.weight_decay),
-        options,
-        runtime,
-        loss_sum=loss_sum,
-        on_save=on_save,
-        validate=validate,
-        log_to=metrics_path(options.out_dir, path.stem),
-        states=states,
-    )
+    groups, log_to = param_groups(model, options.weight_decay), metrics_path(options.out_dir, path.stem)
+    callbacks = {"loss_sum": loss_sum, "on_save": on_save, "validate": validate}
+    train(model, source, groups, options, runtime, log_to=log_to, states=states, **callbacks)
     runtime.stop()
     if not options.dry_run:
         print(f"saved {path}")

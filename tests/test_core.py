@@ -10,7 +10,7 @@ from typing import Literal
 
 import pytest
 
-from core.errors import UserError, run
+from core.errors import Stopped, UserError, run
 from core.files import atomic_write
 from core.options import RETIRED_FLAGS, option, parse, require
 from core.paths import REPOSITORY, lora_path, lora_paths, skill_of
@@ -92,6 +92,16 @@ def test_ctrl_c_is_130(capsys):
     with pytest.raises(SystemExit) as stopped:
         run(interrupted)
     assert stopped.value.code == 130
+
+
+def test_work_that_a_signal_stopped_has_the_code_that_shells_give(capsys):
+    def stopped_work():
+        raise Stopped(15)
+
+    with pytest.raises(SystemExit) as stopped:
+        run(stopped_work)
+    assert stopped.value.code == 143
+    assert capsys.readouterr().err == ""  # it has said so itself
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):

@@ -23,12 +23,12 @@ from trainer.state_files import newest_state
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch build knows no processes")
 
 
-def torchrun(*command: object) -> subprocess.Popen:
+def torchrun(*command: object, **settings: object) -> subprocess.Popen:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     places = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": places}
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": places}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-    return subprocess.Popen([*launcher, *map(str, command)], env=os.environ | settings, **pipes)
+    return subprocess.Popen([*launcher, *map(str, command)], env=os.environ | variables, **pipes, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,19 @@ def test_ranks_together_have_the_gradient_of_one_process(both):
         assert max(rank["gradients"].values()) <= 1e-10
 
 
+def test_parameters_that_the_loss_never_reaches_make_no_rank_wait(both):
+    assert [rank["bypassed"] for rank in both["ranks"]] == [["bypassed.weight", "bypassed.bias"]] * 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on the size of files")
+def test_what_fails_in_the_first_process_ends_all(both):
+    first, second = (rank["full disk"]["end"] for rank in both["ranks"])
+    assert first.startswith("UserError: cannot write") and "File too large" in first
+    assert second == "SystemExit: 2"
+
+
 def test_each_rank_has_random_numbers_of_its_own(both):
-    first, second = (rank["rng differs"] for rank in both["ranks"])
+    first, second = (rank["seed"] for rank in both["ranks"])
     assert first != second
 
 
@@ -107,17 +118,20 @@ def test_a_number_that_is_not_finite_on_one_rank_stops_both_before_the_update(bo
     assert all(tensor.isfinite().all() for tensor in state.tensors.values())
 
 
-def test_sigterm_to_torchrun_saves_once_and_ends_all(trained, tmp_path):
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals for groups of processes")
+def test_a_signal_for_all_processes_saves_once_and_ends_all(trained, tmp_path):
+    """As a terminal and a cluster send it: to torchrun, which passes it on, to the ranks and to their workers."""
     values = PRETRAIN | {"data_path": trained.texts, "epochs": 1000, "save_interval": 100_000, "log_interval": 5}
-    child = torchrun(REPOSITORY / "train_pretrain.py", *flags(out_dir=tmp_path, **values))
+    values |= {"num_workers": 1}
+    child = torchrun(REPOSITORY / "train_pretrain.py", *flags(out_dir=tmp_path, **values), start_new_session=True)
     for line in child.stdout:
         if line.startswith("step 5/"):
             break
-    child.send_signal(signal.SIGTERM)
+    os.killpg(child.pid, signal.SIGTERM)
     began = time.monotonic()
     output, errors = child.communicate(timeout=60)
     assert child.returncode != 0 and time.monotonic() - began < 25, errors
-    assert output.count("stopped by SIGTERM after step") == 1
+    assert output.count("stopped by SIGTERM after step") == 1, errors
     (step,) = states_in(tmp_path)
     assert f"after step {step} of" in output
     assert (tmp_path / "pretrain_64.pth").is_file()

@@ -16,6 +16,7 @@ import train_pretrain
 from core.errors import Stopped, UserError
 from core.files import sha256_file
 from model.loss import loss_sum
+from trainer.measure import PASSES
 from trainer.optimizer import make_optimizer, param_groups
 from trainer.options import MAY_CHANGE
 from trainer.progress import Progress
@@ -28,9 +29,6 @@ SHORT = {"max_seq_len": 64, "epochs": 3, "device": "cpu", "val_tokens": 256, "lo
 SHAPE = {"dim": 64, "n_layers": 2, "n_heads": 4, "dropout": 0.1}
 
 
-MEASURING_PASSES = 3  # that a run makes before its first step
-
-
 class Crash(Exception):
     """Stands for a kill: nothing in the program catches it."""
 
@@ -41,7 +39,7 @@ def cut_short(monkeypatch, step: int, how: int | None = None) -> None:
 
     def counted(model, batch):
         passes.append(model.training)
-        if sum(passes) == MEASURING_PASSES + step:
+        if model.training and sum(passes) == PASSES + step:
             if how is None:
                 raise Crash
             signal.raise_signal(how)
@@ -202,7 +200,7 @@ def test_a_new_run_deletes_the_old_states_at_its_first_save_and_not_before(run, 
     cut_short(monkeypatch, 4)
     with pytest.raises(Crash):
         run(seed=3)
-    assert "that got to step 20: --resume would go on with it" in capsys.readouterr().out
+    assert "holds a run that got to step 20 of 22: with the same options --resume goes on" in capsys.readouterr().out
     assert list(states_in(run.out)) == [20]
     cut_short(monkeypatch, 5)
     with pytest.raises(Crash):

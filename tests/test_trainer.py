@@ -12,10 +12,13 @@ from conftest import ragged_batch, rows_of
 
 from core.errors import Stopped, UserError
 from dataset.batches import Batch
+from model.LMConfig import LMConfig
 from model.loss import loss_sum, nats_of
-from trainer import progress
+from model.model import MiniMindLM
+from trainer import progress, signals
 from trainer.evaluation import Metrics, evaluate
 from trainer.loop import Summary, _backward, train
+from trainer.measure import PASSES, announce
 from trainer.optimizer import lr_at, param_groups, warmup_steps
 from trainer.options import TrainOptions
 from trainer.run_state import RunStates
@@ -140,7 +143,7 @@ def test_a_non_finite_loss_never_reaches_the_weights(tiny_model, tmp_path, bad):
 
     def poisoned(model, batch):
         calls.append(None)
-        if len(calls) == 5:  # two measuring passes, then two good steps
+        if len(calls) == PASSES + 3:
             weights.append(copy.deepcopy(model.state_dict()))
             return loss_sum(model, batch) * bad
         return loss_sum(model, batch)
@@ -194,7 +197,7 @@ def test_ctrl_c_ends_the_step_saves_and_interrupts(tiny_model, tmp_path):
     saved = []
 
     def interrupted(model, batch):
-        if tiny_model.training and not saved and len(calls) == 4:
+        if tiny_model.training and not saved and len(calls) == PASSES + 2:
             signal.raise_signal(signal.SIGINT)
         calls.append(None)
         return loss_sum(model, batch)
@@ -205,7 +208,7 @@ def test_ctrl_c_ends_the_step_saves_and_interrupts(tiny_model, tmp_path):
         run_training(
             tiny_model, Source([ragged_batch(2, seed=11)]), tmp_path, epochs=50, loss=interrupted, on_save=saved.append
         )
-    assert saved == [3]  # calls 0 and 1 measured; the signal came in step 3, which was finished
+    assert saved == [3]  # the signal came in step 3, which was finished
     assert signal.getsignal(signal.SIGINT) is handler
 
 
@@ -335,3 +338,41 @@ def test_speed_and_time_left_ignore_the_first_steps_and_pauses(monkeypatch):
         "90 min",
         "1.5 h",
     ]
+
+
+def test_a_second_signal_acts_at_once_but_an_echo_does_not(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    with pytest.raises(KeyboardInterrupt), signals.stop_requests() as request:
+        signal.raise_signal(signal.SIGTERM)
+        assert request.signum == signal.SIGTERM
+        now[0] += 0.5
+        signal.raise_signal(signal.SIGINT)  # torchrun passes on what the terminal has already sent
+        assert request.signum == signal.SIGTERM
+        now[0] += signals.ECHO_SECONDS
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_dry_run_measures_and_writes_nothing(tiny_model, tmp_path, capsys):
+    source = Source([ragged_batch(2, seed=18)])
+    summary = run_training(
+        tiny_model, source, tmp_path, epochs=500, dry_run=True, on_save=lambda step: pytest.fail("saved")
+    )
+    assert summary.steps == 20 and summary.tokens_per_second > 0
+    printed = capsys.readouterr().out
+    assert "nothing written" in printed and "the whole run of 500 steps takes about" in printed
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_every_matrix_product_is_counted(kv_heads):
+    """6 operations a weight and token, and 14 an attention score and feature; padding counts as time, not as tokens."""
+    config = LMConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=kv_heads, vocab_size=320, max_seq_len=128)
+    model, rows, length = MiniMindLM(config), 3, 16
+    batch = replace(ragged_batch(rows, seed=19, length=length), n_tokens=rows * length // 2)
+    _, floor = announce(model, Source([batch]), 1, CPU, loss_sum, compiled=False)
+    matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 2)
+    slots = rows * length
+    attention = 14 * 2 * rows * 4 * length * length * 16
+    assert floor.flops_per_token == (6 * matrices * slots + attention) / (slots // 2)
+    assert floor.share(floor.flops_per_second / floor.flops_per_token) == pytest.approx(1.0)

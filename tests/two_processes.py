@@ -3,6 +3,7 @@
 Each scenario returns what this rank saw; FOLDER/rank-N.json gets all of it.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from model.LMConfig import LMConfig
 from model.loss import loss_sum
 from model.model import MiniMindLM
 from trainer.loop import _backward
+from trainer.measure import PASSES
 from trainer.runtime import Runtime
 
 RAGGED = ragged_batch(8, seed=0)
@@ -61,15 +63,34 @@ def gradients(runtime: Runtime) -> dict:
     return found
 
 
+def bypassed(runtime: Runtime) -> list[str]:
+    """Two steps of a model with parameters that the loss never reaches: the names of those without a gradient."""
+    model = double_model()
+    model.bypassed = torch.nn.Linear(2, 2)
+    replica = runtime.replicate(model, has_idle=True)
+    for _ in range(2):
+        _backward(replica, share("equal", runtime.rank), runtime.scaler(), runtime, loss_sum)
+    return [name for name, parameter in model.named_parameters() if parameter.grad is None]
+
+
+def limit_file_size(size: int) -> None:
+    """From now on no file of this process can grow beyond ``size`` bytes, where the system can do that."""
+    with contextlib.suppress(ModuleNotFoundError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
 def run_door(door, out: Path, *words: str, crash_at: int = 0, poison_at: int = 0, **values) -> dict:
     """Run a door; returns how it ended and the rows that this rank learned from, one list a micro-batch.
 
     At the training pass ``crash_at`` every rank raises; at ``poison_at`` rank 1's loss is NaN.
     """
-    steps = []
+    steps, passes = [], []
 
     def watched(model, batch):
-        if model.training:
+        passes.append(model.training)
+        if sum(passes) > PASSES and model.training:
             steps.append([row for row in batch.inputs["input_ids"].tolist() if batch.n_targets])
             if len(steps) == crash_at:
                 raise RuntimeError("crash")
@@ -81,15 +102,16 @@ def run_door(door, out: Path, *words: str, crash_at: int = 0, poison_at: int = 0
     end = "finished"
     try:
         door.main([*flags(out_dir=out, **values), *words])
-    except (RuntimeError, UserError, Stopped) as error:
+    except (RuntimeError, UserError, Stopped, SystemExit) as error:
         end = f"{type(error).__name__}: {error}"
     return {"end": end, "steps": steps}
 
 
 def scenarios(folder: Path, texts: Path, chats: Path, base: Path):
-    runtime = Runtime.start("cpu")
+    runtime = Runtime.start("cpu", seed=3)
+    yield "seed", torch.initial_seed()
     yield "gradients", gradients(runtime)
-    yield "rng differs", torch.initial_seed()
+    yield "bypassed", bypassed(runtime)
     Runtime.stop = lambda self: None  # the processes of one torchrun meet once
     pretrain = PRETRAIN | {"data_path": texts}
     yield "whole", run_door(train_pretrain, folder / "whole" / "out", **pretrain)
@@ -99,6 +121,11 @@ def scenarios(folder: Path, texts: Path, chats: Path, base: Path):
     yield "crashed for one", run_door(train_pretrain, folder / "one" / "out", crash_at=7, **pretrain)
     yield "resumed from one", run_door(train_pretrain, folder / "two" / "out", "--resume", **pretrain)
     yield "poisoned", run_door(train_pretrain, folder / "poisoned" / "out", poison_at=7, **pretrain)
+    if runtime.rank == 0:
+        limit_file_size(1_000_000)
+    yield "full disk", run_door(train_pretrain, folder / "full" / "out", **pretrain)
+    if runtime.rank == 0:
+        limit_file_size(-1)  # as much as it likes
     lora = SHORT | {"data_path": chats, "general_data": chats, "base": base, "lora_name": "x", "max_steps": 4}
     yield "lora", run_door(train_lora, folder / "lora" / "out", **(lora | {"batch_size": 2}))
 

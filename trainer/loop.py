@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -106,24 +107,24 @@ def train(
     if options.dry_run or runtime.rank > 0:
         log = NoLog()
     else:
-        states.warn_of_others(total)
+        states.warn_of_others()
         log = RunLog(log_to, options, states.metrics, states.wandb_id)
     last = min(total, DRY_RUN_STEPS) if options.dry_run else total
     clock, final = Clock(runtime, run.seconds), None
 
-    def save() -> None:
-        """In rank 0. The state comes last: whatever a kill cuts short is done again from the state before."""
+    def save(rng: list[dict] | None) -> None:
+        """In rank 0; ``rng`` None: the state is there already. It comes last: what a kill cuts short is done again."""
         nonlocal final
         if run.step == total or run.step % options.save_interval == 0:  # a stop in between leaves no trace in the log
             final = validate()
-            if final.targets and not was_finished:
+            if final.targets and rng is not None:
                 log.write({"step": run.step, "val_loss": final.loss, "val_bits_per_byte": final.bits_per_byte})
                 print(f"\rstep {run.step}: validation {final}", flush=True)
         on_save(run.step)
         log.keep()
-        if not was_finished:
+        if rng is not None:
             facts = {"total_steps": total, "rows_per_step": source.rows_per_step, "wandb_id": log.wandb_id}
-            states.save(model, optimizer, scaler, run, rng_states, runtime, metrics=log.lines, **facts)
+            states.save(model, optimizer, scaler, run, rng, runtime, metrics=log.lines, **facts)
 
     def summary() -> Summary:
         seconds = clock.elapsed()
@@ -132,7 +133,7 @@ def train(
         memory = peak_memory_mb(runtime)
         return Summary(run.step, *losses, final, run.tokens, seconds, speed, floor.share(speed), memory)
 
-    model.train()
+    replica.train()
     with stop_requests() as request, log, _bar(run.step, total, runtime) as bar:
         stopping = False
         for batches in _steps(source, run.step, last):
@@ -165,14 +166,14 @@ def train(
                 _show(bar, record)
             bar.update()
             if (run.step % options.save_interval == 0 or run.step == total or stopping) and not options.dry_run:
-                rng_states, run.seconds = runtime.rng_states(), clock.elapsed()
+                run.seconds = clock.elapsed()
                 with clock.paused():
-                    runtime.on_first(save)
+                    runtime.on_first(partial(save, runtime.rng_states()))
             if stopping:
                 break
         if was_finished:
             print(f"this run was finished at step {total}: its files are written again", flush=True)
-            runtime.on_first(save)
+            runtime.on_first(partial(save, None))
         if run.step == total:
             log.write({"step": total, "summary": asdict(summary())})
     model.eval()

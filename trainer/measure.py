@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainer.progress import Clock, duration
 from trainer.runtime import Runtime, count_parameters
 
+PASSES = 3  # forward and backward passes before the first step
 PRODUCT_SECONDS = 0.1  # spent on finding the speed of a plain matrix product
 KERNELS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
 ATTENTION = [f"_scaled_dot_product_{kernel}" for kernel in KERNELS]
@@ -37,7 +38,7 @@ def announce(
 ) -> tuple[nn.Module, Floor]:
     """Print what is about to happen; returns the model as ``runtime`` replicates it, and the machine's floor.
 
-    A few forward and backward passes are made and leave no trace. ``compiled``: the model is compiled on the way.
+    ``PASSES`` forward and backward passes are made and leave no trace. ``compiled``: the model is compiled on the way.
     """
     every, trainable = count_parameters(model)
     print(f"{runtime}\ntraining {trainable:,} of {every:,} parameters")
@@ -53,7 +54,7 @@ def announce(
         print("compiling", flush=True)
         model.compile()
     replica = runtime.replicate(model, has_idle=bool(idle))
-    for _ in range(2):  # the first one compiles and allocates memory: its time says little
+    for _ in range(PASSES - 1):  # the first one compiles and allocates memory: its time says little
         seconds = _pass(replica, batches[-1], runtime, loss_sum)
     model.zero_grad(set_to_none=True)
     runtime.set_rng_state(random_states)

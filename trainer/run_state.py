@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from core.errors import UserError
 from trainer.progress import Progress
 from trainer.runtime import Runtime
-from trainer.state_files import State, newest_state, saved_states, write_state
+from trainer.state_files import State, newest_state, planned_steps, saved_states, write_state
 
 FORMAT = 1
 
@@ -49,19 +49,25 @@ class RunStates:
     def wandb_id(self) -> str | None:
         return self.found.manifest["wandb_id"] if self.found else None
 
-    def warn_of_others(self, total: int) -> None:
-        """Say what a run that starts over will replace."""
+    def warn_of_others(self) -> None:
+        """Say which unfinished run one that starts over will replace."""
         others = saved_states(self.folder)
-        if not self.found and others and others[0][0] < total:
+        if self.found or not others:
+            return
+        (step, newest), *_ = others
+        if (total := planned_steps(newest)) != step:
             print(
-                f"note: {self.folder} holds a run that got to step {others[0][0]}: --resume would go on with it; this"
-                " run starts over and deletes it at its first save"
+                f"note: {self.folder} holds a run that got to step {step} of {total}: with the same options --resume"
+                " goes on with it; this run starts over and deletes it at its first save"
             )
 
     def restore(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, runtime: Runtime
     ) -> Progress:
         """Put everything back to where the found state was; without one, just a run's beginning."""
+        step = self.found.manifest["progress"]["step"] if self.found else 0
+        if runtime.sum(step)[0] != step * runtime.world_size:
+            raise UserError(f"the processes do not see the same states in {self.folder}: --out_dir must be shared")
         if not self.found:
             return Progress()
         manifest, tensors = self.found.manifest, self.found.tensors
@@ -81,7 +87,8 @@ class RunStates:
         tensors.clear()
         for name, value in runtime.environment().items():
             if (before := manifest["environment"].get(name)) != value:
-                print(f"note: {name} was {before} and is now {value}: the result will not be equal bit for bit")
+                rows = f", a step keeps its {manifest['rows_per_step']} rows" if name == "processes" else ""
+                print(f"note: {name} was {before} and is now {value}{rows}: the result will not be equal bit for bit")
         print(f"resumed at step {progress.step} of {manifest['total_steps']} from {self.found.path}", flush=True)
         return progress
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-ECHO_SECONDS = 1.0  # torchrun passes on a Ctrl-C that the terminal has already sent to every process
+ECHO_SECONDS = 3.0  # torchrun passes on a Ctrl-C that the terminal has already sent to every process
 
 
 @dataclass
@@ -21,7 +21,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Inside, a first SIGINT or SIGTERM is noted in the request; another one, a second later, acts at once.
+    """Inside, a first SIGINT or SIGTERM is noted in the request; another one, seconds later, acts at once.
 
     Only the main thread may set handlers: in another one nothing is noted.
     """

@@ -61,6 +61,14 @@ def newest_state(folder: Path) -> State | None:
     return None
 
 
+def planned_steps(path: Path) -> int | None:
+    """How many optimizer steps the run of a state was to have; None if the state does not say."""
+    try:
+        return json.loads((path / MANIFEST).read_text(encoding="utf-8"))["total_steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def write_state(
     folder: Path, step: int, tensors: dict[str, Tensor], manifest: dict, metrics: str, *, starts_over: bool
 ) -> None:
