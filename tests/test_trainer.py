@@ -366,13 +366,19 @@ def test_a_dry_run_measures_and_writes_nothing(tiny_model, tmp_path, capsys):
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_every_matrix_product_is_counted(kv_heads):
-    """6 operations a weight and token, and 14 an attention score and feature; padding counts as time, not as tokens."""
+    """6 operations a weight and position, and 14 an attention score and feature; padding is no token.
+
+    The head, and the last block's output and MLP, see supervised positions alone.
+    """
     config = LMConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=kv_heads, vocab_size=320, max_seq_len=128)
     model, rows, length = MiniMindLM(config), 3, 16
     batch = replace(ragged_batch(rows, seed=19, length=length), n_tokens=rows * length // 2)
     _, floor = announce(model, Source([batch]), 1, CPU, loss_sum, compiled=False)
-    matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 2)
+    last = model.layers[-1]
+    late = [last.attention.wo, *last.feed_forward.children(), model.output]
+    trimmed = sum(linear.weight.numel() for linear in late if isinstance(linear, torch.nn.Linear))
+    others = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 2) - trimmed
     slots = rows * length
     attention = 14 * 2 * rows * 4 * length * length * 16
-    assert floor.flops_per_token == (6 * matrices * slots + attention) / (slots // 2)
+    assert floor.flops_per_token == (6 * (others * slots + trimmed * batch.n_targets) + attention) / (slots // 2)
     assert floor.share(floor.flops_per_second / floor.flops_per_token) == pytest.approx(1.0)
