@@ -15,8 +15,7 @@ import train_lora
 import train_pretrain
 from core.errors import Stopped, UserError
 from core.files import sha256_file
-from model.loss import loss_sum
-from trainer.measure import PASSES
+from trainer.loop import _backward
 from trainer.optimizer import make_optimizer, param_groups
 from trainer.options import MAY_CHANGE
 from trainer.progress import Progress
@@ -35,18 +34,18 @@ class Crash(Exception):
 
 
 def cut_short(monkeypatch, step: int, how: int | None = None) -> None:
-    """Let the training pass number ``step`` from now raise, or send signal ``how``."""
-    passes = []
+    """Let the optimizer step number ``step`` from now begin with a crash, or with signal ``how``."""
+    steps = []
 
-    def counted(model, batch):
-        passes.append(model.training)
-        if model.training and sum(passes) == PASSES + step:
+    def counted(*arguments):
+        steps.append(None)
+        if len(steps) == step:
             if how is None:
                 raise Crash
             signal.raise_signal(how)
-        return loss_sum(model, batch)
+        return _backward(*arguments)
 
-    monkeypatch.setattr("scripts.wiring.loss_sum", counted)
+    monkeypatch.setattr("trainer.loop._backward", counted)
 
 
 def metrics_of(out: Path) -> list[dict]:
@@ -92,11 +91,11 @@ def test_a_resumed_run_leaves_the_same_bits(trained, tmp_path, monkeypatch, name
     assert len(states_in(whole)) == 2
 
     # Killed in step 7, after the save at 4; resumed and asked to stop in what is step 4 + 5; resumed to the end.
-    cut_short(monkeypatch, 6 * accumulation_steps + 1)
+    cut_short(monkeypatch, 7)
     with pytest.raises(Crash):
         door.main([*argv, "--out_dir", str(cut)])
     assert list(states_in(cut)) == [4]
-    cut_short(monkeypatch, 4 * accumulation_steps + 1, signal.SIGTERM)
+    cut_short(monkeypatch, 5, signal.SIGTERM)
     with pytest.raises(Stopped) as stopped:
         door.main([*argv, "--out_dir", str(cut), "--resume"])
     assert stopped.value.signum == signal.SIGTERM and max(states_in(cut)) == 9

@@ -16,15 +16,14 @@ import torch.distributed as dist
 from conftest import flags, ragged_batch, rows_of
 from test_resume import SHAPE, SHORT
 
-import scripts.wiring
 import train_lora
 import train_pretrain
+import trainer.loop
 from core.errors import Stopped, UserError
 from model.LMConfig import LMConfig
 from model.loss import loss_sum
 from model.model import MiniMindLM
 from trainer.loop import _backward
-from trainer.measure import PASSES
 from trainer.runtime import Runtime
 
 RAGGED = ragged_batch(8, seed=0)
@@ -82,23 +81,23 @@ def limit_file_size(size: int) -> None:
 
 
 def run_door(door, out: Path, *words: str, crash_at: int = 0, poison_at: int = 0, **values) -> dict:
-    """Run a door; returns how it ended and the rows that this rank learned from, one list a micro-batch.
+    """Run a door; returns how it ended and the rows that this rank learned from, one list an optimizer step.
 
-    At the training pass ``crash_at`` every rank raises; at ``poison_at`` rank 1's loss is NaN.
+    In step ``crash_at`` of this process every rank raises; in step ``poison_at`` rank 1's loss is NaN.
     """
-    steps, passes = [], []
+    steps = []
 
-    def watched(model, batch):
-        passes.append(model.training)
-        if sum(passes) > PASSES and model.training:
-            steps.append([row for row in batch.inputs["input_ids"].tolist() if batch.n_targets])
-            if len(steps) == crash_at:
-                raise RuntimeError("crash")
-            if len(steps) == poison_at and dist.get_rank() == 1:
-                return loss_sum(model, batch) * math.nan
-        return loss_sum(model, batch)
+    def poisoned(model, batch):
+        return loss_sum(model, batch) * math.nan
 
-    scripts.wiring.loss_sum = watched
+    def watched(replica, batches, scaler, runtime, loss):
+        steps.append([row for batch in batches if batch.n_targets for row in batch.inputs["input_ids"].tolist()])
+        if len(steps) == crash_at:
+            raise RuntimeError("crash")
+        loss = poisoned if len(steps) == poison_at and runtime.rank == 1 else loss
+        return _backward(replica, batches, scaler, runtime, loss)
+
+    trainer.loop._backward = watched
     end = "finished"
     try:
         door.main([*flags(out_dir=out, **values), *words])
