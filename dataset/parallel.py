@@ -29,14 +29,16 @@ def in_order(
     """``function(shared, item)`` of each item, in the order of the items, by ``workers`` processes (1: by this one).
 
     Everything must pickle, ``function`` by its name; ``shared`` travels once to each process. Items are drawn as
-    results are taken. Close the generator (``contextlib.closing``) to end the processes: each finishes what it has.
+    results are taken. Close the generator (``contextlib.closing``) to end the processes: each finishes its item.
     An exception in ``function`` is raised here. Raises ``UserError`` when a process was killed.
     """
     if workers <= 1:
         yield from (function(shared, item) for item in items)
         return
     waiting: deque = deque()
-    with _serial_tokenizers(), ProcessPoolExecutor(workers, None, _start, (function, shared)) as pool:
+    context = multiprocessing.get_context()
+    closed = context.Event()
+    with _serial_tokenizers(), ProcessPoolExecutor(workers, context, _start, (function, shared, closed)) as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(_call, item))
@@ -50,6 +52,7 @@ def in_order(
                 " or prepare the data with scripts/prepare_data.py --workers 1"
             ) from error
         finally:
+            closed.set()  # what the pool has handed out already, it cannot cancel
             pool.shutdown(cancel_futures=True)
 
 
@@ -65,12 +68,12 @@ def _serial_tokenizers() -> Iterator[None]:
         os.environ.pop(name) if before is None else os.environ.update({name: before})
 
 
-_job: tuple[Callable, Any] | None = None  # of a worker process
+_job: tuple | None = None  # of a worker process
 
 
-def _start(function: Callable, shared: Any) -> None:
+def _start(*job: Any) -> None:
     global _job
-    _job = function, shared
+    _job = job
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -82,5 +85,5 @@ def _end_with_parent() -> None:
 
 
 def _call(item: Any) -> Any:
-    function, shared = _job
-    return function(shared, item)
+    function, shared, closed = _job
+    return None if closed.is_set() else function(shared, item)

@@ -51,6 +51,11 @@ def dies(shared, item):
     return item
 
 
+def leaves_a_mark(shared, item):
+    (shared / str(item)).touch()
+    time.sleep(0.5 * (item > 0))
+
+
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_results_come_in_order_and_items_are_drawn_as_needed(workers, monkeypatch):
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
@@ -78,6 +83,12 @@ def test_whoever_stops_early_leaves_no_process():
     with closing(in_order(slowest_first, 1, range(1000), 2)) as results:
         next(results)
     assert multiprocessing.active_children() == []
+
+
+def test_what_waits_when_the_generator_is_closed_is_not_begun(tmp_path):
+    with closing(in_order(leaves_a_mark, tmp_path, range(1000), 2)) as results:
+        next(results)  # the others are at items 1 and 2
+    assert "3" not in {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals to groups of processes are of Unix")
