@@ -1,6 +1,7 @@
 """A run that was cut short and resumed leaves, bit for bit, what an uninterrupted one leaves; damage never passes."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -21,10 +22,11 @@ from trainer.options import MAY_CHANGE
 from trainer.progress import Progress
 from trainer.run_state import RunStates
 from trainer.runtime import Runtime
-from trainer.state_files import SUMS, newest_state, saved_states
+from trainer.state_files import SUMS, newest_state, saved_states, write_state
 
 TIMINGS = ("seconds", "seconds_left", "tokens_per_second", "matmul_share", "peak_memory_mb")
-SHORT = {"max_seq_len": 64, "epochs": 3, "device": "cpu", "val_tokens": 256, "log_interval": 1, "save_interval": 4}
+SHORT = {"max_seq_len": 64, "epochs": 3, "device": "cpu", "val_tokens": 256}
+SHORT |= {"log_interval": 3, "save_interval": 4}  # so that saves come between two log lines
 SHORT["micro_tokens"] = 10**6  # so large that no micro-batch is split: the tests count passes
 SHAPE = {"dim": 64, "n_layers": 2, "n_heads": 4, "dropout": 0.1}
 
@@ -196,7 +198,11 @@ def test_resume_without_a_state_starts_and_says_so(run, finished, capsys):
 
 
 def test_a_new_run_deletes_the_old_states_at_its_first_save_and_not_before(run, monkeypatch, capsys):
-    shutil.rmtree(states_in(run.out)[22])  # so that the run looks unfinished
+    cut_short(monkeypatch, 1)
+    with pytest.raises(Crash):
+        run(seed=3)
+    assert "note:" not in capsys.readouterr().out  # what is there was finished
+    shutil.rmtree(states_in(run.out)[22])
     cut_short(monkeypatch, 4)
     with pytest.raises(Crash):
         run(seed=3)
@@ -206,6 +212,22 @@ def test_a_new_run_deletes_the_old_states_at_its_first_save_and_not_before(run, 
     with pytest.raises(Crash):
         run(seed=3)
     assert list(states_in(run.out)) == [4]
+
+
+def test_a_state_is_on_disk_before_it_takes_its_name_and_others_go_after(tmp_path, monkeypatch):
+    def write(step: int) -> None:
+        write_state(tmp_path, step, {"a": torch.ones(2)}, {}, "", starts_over=False)
+
+    write(1), write(2)
+    calls = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append("fsync"), fsync(file)))
+    monkeypatch.setattr(os, "rename", lambda a, b: (calls.append(f"{a.name} -> {b.name}"), rename(a, b)))
+    write(3)
+    folders = ["fsync"] * (os.name != "nt")  # Windows cannot sync a folder
+    taken = [*["fsync"] * 4, *folders, ".new-step-3 -> step-3", *folders]
+    assert calls == [*taken, "step-1 -> .old-step-1"]
+    assert [step for step, _ in saved_states(tmp_path)] == [3, 2]
 
 
 def test_left_over_folders_of_a_kill_are_cleared_away(run):
