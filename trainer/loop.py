@@ -174,15 +174,15 @@ def train(
         if was_finished:
             print(f"this run was finished at step {total}: its files are written again", flush=True)
             runtime.on_first(partial(save, None))
+        result = summary()
         if run.step == total:
-            log.write({"step": total, "summary": asdict(summary())})
+            log.write({"step": total, "summary": asdict(result)})
     model.eval()
     if run.step < last:
         signum = request.signum or signal.SIGTERM  # without an own signal, another rank had one
         saved = "nothing is" if options.dry_run else "--resume goes on from there: all is"
         print(f"stopped by {signal.Signals(signum).name} after step {run.step} of {total}; {saved} saved", flush=True)
         raise Stopped(signum)
-    result = summary()
     print(f"{'measured, nothing written' if options.dry_run else 'trained'}: {result}")
     if options.dry_run and (whole := clock.seconds_for(total)):
         print(f"the whole run of {total} steps takes about {duration(whole)}, validations and saves not counted")
