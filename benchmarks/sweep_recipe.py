@@ -23,10 +23,12 @@ from core.paths import bundled_data
 
 # What is varied, and its values. A rate belongs to a batch: both are varied together.
 STAGES = {
-    "batch_and_rate": [(1, 5e-4), (1, 1e-3)]
-    + [(2, 5e-4), (2, 1e-3), (2, 2e-3)]
-    + [(4, 1e-3), (4, 2e-3), (4, 3e-3)]
-    + [(8, 1e-3), (8, 2e-3), (8, 4e-3)],
+    "batch_and_rate": [
+        *((1, rate) for rate in (5e-4, 1e-3)),
+        *((2, rate) for rate in (5e-4, 1e-3, 2e-3)),
+        *((4, rate) for rate in (1e-3, 2e-3, 3e-3)),
+        *((8, rate) for rate in (1e-3, 2e-3, 4e-3)),
+    ],
     "schedule": ["cosine to 10 %", "linear to zero", "warm-up, stable, decay"],
     "warmup": [0.01, 0.03, 0.1],
     "betas": [(0.9, 0.95), (0.9, 0.99), (0.9, 0.999), (0.8, 0.95)],
