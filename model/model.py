@@ -217,9 +217,13 @@ class MiniMindLM(PreTrainedModel):
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
     def compile(self, **settings) -> None:
-        """Compile each block, one program for all of them; state-dict keys and the head's loss stay as they are."""
+        """``torch.compile`` each block, for all lengths; state-dict keys and the head's loss stay as they are.
+
+        The blocks share their programs. There are several, for a last block computes less and a batch of one row is
+        special, but fewer than the 8 after which PyTorch would quietly go on uncompiled.
+        """
         for layer in self.layers:
-            layer.compile(**settings)
+            layer.compile(**{"dynamic": True, **settings})
 
     def _rope_at(self, start: int, length: int, device: torch.device) -> Tensor:
         config = self.config

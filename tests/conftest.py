@@ -1,5 +1,8 @@
 """Small real parts that several test files share."""
 
+import os
+import shutil
+import sysconfig
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,6 +17,18 @@ from dataset.batches import Batch
 from dataset.tokenizer import load_tokenizer
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
+
+
+def _compiler_missing() -> bool:
+    names = [os.environ.get("CXX"), *(("cl",) if os.name == "nt" else ("g++", "clang++", "c++"))]
+    found = any(name and shutil.which(name) for name in names)
+    return not found or not Path(sysconfig.get_path("include"), "Python.h").is_file()
+
+
+needs_compiler = pytest.mark.skipif(
+    _compiler_missing(),
+    reason="torch.compile needs a C++ compiler and Python.h: install g++ and python3-dev, the Xcode tools or MSVC",
+)
 
 
 @pytest.fixture

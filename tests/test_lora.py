@@ -1,13 +1,10 @@
 """Invariants of LoRA on a model: what is a target, what trains, what stays, and that patches undo, copy and compile."""
 
 import copy
-import os
-import shutil
-import sysconfig
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import needs_compiler
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -201,16 +198,7 @@ def test_a_model_of_another_kind_can_carry_lora(tmp_path):
     assert torch.equal(twin(torch.ones(1, 6)), model(torch.ones(1, 6)))
 
 
-def compilers():
-    """torch.compile's own compiler where the machine has a C++ one, and one that needs none."""
-    needs = "torch.compile needs a C++ compiler and Python.h: install g++ and python3-dev, the Xcode tools or MSVC"
-    names = [os.environ.get("CXX"), *(("cl",) if os.name == "nt" else ("g++", "clang++", "c++"))]
-    missing = not any(name and shutil.which(name) for name in names)
-    missing |= not Path(sysconfig.get_path("include"), "Python.h").is_file()
-    return ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(missing, reason=needs))]
-
-
-@pytest.mark.parametrize("backend", compilers())
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
 def test_compiled_whole_and_new_weights_need_no_recompile(backend, tmp_path):
     torch.manual_seed(0)
     model = MiniMindLM(LMConfig(dim=32, n_layers=1, n_heads=2, vocab_size=64, multiple_of=16, max_seq_len=32)).eval()

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import flags
+from conftest import flags, needs_compiler
+from torch._dynamo.utils import counters
 
 import train_full_sft
 import train_lora
@@ -103,6 +104,25 @@ def test_a_resumed_run_leaves_the_same_bits(trained, tmp_path, monkeypatch, name
     assert stopped.value.signum == signal.SIGTERM and max(states_in(cut)) == 9
     door.main([*argv, "--out_dir", str(cut), "--resume"])
     assert left_in(cut) == left_in(whole)
+
+
+@needs_compiler
+def test_a_compiled_run_resumes_to_the_same_bits(trained, tmp_path, monkeypatch):
+    # Passes of all kinds: of one row and of several, each of its own length.
+    door, argv = door_and_flags("lora", trained, batch_size=4, micro_tokens=160)
+    plain, whole, cut = (tmp_path / name / "out" for name in ("plain", "whole", "cut"))
+    door.main([*argv, "--out_dir", str(plain)])
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    door.main([*argv, "--compile", "--out_dir", str(whole)])
+    assert counters["stats"]["unique_graphs"] >= 4  # first, middle and last block, and those for a single row
+    cut_short(monkeypatch, 7)
+    with pytest.raises(Crash):
+        door.main([*argv, "--compile", "--out_dir", str(cut)])
+    torch.compiler.reset()  # as in a new process
+    door.main([*argv, "--compile", "--out_dir", str(cut), "--resume"])
+    assert left_in(cut) == left_in(whole)
+    for compiled, uncompiled in zip(metrics_of(whole), metrics_of(plain), strict=True):
+        assert compiled.get("loss", 0) == pytest.approx(uncompiled.get("loss", 0), abs=1e-4)
 
 
 @pytest.fixture(scope="module")
