@@ -176,7 +176,7 @@ class Batches:
         self.samples, self.batch_size, self.micro_tokens, self.seed = samples, batch_size, micro_tokens, seed
         self.num_workers, self.rank, self.world_size = num_workers, rank, world_size
         self.rows_per_step = rows_per_step or batch_size * accumulation_steps * world_size
-        self.steps_per_epoch = -(-len(samples) // self.rows_per_step)
+        self.steps_per_epoch = -(-len(samples.lengths) // self.rows_per_step)
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
         """This process' micro-batches, one list a step, from step ``start`` of the epoch on."""
@@ -198,7 +198,7 @@ class Batches:
     def _plan(self, epoch: int) -> "_Plan":
         rng = np.random.default_rng([self.seed, epoch])
         lengths, pool = self.samples.lengths, POOL * self.rows_per_step
-        order = rng.permutation(len(self.samples))
+        order = rng.permutation(len(lengths))
         for begin in range(0, len(order), pool):
             part = order[begin : begin + pool]
             # Blurred by a tenth, or small data sets would meet in the same batches every epoch.

@@ -12,7 +12,7 @@ from core import errors
 from core.errors import UserError
 from core.options import parse
 from core.paths import bundled_data
-from dataset.batches import SFTDataset
+from dataset.batches import Batches, SFTDataset
 from dataset.chat import encode_chat
 from scripts.inspect_data import Options, main
 from trainer.options import TrainOptions
@@ -78,6 +78,10 @@ def test_its_figures_are_those_of_training(tmp_path, capsys, tokenizer, max_seq_
     assert code == 0 and "chat rows\nrows: 150 usable, 0 bad\n" in out
     assert f"truncated at {max_seq_len}: {samples.truncated} ({samples.truncated / 1.5:.1f} %)" in out
     assert f"left out in training: {samples.without_targets} ({samples.without_targets / 1.5:.1f} %)" in out
+    steps = Batches(samples, TrainOptions().batch_size, 1, TrainOptions().seed).steps(0)
+    shapes = [(batch.labels.numel(), batch.n_tokens) for batches in steps for batch in batches]
+    computed, useful = map(sum, zip(*shapes, strict=True))
+    assert f"padding in an epoch of training at batch 16: {1 - useful / computed:.1%}\n" in out
     assert max_seq_len != 20 or samples.without_targets > 0, "the case is there"
     rows = [json.loads(line)["conversations"] for line in path.read_text(encoding="utf-8").splitlines()]
     text = "".join(message["content"] for row in rows for message in row)
