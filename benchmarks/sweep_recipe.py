@@ -21,18 +21,22 @@ from core.errors import run
 from core.options import option, parse
 from core.paths import bundled_data
 
-# What is varied, and its values. A rate belongs to a batch: both are varied together.
+# What is varied, stage by stage. A rate belongs to a batch, and Muon, whose step costs more, to a larger one.
 STAGES = {
-    "batch_and_rate": [
-        *((1, rate) for rate in (5e-4, 1e-3)),
-        *((2, rate) for rate in (5e-4, 1e-3, 2e-3)),
-        *((4, rate) for rate in (1e-3, 2e-3, 3e-3)),
-        *((8, rate) for rate in (1e-3, 2e-3, 4e-3)),
+    "batch and rate": [
+        *({"rows": 1, "rate": rate} for rate in (5e-4, 1e-3, 2e-3)),
+        *({"rows": 2, "rate": rate} for rate in (5e-4, 1e-3, 2e-3)),
+        *({"rows": 4, "rate": rate} for rate in (1e-3, 2e-3)),
+        {"rows": 8, "rate": 2e-3},
     ],
-    "schedule": ["cosine to 10 %", "linear to zero", "warm-up, stable, decay"],
-    "warmup": [0.01, 0.03, 0.1],
-    "betas": [(0.9, 0.95), (0.9, 0.99), (0.9, 0.999), (0.8, 0.95)],
-    "optimizer": ["AdamW", "Muon", "Muon, rate x 2", "Muon, rate / 2"],
+    "schedule": [{"schedule": name} for name in ("cosine to 10 %", "linear to zero", "warm-up, stable, decay")],
+    "warm-up": [{"warmup": share} for share in (0.01, 0.03, 0.1)],
+    "betas": [{"betas": betas} for betas in ((0.9, 0.95), (0.9, 0.99), (0.9, 0.999), (0.8, 0.95))],
+    "optimizer": [
+        {"optimizer": "AdamW"},
+        {"optimizer": "Muon"},
+        *({"optimizer": "Muon", "rows": 4, "rate": rate} for rate in (1e-3, 2e-3, 4e-3)),
+    ],
 }
 START = {"schedule": "cosine to 10 %", "warmup": 0.03, "betas": (0.9, 0.95), "optimizer": "AdamW"}
 DECAY = 0.4  # share of the run in which the stable rate falls to zero
@@ -58,14 +62,14 @@ def main(argv: list[str] | None = None) -> dict:
     from benchmarks.environment import measured_on
 
     done = json.loads(options.result.read_text(encoding="utf-8")) if options.result.exists() else {"rows": []}
-    rows, best = done["rows"], dict(START)
-    for stage, values in STAGES.items():
+    rows, best = done["rows"], START
+    for stage, changes in STAGES.items():
         tried = []
-        for value in values:
-            setting = json.loads(json.dumps({**best, stage: value}))  # tuples as JSON gives them back
+        for change in changes:
+            setting = json.loads(json.dumps({**best, **change}))  # tuples as JSON gives them back
             row = next((row for row in rows if row["setting"] == setting), None)
             if row is None:
-                row = {"setting": setting, "val_loss": round(train_once(setting, options), 4)}
+                row = {"setting": setting, **train_once(setting, options)}
                 rows.append(row)
                 figures = {"tokens": options.tokens, "rows": rows, **measured_on(("torch",))}
                 figures["data"] = [path.name for path in options.data_path]
@@ -73,27 +77,29 @@ def main(argv: list[str] | None = None) -> dict:
                 options.result.parent.mkdir(parents=True, exist_ok=True)
                 options.result.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8", newline="\n")
             tried.append((row["val_loss"], len(tried)))
-            print(f"{row['val_loss']:.4f}  {stage} = {value}", flush=True)
-        best[stage] = values[min(tried)[1]]
-    print("best: " + ", ".join(f"{stage} {value}" for stage, value in best.items()))
+            print(f"{row['val_loss']:.4f} after {row['seconds']} s  {stage}: {change}", flush=True)
+        best = {**best, **changes[min(tried)[1]]}
+    print("best: " + ", ".join(f"{name} {value}" for name, value in best.items()))
     return {"best": best, "rows": rows}
 
 
-def train_once(setting: dict, options: Options) -> float:
-    """The held-out loss after one run of the pretraining door."""
+def train_once(setting: dict, options: Options) -> dict:
+    """The held-out loss after one run of the pretraining door, and the seconds that it took."""
     import train_pretrain
-    from model.weights import read_record
+    from core.paths import metrics_path
 
-    rows, rate = setting["batch_and_rate"]
+    rows = setting["rows"]
     steps = options.tokens // (rows * options.max_seq_len)
-    flags = {"batch_size": rows, "learning_rate": rate, "max_steps": steps, "epochs": 1000, "save_interval": 10**9}
-    flags |= {"warmup_iters": max(1, round(setting["warmup"] * steps)), "log_interval": 50}
+    flags = {"batch_size": rows, "learning_rate": setting["rate"], "max_steps": steps, "epochs": 1000}
+    flags |= {"warmup_iters": max(1, round(setting["warmup"] * steps)), "log_interval": 50, "save_interval": 10**9}
     for name in ("dim", "n_layers", "max_seq_len", "val_tokens", "dtype", "out_dir"):
         flags[name] = getattr(options, name)
     argv = ["--data_path", *map(str, options.data_path)]
     with recipe(setting):
         path = train_pretrain.main(argv + [word for name, value in flags.items() for word in (f"--{name}", str(value))])
-    return read_record(path)["metrics"]["val"]["last"]["loss"]
+    lines = metrics_path(options.out_dir, path.stem).read_text(encoding="utf-8").splitlines()
+    summary = json.loads(lines[-1])["summary"]
+    return {"val_loss": round(summary["final"]["loss"], 4), "seconds": round(summary["seconds"], 1)}
 
 
 @contextmanager
@@ -123,25 +129,22 @@ def make_optimizer(setting: dict, groups: list[dict], rate: float):
     if setting["optimizer"] == "AdamW":
         return torch.optim.AdamW([group for group in groups if group["params"]], **settings)
     # Muon is for the matrices inside; embedding and norms stay with AdamW. Its update is scaled to AdamW's size.
-    factor = {"Muon": 1.0, "Muon, rate x 2": 2.0, "Muon, rate / 2": 0.5}[setting["optimizer"]]
     matrices, vectors = groups
     embedding = max(matrices["params"], key=len)
     inside = [parameter for parameter in matrices["params"] if parameter is not embedding]
     adamw = torch.optim.AdamW([{**matrices, "params": [embedding]}, vectors], **settings)
     muon = torch.optim.Muon(inside, lr=rate, weight_decay=matrices["weight_decay"], adjust_lr_fn="match_rms_adamw")
-    return Both(adamw, muon, factor)
+    return Both(adamw, muon)
 
 
 class Both:
-    """Two optimizers that step together; the second at ``factor`` times the rate that the loop sets."""
+    """Two optimizers that step together."""
 
-    def __init__(self, first, second, factor: float):
-        self.first, self.second, self.factor = first, second, factor
+    def __init__(self, first, second):
+        self.first, self.second = first, second
         self.param_groups = first.param_groups + second.param_groups
 
     def step(self) -> None:
-        for group in self.second.param_groups:
-            group["lr"] *= self.factor
         self.first.step()
         self.second.step()
 
