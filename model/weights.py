@@ -50,7 +50,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             raise UserError(f"{path} holds {name!r}, which is no dense tensor; expected a plain state dict")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        # The extremes of a tensor with a NaN are NaN; isfinite of the whole tensor would need much time and memory.
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise UserError(f"{path} holds NaN or infinity in {name}; go back to an earlier file")
     return tensors
 
@@ -71,8 +72,16 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]], config: object) -> str
 def copy_strictly(own: dict[str, Tensor], tensors: dict[str, Tensor], source: str | Path) -> None:
     """Copy ``tensors`` into the like-named ``own`` ones (a state dict), in place, keeping their device and dtype.
 
-    One ``UserError`` names every missing, unexpected and mis-shaped key, before anything is copied.
+    Raises ``UserError`` as ``check_keys`` does, before anything is copied.
     """
+    check_keys(own, tensors, source)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def check_keys(own: dict[str, Tensor], tensors: dict[str, Tensor], source: str | Path) -> None:
+    """One ``UserError`` that names every missing, unexpected and mis-shaped key of ``tensors``, if there are any."""
     problems = [f"missing {name}" for name in sorted(own.keys() - tensors.keys())]
     problems += [f"unexpected {name}" for name in sorted(tensors.keys() - own.keys())]
     for name in sorted(own.keys() & tensors.keys()):
@@ -80,9 +89,19 @@ def copy_strictly(own: dict[str, Tensor], tensors: dict[str, Tensor], source: st
             problems.append(f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}")
     if problems:
         raise UserError(f"{source} does not fit the model: {'; '.join(problems)}")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+
+
+def model_of(config: LMConfig, tensors: dict[str, Tensor], source: str | Path) -> MiniMindLM:
+    """The model whose parameters are ``tensors`` themselves (copies where they are not fp32): they exist only once.
+
+    Raises ``UserError`` as ``check_keys`` does.
+    """
+    with torch.device("meta"):
+        model = MiniMindLM(config)
+    check_keys(model.state_dict(), tensors, source)
+    model.load_state_dict({name: tensor.float().contiguous() for name, tensor in tensors.items()}, assign=True)
+    model.tie_weights()
+    return model
 
 
 def save_base(path: str | Path, model: MiniMindLM, meta: dict) -> None:
@@ -113,11 +132,11 @@ def load_base(path: str | Path, device: torch.device | str = "cpu") -> tuple[Min
     record = read_record(path)
     try:
         if record:
-            config = {name: record["config"][name] for name in ARCHITECTURE}
+            architecture = {name: record["config"][name] for name in ARCHITECTURE}
         else:
-            config = _config_from_shapes(tensors, path)
-        model = MiniMindLM(LMConfig(**config))
-    except (KeyError, TypeError, RuntimeError) as error:  # RuntimeError: no memory for such a model
+            architecture = _config_from_shapes(tensors, path)
+        config = LMConfig(**architecture)
+    except (KeyError, TypeError) as error:
         beside = path.with_suffix(".json")
         raise UserError(f"{beside} describes no possible model ({error}); delete it or retrain") from error
     except UserError as error:
@@ -126,13 +145,13 @@ def load_base(path: str | Path, device: torch.device | str = "cpu") -> tuple[Min
     head, embedding = tensors.get("output.weight"), tensors.get("tok_embeddings.weight")
     if head is not None and embedding is not None and not torch.equal(head, embedding):
         raise UserError(f"{path}: output.weight and tok_embeddings.weight differ, but this model ties them")
-    copy_strictly(model.state_dict(), tensors, path)
-    weights = fingerprint(model.named_parameters(), model.config)
+    model = model_of(config, tensors, path)
+    weights = fingerprint(model.named_parameters(), config)
     if record.get("fingerprint", weights) != weights:
         raise UserError(
             f"{path} and {path.with_suffix('.json')} are not from the same run; delete the .json or retrain"
         )
-    return model.to(device).eval(), {**record, "config": config, "fingerprint": weights}
+    return model.to(device).eval(), {**record, "config": architecture, "fingerprint": weights}
 
 
 def read_record(path: Path) -> dict:
