@@ -72,12 +72,12 @@ class Options:
 def main(argv: list[str] | None = None) -> dict:
     options = parse(Options, argv)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # torch reads it once, here and in every child
-    from benchmarks import train_against, train_floor, train_lora_cost, train_to_loss
     from benchmarks.environment import measured_on
-    from benchmarks.train_measure import merge_results
+    from benchmarks.training import against, floor, lora_cost, to_loss
+    from benchmarks.training.measure import merge_results
     from core.files import sha256_file
 
-    rooms = (train_floor, train_against, train_lora_cost, train_to_loss)
+    rooms = (floor, against, lora_cost, to_loss)
     packages = ("torch", "transformers", "peft", "accelerate") if options.peft else ("torch", "transformers")
     origin = {"threads": options.threads, **measured_on(packages)}
     if options.minimind:

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> dict:
         print(json.dumps(step_seconds(options)))
         return {}
     from benchmarks.environment import measured_on
-    from benchmarks.train_measure import ratios
+    from benchmarks.training.measure import ratios
 
     variants = list(dict.fromkeys(("ours", *options.only)))
     rounds = [{variant: min(child(variant, options)) for variant in variants} for _ in range(options.rounds)]

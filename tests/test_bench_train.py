@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks import bench_train
-from benchmarks.train_data import FILLED_IN, chats, document_files, documents, initial_weights, write_chats
-from benchmarks.train_measure import Paced, train_paced, training_mflop
-from benchmarks.train_sides import Sides, compare
+from benchmarks.training.data import FILLED_IN, chats, document_files, documents, initial_weights, write_chats
+from benchmarks.training.measure import Paced, train_paced, training_mflop
+from benchmarks.training.sides import Sides, compare
 from core.errors import UserError
 from core.paths import bundled_data
 from dataset.batches import PretrainDataset, SFTDataset

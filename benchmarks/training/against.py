@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from benchmarks.train_data import Score, chats, document_files, documents, initial_weights, write_chats
-from benchmarks.train_sides import STEELMAN, Sides, all_of, compare, take_turns
+from benchmarks.training.data import Score, chats, document_files, documents, initial_weights, write_chats
+from benchmarks.training.sides import STEELMAN, Sides, all_of, compare, take_turns
 from core.paths import TOKENIZER_DIR
 from dataset.tokenizer import load_tokenizer
 

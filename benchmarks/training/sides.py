@@ -7,10 +7,10 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.train_measure import ratios, spread
-from core.paths import REPOSITORY, TOKENIZER_DIR
+from benchmarks.training.measure import ratios, spread
+from core.paths import TOKENIZER_DIR
 
-BENCHMARKS = REPOSITORY / "benchmarks"
+HERE = Path(__file__).resolve().parent
 # The flags of MiniMind's scripts where they matter to speed and loss; 512 is its --max_seq_len as well.
 SHIPPED = {
     "text": {"batch_size": 32, "accumulation_steps": 8, "num_workers": 1, "learning_rate": 5e-4, "epochs": 1},
@@ -69,17 +69,17 @@ class Sides:
     def ours(self, name: str, door: str, data: Path, epochs: int, **flags: object) -> Side:
         flags = {"max_seq_len": self.options.max_seq_len} | flags
         job = {"door": door, "flags": flags, "data": str(data), "epochs": epochs}
-        return Side(name, ["-X", "utf8", BENCHMARKS / "ours_train_child.py"], self.job | job, self.folder)
+        return Side(name, ["-X", "utf8", HERE / "ours_child.py"], self.job | job, self.folder)
 
     def minimind(self, name: str, data: Path, rank: int, **flags: object) -> Side:
         checkout = self.options.minimind.resolve()
         job = SHIPPED[self.rows] | {"rank": rank, "max_seq_len": self.options.max_seq_len, "data": str(data)} | flags
-        command = ["-I", "-X", "utf8", BENCHMARKS / "minimind_train_child.py", checkout]
+        command = ["-I", "-X", "utf8", HERE / "minimind_child.py", checkout]
         return Side(name, command, self.job | job, self.folder)
 
     def peft(self, name: str, data: Path, epochs: int, **flags: object) -> Side:
         job = {"data": str(data), "epochs": epochs, "max_seq_len": self.options.max_seq_len} | flags
-        return Side(name, ["-X", "utf8", BENCHMARKS / "peft_train_child.py"], self.job | job, self.folder)
+        return Side(name, ["-X", "utf8", HERE / "peft_child.py"], self.job | job, self.folder)
 
 
 def take_turns(sides: list[Side], data: list[Path], sgemm: bool = True) -> dict[str, list[dict]]:

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks.train_child import seconds, sgemm_gflops
-from benchmarks.train_data import document_files, documents
-from benchmarks.train_measure import Paced, linear_shapes, ratios, spread, train_paced, training_mflop
+from benchmarks.training.child import seconds, sgemm_gflops
+from benchmarks.training.data import document_files, documents
+from benchmarks.training.measure import Paced, linear_shapes, ratios, spread, train_paced, training_mflop
 
 
 class Floor:

@@ -1,6 +1,6 @@
 """Our side of bench_train.py: a training door's own parts and defaults, with an order between its steps.
 
-python ours_train_child.py JOB.json
+python ours_child.py JOB.json
 """
 
 import importlib
@@ -12,12 +12,12 @@ from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from benchmarks.train_child import Orders, memory_mib, sgemm_gflops
-from benchmarks.train_measure import Paced, train_paced
+from benchmarks.training.child import Orders, memory_mib, sgemm_gflops
+from benchmarks.training.measure import Paced, train_paced
 from dataset.batches import PretrainDataset, SFTDataset
 from dataset.tokenizer import load_tokenizer
 from model.LMConfig import LMConfig

@@ -3,14 +3,8 @@
 import json
 from pathlib import Path
 
-from benchmarks.train_data import (
-    Score,
-    chats,
-    documents,
-    initial_weights,
-    write_chats,
-)
-from benchmarks.train_sides import STEELMAN, Side, Sides
+from benchmarks.training.data import Score, chats, documents, initial_weights, write_chats
+from benchmarks.training.sides import STEELMAN, Side, Sides
 from core.errors import UserError
 from core.files import atomic_write, sha256_file
 from core.paths import TOKENIZER_DIR

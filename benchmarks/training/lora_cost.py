@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks.train_data import chats, document_files, documents, initial_weights, write_chats
-from benchmarks.train_measure import ratios, spread
-from benchmarks.train_sides import Sides, all_of, take_turns
+from benchmarks.training.data import chats, document_files, documents, initial_weights, write_chats
+from benchmarks.training.measure import ratios, spread
+from benchmarks.training.sides import Sides, all_of, take_turns
 from core.paths import TOKENIZER_DIR
 from dataset.tokenizer import load_tokenizer
 

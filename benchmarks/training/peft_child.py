@@ -1,6 +1,6 @@
 """PEFT's side of bench_train.py: PEFT's LoRA on our model under the Hugging Face Trainer, padding by the batch.
 
-python peft_train_child.py JOB.json
+python peft_child.py JOB.json
 """
 
 import json
@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.train_child import Orders, memory_mib, sgemm_gflops
+from benchmarks.training.child import Orders, memory_mib, sgemm_gflops
 from dataset.chat import encode_chats
 from dataset.tokenizer import load_tokenizer
 from model.LMConfig import LMConfig

@@ -1,6 +1,6 @@
 """MiniMind's side of bench_train.py: its model, its datasets and its training step, from a checkout of April 2025.
 
-    python -I minimind_train_child.py CHECKOUT JOB.json
+    python -I minimind_child.py CHECKOUT JOB.json
 
 A process of its own because MiniMind's package is called ``model`` too. Its mixed precision and loss scaling do nothing
 on a CPU and are left out; so are its saves and log lines, which it pays for and we do not charge.
@@ -19,9 +19,9 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parent))
 
 import torch
+from child import Orders, memory_mib, sgemm_gflops
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from train_child import Orders, memory_mib, sgemm_gflops
 from transformers import AutoTokenizer
 from transformers.modeling_utils import load_state_dict  # torch.load of weights alone, whatever torch's default is
 
