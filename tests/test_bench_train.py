@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from benchmarks import bench_train
-from benchmarks.training.data import FILLED_IN, chats, document_files, documents, initial_weights, write_chats
+from benchmarks.training.data import FILLED_IN, Score, chats, document_files, documents, initial_weights, write_chats
 from benchmarks.training.measure import Paced, train_paced, training_mflop
 from benchmarks.training.sides import Sides, compare
 from core.errors import UserError
 from core.paths import bundled_data
-from dataset.batches import PretrainDataset, SFTDataset
+from dataset.batches import PretrainDataset, SFTDataset, collate
 from model.LMConfig import LMConfig
 from model.loss import loss_sum
 from model.model import MiniMindLM
-from model.weights import read_tensors
+from model.model_lora import apply_lora, save_lora
+from model.weights import model_of, read_tensors
 from scripts.wiring import batches_of
 from trainer.options import TrainOptions
 from trainer.runtime import Runtime
@@ -67,6 +68,23 @@ def test_parts_share_one_results_file(tmp_path):
     assert floor["tokens_per_step"] == sum(rows * length for rows, length in floor["micro_batches"])
     assert set(floor["seconds"]) == {"step", "linears", "sdpa"}
     assert found["lora_step"]["windows"]["supervised_share"] > 0.9 > found["lora_step"]["chats"]["supervised_share"]
+
+
+def test_the_score_is_the_mean_loss_of_the_held_out_rows(small, tokenizer, tmp_path):
+    weights, config = initial_weights(small, tokenizer, tmp_path)
+    file = write_chats(
+        tmp_path / "held_out.jsonl", chats(bundled_data("sft_mini.jsonl"), tokenizer, LENGTH, 9), tokenizer, LENGTH
+    )
+    score = Score(small, "chat", file.path, tokenizer, weights, config, tmp_path)
+    model = model_of(LMConfig(**config), read_tensors(weights), weights).eval()
+    data = SFTDataset((file.path,), tokenizer, LENGTH, cache=tmp_path, val_ratio=0.0).train
+    with torch.no_grad():
+        rows = [collate(data, [n]) for n in range(len(data))]
+        nats = sum(float(loss_sum(model, row)) for row in rows)
+    assert score() == pytest.approx(nats / sum(row.n_targets for row in rows), rel=1e-5)
+    apply_lora(model, 4)
+    save_lora(model, tmp_path / "a.pth")
+    assert score(lora=tmp_path / "a.pth", rank=4) == pytest.approx(score(), rel=1e-6), "a new LoRA changes nothing"
 
 
 @pytest.mark.parametrize("kind", ["as they are", "mean 0.45", "full"])

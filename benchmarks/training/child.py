@@ -39,6 +39,13 @@ def sgemm_gflops(size: int = SGEMM_SIZE) -> float:
     return 2 * size**3 / min(seconds(lambda: torch.mm(a, b, out=out)) for _ in range(SGEMM_RUNS)) / 1e9
 
 
+def bare_mib() -> float:
+    """This process's memory before it makes its model; the libraries behind the products are loaded by then."""
+    x = torch.randn(1, 1, 32, 32, requires_grad=True)
+    torch.nn.functional.scaled_dot_product_attention(x @ x, x, x, is_causal=True).sum().backward()
+    return memory_mib(peak=False)
+
+
 def seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()

@@ -15,7 +15,7 @@ from dataset.tokenized import TEXT
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 from model.model_lora import apply_lora, load_lora
-from model.weights import load_base, read_tensors
+from model.weights import load_base, model_of, read_tensors
 from scripts.wiring import Validation
 from trainer.options import TrainOptions
 from trainer.runtime import Runtime
@@ -113,12 +113,12 @@ class Score:
 
     def __call__(self, weights: Path | None = None, lora: Path | None = None, rank: int = 16) -> float:
         """Nats a supervised target."""
-        model = MiniMindLM(LMConfig(**self.config))
-        model.load_state_dict(read_tensors(weights or self.weights))
+        weights = weights or self.weights
+        model = model_of(LMConfig(**self.config), read_tensors(weights), weights)
         if lora is not None:
             apply_lora(model, rank)
             load_lora(model, lora)
-        return Validation(model, self.samples, self.tokenizer, self.options, self.runtime)().loss
+        return Validation(model, self.samples, self.tokenizer, self.options, self.runtime, memory={})().loss
 
 
 def _good_rows(path: Path, clean):

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parent))
 
 import torch
-from child import Orders, memory_mib, sgemm_gflops
+from child import Orders, bare_mib, memory_mib, sgemm_gflops
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
@@ -28,7 +28,8 @@ from transformers.modeling_utils import load_state_dict  # torch.load of weights
 
 class Side:
     """``job``: rows (text or chat), data, weights, config, tokenizer, rank (0: all weights), checkpoint and the flags
-    batch_size, accumulation_steps, num_workers, learning_rate, epochs, max_seq_len of MiniMind's scripts."""
+    batch_size, accumulation_steps, num_workers, learning_rate, epochs, max_seq_len of MiniMind's scripts.
+    planned_seconds: the learning rate falls over so much time; 0: over the epochs, as in its scripts."""
 
     def __init__(self, checkout: str, job: dict):
         sys.path.insert(0, checkout)
@@ -44,7 +45,7 @@ class Side:
         self.kinds = {"text": dataset.PretrainDataset, "chat": dataset.SFTDataset}
         self.tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"], local_files_only=True)
         torch.manual_seed(1337)
-        self.bare = memory_mib(peak=False)
+        self.bare = bare_mib()
         self.model = model.MiniMindLM(LMConfig(**job["config"] | {"max_seq_len": job["max_seq_len"]}))
         self.model.load_state_dict(load_state_dict(job["weights"]), strict=True)
         if job["rank"]:
@@ -68,7 +69,9 @@ class Side:
     def step(self, x: Tensor, y: Tensor, mask: Tensor, micro_steps: int) -> None:
         """One micro-batch of a run of ``micro_steps``, and the update when enough of them are accumulated."""
         peak, accumulation = self.job["learning_rate"], self.job["accumulation_steps"]
-        through = min(1.0, self.micro_step / micro_steps)  # a timed run may go past the planned end
+        spent, planned = self.clock + time.perf_counter() - self.began, self.job["planned_seconds"]
+        # A timed run may go past the planned end.
+        through = min(1.0, spent / planned if planned else self.micro_step / micro_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = peak / 10 + 0.5 * peak * (1 + math.cos(math.pi * through))
         out = self.model(x)
@@ -88,7 +91,7 @@ class Side:
         endless = None
         for order in orders:
             self.targets = self.beyond = self.slots = 0
-            before, began = self.micro_step, time.perf_counter()
+            before, self.began = self.micro_step, time.perf_counter()
             if order["do"] == "save":
                 self.save(order["path"])
             elif order["do"] == "checkpoint":
@@ -96,16 +99,16 @@ class Side:
                 os.replace(f"{order['path']}.new", order["path"])
             elif order["do"] == "resume":
                 self.resume(order["path"])
-                before, began = self.micro_step, time.perf_counter()
+                before, self.began = self.micro_step, time.perf_counter()
             elif order["do"] == "train_for":
                 endless = endless or self.endless()
-                while time.perf_counter() - began < order["seconds"]:
+                while time.perf_counter() - self.began < order["seconds"]:
                     self.step(*next(endless))
             else:
                 loader = self.loader(order["data"])
                 for x, y, mask in loader:
                     self.step(x, y, mask, self.job["epochs"] * len(loader))
-            spent = time.perf_counter() - began
+            spent = time.perf_counter() - self.began
             self.clock += spent if order["do"] in ("train_for", "round") else 0.0
             # Beyond: it also learns the newline that its template puts after an end of turn.
             counts = {"targets": self.targets - self.beyond, "beyond_end_of_turn": self.beyond, "slots": self.slots}

@@ -16,15 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from benchmarks.training.child import Orders, memory_mib, sgemm_gflops
+from benchmarks.training.child import Orders, bare_mib, memory_mib, sgemm_gflops
 from benchmarks.training.measure import Paced, train_paced
 from dataset.batches import PretrainDataset, SFTDataset
 from dataset.tokenizer import load_tokenizer
 from model.LMConfig import LMConfig
 from model.loss import loss_sum
-from model.model import MiniMindLM
 from model.model_lora import apply_lora, save_lora
-from model.weights import read_tensors
+from model.weights import model_of, read_tensors
 from scripts.wiring import batches_of, read_data
 from trainer.runtime import Runtime, count_parameters
 
@@ -46,10 +45,8 @@ class Side:
         self.source = self.read(self.options.data_path[0])
         self.reading = time.perf_counter() - self.reading_began
         self.total = self.options.max_steps or self.source.steps_per_epoch * job["epochs"]
-        warm_up_products()
-        self.bare = memory_mib(peak=False)
-        self.model = MiniMindLM(LMConfig(**job["config"]))
-        self.model.load_state_dict(read_tensors(Path(job["weights"])))
+        self.bare = bare_mib()
+        self.model = model_of(LMConfig(**job["config"]), read_tensors(job["weights"]), job["weights"])
         if job["door"] == "train_lora":
             apply_lora(self.model, self.options.rank, self.options.alpha)
 
@@ -93,7 +90,7 @@ class Side:
                     steps += 1
                 epoch += 1
             spent = time.perf_counter() - began
-            clock += spent
+            clock += spent if order["do"] != "save" else 0.0
             counts = {"targets": self.targets, "slots": self.slots, "steps": steps}
             rate = sgemm_gflops() if order.get("sgemm") else None
             memory = {"bare_mib": self.bare, "peak_mib": memory_mib(peak=True)}
@@ -110,12 +107,6 @@ class Side:
             save_lora(self.model, path)
         else:
             torch.save(self.model.state_dict(), path)
-
-
-def warm_up_products() -> None:
-    """Load the libraries behind matrix products and attention: they are the process's, not the training's."""
-    x = torch.randn(1, 1, 32, 32, requires_grad=True)
-    torch.nn.functional.scaled_dot_product_attention(x @ x, x, x, is_causal=True).sum().backward()
 
 
 if __name__ == "__main__":

@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.training.child import Orders, memory_mib, sgemm_gflops
+from benchmarks.training.child import Orders, bare_mib, memory_mib, sgemm_gflops
 from dataset.chat import encode_chats
 from dataset.tokenizer import load_tokenizer
 from model.LMConfig import LMConfig
-from model.model import MiniMindLM
-from model.weights import read_tensors
+from model.weights import model_of, read_tensors
 
 
 class Rows(torch.utils.data.Dataset):
@@ -49,11 +48,11 @@ class Rows(torch.utils.data.Dataset):
 class Rounds(TrainerCallback):
     """Makes each epoch a round: it waits for the order and answers it."""
 
-    def __init__(self, orders: Orders, model, rows: Rows):
+    def __init__(self, orders: Orders, model, rows: Rows, bare: float):
         self.orders, self.model, self.rows = iter(orders), model, rows
         self.reply = orders.reply
         self.targets = self.slots = 0
-        self.bare = memory_mib(peak=False)
+        self.bare = bare
         model.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def count(self, module, args, kwargs) -> None:
@@ -101,8 +100,8 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def main(job: dict, orders: Orders) -> None:
     rows = Rows(load_tokenizer(job["tokenizer"]), job["data"], job["max_seq_len"])
-    model = MiniMindLM(LMConfig(**job["config"]))
-    model.load_state_dict(read_tensors(Path(job["weights"])))
+    bare = bare_mib()
+    model = model_of(LMConfig(**job["config"]), read_tensors(job["weights"]), job["weights"])
     # The modules that MiniMind's rule (square matrices) chooses.
     model = get_peft_model(model, LoraConfig(r=job["rank"], lora_alpha=job["rank"], target_modules=["wq", "wo"]))
     arguments = TrainingArguments(
@@ -122,7 +121,7 @@ def main(job: dict, orders: Orders) -> None:
         remove_unused_columns=False,
         seed=1337,
     )
-    rounds = Rounds(orders, model, rows)
+    rounds = Rounds(orders, model, rows, bare)
     trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collate, callbacks=[rounds])
     trainer.train()
 

@@ -73,7 +73,8 @@ class Sides:
 
     def minimind(self, name: str, data: Path, rank: int, **flags: object) -> Side:
         checkout = self.options.minimind.resolve()
-        job = SHIPPED[self.rows] | {"rank": rank, "max_seq_len": self.options.max_seq_len, "data": str(data)} | flags
+        job = SHIPPED[self.rows] | {"rank": rank, "max_seq_len": self.options.max_seq_len, "data": str(data)}
+        job |= {"planned_seconds": 0} | flags
         command = ["-I", "-X", "utf8", HERE / "minimind_child.py", checkout]
         return Side(name, command, self.job | job, self.folder)
 

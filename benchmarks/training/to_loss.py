@@ -1,4 +1,7 @@
-"""Wall-clock to the validation loss that MiniMind reaches in a given time; pretraining, and LoRA."""
+"""Wall-clock to the best validation loss that MiniMind reaches in a given time; pretraining, and LoRA.
+
+The sides run one after another; an interrupted measurement goes on from MiniMind's last check.
+"""
 
 import json
 from pathlib import Path
@@ -45,31 +48,32 @@ def _race(options, folder: Path, rows: str, train: Path, val: Path, tokenizer) -
     score = Score(options, rows, val, tokenizer, weights, config, folder)
     sides = Sides(options, rows, weights, config, folder)
     budget, rank = 60 * options.minutes, RANK if rows == "chat" else 0
-    work = options.work / f"{rows}-{sha256_file(train)[:8]}-{sha256_file(weights)[:8]}"  # another run resumes no other
+    files = "-".join(sha256_file(path)[:8] for path in (train, val, weights))  # one measurement resumes no other
+    work = options.work / f"{rows}-{files}-{options.minutes:g}-{options.val_tokens}-{options.threads}"
     curves = {}
-    for name, flags in (("steelman", STEELMAN), ("shipped", {})):
+    # The steelman's learning rate has fallen when its time is over; as shipped it is planned for the epochs.
+    for name, flags in (("steelman", STEELMAN | {"planned_seconds": budget}), ("shipped", {})):
         with sides.minimind(name, train, rank, **flags) as side:
             curves[name] = _resumable(side, score, work, budget, rank)
-    ends = {name: curve[-1]["loss"] for name, curve in curves.items()}
+    best = {name: min(curve, key=lambda point: point["loss"]) for name, curve in curves.items()}
     door = "train_lora" if rank else "train_pretrain"
     flags = {"max_steps": options.our_steps} if options.our_steps else {}
     with sides.ours("ours", door, train, _epochs(door), **flags) as side:
         ours = [_check(side, score, work, rank, {"clock": 0.0})]
-        while ours[-1]["loss"] > min(ends.values()) and ours[-1]["seconds"] < budget:
+        while ours[-1]["loss"] > min(point["loss"] for point in best.values()) and ours[-1]["seconds"] < budget:
             answer = side.ask("train_for", seconds=budget / OUR_CHECKS)
             if not answer["steps"]:
                 break  # its epochs are over
             ours.append(_check(side, score, work, rank, answer))
             print(f"ours: {ours[-1]}", flush=True)
-    reached = {name: _first_below(ours, loss) for name, loss in ends.items()}
+    reached = {name: _first_below(ours, point["loss"]) for name, point in best.items()}
     return {
         "minutes": options.minutes,
         "start_loss": ours[0]["loss"],
-        "their_loss": ends,
+        "their_best": best,
         "our_seconds_to_it": reached,
         "speed_over": {
-            name: None if spent is None else round(curves[name][-1]["seconds"] / spent, 2)
-            for name, spent in reached.items()
+            name: round(best[name]["seconds"] / spent, 2) if spent else None for name, spent in reached.items()
         },
         "curves": {"ours": ours, **curves},
     }
