@@ -72,7 +72,7 @@ class Runtime:
         """
         if self.world_size == 1:
             return model
-        return DistributedDataParallel(model, find_unused_parameters=has_idle)
+        return DistributedDataParallel(model, find_unused_parameters=has_idle, gradient_as_bucket_view=True)
 
     def local(self, replica: nn.Module) -> AbstractContextManager:
         """Inside, forward and backward passes of what ``replicate`` returned keep their gradients to themselves."""
