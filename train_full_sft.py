@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> Path:
     from dataset.batches import SFTDataset
     from dataset.tokenizer import tokenizer_of
     from model.weights import choose_base, load_base, save_base
-    from scripts.wiring import Validation, read_data, run_record, starts_clean, train_and_save
+    from scripts.wiring import Validation, read_data, run_record, train_and_save
     from trainer.runtime import Runtime
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
@@ -34,15 +34,15 @@ def main(argv: list[str] | None = None) -> Path:
     tokenizer = tokenizer_of(found, base, options.tokenizer_path, options.out_dir)
     model.config.check_length(options.max_seq_len)
     data = read_data(SFTDataset, options, tokenizer, runtime)
-    path = starts_clean(base_path(options.out_dir, "full_sft", model.config.dim), options)
-    validate = Validation(model, data.val, tokenizer, options, runtime, memory={})
-    record = run_record("full_sft", options, tokenizer)
-    record["base"] = {"file": base.name, "fingerprint": found["fingerprint"]}
+    path = base_path(options.out_dir, "full_sft", model.config.dim)
+    memory = {}
+    validate = Validation(model, data.val, tokenizer, options, runtime, memory)
+    record = run_record("full_sft", options, tokenizer, {"file": base.name, "fingerprint": found["fingerprint"]})
 
     def on_save(step: int) -> None:
         save_base(path, model, {**record, "metrics": {"step": step, "val": validate.record()}})
 
-    train_and_save(model, data.train, options, runtime, path, record, on_save=on_save, validate=validate)
+    train_and_save(model, data.train, options, runtime, path, record, on_save=on_save, validate=validate, memory=memory)
     return path
 
 

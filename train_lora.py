@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> Path:
     from dataset.tokenizer import tokenizer_of
     from model.model_lora import apply_lora, save_lora
     from model.weights import choose_base, load_base
-    from scripts.wiring import Validation, read_data, run_record, starts_clean, train_and_save
+    from scripts.wiring import Validation, read_data, run_record, train_and_save
     from trainer.runtime import Runtime, count_parameters
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
@@ -51,25 +51,27 @@ def main(argv: list[str] | None = None) -> Path:
     val_ratio = found.get("options", {}).get("val_ratio") or TrainOptions.val_ratio
     other = replace(options, data_path=options.general_data, val_ratio=val_ratio, bad_rows="skip")
     other = read_data(SFTDataset, other, tokenizer, runtime)
-    path = starts_clean(lora_path(options.out_dir, options.lora_name, model.config.dim), options)
-    total, _ = count_parameters(model)
+    path = lora_path(options.out_dir, options.lora_name, model.config.dim)
     apply_lora(model, options.rank, options.alpha)
-    _, added = count_parameters(model)
-    print(f"parameters {total:,} | LoRA {added:,} | share {100 * added / total:.1f} %")
+    every, added = count_parameters(model)
+    print(f"parameters {every - added:,} | LoRA {added:,} | share {100 * added / (every - added):.1f} %")
     memory = {}
     domain = Validation(model, data.val, tokenizer, options, runtime, memory, "domain")
     general = Validation(model, other.val, tokenizer, options, runtime, memory, "general")
+
+    def validate():
+        general()
+        return domain()
+
     if not options.dry_run:
-        runtime.on_first(lambda: (domain(), general()))
-    record = run_record("lora", options, tokenizer)
-    record["base"] = {"file": base.name, "fingerprint": found["fingerprint"]}
+        runtime.on_first(validate)
+    record = run_record("lora", options, tokenizer, {"file": base.name, "fingerprint": found["fingerprint"]})
 
     def on_save(step: int) -> None:
-        general()
-        metrics = {"step": step, "domain": domain.record(), "general": general.record()}
-        save_lora(model, path, {**record, "metrics": metrics})
+        metrics = {"domain": domain.record(), "general": general.record()}
+        save_lora(model, path, {**record, "metrics": {"step": step, **metrics}})
 
-    train_and_save(model, data.train, options, runtime, path, record, on_save=on_save, validate=domain)
+    train_and_save(model, data.train, options, runtime, path, record, on_save=on_save, validate=validate, memory=memory)
     print(f"domain:  {domain}\ngeneral: {general}")
     return path
 

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> Path:
     from model.LMConfig import LMConfig
     from model.model import MiniMindLM
     from model.weights import save_base
-    from scripts.wiring import Validation, read_data, run_record, starts_clean, train_and_save
+    from scripts.wiring import Validation, read_data, run_record, train_and_save
     from trainer.runtime import Runtime
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
@@ -38,15 +38,16 @@ def main(argv: list[str] | None = None) -> Path:
     config = LMConfig(vocab_size=len(tokenizer), **architecture)
     config.check_length(options.max_seq_len)
     data = read_data(PretrainDataset, options, tokenizer, runtime)
-    path = starts_clean(base_path(options.out_dir, "pretrain", options.dim), options)
+    path = base_path(options.out_dir, "pretrain", options.dim)
     model = MiniMindLM(config).to(runtime.device)
-    validate = Validation(model, data.val, tokenizer, options, runtime, memory={})
+    memory = {}
+    validate = Validation(model, data.val, tokenizer, options, runtime, memory)
     record = run_record("pretrain", options, tokenizer)
 
     def on_save(step: int) -> None:
         save_base(path, model, {**record, "metrics": {"step": step, "val": validate.record()}})
 
-    train_and_save(model, data.train, options, runtime, path, record, on_save=on_save, validate=validate)
+    train_and_save(model, data.train, options, runtime, path, record, on_save=on_save, validate=validate, memory=memory)
     return path
 
 

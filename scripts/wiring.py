@@ -87,11 +87,17 @@ def train_and_save(
     record: dict,
     *,
     on_save: Callable[[int], None],
-    validate: Validation,
+    validate: Callable[[], Metrics],
+    memory: dict,
 ) -> None:
-    """Train what is trainable in ``model`` into the file ``path``, from a saved state with ``--resume``."""
+    """Train what is trainable in ``model`` into the file ``path``, from a saved state with ``--resume``.
+
+    ``memory`` is that of the validations.
+    """
     folder = checkpoints_dir(options.out_dir, path.stem)
-    states = RunStates(folder, identity(options, record), validate.memory, resume=options.resume)
+    states = RunStates(folder, identity(options, record), memory, resume=options.resume)
+    if path.exists() and not (states.found or options.dry_run):
+        print(f"starting clean: {path} of an earlier run will be replaced")
     rows_per_step = states.rows_per_step(options.batch_size * options.accumulation_steps * runtime.world_size)
     source = batches_of(samples, options, runtime, rows_per_step)
     groups, log_to = param_groups(model, options.weight_decay), metrics_path(options.out_dir, path.stem)
@@ -125,31 +131,30 @@ def pass_size(options: TrainOptions, runtime: Runtime) -> int:
 def identity(options: TrainOptions, record: dict) -> dict:
     """What must be the same when a run is resumed: flags, files by their content, and the base."""
     flags = {f"--{name}": value for name, value in record["options"].items() if name not in MAY_CHANGE}
-    files = {f"data file {n} ({entry['file']})": entry["sha256"] for n, entry in enumerate(record["data"], 1)}
-    base = record.get("base", {}).get("fingerprint")
+    files = {f"data file {n}": entry["sha256"] for n, entry in enumerate(record["data"], 1)}
+    files |= {f"general data file {n}": entry["sha256"] for n, entry in enumerate(record["general_data"], 1)}
+    base = (record["base"] or {}).get("fingerprint")
     return flags | files | {"the tokenizer": record["tokenizer"], "the base": base}
 
 
-def run_record(stage: str, options: TrainOptions, tokenizer: PreTrainedTokenizerBase) -> dict:
-    """What a file says of the run that made it; paths are cut to file names."""
+def run_record(stage: str, options: TrainOptions, tokenizer: PreTrainedTokenizerBase, base: dict | None = None) -> dict:
+    """What a file says of the run that made it; paths are cut to file names. ``base``: what the run started from."""
 
     def cut(value: object) -> object:
         if isinstance(value, Path):
             return value.name
         return [cut(item) for item in value] if isinstance(value, tuple) else value
 
-    names, cache = [field.name for field in fields(options)], cache_dir(options.out_dir)
+    def described(paths: tuple[Path, ...]) -> list[dict]:
+        return [{"file": path.name, "sha256": sha256_file(path, cache_dir(options.out_dir))} for path in paths]
+
+    names = [field.name for field in fields(options)]
     return {
         "stage": stage,
+        "base": base,
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "data": [{"file": path.name, "sha256": sha256_file(path, cache)} for path in options.data_path],
+        "data": described(options.data_path),
+        "general_data": described(getattr(options, "general_data", ())),
         # A resumed run leaves the same file as one that was never interrupted.
         "options": {name: cut(getattr(options, name)) for name in names if name not in ("resume", "dry_run")},
     }
-
-
-def starts_clean(path: Path, options: TrainOptions) -> Path:
-    """``path``, once it was said that a re-run replaces what an earlier run left there."""
-    if path.exists() and not (options.resume or options.dry_run):
-        print(f"starting clean: {path} of an earlier run will be replaced")
-    return path

@@ -68,7 +68,7 @@ def test_pretraining_says_what_it_will_do_before_it_begins(trained, tmp_path, ca
         "device cpu",
         "dtype float32",
         "parameters",
-        "about",
+        "optimizer steps",
     ):
         assert said in before_step_1
     assert "starting clean" not in printed

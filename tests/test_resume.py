@@ -17,6 +17,7 @@ import train_lora
 import train_pretrain
 from core.errors import Stopped, UserError
 from core.files import sha256_file
+from trainer.evaluation import evaluate
 from trainer.loop import _backward
 from trainer.optimizer import make_optimizer, param_groups
 from trainer.options import MAY_CHANGE
@@ -198,14 +199,29 @@ def test_every_change_that_matters_is_refused_in_one_sentence(run, trained, tmp_
         run("--resume", learning_rate=2e-3, data_path=other, seed=5)
     assert "--learning_rate was 0.001 and is now 0.002" in str(refused.value)
     assert "--seed was 1337 and is now 5" in str(refused.value)
-    assert "data file 1 (texts.jsonl) changed since step 22" in str(refused.value)
+    assert "data file 1 changed since step 22" in str(refused.value)
     assert "without --resume" in str(refused.value)
 
 
+def test_a_skill_is_stopped_without_another_validation_and_resumed_with_the_same_general_data(
+    trained, tmp_path, monkeypatch
+):
+    door, argv = door_and_flags("lora", trained, batch_size=8, out_dir=tmp_path / "out")
+    validations = []
+    monkeypatch.setattr("scripts.wiring.evaluate", lambda *a, **k: validations.append(None) or evaluate(*a, **k))
+    cut_short(monkeypatch, 5, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        door.main(argv)
+    assert max(states_in(tmp_path / "out")) == 5 and len(validations) == 4, "two before the first step, two at step 4"
+    other = tmp_path / trained.chats.name
+    other.write_bytes(trained.chats.read_bytes().partition(b"\n")[2])
+    with pytest.raises(UserError, match="general data file 1 changed since step 5;"):
+        door.main([*argv, "--resume", "--general_data", str(other)])
+
+
 def test_what_may_change_may_change(run, trained, tmp_path):
-    assert {field for field in MAY_CHANGE if not hasattr(train_full_sft.Options, field)} == set()
-    moved = tmp_path / "elsewhere" / "texts.jsonl"
-    moved.parent.mkdir()
+    assert {field for field in MAY_CHANGE if not hasattr(train_lora.Options, field)} == set()
+    moved = tmp_path / "renamed.jsonl"
     moved.write_bytes(trained.texts.read_bytes())
     run("--resume", data_path=moved, log_interval=3, save_interval=7, num_workers=1, val_tokens=64)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ragged_batch, rows_of
+from torch._inductor import config as inductor
 
 from core.errors import Stopped, UserError
 from dataset.batches import Batch
@@ -382,3 +383,23 @@ def test_every_matrix_product_is_counted(kv_heads):
     attention = 14 * 2 * rows * 4 * length * length * 16
     assert floor.flops_per_token == (6 * (others * slots + trimmed * batch.n_targets) + attention) / (slots // 2)
     assert floor.share(floor.flops_per_second / floor.flops_per_token) == pytest.approx(1.0)
+
+
+def test_compiling_without_a_compiler_is_one_sentence(tiny_model, monkeypatch):
+    monkeypatch.setattr(inductor.cpp, "cxx", (None, "no-such-compiler"))
+    with pytest.raises(UserError, match=r"^--compile: .*; install the C\+\+ compiler .* or leave it out$"):
+        announce(tiny_model, Source([ragged_batch(2, 0)]), 1, CPU, loss_sum, compiled=True)
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "two", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "WORLD_SIZE is set but MASTER_ADDR is not"),
+    ],
+)
+def test_a_broken_launch_is_one_sentence(variables, said, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{said}.*start several processes with torchrun"):
+        Runtime.start("cpu")

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.progress import Clock, duration
+from core.errors import UserError
+from trainer.progress import Clock
 from trainer.runtime import Runtime, count_parameters
 
-PASSES = 3  # forward and backward passes before the first step
+PASSES = 2  # forward and backward passes before the first step
 PRODUCT_SECONDS = 0.1  # spent on finding the speed of a plain matrix product
 KERNELS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
 ATTENTION = [f"_scaled_dot_product_{kernel}" for kernel in KERNELS]
@@ -38,7 +39,8 @@ def announce(
 ) -> tuple[nn.Module, Floor]:
     """Print what is about to happen; returns the model as ``runtime`` replicates it, and the machine's floor.
 
-    ``PASSES`` forward and backward passes are made and leave no trace. ``compiled``: the model is compiled on the way.
+    ``PASSES`` forward and backward passes are made and leave no trace. ``compiled``: the model is compiled on the way;
+    raises ``UserError`` where that cannot be done.
     """
     every, trainable = count_parameters(model)
     print(f"{runtime}\ntraining {trainable:,} of {every:,} parameters")
@@ -54,14 +56,17 @@ def announce(
         print("compiling", flush=True)
         model.compile()
     replica = runtime.replicate(model, has_idle=bool(idle))
-    for _ in range(PASSES - 1):  # the first one compiles and allocates memory: its time says little
-        seconds = _pass(replica, batches[-1], runtime, loss_sum)
+    try:  # compiles, allocates memory, meets the other ranks: nothing that a step's time should hold
+        _pass(replica, batches[-1], runtime, loss_sum)
+    except RuntimeError as error:
+        if not compiled:
+            raise
+        reason = str(error).splitlines()[0]  # the same pass was fine before
+        raise UserError(f"--compile: {reason}; install the C++ compiler that PyTorch wants or leave it out") from error
     model.zero_grad(set_to_none=True)
     runtime.set_rng_state(random_states)
     flops, tokens, rate = runtime.sum(counter.get_total_flops(), batches[-1].n_tokens, _product_rate(runtime))
-    slots = sum(batch.labels.numel() for batch in batches) / batches[-1].labels.numel()
-    about = duration(seconds * slots * steps)
-    print(f"{steps} optimizer steps of {source.rows_per_step} rows, about {about}", flush=True)
+    print(f"{steps} optimizer steps of {source.rows_per_step} rows", flush=True)
     return replica, Floor(flops / max(tokens, 1), rate)
 
 
@@ -78,7 +83,7 @@ def speed_figures(clock: Clock, floor: Floor, steps_left: int, runtime: Runtime)
 
 
 def peak_memory_mb(runtime: Runtime) -> int | None:
-    """The most MB that this process has held so far: on the GPU if it uses one, else in RAM; None: not known."""
+    """The most MB that this process has held: on the GPU if it uses one (MPS tells what it holds now), else in RAM."""
     if runtime.device.type == "cuda":
         return torch.cuda.max_memory_allocated(runtime.device) >> 20
     if runtime.device.type == "mps":
@@ -90,14 +95,11 @@ def peak_memory_mb(runtime: Runtime) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 
-def _pass(model: nn.Module, batch, runtime: Runtime, loss_sum: LossSum) -> float:
-    """Seconds of one forward and backward pass."""
-    began = time.perf_counter()
+def _pass(model: nn.Module, batch, runtime: Runtime, loss_sum: LossSum) -> None:
     with runtime.autocast():
         loss = loss_sum(model, runtime.move(batch))
     loss.backward()
     runtime.synchronize()
-    return time.perf_counter() - began
 
 
 def _flop_counter() -> FlopCounterMode:

@@ -38,9 +38,9 @@ class Runtime:
         Rank r is seeded with ``seed`` + r, so that dropout differs; DDP gives all of them rank 0's weights.
         Raises ``UserError`` for what this machine does not have.
         """
-        rank, world_size, chosen = 0, int(os.environ.get("WORLD_SIZE", "1")), _device(device)
-        if world_size > 1:
-            rank, chosen = _join(chosen, device)
+        rank, world_size, chosen = 0, 1, _device(device)
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            rank, world_size, chosen = _join(chosen, device)
         runtime = cls(chosen, _dtype(dtype, chosen), rank, world_size)
         if seed is not None:
             torch.manual_seed(seed + rank)
@@ -153,12 +153,15 @@ class Runtime:
         return f"device {self.device}{threads}{processes}, dtype {str(self.dtype).removeprefix('torch.')}"
 
 
-def _join(device: torch.device, asked: str) -> tuple[int, torch.device]:
-    """This process' rank and device, once all processes have met."""
+def _join(device: torch.device, asked: str) -> tuple[int, int, torch.device]:
+    """This process' rank, the number of processes, and this one's device, once all have met."""
+    set_by_torchrun = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in set_by_torchrun if name not in os.environ]:
+        raise UserError(f"WORLD_SIZE is set but {missing[0]} is not: start several processes with torchrun")
     try:
-        rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    except KeyError as error:
-        raise UserError(f"WORLD_SIZE is set but {error} is not: start several processes with torchrun") from error
+        world_size, rank, local_rank = (int(os.environ[name]) for name in set_by_torchrun[:3])
+    except ValueError as error:
+        raise UserError(f"WORLD_SIZE, RANK or LOCAL_RANK: {error}; start several processes with torchrun") from error
     if device.type == "mps":
         raise UserError("--device mps has one GPU for one process: start it with python, or pass --device cpu")
     if device.type == "cuda":
@@ -174,7 +177,7 @@ def _join(device: torch.device, asked: str) -> tuple[int, torch.device]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     if rank > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
-    return rank, device
+    return rank, world_size, device
 
 
 def _device(name: str) -> torch.device:
