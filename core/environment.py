@@ -17,6 +17,8 @@ import sys
 import sysconfig
 import time
 
+from core.locks import try_lock
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STAMP = "requirements-stamp.json"
 # What the pinned torch has builds for.
@@ -208,26 +210,9 @@ def _version(python):
 
 @contextlib.contextmanager
 def _only_one(path):
-    # The system drops this lock when the process ends, however it ends: a crash leaves nothing to clear away.
     with open(path, "a") as file:
-        if not _try_lock(file):
+        if not try_lock(file):
             print("environment: another run is preparing it; waiting")
-            while not _try_lock(file):
+            while not try_lock(file):
                 time.sleep(0.5)
         yield
-
-
-def _try_lock(file):
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

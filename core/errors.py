@@ -1,15 +1,21 @@
 """What a user did wrong is one sentence and exit code 2; everything else is a bug and keeps its traceback."""
 
+import contextlib
 import io
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
 
+from core.output import drop
+
 INSTALL_HINT = "run `python scripts/quickstart.py` once, then use the Python in .venv"
 REQUIRED_PACKAGES = {"torch", "transformers", "datasets", "tokenizers", "tqdm", "wandb", "matplotlib", "numpy"}
 
-ECHO_SECONDS = 3.0
+# What asks work to stop. SIGHUP: the terminal was closed, or its connection lost; Windows has none.
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+ECHO_SECONDS = 3.0  # torchrun passes on a Ctrl-C that the terminal has already sent to every process
 
 
 class UserError(Exception):
@@ -50,11 +56,12 @@ def run(main: Callable[[], object]) -> None:
     except Stopped as stopped:
         sys.exit(128 + stopped.signum)
     except BrokenPipeError:  # the reader of our output has left, as `| head` does: nobody is there to be told
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop(sys.stdout)
         sys.exit(141)
     else:
         return
     if os.environ.get("LOCAL_RANK", "0") != "0":  # torchrun ends this process at once if the first one says the same
         time.sleep(ECHO_SECONDS)
-    print(f"error: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody need be there to read it
+        print(f"error: {message}", file=sys.stderr)
     sys.exit(code)

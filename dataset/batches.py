@@ -1,6 +1,5 @@
 """From tokenised rows to the micro-batches of optimizer steps."""
 
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from core.errors import UserError
 from dataset.tokenized import CHAT, TEXT, TokenRows, split_rows, tokenize_files
 from dataset.tokenizer import token_bytes
+from dataset.workers import started
 
 MICRO_TOKENS = 2048  # of one forward and backward pass: a CPU is no faster with more, and needs more memory
 PASS_COST = 64  # a pass takes as long as this fraction of its largest size, however small it is
@@ -182,9 +182,8 @@ class Batches:
         """This process' micro-batches, one list a step, from step ``start`` of the epoch on."""
         # A generator of its own: the loader draws a seed, which would shift dropout after a resume within an epoch.
         settings = {"num_workers": self.num_workers, "collate_fn": self._step, "generator": torch.Generator()}
-        settings["worker_init_fn"] = _outlive_signals
         remaining = range(start, self.steps_per_epoch)
-        return iter(DataLoader(self._plan(epoch), batch_size=None, sampler=remaining, **settings))
+        return started(DataLoader(self._plan(epoch), batch_size=None, sampler=remaining, **settings))
 
     def useful_share(self, epoch: int = 0) -> float:
         """Tokens that are no padding / all tokens computed, over the whole epoch of this process."""
@@ -215,12 +214,6 @@ class Batches:
             return [masked(collate(self.samples, indices[:1]))]
         parts = micro_batches(self.samples, share, self.batch_size, self.micro_tokens)
         return [collate(self.samples, part) for part in parts]
-
-
-def _outlive_signals(worker: int) -> None:
-    """A Ctrl-C reaches every process of a terminal; the training process needs its workers to end in good order."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
 
 
 @dataclass

@@ -16,7 +16,16 @@ from core.paths import TOKENIZER_DIR, bundled_data
 from dataset.batches import Batch
 from dataset.tokenizer import load_tokenizer
 from model.LMConfig import LMConfig
+from model.loss import loss_sum
 from model.model import MiniMindLM
+from trainer.evaluation import Metrics
+from trainer.loop import Summary, train
+from trainer.optimizer import param_groups
+from trainer.options import TrainOptions
+from trainer.run_state import RunStates
+from trainer.runtime import Runtime
+
+CPU = Runtime(torch.device("cpu"), torch.float32)
 
 
 def _compiler_missing() -> bool:
@@ -111,3 +120,29 @@ def sharp_model(tiny_model) -> MiniMindLM:
     """The tiny model with weights so large that attention is far from uniform: a wrong mask or angle shows."""
     fill(tiny_model.named_parameters())
     return tiny_model
+
+
+def no_validation():
+    return Metrics(0.0, 0.0, 0, 0)
+
+
+class Source:
+    """The same steps every epoch."""
+
+    def __init__(self, *steps: list[Batch]):
+        self.all_steps, self.steps_per_epoch = list(steps), len(steps)
+        self.rows_per_step = max(sum(len(batch.labels) for batch in step) for step in steps)
+
+    def steps(self, epoch: int, start: int = 0):
+        return iter(self.all_steps[start:])
+
+
+def run_training(
+    model, source, tmp_path, *, loss=loss_sum, on_save=lambda step: None, validate=no_validation, **flags
+) -> Summary:
+    options = TrainOptions(**{"epochs": 4, "learning_rate": 1e-2, "warmup_iters": 1, "save_interval": 100, **flags})
+    groups = param_groups(model, options.weight_decay)
+    states = RunStates(tmp_path / "states", {}, {}, resume=options.resume)
+    callbacks = {"loss_sum": loss, "on_save": on_save, "validate": validate}
+    log_to = tmp_path / "metrics" / "run.jsonl"
+    return train(model, source, groups, options, CPU, log_to=log_to, states=states, **callbacks)

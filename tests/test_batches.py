@@ -2,7 +2,12 @@
 
 import json
 import math
+import multiprocessing
+import os
 import random
+import signal
+import subprocess
+import sys
 from collections import Counter
 from itertools import combinations, pairwise
 
@@ -10,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from core.errors import UserError
-from core.paths import bundled_data
+from core.errors import STOPPING, UserError
+from core.paths import REPOSITORY, bundled_data
 from dataset.batches import (
     IGNORED,
     PASS_COST,
@@ -218,6 +223,55 @@ def test_worker_processes_change_nothing(make, chats, capfd):
     alone, helped = (Batches(samples, 4, 2, seed=1, num_workers=workers) for workers in (0, 2))
     assert flat(alone.steps(0, 2)) == flat(helped.steps(0, 2))
     assert capfd.readouterr().err == ""
+
+
+class Deafness:
+    """Samples whose ids say which of ``STOPPING`` the process that reads them keeps back, and which it ignores."""
+
+    lengths, pad_id, bytes_of = np.full(2, 1 + 2 * len(STOPPING)), 0, np.ones(2)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        back = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        facts = [fact for n in STOPPING for fact in (n in back, signal.getsignal(n) == signal.SIG_IGN)]
+        return np.array([1, *facts]), np.zeros(len(facts) + 1, bool)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot keep signals back")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_are_deaf_to_a_stop_from_their_birth_on(method):
+    """Kept back: already while they import. Ignored: in case another process of theirs, forkserver, was born before."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        ((batch,),) = Batches(Deafness(), 2, 1, seed=1, num_workers=1).steps(0)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert batch.inputs["input_ids"].all()
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOPPING)
+
+
+CRASH = """
+import numpy as np
+from dataset.batches import Batches
+class Samples:
+    lengths, pad_id, bytes_of = np.full(8, 4), 0, np.ones(9)
+    __len__ = lambda self: 8
+    def __getitem__(self, index):
+        raise ValueError("a bug")
+if __name__ == "__main__":
+    list(Batches(Samples(), 1, 1, seed=1, num_workers=2).steps(0))
+"""
+
+
+def test_a_crash_in_a_worker_ends_the_process(tmp_path):
+    """Its traceback keeps the workers alive to the end, where multiprocessing would wait for them for ever."""
+    (tmp_path / "crash.py").write_text(CRASH, encoding="utf-8")
+    settings = {"env": os.environ | {"PYTHONPATH": str(REPOSITORY)}, "capture_output": True, "text": True}
+    end = subprocess.run([sys.executable, "crash.py"], cwd=tmp_path, timeout=40, **settings)
+    assert end.returncode == 1 and end.stderr.strip().endswith("ValueError: a bug")
 
 
 def test_drawing_batches_leaves_the_random_state_alone(make, chats):

@@ -1,5 +1,6 @@
 """Options become flags, mistakes become one line, and files are whole or as they were."""
 
+import io
 import os
 import stat
 import subprocess
@@ -83,6 +84,19 @@ def test_a_bug_keeps_its_traceback_and_a_mistake_is_one_line(capsys):
     with pytest.raises(ModuleNotFoundError):
         run(lambda: __import__("a_module_that_nobody_asked_for"))
     assert run(lambda: None) is None
+
+
+def test_a_mistake_has_its_exit_code_even_if_nobody_can_be_told(monkeypatch):
+    def mistaken():
+        raise UserError("one sentence")
+
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb", buffering=0) as unread, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", io.TextIOWrapper(unread, write_through=True))
+        with pytest.raises(SystemExit) as stopped:
+            run(mistaken)
+    assert stopped.value.code == 2
 
 
 def test_ctrl_c_is_130(capsys):

@@ -41,6 +41,7 @@ def test_every_stage_leaves_files_that_explain_themselves(trained):
     wanted |= {f"metrics/{run}.{ending}" for run in runs for ending in ("jsonl", "png")}
     parts = ("SHA256SUMS", "manifest.json", "metrics.jsonl", "state.safetensors")
     wanted |= {f"checkpoints/{run}/step-4/{part}" for run in runs for part in parts}
+    wanted |= {f"checkpoints/{run}/run.lock" for run in runs}
     assert {name for name in files if not name.startswith("cache/")} == wanted
     pretrain = json.loads((trained.out / "pretrain_64.json").read_text(encoding="utf-8"))
     full_sft = json.loads((trained.out / "full_sft_64.json").read_text(encoding="utf-8"))

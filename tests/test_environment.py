@@ -25,7 +25,8 @@ NAMES = ["requirements.txt", "requirements-test.txt"]
 
 
 @pytest.mark.parametrize(
-    "name", ["core/environment.py", "core/__init__.py", "scripts/run_tests.py", "scripts/quickstart.py"]
+    "name",
+    ["core/environment.py", "core/locks.py", "core/__init__.py", "scripts/run_tests.py", "scripts/quickstart.py"],
 )
 def test_parses_on_any_python_3(name):
     tree = ast.parse((ROOT / name).read_text(encoding="utf-8"), feature_version=(3, 4))
@@ -33,7 +34,7 @@ def test_parses_on_any_python_3(name):
     assert not [node for node in ast.walk(tree) if type(node) in modern]
     imported = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     modules = {getattr(node, "module", None) or node.names[0].name for node in imported}
-    assert modules <= set(sys.stdlib_module_names) | {"core.environment"}
+    assert modules <= set(sys.stdlib_module_names) | {"core.environment", "core.locks"}
 
 
 @pytest.mark.parametrize(

@@ -1,58 +1,29 @@
 """The one loop: exact under accumulation, safe with bad numbers, and honest about what it did."""
 
+import contextlib
 import copy
+import io
 import json
 import math
-import signal
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ragged_batch, rows_of
+from conftest import CPU, Source, ragged_batch, rows_of, run_training
 from torch._inductor import config as inductor
 
-from core.errors import Stopped, UserError
-from dataset.batches import Batch
+from core.errors import UserError
 from model.LMConfig import LMConfig
 from model.loss import loss_sum, nats_of
 from model.model import MiniMindLM
-from trainer import progress, signals
-from trainer.evaluation import Metrics, evaluate
-from trainer.loop import Summary, _backward, train
+from trainer import progress
+from trainer.evaluation import evaluate
+from trainer.loop import _backward
 from trainer.measure import PASSES, announce
 from trainer.optimizer import lr_at, param_groups, warmup_steps
-from trainer.options import TrainOptions
-from trainer.run_state import RunStates
 from trainer.runtime import Runtime
 
-CPU = Runtime.start("cpu", "float32")
 CONTROL = {0, 1, 2}
-
-
-def no_validation():
-    return Metrics(0.0, 0.0, 0, 0)
-
-
-class Source:
-    """The same steps every epoch."""
-
-    def __init__(self, *steps: list[Batch]):
-        self.all_steps, self.steps_per_epoch = list(steps), len(steps)
-        self.rows_per_step = max(sum(len(batch.labels) for batch in step) for step in steps)
-
-    def steps(self, epoch: int, start: int = 0):
-        return iter(self.all_steps[start:])
-
-
-def run_training(
-    model, source, tmp_path, *, loss=loss_sum, on_save=lambda step: None, validate=no_validation, **flags
-) -> Summary:
-    options = TrainOptions(**{"epochs": 4, "learning_rate": 1e-2, "warmup_iters": 1, "save_interval": 100, **flags})
-    groups = param_groups(model, options.weight_decay)
-    states = RunStates(tmp_path / "states", {}, {}, resume=options.resume)
-    callbacks = {"loss_sum": loss, "on_save": on_save, "validate": validate}
-    log_to = tmp_path / "metrics" / "run.jsonl"
-    return train(model, source, groups, options, CPU, log_to=log_to, states=states, **callbacks)
 
 
 def gradients(model, batches) -> list[torch.Tensor]:
@@ -150,9 +121,10 @@ def test_a_non_finite_loss_never_reaches_the_weights(tiny_model, tmp_path, bad):
         return loss_sum(model, batch)
 
     saved = []
-    with pytest.raises(UserError, match=r"step 3: loss (nan|inf)"):
-        run_training(tiny_model, Source([ragged_batch(2, seed=8)]), tmp_path, loss=poisoned, on_save=saved.append)
-    assert not saved
+    with pytest.raises(UserError, match=r"step 3: loss (nan|inf).* the save of step 2 stands"):
+        source = Source([ragged_batch(2, seed=8)])
+        run_training(tiny_model, source, tmp_path, loss=poisoned, on_save=saved.append, save_interval=2)
+    assert saved == [2]
     for name, tensor in tiny_model.state_dict().items():
         assert torch.equal(tensor, weights[0][name]), name
 
@@ -194,23 +166,32 @@ def test_measuring_the_speed_leaves_no_trace(tiny_model, tmp_path):
     assert first["grad_norm"] == pytest.approx(norm, rel=1e-4)  # one fp32 sum against a norm of norms
 
 
-def test_ctrl_c_ends_the_step_saves_and_interrupts(tiny_model, tmp_path):
-    saved = []
+def test_lines_stand_clear_of_the_bar(tiny_model, tmp_path, monkeypatch, capsys):
+    def validate():
+        return evaluate(tiny_model, [ragged_batch(2, seed=5)], CPU, loss_sum=nats_of(CONTROL))
 
-    def interrupted(model, batch):
-        if tiny_model.training and not saved and len(calls) == PASSES + 2:
-            signal.raise_signal(signal.SIGINT)
-        calls.append(None)
-        return loss_sum(model, batch)
+    def lines(text: str) -> list[str]:
+        """What one sees: after a carriage return, text stands over what was there."""
+        seen = []
+        for line in text.split("\n"):
+            cells = []
+            for part in line.split("\r"):
+                cells[: len(part)] = part
+            seen.append("".join(cells).rstrip())
+        return seen
 
-    calls = []
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Stopped):
-        run_training(
-            tiny_model, Source([ragged_batch(2, seed=11)]), tmp_path, epochs=50, loss=interrupted, on_save=saved.append
-        )
-    assert saved == [3]  # the signal came in step 3, which was finished
-    assert signal.getsignal(signal.SIGINT) is handler
+    terminal = io.StringIO(newline="")
+    terminal.isatty = lambda: True
+    source = Source([ragged_batch(2, seed=6)])
+    with contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(terminal):
+        run_training(tiny_model, source, tmp_path, validate=validate, save_interval=2)
+    run_training(tiny_model, source, tmp_path, validate=validate, save_interval=2)
+    in_a_file = capsys.readouterr().out
+    assert "\r" not in in_a_file
+    for text in (terminal.getvalue(), in_a_file):
+        validations = [line for line in lines(text) if "validation" in line]
+        assert [line.partition(":")[0] for line in validations] == ["step 2", "step 4"]
+        assert not [line for line in validations if "|" in line]
 
 
 def test_a_frozen_model_is_refused(tiny_model, tmp_path):
@@ -227,15 +208,15 @@ def test_a_warm_up_longer_than_the_run_is_refused(tiny_model, tmp_path):
 def test_a_failing_run_leaves_the_metrics_of_an_earlier_one(tiny_model, tmp_path):
     run_training(tiny_model, Source([ragged_batch(2, seed=17)]), tmp_path)
     metrics = tmp_path / "metrics" / "run.jsonl"
-    before = metrics.read_bytes(), metrics.with_suffix(".png").read_bytes()
-    with pytest.raises(UserError, match="step 1: loss nan"):
+    before = {path: path.read_bytes() for path in metrics.parent.iterdir()}
+    with pytest.raises(UserError, match=r"step 1: loss nan.* and nothing was saved"):
         run_training(
             tiny_model,
             Source([ragged_batch(2, seed=17)]),
             tmp_path,
             loss=lambda model, batch: loss_sum(model, batch) * math.nan,
         )
-    assert before == (metrics.read_bytes(), metrics.with_suffix(".png").read_bytes())
+    assert before == {path: path.read_bytes() for path in metrics.parent.iterdir()}
 
 
 def test_parameters_without_gradient_are_reported(tiny_model, tmp_path, capsys):
@@ -339,19 +320,6 @@ def test_speed_and_time_left_ignore_the_first_steps_and_pauses(monkeypatch):
         "90 min",
         "1.5 h",
     ]
-
-
-def test_a_second_signal_acts_at_once_but_an_echo_does_not(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
-    with pytest.raises(KeyboardInterrupt), signals.stop_requests() as request:
-        signal.raise_signal(signal.SIGTERM)
-        assert request.signum == signal.SIGTERM
-        now[0] += 0.5
-        signal.raise_signal(signal.SIGINT)  # torchrun passes on what the terminal has already sent
-        assert request.signum == signal.SIGTERM
-        now[0] += signals.ECHO_SECONDS
-        signal.raise_signal(signal.SIGINT)
 
 
 def test_a_dry_run_measures_and_writes_nothing(tiny_model, tmp_path, capsys):

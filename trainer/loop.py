@@ -3,7 +3,7 @@
 import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from core.errors import Stopped, UserError
+from core.output import unread_output_dropped
 from trainer.evaluation import Metrics
 from trainer.measure import announce, peak_memory_mb, speed_figures
 from trainer.metrics import NoLog, RunLog
@@ -23,7 +24,7 @@ from trainer.options import TrainOptions
 from trainer.progress import Clock, duration
 from trainer.run_state import RunStates
 from trainer.runtime import Runtime
-from trainer.signals import stop_requests
+from trainer.signals import StopRequest, stop_requests
 
 DRY_RUN_STEPS = 20
 MAX_OVERFLOWS = 20  # fp16 steps in a row whose scaled gradient overflows before the run is given up
@@ -70,6 +71,7 @@ class Summary:
         )
 
 
+@unread_output_dropped()
 def train(
     model: nn.Module,
     source: BatchSource,
@@ -88,9 +90,10 @@ def train(
     ``loss_sum(model, batch)`` is the summed loss of a micro-batch; it is divided by the supervised targets of the whole
     optimizer step over all ranks, so that neither accumulation nor the number of processes changes anything. Every
     ``save_interval`` steps and at the end rank 0 calls ``validate()``, then ``on_save(step)``, and writes the state
-    from which ``states`` can go on; SIGINT and SIGTERM end the run early, saved but not validated, with ``Stopped``.
-    ``log_to`` is the metrics file. ``options.dry_run`` makes a few steps and writes nothing. Raises ``UserError`` when
-    nothing is trainable, and when the loss or a gradient is not finite: before it reaches the weights.
+    from which ``states`` can go on; a signal of ``STOPPING`` ends the run early, saved but not validated, with
+    ``Stopped``; output that nobody takes any more is dropped. ``log_to`` is the metrics file. ``options.dry_run`` makes
+    a few steps and writes nothing. Raises ``UserError`` when nothing is trainable, when another process is at this run,
+    and when the loss or a gradient is not finite: before it reaches the weights.
     """
     parameters = [parameter for group in groups for parameter in group["params"]]
     if not parameters:
@@ -101,42 +104,46 @@ def train(
     if warmup >= total:
         raise UserError(f"--warmup_iters {warmup} must be shorter than the run of {total} optimizer steps")
     optimizer, scaler = make_optimizer(groups, options.learning_rate), runtime.scaler()
-    run = states.restore(model, optimizer, scaler, runtime)
-    was_finished = run.step == total
-    replica, floor = announce(model, source, total - run.step, runtime, loss_sum, options.compile)
-    if options.dry_run or runtime.rank > 0:
-        log = NoLog()
-    else:
-        states.warn_of_others()
-        log = RunLog(log_to, options, states.metrics, states.wandb_id)
     last = min(total, DRY_RUN_STEPS) if options.dry_run else total
-    clock, final = Clock(runtime, run.seconds), None
+    with ExitStack() as stack:
+        request = stack.enter_context(stop_requests())
+        if not options.dry_run:
+            runtime.on_first(lambda: stack.enter_context(states.alone()))
+        run = states.restore(model, optimizer, scaler, runtime)
+        saved, was_finished, final = run.step, run.step == total, None
+        replica, floor = announce(model, source, total - run.step, runtime, loss_sum, options.compile)
+        if options.dry_run or runtime.rank > 0:
+            log = NoLog()
+        else:
+            states.warn_of_others()
+            log = stack.enter_context(RunLog(log_to, options, states.metrics, states.wandb_id))
+        bar = stack.enter_context(_bar(run.step, total, runtime))
+        clock = Clock(runtime, run.seconds)
 
-    def save(rng: list[dict] | None) -> None:
-        """In rank 0; ``rng`` None: the state is there already. It comes last: what a kill cuts short is done again."""
-        nonlocal final
-        if run.step == total or run.step % options.save_interval == 0:  # a stop in between leaves no trace in the log
-            final = validate()
-            if final.targets and rng is not None:
-                log.write({"step": run.step, "val_loss": final.loss, "val_bits_per_byte": final.bits_per_byte})
-                print(f"\rstep {run.step}: validation {final}", flush=True)
-        on_save(run.step)
-        log.keep()
-        if rng is not None:
-            facts = {"total_steps": total, "rows_per_step": source.rows_per_step, "wandb_id": log.wandb_id}
-            states.save(model, optimizer, scaler, run, rng, runtime, metrics=log.lines, **facts)
+        def write(rng: list[dict] | None) -> None:
+            """In rank 0; ``rng`` None: the state is there. It comes last: what a kill cuts short is done again."""
+            nonlocal final
+            if run.step == total or run.step % options.save_interval == 0:  # a stop in between leaves no trace
+                final = validate()
+                if final.targets and rng is not None:
+                    log.write({"step": run.step, "val_loss": final.loss, "val_bits_per_byte": final.bits_per_byte})
+                    _say(bar, f"step {run.step}: validation {final}")
+            on_save(run.step)
+            log.keep()
+            if rng is not None:
+                facts = {"total_steps": total, "rows_per_step": source.rows_per_step, "wandb_id": log.wandb_id}
+                states.save(model, optimizer, scaler, run, rng, runtime, metrics=log.lines, **facts)
 
-    def summary() -> Summary:
-        seconds = clock.elapsed()
-        speed = run.tokens / seconds
-        losses = run.first_loss, run.last_loss
-        memory = peak_memory_mb(runtime)
-        return Summary(run.step, *losses, final, run.tokens, seconds, speed, floor.share(speed), memory)
+        def save() -> None:
+            nonlocal saved
+            run.seconds = clock.elapsed()
+            with clock.paused():
+                runtime.on_first(partial(write, runtime.rng_states()))
+            saved = run.step
 
-    replica.train()
-    with stop_requests() as request, log, _bar(run.step, total, runtime) as bar:
-        stopping = False
-        for batches in _steps(source, run.step, last):
+        replica.train()
+        stopping = runtime.sum(request.signum > 0)[0]  # while it was announced: nothing was learned yet
+        for batches in () if stopping else _steps(source, run.step, last, request, runtime):
             lr = lr_at(run.step, total, warmup, options.learning_rate)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -148,9 +155,10 @@ def train(
             run.step += 1
             run.overflows = 0 if math.isfinite(norm) else run.overflows + 1
             if not math.isfinite(loss) or run.overflows > (MAX_OVERFLOWS if scaler.is_enabled() else 0):
+                kept = f"the save of step {saved} stands" if saved else "nothing was saved"
                 raise UserError(
-                    f"step {run.step}: loss {loss}, gradient norm {norm}; the weights were not touched and the last"
-                    " save stands: lower --learning_rate or look at the data with scripts/inspect_data.py"
+                    f"step {run.step}: loss {loss}, gradient norm {norm}; the weights were not touched and {kept}:"
+                    " lower --learning_rate or look at the data with scripts/inspect_data.py"
                 )
             scaler.step(optimizer)  # skips the step, in fp16, if a gradient overflowed
             scaler.update()
@@ -165,23 +173,26 @@ def train(
                 log.write(record)
                 _show(bar, record)
             bar.update()
-            if (run.step % options.save_interval == 0 or run.step == total or stopping) and not options.dry_run:
-                run.seconds = clock.elapsed()
-                with clock.paused():
-                    runtime.on_first(partial(save, runtime.rng_states()))
+            if (run.step % options.save_interval == 0 or run.step == total) and not options.dry_run:
+                save()
             if stopping:
                 break
+        if saved < run.step and not options.dry_run:
+            save()
         if was_finished:
-            print(f"this run was finished at step {total}: its files are written again", flush=True)
-            runtime.on_first(partial(save, None))
-        result = summary()
+            _say(bar, f"this run was finished at step {total}: its files are written again")
+            runtime.on_first(partial(write, None))
+        seconds = clock.elapsed()
+        speed = run.tokens / seconds
+        figures = run.tokens, seconds, speed, floor.share(speed), peak_memory_mb(runtime)
+        result = Summary(run.step, run.first_loss, run.last_loss, final, *figures)
         if run.step == total:
             log.write({"step": total, "summary": asdict(result)})
     model.eval()
     if run.step < last:
         signum = request.signum or signal.SIGTERM  # without an own signal, another rank had one
-        saved = "nothing is" if options.dry_run else "--resume goes on from there: all is"
-        print(f"stopped by {signal.Signals(signum).name} after step {run.step} of {total}; {saved} saved", flush=True)
+        kept = "--resume goes on from there: all is" if saved else "nothing is"
+        print(f"stopped by {signal.Signals(signum).name} after step {run.step} of {total}; {kept} saved", flush=True)
         raise Stopped(signum)
     print(f"{'measured, nothing written' if options.dry_run else 'trained'}: {result}")
     if options.dry_run and (whole := clock.seconds_for(total)):
@@ -216,13 +227,19 @@ def _clip(parameters: list[nn.Parameter], largest: float) -> float:
     return float(norm)
 
 
-def _steps(source: BatchSource, start: int, total: int) -> Iterator[list]:
+def _steps(source: BatchSource, start: int, total: int, request: StopRequest, runtime: Runtime) -> Iterator[list]:
     """The optimizer steps from ``start`` to ``total``, epoch after epoch."""
     while start < total:
         epoch, skipped = divmod(start, source.steps_per_epoch)
-        for batches in islice(source.steps(epoch, skipped), total - start):
-            yield batches
-            start += 1
+        try:
+            for batches in islice(source.steps(epoch, skipped), total - start):
+                yield batches
+                start += 1
+        except (RuntimeError, OSError):
+            # Where no system keeps a Ctrl-C from a process that is still starting, it ends the source's helpers too.
+            if not request.signum or runtime.world_size > 1:  # several ranks must stop at the same step
+                raise
+            return
 
 
 def _bar(step: int, total: int, runtime: Runtime) -> tqdm:
@@ -231,6 +248,12 @@ def _bar(step: int, total: int, runtime: Runtime) -> tqdm:
     return tqdm(
         initial=step, total=total, bar_format="{n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}", disable=disable
     )
+
+
+def _say(bar: tqdm, text: str) -> None:
+    """Print a line above the bar, if there is one."""
+    with bar.external_write_mode():
+        print(text, flush=True)
 
 
 def _show(bar: tqdm, record: dict) -> None:

@@ -14,7 +14,8 @@ class RunLog:
     """Writes ``path`` (.jsonl), ``path`` with .png, and wandb; a context manager.
 
     ``lines`` are those of the run that this one resumes. Without them, until ``keep`` says that the run has saved
-    something, lines go to ``<path>.part.jsonl``: a run that fails before leaves the files of an earlier one alone.
+    something, lines go to ``<path>.part.jsonl``: a run that fails before leaves the files of an earlier one alone, and
+    none of its own.
     """
 
     def __init__(self, path: Path, options: TrainOptions, lines: str = "", wandb_id: str | None = None):
@@ -52,6 +53,8 @@ class RunLog:
             self._wandb.finish()
         if self._file == self.path:
             plot_losses([json.loads(line) for line in self.lines.splitlines()], self.path.with_suffix(".png"))
+        else:
+            self._file.unlink(missing_ok=True)
 
 
 class NoLog:

@@ -3,6 +3,8 @@
 That holds for the same machine, torch and thread count, and for as many processes as before.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
+from core.locks import try_lock
 from trainer.progress import Progress
 from trainer.runtime import Runtime
 from trainer.state_files import State, newest_state, planned_steps, saved_states, write_state
 
 FORMAT = 1
+LOCK = "run.lock"
 
 
 class RunStates:
@@ -48,6 +52,22 @@ class RunStates:
     @property
     def wandb_id(self) -> str | None:
         return self.found.manifest["wandb_id"] if self.found else None
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other process can be: two runs of one name would delete one another's states.
+
+        Raises ``UserError`` when another one is, or nothing can be written in ``folder``.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = (self.folder / LOCK).open("a")
+        except OSError as error:
+            raise UserError(f"cannot write in {self.folder}: {error.strerror}; choose another --out_dir") from error
+        with file:
+            if not try_lock(file):
+                raise UserError(f"another run is at work in {self.folder}: let it end or choose another --out_dir")
+            yield
 
     def warn_of_others(self) -> None:
         """Say which unfinished run one that starts over will replace."""

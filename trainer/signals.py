@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
-ECHO_SECONDS = 3.0  # torchrun passes on a Ctrl-C that the terminal has already sent to every process
+from core.errors import ECHO_SECONDS, STOPPING
 
 
 @dataclass
@@ -21,9 +20,10 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Inside, a first SIGINT or SIGTERM is noted in the request; another one, seconds later, acts at once.
+    """Inside, the first signal of ``STOPPING`` is noted in the request; another one, seconds later, acts at once.
 
-    Only the main thread may set handlers: in another one nothing is noted.
+    What the process was started to ignore, by nohup say, stays ignored. Only the main thread may set handlers: in
+    another one nothing is noted.
     """
     request = StopRequest()
 
@@ -36,7 +36,9 @@ def stop_requests() -> Iterator[StopRequest]:
 
     before = {}
     if threading.current_thread() is threading.main_thread():
-        before = {signum: signal.signal(signum, on_signal) for signum in STOPPING}
+        before = {signum: handler for signum in STOPPING if (handler := signal.getsignal(signum)) != signal.SIG_IGN}
+    for signum in before:
+        signal.signal(signum, on_signal)
     try:
         yield request
     finally:
