@@ -91,7 +91,8 @@ def _wandb_run(path: Path, options: TrainOptions, wandb_id: str | None):
     import wandb
 
     settings = {"project": options.wandb_project, "name": path.stem, "dir": os.environ.get("WANDB_DIR", path.parent)}
-    settings["config"] = {name: str(value) for name, value in asdict(options).items()}
+    flags = asdict(options).items()  # numbers stay numbers, for plots over runs
+    settings["config"] = {name: value if isinstance(value, int | float) else str(value) for name, value in flags}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return wandb.init(**settings, id=wandb_id, resume="allow" if wandb_id else None)
