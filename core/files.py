@@ -1,6 +1,7 @@
 """Files that are either whole or absent."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -13,28 +14,39 @@ from typing import BinaryIO
 
 from core.errors import UserError
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows: whatever is open there can be neither deleted nor renamed
+    fcntl = None
+
 RACY_NS = 2_000_000_000  # file systems count time in steps of up to two seconds
+YOUNG_SECONDS = 60  # ample time to lock a file that was just made
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Write ``path`` through ``write(file)`` so that a crash leaves the old content or the new, never a part.
 
     A temporary file in the same folder is written, fsynced and renamed over ``path``; then the folder is fsynced
-    where the system allows it. Missing folders are made. Raises ``UserError`` when the disk refuses.
+    where the system allows it. Missing folders are made. Temporary files that killed writers of ``path`` left are
+    deleted, those of live ones never. Raises ``UserError`` when the disk refuses.
     """
     path = Path(path)
     temporary, outer = None, sys.exc_info()[1]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _clear_dead(path)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = Path(file.name)
+            with contextlib.suppress(OSError):  # some network file systems have no locks
+                _lock(file)
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        # Temporary files are private (0600); the result gets what a plain open() would have given.
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = None
+            if fcntl is None:
+                file.close()
+            set_ordinary_mode(temporary)
+            os.replace(temporary, path)
+            temporary = None
         fsync_folder(path.parent)
     except Exception as error:
         # torch.save hides the disk's error behind one of its own; what the caller is handling is another story.
@@ -46,6 +58,24 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _clear_dead(path: Path) -> None:
+    """Delete the temporary files of ``path`` that nobody is writing."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}"):
+        with contextlib.suppress(OSError):  # locked, or on Windows open: its writer lives
+            status = left.stat()
+            if not status.st_size and time.time() - status.st_mtime < YOUNG_SECONDS:
+                continue  # it may not be locked yet
+            with left.open("rb") as file:
+                _lock(file)
+            left.unlink()
+
+
+def _lock(file: BinaryIO) -> None:
+    """Hold an open file until it is closed or its process dead. Raises ``OSError`` when another one holds it."""
+    if fcntl:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def sha256_file(path: Path, cache: Path | None = None) -> str:
@@ -87,10 +117,11 @@ def _read_memo(memo: Path | None) -> dict:
     return known if isinstance(known, dict) else {}
 
 
-def _umask() -> int:
-    current = os.umask(0)  # it can only be read by setting it
-    os.umask(current)
-    return current
+def set_ordinary_mode(path: Path) -> None:
+    """The permissions that a plain open() would have given; temporary files are private (0600)."""
+    umask = os.umask(0)  # it can only be read by setting it
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def fsync_folder(folder: Path) -> None:

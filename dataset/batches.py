@@ -70,11 +70,12 @@ class PretrainSamples:
         start = index * (self.max_seq_len - 1)
         end = start + int(self.lengths[index])
         first, last = np.searchsorted(self._ends, (start, end - 1), side="right")
-        documents = range(int(first), int(last) + 1)
-        offset = start - int(self._ends[first]) + int(self.rows.lengths[first])
-        window = slice(offset, offset + end - start)
-        ids = np.concatenate([self.rows.ids(row) for row in documents])[window]
-        return ids, np.concatenate([self.rows.learned(row) for row in documents])[window]
+        pieces = []
+        for row in range(int(first), int(last) + 1):
+            begin = int(self._ends[row]) - int(self.rows.lengths[row])
+            pieces.append((row, max(start - begin, 0), end - begin))
+        ids = np.concatenate([self.rows.ids(*piece) for piece in pieces])
+        return ids, np.concatenate([self.rows.learned(*piece) for piece in pieces])
 
     def describe(self) -> str:
         return f"{len(self.rows)} documents, {int(self.rows.lengths.sum())} tokens, {len(self)} windows, 0 % truncated"
@@ -181,9 +182,12 @@ class Batches:
     def steps(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
         """This process' micro-batches, one list a step, from step ``start`` of the epoch on."""
         # A generator of its own: the loader draws a seed, which would shift dropout after a resume within an epoch.
-        settings = {"num_workers": self.num_workers, "collate_fn": self._step, "generator": torch.Generator()}
+        settings = {"num_workers": self.num_workers, "collate_fn": self._caught, "generator": torch.Generator()}
         remaining = range(start, self.steps_per_epoch)
-        return started(DataLoader(self._plan(epoch), batch_size=None, sampler=remaining, **settings))
+        for step in started(DataLoader(self._plan(epoch), batch_size=None, sampler=remaining, **settings)):
+            if isinstance(step, UserError):
+                raise step
+            yield step
 
     def useful_share(self, epoch: int = 0) -> float:
         """Tokens that are no padding / all tokens computed, over the whole epoch of this process."""
@@ -207,6 +211,13 @@ class Batches:
     def _share(self, indices: np.ndarray) -> np.ndarray:
         longest_first = indices[np.argsort(-self.samples.lengths[indices], kind="stable")]
         return longest_first[self.rank :: self.world_size]  # dealt like cards: as much work for each process
+
+    def _caught(self, indices: np.ndarray) -> list[Batch] | UserError:
+        """Raised in a loader's process, the sentence would come in a traceback, which keeps that process alive."""
+        try:
+            return self._step(indices)
+        except UserError as error:
+            return error
 
     def _step(self, indices: np.ndarray) -> list[Batch]:
         share = self._share(indices)

@@ -3,10 +3,9 @@
 import hashlib
 import json
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -19,15 +18,17 @@ from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
 from core.files import atomic_write, sha256_file
-from dataset.blocks import BadRow, Block, read_blocks
+from dataset.blocks import BadRow, Block, read_blocks, text_bytes
 from dataset.chat import Encoded, encode_chats, encode_documents
 from dataset.parallel import MOST_WORKERS, in_order, usable_cores
 from dataset.rows import clean_chat, clean_rows, clean_text
+from dataset.token_table import TokenRows, open_table, seal_table
 from dataset.tokenizer import tokenizer_fingerprint
 
-FORMAT = 3  # raise it when the meaning of a cached table changes
+FORMAT = 4  # raise it when the meaning of a cached table changes
 SHOWN_BAD_ROWS = 20
-SMALL_BYTES = 1 << 24  # less is tokenised sooner than worker processes start
+SMALL_BYTES = 1 << 24  # of text: less is tokenised sooner than worker processes start
+BAR_SECONDS = 2  # work that takes longer gets a bar
 NO_TARGET = np.iinfo(np.int32).max  # the first target of a row that has none: beyond any length
 
 
@@ -89,17 +90,20 @@ def tokenize_files(
     identity = [FORMAT, kind.name, tokenizer_fingerprint(tokenizer), *(sha256_file(path, cache) for path in paths)]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     table = cache / f"{kind.name}-{key}.arrow"
-    cached = _read_table(table)
+    cached = open_table(table)
     if cached is None:
+        if table.exists():
+            print(f"the token cache {table} is damaged or unfinished: it is made again", flush=True)
         try:
             _write_table(table, paths, before, kind, tokenizer, workers)
         except UserError:  # Windows replaces no open file: another process, begun together with this one, was first
-            if _read_table(table) is None:
+            if open_table(table) is None:
                 raise
-        cached = _read_table(table)
+        cached = open_table(table)
     if cached is None:
         raise UserError(f"cannot read {table} back, which was just written; choose another --out_dir")
-    rows, bad = cached
+    rows, facts = cached
+    bad = BadRows(**facts)
     # The cache may have been filled from files of other names.
     shown = [f"{paths[n]}:{line}: {reason}" for n, line, reason in bad.shown]
     if bad.count and bad_rows == "skip":
@@ -112,19 +116,6 @@ def tokenize_files(
     return rows
 
 
-def _read_table(table: Path) -> tuple[Dataset, BadRows] | None:
-    """The cached rows and what is known of the bad ones; None when missing or damaged."""
-    try:
-        said = json.loads(table.with_suffix(".json").read_text(encoding="utf-8"))
-        rows = Dataset.from_file(str(table))
-        rows.data.table.validate()  # a sound outline: a glance at each part, not a look at each row
-        whole = said["bytes"] == table.stat().st_size and said["rows"] == len(rows)
-        bad = BadRows(said["bad"], [(int(n), int(line), str(reason)) for n, line, reason in said["shown"]])
-        return (rows, bad) if whole else None
-    except (OSError, ValueError, TypeError, KeyError, pa.ArrowException):  # the cache may be harmed or gone at any time
-        return None
-
-
 def _write_table(
     table: Path,
     paths: tuple[Path, ...],
@@ -133,13 +124,13 @@ def _write_table(
     tokenizer: PreTrainedTokenizerBase,
     workers: int,
 ) -> None:
-    """Write ``table`` and beside it a ``.json`` with its size and the bad rows, each whole or not at all.
+    """Write ``table`` and seal it with the bad rows, each whole or not at all.
 
     ``before``: the files' stamps when they were hashed.
     """
     bad, rows = BadRows(), 0
     total = sum(size for size, _ in before)
-    is_small = total < SMALL_BYTES
+    is_small = sum(map(text_bytes, paths)) < SMALL_BYTES
     workers = workers or (1 if is_small else min(usable_cores(), MOST_WORKERS))
     names = ", ".join(Path(path).name for path in paths)
     if not is_small:
@@ -149,7 +140,7 @@ def _write_table(
     def write(file: BinaryIO) -> None:
         nonlocal rows
         encoded = in_order(_encode, (kind, tokenizer), _numbered_blocks(paths), workers)
-        bar = tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=True if is_small else None)
+        bar = tqdm(total=total, unit="B", unit_scale=True, leave=False, delay=BAR_SECONDS, disable=None)
         with bar, closing(encoded), pa.ipc.new_stream(file, _schema(tokenizer)) as writer:
             for part in encoded:
                 writer.write_batch(part.batch)
@@ -161,8 +152,7 @@ def _write_table(
 
     atomic_write(table, write)
     seconds = time.perf_counter() - began
-    said = {"rows": rows, "bytes": table.stat().st_size, "bad": bad.count, "shown": bad.shown}
-    atomic_write(table.with_suffix(".json"), lambda file: file.write(json.dumps(said, ensure_ascii=False).encode()))
+    seal_table(table, asdict(bad))
     if not is_small:
         speed = f"{rows / seconds:,.0f} rows/s, {total / 1e6 / seconds:.1f} MB/s"
         print(f"tokenised {rows:,} rows in {seconds:.0f} s ({speed})", flush=True)
@@ -226,56 +216,6 @@ def _digest(row: dict) -> int:
     """63 bits of the SHA-256 of a row's content."""
     content = json.dumps(row, sort_keys=True, ensure_ascii=False).encode()
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "little") >> 1
-
-
-class TokenRows:
-    """Zero-copy numpy views of a memory-mapped table's rows, for a chosen subset of them.
-
-    Twelve bytes of memory a row: ``chosen`` (rows of the table), ``lengths`` and ``first_target``, each (rows,) int32.
-    A row has something to learn within its first ``n`` tokens where ``first_target < n``. Pickles by file name, so
-    that worker processes map the same pages.
-    """
-
-    def __init__(self, table: Dataset, chosen: np.ndarray):
-        self.table = table
-        self.chosen = chosen.astype(np.int32, copy=False)
-        self._map()
-
-    def _map(self) -> None:
-        ids, self._learned, first_targets = (
-            self.table.data.column(name).chunks for name in ("ids", "learned", "first_target")
-        )
-        self._ids = [part.values.to_numpy() for part in ids]
-        self._offsets = [part.offsets.to_numpy() for part in ids]  # of each row in its part; the end beside the start
-        self._firsts = list(accumulate(map(len, ids), initial=0))  # row of the table that each part begins with
-        self.lengths = np.concatenate([np.diff(offsets) for offsets in self._offsets])[self.chosen]
-        self.first_target = np.concatenate([part.to_numpy() for part in first_targets])[self.chosen]
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def ids(self, row: int) -> np.ndarray:
-        """All ids of a row, (length,) uint16 or int32."""
-        part, start, end = self._place(row)
-        return self._ids[part][start:end]
-
-    def learned(self, row: int) -> np.ndarray:
-        """The learned flags of a row, (length,) bool."""
-        part, start, end = self._place(row)
-        return self._learned[part].values.slice(start, end - start).to_numpy(zero_copy_only=False)
-
-    def _place(self, row: int) -> tuple[int, int, int]:
-        """The part that holds a row, and where in it the row starts and ends."""
-        at = int(self.chosen[row])
-        part = bisect_right(self._firsts, at) - 1
-        start, end = self._offsets[part][at - self._firsts[part] :][:2]
-        return part, int(start), int(end)
-
-    def __getstate__(self) -> dict:
-        return {"table": self.table, "chosen": self.chosen}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__init__(**state)
 
 
 def split_rows(table: Dataset, val_ratio: float) -> tuple[TokenRows, TokenRows]:

@@ -1,18 +1,22 @@
 """Options become flags, mistakes become one line, and files are whole or as they were."""
 
+import hashlib
 import io
+import json
 import os
 import stat
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
+from core import files
 from core.errors import Stopped, UserError, run
-from core.files import atomic_write
+from core.files import atomic_write, sha256_file
 from core.options import RETIRED_FLAGS, option, parse, require
 from core.paths import REPOSITORY, lora_path, lora_paths, skill_of
 
@@ -174,6 +178,39 @@ def test_a_killed_write_leaves_the_old_file(tmp_path):
     killed = subprocess.run([sys.executable, "-c", program, str(path)], cwd=REPOSITORY)
     assert killed.returncode == 9
     assert path.read_bytes() == b"old"
+    (tmp_path / ".file.binary.12345678").touch()
+    others = {".file.binary.12345678", "file.bin"}
+    assert len(list(tmp_path.iterdir())) == 3
+    atomic_write(path, lambda file: file.write(b"new"))
+    assert {item.name for item in tmp_path.iterdir()} == others, "a later write clears away what the killed one left"
+
+
+def test_a_live_write_keeps_its_file_while_another_one_writes(tmp_path):
+    path = tmp_path / "file.bin"
+    program = "import sys; from pathlib import Path; from core.files import atomic_write\n"
+    program += "wait = lambda: (print(flush=True), sys.stdin.readline())\n"
+    program += (
+        "atomic_write(Path(sys.argv[1]), lambda f: (wait(), f.write(b'one'), f.flush(), wait(), f.write(b'two')))"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program, str(path)], cwd=REPOSITORY, **pipes) as other:
+        for _ in range(2):  # when its file is still empty, and when it is half written
+            other.stdout.readline()
+            atomic_write(path, lambda file: file.write(b"mine"))
+            assert path.read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 2
+            other.stdin.write(b"\n")
+            other.stdin.flush()
+    assert other.returncode == 0 and path.read_bytes() == b"onetwo"
+    assert [item.name for item in tmp_path.iterdir()] == ["file.bin"]
+
+
+def test_an_empty_file_is_left_alone_while_its_writer_may_still_lock_it(tmp_path):
+    young, old = tmp_path / ".a.12345678", tmp_path / ".a.87654321"
+    young.touch()
+    old.touch()
+    os.utime(old, (time.time() - 120,) * 2)
+    atomic_write(tmp_path / "a", lambda file: None)
+    assert young.exists() and not old.exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
@@ -182,6 +219,67 @@ def test_written_files_have_the_permissions_of_ordinary_ones(tmp_path):
     atomic_write(tmp_path / "atomic", lambda file: file.write(b""))
     modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "atomic")}
     assert len(modes) == 1
+
+
+@pytest.fixture
+def later(monkeypatch):
+    """An hour has passed since every file was written."""
+    now = files.time.time_ns
+    monkeypatch.setattr(files.time, "time_ns", lambda: now() + 3600 * 10**9)
+
+
+def sha(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_a_hash_is_remembered_until_the_file_changes(tmp_path, later, monkeypatch):
+    path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
+    path.write_bytes(b"old")
+    assert sha256_file(path, cache) == sha(b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.hashlib, "sha256", None)  # whoever hashes again fails
+        remembered = sha256_file(path, cache), sha256_file(cache / ".." / "a.jsonl", cache)
+    assert set(remembered) == {sha(b"old")}
+    other = tmp_path / "b.jsonl"
+    other.write_bytes(b"other")
+    kept = sha256_file(other, cache)
+    assert kept == sha(b"other")
+    status = path.stat()
+    for content, time_ns in ((b"longer", status.st_mtime_ns), (b"newest", status.st_mtime_ns + 1000)):
+        path.write_bytes(content)
+        os.utime(path, ns=(status.st_atime_ns, time_ns))  # one at a time: the size alone, then the time alone
+        assert sha256_file(path, cache) == sha256_file(path) == sha(content)
+    monkeypatch.setattr(files.hashlib, "sha256", None)
+    assert sha256_file(other, cache) == kept, "one file's change makes nobody forget another"
+
+
+def test_a_file_just_written_is_not_remembered(tmp_path):
+    """Its next change may leave size and time as they are."""
+    path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
+    path.write_bytes(b"old")
+    status = path.stat()
+    assert sha256_file(path, cache) == sha(b"old") and not cache.exists()
+    path.write_bytes(b"new")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert sha256_file(path, cache) == sha(b"new")
+
+
+@pytest.mark.parametrize("memo", ["", "[]", '{"a": ', "null", "\x00", "{p: [1]}", "{p: null}"])
+def test_a_harmed_or_deleted_memory_costs_only_time(tmp_path, later, memo):
+    path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
+    path.write_bytes(b"old")
+    sha256_file(path, cache)
+    (cache / "sha256.json").write_text(memo.replace("p:", json.dumps(str(path.resolve())) + ":"), encoding="utf-8")
+    assert sha256_file(path, cache) == sha(b"old")
+    (cache / "sha256.json").unlink()
+    assert sha256_file(path, cache) == sha(b"old")
+
+
+def test_a_memory_that_cannot_be_written_is_done_without(tmp_path, later):
+    path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
+    path.write_bytes(b"old")
+    cache.touch()  # no folder
+    assert sha256_file(path, cache) == sha(b"old")
 
 
 def test_skill_names_and_files_name_each_other(tmp_path):

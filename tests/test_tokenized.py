@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import json
 import multiprocessing
-import os
 import random
 import threading
 from pathlib import Path
@@ -16,12 +15,12 @@ import zstandard
 
 from core import files
 from core.errors import UserError
-from core.files import sha256_file
 from core.paths import cache_dir
-from dataset import blocks, tokenized
-from dataset.batches import PretrainDataset
+from dataset import blocks, token_table, tokenized
+from dataset.batches import Batches, PretrainDataset
 from dataset.chat import encode_chat
-from dataset.tokenized import CHAT, NO_TARGET, TEXT, TokenRows, split_rows, tokenize_files
+from dataset.token_table import TokenRows, open_table
+from dataset.tokenized import CHAT, NO_TARGET, TEXT, split_rows, tokenize_files
 from scripts import prepare_data
 from scripts.train_tokenizer import train_bpe
 
@@ -58,13 +57,6 @@ def make(tokenizer, tmp_path):
         return tokenize_files((path,), TEXT, tokenizer, tmp_path / "cache", bad_rows, workers)
 
     return make
-
-
-@pytest.fixture
-def later(monkeypatch):
-    """An hour has passed since every file was written."""
-    now = files.time.time_ns
-    monkeypatch.setattr(files.time, "time_ns", lambda: now() + HOUR_NS)
 
 
 def cached(tmp_path):
@@ -114,7 +106,11 @@ def test_any_number_of_processes_makes_the_same_table(tokenizer, tmp_path, small
     alone, helped = (tables(tmp_path, paths, TEXT, tokenizer, workers) for workers in (1, 3))
     assert alone == helped and len(alone) == 2
     (said,) = (json.loads(content) for name, content in alone.items() if name.endswith(".json"))
-    assert [(file, line) for file, line, _ in said["shown"]] == [*((0, line) for line in faults), (1, len(TEXTS) + 1)]
+    shown = said["table"]["facts"]["shown"]
+    assert [(file, line) for file, line, _ in shown] == [
+        *((0, line) for line in faults),
+        (1, len(TEXTS) + 1),
+    ]
     table = tokenize_files(paths, TEXT, tokenizer, tmp_path / "cache-1", "skip")
     assert len(table.data.column("ids").chunks) > 5, "several blocks"
     assert [tokenizer.decode(ids) for ids, *_ in rows_of(table)] == [
@@ -148,6 +144,15 @@ def test_small_files_start_no_process_and_large_ones_say_what_happens(make, text
     first, last = printed.out.splitlines()
     assert first.startswith("tokenising other.jsonl: ") and first.endswith(" MB, 2 processes")
     assert last.startswith(f"tokenised {len(TEXTS) - 1} rows in ") and "rows/s" in last
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_packed_files_are_weighed_by_the_text_in_them(make, tmp_path, monkeypatch, capsys, name):
+    path = tmp_path / name
+    path.write_bytes((gzip if name.endswith("gz") else zstandard).compress(b"\n".join(GOOD_LINES)))
+    monkeypatch.setattr(tokenized, "SMALL_BYTES", 2 * path.stat().st_size)
+    make(path)
+    assert capsys.readouterr().out.startswith(f"tokenising {name}: ")
 
 
 def test_a_file_that_grows_meanwhile_is_refused(make, texts, tmp_path, monkeypatch):
@@ -208,6 +213,28 @@ def test_a_table_of_many_parts_is_read_as_one(make, tokenizer, texts, small_bloc
             assert some.learned(n).tolist() == [False, *[True] * (some.lengths[n] - 1)]
 
 
+def test_some_of_a_row_is_cut_out_of_the_whole(make, texts, small_blocks):
+    rows, _ = split_rows(make(texts), 0.0)
+    for read in (rows.ids, rows.learned):
+        for cut in ((0, 1), (2, 5), (1, 10**6), (3,)):
+            assert read(20, *cut).tolist() == read(20).tolist()[slice(*cut, *[None] * (2 - len(cut)))]
+
+
+def test_a_window_reads_no_more_of_a_document_than_itself(make, tokenizer, tmp_path, monkeypatch):
+    book = write(tmp_path / "book.jsonl", [{"text": "a cat sat " * 500}, *TEXTS])
+    samples = PretrainDataset((book,), tokenizer, 16, cache=tmp_path / "cache", val_ratio=0.0).train
+    read = []
+    for name in ("ids", "learned"):
+        method = getattr(TokenRows, name)
+        monkeypatch.setattr(TokenRows, name, lambda *a, m=method: read.append(m(*a)) or read[-1])
+    assert len(samples) > 100
+    for n in range(len(samples)):
+        read.clear()
+        ids, learned = samples[n]
+        assert len(ids) == len(learned) == samples.lengths[n]
+        assert sum(map(len, read)) == 2 * samples.lengths[n]
+
+
 # Whole or absent
 
 
@@ -218,6 +245,16 @@ def test_the_second_call_reads_the_cache(make, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenized, "read_blocks", None)  # whoever tokenises again fails
     assert rows_of(make(moved)) == first
     assert cached(tmp_path) == before and len(before) == 2
+
+
+def test_a_warm_start_hashes_no_data(make, texts, monkeypatch):
+    now = files.time.time_ns
+    monkeypatch.setattr(files.time, "time_ns", lambda: now() + HOUR_NS)  # later
+    rows = rows_of(make(texts))
+    opened = []
+    open_path = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *a, **k: opened.append(path.name) or open_path(path, *a, **k))
+    assert rows_of(make(texts)) == rows and "texts.jsonl" not in opened
 
 
 def test_whatever_changes_the_tokens_makes_a_new_table(tokenizer, texts, tmp_path, monkeypatch):
@@ -283,29 +320,94 @@ def damage(table, how, rng=None):
         said.write_text("[]")
     elif how == "broken list":
         said.write_text("[[")
-    else:
+    elif how == "noise":
         at = rng.randrange(len(content))
         table.write_bytes(content[:at] + bytes(rng.choices(range(256), k=4)) + content[at + 4 :])
+    else:
+        content = (said if how == "a bit of the list" else table).read_bytes()
+        at = rng.randrange(len(content))
+        flipped = content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
+        (said if how == "a bit of the list" else table).write_bytes(flipped)
 
 
 @pytest.mark.parametrize(
     "how", ["cut", "a part less", "a row too long", "empty", "no list", "another list", "broken list"]
 )
-def test_a_damaged_cache_is_made_again(make, texts, tmp_path, small_blocks, how):
+def test_a_damaged_cache_is_made_again(make, texts, tmp_path, small_blocks, capsys, how):
     before = rows_of(make(texts))
     (table,) = (tmp_path / "cache").glob("*.arrow")
     damage(table, how)
+    capsys.readouterr()
     assert rows_of(make(texts)) == before
+    assert capsys.readouterr().out == f"the token cache {table} is damaged or unfinished: it is made again\n"
 
 
-def test_no_damage_ends_the_process(make, texts, tmp_path, small_blocks):
+@pytest.mark.parametrize("how", ["noise", "a bit of the table", "a bit of the list"])
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_no_damage_passes_or_ends_the_process(make, texts, tmp_path, monkeypatch, small_blocks, how, size):
+    before = rows_of(make(texts))
+    (table,) = (tmp_path / "cache").glob("*.arrow")
+    said = table.with_suffix(".json")
+    files, rng = {path: path.read_bytes() for path in (table, said)}, random.Random(1)
+    monkeypatch.setattr(token_table, "CHECKED_AT_START", 1 << 29 if size == "small" else 0)
+    told = 0
+    for _ in range(150):
+        damage(table, how, rng)
+        try:
+            opened = open_table(table)
+            sound = opened is not None and rows_of(opened[0]) == before  # what lies between the parts does no harm
+            told += opened is None
+            assert sound or opened is None
+        except UserError:
+            assert size == "large" and not said.exists()
+            told += 1
+        for path, content in files.items():
+            path.write_bytes(content)
+    assert told > 120
+
+
+def test_a_table_of_another_type_of_ids_is_not_the_same(make, texts, tmp_path):
     make(texts)
     (table,) = (tmp_path / "cache").glob("*.arrow")
-    sound, rng = table.read_bytes(), random.Random(1)
-    for _ in range(300):
-        damage(table, "noise", rng)
-        tokenized._read_table(table)
-        table.write_bytes(sound)
+    content, kind = table.read_bytes(), open_table(table)[0].data.schema
+    signed = [field if field.name != "ids" else pa.field("ids", pa.list_(pa.int16())) for field in kind]
+    for n, schema in enumerate((kind, pa.schema(signed))):
+        head, other = (one.remove_metadata().serialize().to_pybytes() for one in (kind, schema))
+        assert content.startswith(head) and n == (head != other)
+        table.write_bytes(content.replace(head, other.ljust(len(head), b"\0")))
+        assert (open_table(table) is None) == n
+
+
+@pytest.fixture
+def harmed_later(make, texts, tmp_path, monkeypatch, small_blocks):
+    """The rows of a large table before and after a bit of its last ids has flipped; it was not noticed at the start."""
+    monkeypatch.setattr(token_table, "CHECKED_AT_START", 0)
+    before = rows_of(make(texts))
+    (table,) = (tmp_path / "cache").glob("*.arrow")
+    (*_, ids) = (batch.column("ids").buffers()[3].to_pybytes() for batch in pa.ipc.open_stream(table.read_bytes()))
+    table.write_bytes(table.read_bytes().replace(ids, ids[:-1] + bytes([ids[-1] ^ 1])))
+    return before, make(texts)
+
+
+def test_a_large_table_is_checked_before_a_part_is_used(make, texts, harmed_later, capsys):
+    before, table = harmed_later
+    rows, _ = split_rows(table, 0.0)
+    assert capsys.readouterr().out == ""
+    assert rows.ids(0).tolist() == before[0][0], "another part"
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"the token cache .*\.arrow is damaged; start again, with --resume"):
+            rows.ids(len(rows) - 1)
+    with pytest.raises(UserError, match="is damaged"):
+        split_rows(table, 0.0)
+    assert rows_of(make(texts)) == before
+    assert "is damaged or unfinished: it is made again" in capsys.readouterr().out
+
+
+def test_a_loader_s_process_finds_the_damage_too(tokenizer, texts, tmp_path, harmed_later):
+    data = PretrainDataset((texts,), tokenizer, 16, cache=tmp_path / "cache", val_ratio=0.0)
+    with pytest.raises(UserError, match=r"^the token cache .* is damaged"):  # not in the words of the loader
+        list(Batches(data.train, 4, 1, seed=0, num_workers=1).steps(0))
+    assert multiprocessing.active_children() == []
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(make, texts, tmp_path, monkeypatch):
@@ -365,71 +467,6 @@ def test_a_data_file_is_only_read(tokenizer, texts, tmp_path):
     before = hashlib.sha256(texts.read_bytes()).hexdigest(), Path(texts).stat().st_mtime_ns
     PretrainDataset((texts,), tokenizer, 64, cache=tmp_path / "cache")
     assert before == (hashlib.sha256(texts.read_bytes()).hexdigest(), Path(texts).stat().st_mtime_ns)
-
-
-# The memory of hashes
-
-
-def sha(content):
-    return hashlib.sha256(content).hexdigest()
-
-
-def test_a_hash_is_remembered_until_the_file_changes(tmp_path, later, monkeypatch):
-    path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
-    path.write_bytes(b"old")
-    assert sha256_file(path, cache) == sha(b"old")
-    with monkeypatch.context() as patch:
-        patch.setattr(files.hashlib, "sha256", None)  # whoever hashes again fails
-        remembered = sha256_file(path, cache), sha256_file(cache / ".." / "a.jsonl", cache)
-    assert set(remembered) == {sha(b"old")}
-    other = tmp_path / "b.jsonl"
-    other.write_bytes(b"other")
-    kept = sha256_file(other, cache)
-    assert kept == sha(b"other")
-    status = path.stat()
-    for content, time_ns in ((b"longer", status.st_mtime_ns), (b"newest", status.st_mtime_ns + 1000)):
-        path.write_bytes(content)
-        os.utime(path, ns=(status.st_atime_ns, time_ns))  # one at a time: the size alone, then the time alone
-        assert sha256_file(path, cache) == sha256_file(path) == sha(content)
-    monkeypatch.setattr(files.hashlib, "sha256", None)
-    assert sha256_file(other, cache) == kept, "one file's change makes nobody forget another"
-
-
-def test_a_file_just_written_is_not_remembered(tmp_path):
-    """Its next change may leave size and time as they are."""
-    path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
-    path.write_bytes(b"old")
-    status = path.stat()
-    assert sha256_file(path, cache) == sha(b"old") and not cache.exists()
-    path.write_bytes(b"new")
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert sha256_file(path, cache) == sha(b"new")
-
-
-@pytest.mark.parametrize("memo", ["", "[]", '{"a": ', "null", "\x00", "{p: [1]}", "{p: null}"])
-def test_a_harmed_or_deleted_memory_costs_only_time(tmp_path, later, memo):
-    path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
-    path.write_bytes(b"old")
-    sha256_file(path, cache)
-    (cache / "sha256.json").write_text(memo.replace("p:", json.dumps(str(path.resolve())) + ":"), encoding="utf-8")
-    assert sha256_file(path, cache) == sha(b"old")
-    (cache / "sha256.json").unlink()
-    assert sha256_file(path, cache) == sha(b"old")
-
-
-def test_a_memory_that_cannot_be_written_is_done_without(tmp_path, later):
-    path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
-    path.write_bytes(b"old")
-    cache.touch()  # no folder
-    assert sha256_file(path, cache) == sha(b"old")
-
-
-def test_a_warm_start_hashes_no_data(make, texts, later, monkeypatch):
-    rows = rows_of(make(texts))
-    opened = []
-    open_path = Path.open
-    monkeypatch.setattr(Path, "open", lambda path, *a, **k: opened.append(path.name) or open_path(path, *a, **k))
-    assert rows_of(make(texts)) == rows and "texts.jsonl" not in opened
 
 
 # The command

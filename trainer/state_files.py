@@ -7,6 +7,7 @@ older states renamed away and deleted. A kill at any point leaves the states of 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from core.errors import UserError
-from core.files import fsync_folder, sha256_file
+from core.files import fsync_folder, set_ordinary_mode, sha256_file
 
 TENSORS, MANIFEST, METRICS = FILES = "state.safetensors", "manifest.json", "metrics.jsonl"
 SUMS = "SHA256SUMS"  # `sha256sum --check SHA256SUMS` checks a state by hand
@@ -85,7 +86,8 @@ def write_state(
             shutil.rmtree(stale, ignore_errors=True)
         unfinished.mkdir()
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished / TENSORS)
-        _write(unfinished / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        set_ordinary_mode(unfinished / TENSORS)
+        _write(unfinished / MANIFEST, json.dumps(_strict(manifest), indent=1, allow_nan=False) + "\n")
         _write(unfinished / METRICS, metrics)
         _write(unfinished / SUMS, "".join(f"{sha256_file(unfinished / name)}  {name}\n" for name in FILES))
         for name in (*FILES, SUMS):
@@ -120,7 +122,21 @@ def _read(path: Path) -> State:
             raise _Damaged(f"checksum of {name}")
     if written != "".join(sums.values()).encode():
         raise _Damaged(f"{SUMS} holds more than checksums")
-    return State(path, json.loads(contents[MANIFEST]), load(contents[TENSORS]), contents[METRICS].decode())
+    manifest = json.loads(contents[MANIFEST], object_hook=_float)
+    return State(path, manifest, load(contents[TENSORS]), contents[METRICS].decode())
+
+
+def _strict(value: object) -> object:
+    """Plain JSON, which has no NaN and no infinity: they become ``{"float": "nan"}``, for null is an unset flag."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return {"float": str(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _float(found: dict) -> dict | float:
+    return float(found["float"]) if found.keys() == {"float"} else found
 
 
 def _write(path: Path, text: str) -> None:
