@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
-from dataset.tokenized import CHAT, TEXT, TokenRows, split_rows, tokenize_files
+from dataset.token_table import TokenRows
+from dataset.tokenized import CHAT, TEXT, split_rows, tokenize_files
 from dataset.tokenizer import token_bytes
 from dataset.workers import started
 
