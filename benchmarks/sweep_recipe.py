@@ -21,6 +21,7 @@ from core.errors import run
 from core.options import option, parse
 from core.paths import bundled_data
 
+MUON = [(1, 1e-3), (4, 2e-3), (4, 1e-3), (2, 1e-3), (2, 2e-3), (4, 4e-3)]  # rows of a step, rate
 # What is varied, stage by stage. A rate belongs to a batch, and Muon, whose step costs more, to a larger one.
 STAGES = {
     "batch and rate": [
@@ -34,8 +35,7 @@ STAGES = {
     "betas": [{"betas": betas} for betas in ((0.9, 0.95), (0.9, 0.99), (0.9, 0.999), (0.8, 0.95))],
     "optimizer": [
         {"optimizer": "AdamW"},
-        {"optimizer": "Muon"},
-        *({"optimizer": "Muon", "rows": 4, "rate": rate} for rate in (1e-3, 2e-3, 4e-3)),
+        *({"optimizer": "Muon", "rows": rows, "rate": rate} for rows, rate in MUON),
     ],
 }
 START = {"schedule": "cosine to 10 %", "warmup": 0.03, "betas": (0.9, 0.95), "optimizer": "AdamW"}
@@ -147,6 +147,11 @@ class Both:
     def step(self) -> None:
         self.first.step()
         self.second.step()
+
+    def state_dict(self) -> dict:
+        """Nothing to go on from: these runs are not resumed."""
+        groups = [{**group, "params": [0] * len(group["params"])} for group in self.param_groups]
+        return {"state": {}, "param_groups": groups}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.first.zero_grad(set_to_none)
