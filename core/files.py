@@ -73,7 +73,9 @@ def _clear_dead(path: Path) -> None:
 
 
 def _lock(file: BinaryIO) -> None:
-    """Hold an open file until it is closed or its process dead. Raises ``OSError`` when another one holds it."""
+    """Hold an open file until it is closed or its process dead. Raises ``OSError`` when another one holds it, and where
+    there are no locks: unlike ``core.locks``, which then lets everyone pass, this must not delete what may be alive.
+    """
     if fcntl:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 

@@ -1,5 +1,6 @@
 """Small real parts that several test files share."""
 
+import json
 import os
 import shutil
 import sysconfig
@@ -64,6 +65,12 @@ class Trained:
 
     def flags(self, **more: object) -> list[str]:
         return flags(out_dir=self.out, **more)
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    """``path``, as JSON lines."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def flags(**values: object) -> list[str]:

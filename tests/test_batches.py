@@ -14,6 +14,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 import torch
+from conftest import write_rows as write
 
 from core.errors import STOPPING, UserError
 from core.paths import REPOSITORY, bundled_data
@@ -49,11 +50,6 @@ CHATS = [
     }
     for n in range(60)
 ]
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.kernels import TARGETS_AT_ONCE, linear_cross_entropy, rms_norm, swiglu
+from model.kernels import FROZEN_AT_ONCE, TARGETS_AT_ONCE, linear_cross_entropy, rms_norm, swiglu
 
 
 def random(*shape, seed=0, dtype=torch.float64):
@@ -60,6 +61,24 @@ def test_linear_cross_entropy(count, trainable):
         (random(count, 6), random(11, 6, seed=1)),
         trainable,
     )
+
+
+def test_a_frozen_head_holds_fewer_logits_at_once():
+    longest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            nonlocal longest
+            out = operation(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dim() == 2 and out.size(1) == 11 and out.size(0) != 6:
+                longest = max(longest, out.size(0))
+            return out
+
+    count = 2 * FROZEN_AT_ONCE + 3
+    targets = torch.randint(0, 11, (count,), generator=torch.Generator().manual_seed(2))
+    with Watch():
+        linear_cross_entropy(random(count, 6).requires_grad_(), random(11, 6, seed=1), targets)
+    assert longest == FROZEN_AT_ONCE
 
 
 def test_linear_cross_entropy_needs_no_gradient_and_takes_its_softmax_in_fp32():

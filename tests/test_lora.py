@@ -4,14 +4,17 @@ import copy
 
 import pytest
 import torch
-from conftest import needs_compiler
+from conftest import needs_compiler, ragged_batch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from core.errors import UserError
 from model.LMConfig import LMConfig
+from model.loss import loss_sum, nats_of
 from model.model import MiniMindLM
 from model.model_lora import LoRA, apply_lora, load_lora, lora_parameters, remove_lora, save_lora
+from trainer.evaluation import evaluate
+from trainer.runtime import Runtime
 
 IDS = torch.arange(40).view(2, 20) + 3
 SQUARE = [f"layers.{n}.attention.{name}" for n in range(2) for name in ("wq", "wo")]
@@ -216,6 +219,20 @@ def test_compiled_whole_and_new_weights_need_no_recompile(backend, tmp_path):
     assert counter.frame_count == 1
     torch.testing.assert_close(second, logits_of(model), atol=1e-5, rtol=0)
     assert min((first - base).abs().max(), (second - base).abs().max(), (first - second).abs().max()) > 1e-3
+
+
+def test_compiled_blocks_serve_all_lengths_and_validation_runs_uncompiled(tiny_model):
+    counter = CompileCounterWithBackend("eager")
+    apply_lora(tiny_model.train(), 4)
+    tiny_model.compile(backend=counter)
+    batches = [ragged_batch(3, seed=length, length=length) for length in (10, 12, 17)]
+    loss_sum(tiny_model, batches[0]).backward()
+    programs = counter.frame_count
+    assert programs > 0
+    for batch in batches:
+        loss_sum(tiny_model, batch).backward()
+    evaluate(tiny_model, [ragged_batch(1, seed=9, length=9)], Runtime.start("cpu"), loss_sum=nats_of(set()))
+    assert counter.frame_count == programs
 
 
 # an independent implementation

@@ -249,7 +249,8 @@ def test_what_may_change_may_change(run, trained, tmp_path):
 def test_resume_without_a_state_starts_and_says_so(run, finished, capsys):
     shutil.rmtree(run.out / "checkpoints")
     run("--resume")
-    assert "there is no state in" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "there is no state in" in printed and "pretrain_64.pth of an earlier run will be replaced" in printed
     assert left_in(run.out) == left_in(finished)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import zstandard
+from conftest import write_rows as write
 
 from core import files
 from core.errors import UserError
@@ -37,11 +38,6 @@ CHATS = [
     {"messages": [{"role": r, "content": words(9)} for r in ("user", "assistant") * (n % 3 + 1)]} for n in range(40)
 ]
 HOUR_NS = 3600 * 10**9
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture

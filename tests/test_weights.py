@@ -14,7 +14,7 @@ from core.errors import UserError
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 from model.model_lora import apply_lora
-from model.weights import ARCHITECTURE, choose_base, fingerprint, load_base, read_tensors, save_base
+from model.weights import ARCHITECTURE, choose_base, fingerprint, load_base, model_of, read_tensors, save_base
 
 
 @pytest.fixture
@@ -211,6 +211,17 @@ def test_a_file_that_is_missing_or_something_else_is_refused(tmp_path):
 
 
 # fingerprints
+
+
+def test_the_model_is_made_of_the_files_tensors_themselves(sharp_model):
+    tensors = {name: tensor.detach().clone() for name, tensor in sharp_model.state_dict().items()}
+    tensors["norm.weight"] = tensors["norm.weight"].bfloat16()
+    model = model_of(sharp_model.config, tensors, "a file")
+    assert model.output.weight is model.tok_embeddings.weight
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, tensors[name].float()) and parameter.requires_grad
+        shared = parameter.data_ptr() == tensors[name].data_ptr()
+        assert shared == (name != "norm.weight") and parameter.dtype == torch.float32
 
 
 def test_a_bf16_copy_is_the_same_base(sharp_model):
