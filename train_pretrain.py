@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from core.errors import run
 from core.options import option, parse
@@ -14,6 +15,7 @@ class Options(TrainOptions):
     """Train a language model from zero on {"text": ...} rows and save out/pretrain_<dim>.pth."""
 
     data_path: tuple[Path, ...] = option((bundled_data("pretrain_mini.jsonl"),), "pretraining files")
+    optimizer: Literal["muon", "adamw"] = option("muon", "of the Linear layers' weights; AdamW has all others")
     dim: int = option(512, "width of the model")
     n_layers: int = option(8, "number of blocks")
     n_heads: int = option(8, "query heads")

@@ -21,7 +21,8 @@ from core.errors import run
 from core.options import option, parse
 from core.paths import bundled_data
 
-MUON = [(1, 1e-3), (4, 2e-3), (4, 1e-3), (2, 1e-3), (2, 2e-3), (4, 4e-3)]  # rows of a step, rate
+MUON = [(1, 1e-3), (2, 1e-3), (2, 2e-3), (4, 1e-3), (4, 2e-3), (4, 4e-3), (8, 2e-3), (8, 4e-3)]  # rows, rate
+SCHEDULES = ("cosine to 10 %", "linear to zero", "warm-up, stable, decay")
 # What is varied, stage by stage. A rate belongs to a batch, and Muon, whose step costs more, to a larger one.
 STAGES = {
     "batch and rate": [
@@ -30,13 +31,14 @@ STAGES = {
         *({"rows": 4, "rate": rate} for rate in (1e-3, 2e-3)),
         {"rows": 8, "rate": 2e-3},
     ],
-    "schedule": [{"schedule": name} for name in ("cosine to 10 %", "linear to zero", "warm-up, stable, decay")],
+    "schedule": [{"schedule": name} for name in SCHEDULES],
     "warm-up": [{"warmup": share} for share in (0.01, 0.03, 0.1)],
     "betas": [{"betas": betas} for betas in ((0.9, 0.95), (0.9, 0.99), (0.9, 0.999), (0.8, 0.95))],
     "optimizer": [
         {"optimizer": "AdamW"},
         *({"optimizer": "Muon", "rows": rows, "rate": rate} for rows, rate in MUON),
     ],
+    "schedule of the optimizer": [{"schedule": name} for name in SCHEDULES],
 }
 START = {"schedule": "cosine to 10 %", "warmup": 0.03, "betas": (0.9, 0.95), "optimizer": "AdamW"}
 DECAY = 0.4  # share of the run in which the stable rate falls to zero
@@ -92,6 +94,7 @@ def train_once(setting: dict, options: Options) -> dict:
     steps = options.tokens // (rows * options.max_seq_len)
     flags = {"batch_size": rows, "learning_rate": setting["rate"], "max_steps": steps, "epochs": 1000}
     flags |= {"warmup_iters": max(1, round(setting["warmup"] * steps)), "log_interval": 50, "save_interval": 10**9}
+    flags["optimizer"] = setting["optimizer"].lower()
     for name in ("dim", "n_layers", "max_seq_len", "val_tokens", "dtype", "out_dir"):
         flags[name] = getattr(options, name)
     argv = ["--data_path", *map(str, options.data_path)]
@@ -104,10 +107,10 @@ def train_once(setting: dict, options: Options) -> dict:
 
 @contextmanager
 def recipe(setting: dict) -> Iterator[None]:
-    """The loop with another schedule and optimizer; the product has the winner alone."""
+    """The loop with another schedule and other betas; the product has the winners alone."""
     with (
         patch("trainer.loop.lr_at", lambda *at: rate_at(setting["schedule"], *at)),
-        patch("trainer.loop.make_optimizer", lambda groups, rate: make_optimizer(setting, groups, rate)),
+        patch("trainer.optimizer.BETAS", tuple(setting["betas"])),
     ):
         yield
 
@@ -120,42 +123,6 @@ def rate_at(schedule: str, step: int, total: int, warmup: int, peak: float) -> f
     if schedule == "cosine to 10 %":
         return peak * (0.55 - 0.45 * math.cos(math.pi * left))
     return peak * min(1.0, left / (1.0 if schedule == "linear to zero" else DECAY))
-
-
-def make_optimizer(setting: dict, groups: list[dict], rate: float):
-    import torch
-
-    settings = {"lr": rate, "betas": tuple(setting["betas"]), "fused": True}
-    if setting["optimizer"] == "AdamW":
-        return torch.optim.AdamW([group for group in groups if group["params"]], **settings)
-    # Muon is for the matrices inside; embedding and norms stay with AdamW. Its update is scaled to AdamW's size.
-    matrices, vectors = groups
-    embedding = max(matrices["params"], key=len)
-    inside = [parameter for parameter in matrices["params"] if parameter is not embedding]
-    adamw = torch.optim.AdamW([{**matrices, "params": [embedding]}, vectors], **settings)
-    muon = torch.optim.Muon(inside, lr=rate, weight_decay=matrices["weight_decay"], adjust_lr_fn="match_rms_adamw")
-    return Both(adamw, muon)
-
-
-class Both:
-    """Two optimizers that step together."""
-
-    def __init__(self, first, second):
-        self.first, self.second = first, second
-        self.param_groups = first.param_groups + second.param_groups
-
-    def step(self) -> None:
-        self.first.step()
-        self.second.step()
-
-    def state_dict(self) -> dict:
-        """Nothing to go on from: these runs are not resumed."""
-        groups = [{**group, "params": [0] * len(group["params"])} for group in self.param_groups]
-        return {"state": {}, "param_groups": groups}
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.first.zero_grad(set_to_none)
-        self.second.zero_grad(set_to_none)
 
 
 if __name__ == "__main__":

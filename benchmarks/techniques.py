@@ -23,7 +23,7 @@ from core.options import option, parse, require
 
 GLIBC_KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31 - 1), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 VARIANTS = {
-    "ours": "the training step as it is",
+    "ours": "the training step as it is, with AdamW",
     "autograd kernels": "in use, taken away: hand-written gradients of RMSNorm, SwiGLU and the head's loss",
     "real rotary pairs": "in use, taken away: rotary positions as one complex product",
     "repeated keys and values": "in use, taken away: grouped queries inside the attention kernel",
@@ -31,6 +31,8 @@ VARIANTS = {
     "one large pass": "in use, taken away: the token budget of a pass",
     "fused projections": "left out: one product for wq, wk, wv and one for w1, w3",
     "allocator keeps memory": "left out: glibc told never to give memory back",
+    "Muon": "in use for pretraining: learns more from a token, in a longer step",
+    "Muon in float32": "the same where the processor has no bfloat16",
     "compiled": "the flag --compile",
     "bfloat16": "the flag --dtype bfloat16",
 }
@@ -97,7 +99,7 @@ def step_seconds(options: Options) -> list[float]:
     from model.LMConfig import LMConfig
     from model.loss import loss_sum
     from model.model import MiniMindLM
-    from trainer.optimizer import make_optimizer, param_groups
+    from trainer.optimizer import MuonAdamW, param_groups
 
     torch.manual_seed(0)
     model = MiniMindLM(LMConfig(dim=options.dim, n_layers=options.n_layers)).train()
@@ -105,7 +107,7 @@ def step_seconds(options: Options) -> list[float]:
     rows = options.rows if options.variant == "one large pass" else max(1, MICRO_TOKENS // options.max_seq_len)
     passes = [Batch({"input_ids": part}, part, part[:, 1:].numel(), 0, part.numel()) for part in ids.split(rows)]
     targets = sum(batch.n_targets for batch in passes)
-    optimizer = make_optimizer(param_groups(model, 0.1), 1e-4)
+    optimizer = MuonAdamW(param_groups(model, 0.1, "muon" if "Muon" in options.variant else "adamw"), 1e-4)
     if options.variant == "optimizer not fused":
         optimizer = torch.optim.AdamW(optimizer.param_groups, betas=(0.9, 0.95), fused=False)
     parameters = list(model.parameters())
@@ -177,6 +179,8 @@ def changed(variant: str) -> Iterator[None]:
         "fused projections": {"FeedForward.forward": fused_feed_forward, "Attention.forward": fused_attention},
     }
     with ExitStack() as stack:
+        if variant == "Muon in float32":
+            stack.enter_context(patch("trainer.optimizer.product_dtype", lambda device: torch.float32))
         for name, replacement in replaced.get(variant, {}).items():
             stack.enter_context(patch(f"model.model.{name}", replacement))
         yield

@@ -100,7 +100,8 @@ def train_and_save(
         print(f"starting clean: {path} of an earlier run will be replaced")
     rows_per_step = states.rows_per_step(options.batch_size * options.accumulation_steps * runtime.world_size)
     source = batches_of(samples, options, runtime, rows_per_step)
-    groups, log_to = param_groups(model, options.weight_decay), metrics_path(options.out_dir, path.stem)
+    groups = param_groups(model, options.weight_decay, options.optimizer)
+    log_to = metrics_path(options.out_dir, path.stem)
     callbacks = {"loss_sum": loss_sum, "on_save": on_save, "validate": validate}
     train(model, source, groups, options, runtime, log_to=log_to, states=states, **callbacks)
     runtime.stop()

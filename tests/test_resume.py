@@ -20,7 +20,7 @@ from core.errors import Stopped, UserError
 from core.files import sha256_file
 from trainer.evaluation import evaluate
 from trainer.loop import _backward
-from trainer.optimizer import make_optimizer, param_groups
+from trainer.optimizer import MuonAdamW, param_groups
 from trainer.options import MAY_CHANGE
 from trainer.progress import Progress
 from trainer.run_state import RunStates
@@ -316,7 +316,7 @@ def test_a_full_disk_is_one_sentence_and_harms_nothing(run, finished):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda groups: make_optimizer(groups, 1e-2),
+        lambda groups: MuonAdamW(groups, 1e-2),
         lambda groups: torch.optim.SGD(groups, lr=1e-2, momentum=0.9),
         lambda groups: torch.optim.NAdam(groups, lr=1e-2),
         lambda groups: torch.optim.Adafactor(groups, lr=1e-2),
@@ -328,7 +328,7 @@ def test_any_optimizer_goes_on_where_it_was(tmp_path, make):
     def parts():
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4))
-        return model, make(param_groups(model, 0.1)), cpu.scaler()
+        return model, make(param_groups(model, 0.1, "muon")), cpu.scaler()
 
     def steps(model, optimizer, count):
         for _ in range(count):

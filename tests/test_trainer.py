@@ -20,7 +20,7 @@ from trainer import progress
 from trainer.evaluation import evaluate
 from trainer.loop import _backward
 from trainer.measure import PASSES, announce
-from trainer.optimizer import lr_at, param_groups, warmup_steps
+from trainer.optimizer import lr_at, warmup_steps
 from trainer.runtime import Runtime
 
 CONTROL = {0, 1, 2}
@@ -223,14 +223,6 @@ def test_parameters_without_gradient_are_reported(tiny_model, tmp_path, capsys):
     tiny_model.bypassed = torch.nn.Linear(2, 2)
     run_training(tiny_model, Source([ragged_batch(2, seed=13)]), tmp_path, epochs=2)
     assert "bypassed.weight, bypassed.bias" in capsys.readouterr().out
-
-
-def test_decay_for_matrices_only_and_tied_weights_once(tiny_model):
-    matrices, vectors = param_groups(tiny_model, 0.1)
-    assert matrices["weight_decay"] == 0.1 and vectors["weight_decay"] == 0.0
-    assert all(p.dim() == 1 for p in vectors["params"]) and all(p.dim() == 2 for p in matrices["params"])
-    listed = sum(p.numel() for group in (matrices, vectors) for p in group["params"])
-    assert listed == sum(p.numel() for p in tiny_model.parameters())
 
 
 def test_the_schedule_warms_up_stays_and_decays():

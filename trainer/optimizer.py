@@ -1,25 +1,88 @@
-"""Parameter groups and the learning-rate schedule."""
+"""Muon and AdamW as one optimizer, what each of them updates, and the learning-rate schedule."""
+
+import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-# Schedule, warm-up and betas are the best of benchmarks/results/sweep_recipe.json.
-BETAS = (0.9, 0.95)
+# All numbers without another source are the best of benchmarks/results/sweep_recipe.json.
+BETAS = (0.8, 0.95)
 DECAY = 0.4  # share of the steps after the warm-up in which the rate falls
+MOMENTUM = 0.95  # Muon's (Jordan 2024), as are the coefficients and the number of iterations
+QUINTIC = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+ADAMW_RMS = 0.2  # of AdamW's updates; Muon's are given the same, and so need no rate of their own (Liu et al. 2025)
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """The trainable parameters: matrices decay, vectors (norms) do not. Tied tensors count once."""
+def param_groups(model: nn.Module, weight_decay: float, optimizer: str = "adamw") -> list[dict]:
+    """The trainable parameters: matrices decay, vectors (norms) do not. Tied tensors count once.
+
+    ``optimizer`` "muon": Muon updates the weights of the Linear layers, the tied head's excepted.
+    """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    linear = set()
+    if optimizer == "muon":
+        linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+        linear -= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    matrices = [p for p in trainable if p.dim() >= 2 and id(p) not in linear]
     return [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": weight_decay, "muon": False},
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0, "muon": False},
+        {"params": [p for p in trainable if id(p) in linear], "weight_decay": weight_decay, "muon": True},
     ]
 
 
-def make_optimizer(groups: list[dict], learning_rate: float) -> torch.optim.AdamW:
-    """Fused AdamW over the groups that hold anything."""
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=BETAS, fused=True)
+class MuonAdamW(torch.optim.AdamW):
+    """Fused AdamW, and Muon (Jordan 2024) for the groups whose ``muon`` is true; empty groups are left out.
+
+    Muon's update is the momentum with all its singular values brought to about 1. Its state is AdamW's without the
+    second moment.
+    """
+
+    def __init__(self, groups: list[dict], learning_rate: float):
+        super().__init__([group for group in groups if group["params"]], lr=learning_rate, betas=BETAS, fused=True)
+        self._step_supports_amp_scaling = False  # so a GradScaler skips all of a step, not AdamW's part alone
+
+    @torch.no_grad()
+    def step(self) -> None:
+        groups = self.param_groups
+        for group in groups:
+            for parameter in group["params"] if group["muon"] else ():
+                if parameter.grad is not None:
+                    self._muon(parameter, group["lr"], group["weight_decay"])
+        self.param_groups = [group for group in groups if not group["muon"]]
+        super().step()
+        self.param_groups = groups
+
+    def _muon(self, parameter: nn.Parameter, rate: float, weight_decay: float) -> None:
+        state, gradient = self.state[parameter], parameter.grad
+        if not state:
+            state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(parameter)
+        state["step"] += 1
+        momentum = state["exp_avg"].lerp_(gradient, 1 - MOMENTUM)
+        update = orthogonalized(gradient.lerp(momentum, MOMENTUM), product_dtype(parameter.device))  # Nesterov's
+        parameter.mul_(1 - rate * weight_decay)
+        parameter.add_(update, alpha=-rate * ADAMW_RMS * math.sqrt(max(parameter.shape)))
+
+
+def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """``matrix`` (N, M) with its singular values brought to about 1 (0.7 to 1.2), in ``dtype``: Newton-Schulz."""
+    x = matrix.to(dtype)
+    if tall := x.size(0) > x.size(1):
+        x = x.mT
+    x = x / x.norm().clamp(min=1e-7)
+    a, b, c = QUINTIC
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16, which is enough for Muon, unless the processor has no instruction for it and would emulate it."""
+    cpu = torch.cpu.get_capabilities()
+    emulated = device.type == "cpu" and not (cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
+    return torch.float32 if emulated else torch.bfloat16
 
 
 def warmup_steps(asked: int, total: int) -> int:

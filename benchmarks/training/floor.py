@@ -11,6 +11,8 @@ from benchmarks.training.child import seconds, sgemm_gflops
 from benchmarks.training.data import document_files, documents
 from benchmarks.training.measure import Paced, linear_shapes, ratios, spread, train_paced, training_mflop
 
+ROWS = 16  # of an optimizer step
+
 
 class Floor:
     """The linear products and the attention of one optimizer step, forward and backward, and nothing else."""
@@ -43,7 +45,14 @@ class Floor:
 
 
 def floor(options, folder: Path) -> dict:
-    """Our whole optimizer step on full windows against its matrix products alone, and both against sgemm."""
+    """Our whole optimizer step on full windows against its matrix products alone, and both against sgemm.
+
+    With either optimizer: Muon's own products are no part of the floor.
+    """
+    return {name: _floor(options, folder / name, name) for name in ("adamw", "muon")}
+
+
+def _floor(options, folder: Path, optimizer: str) -> dict:
     import train_pretrain
     from dataset.batches import PretrainDataset
     from dataset.tokenizer import load_tokenizer
@@ -54,16 +63,17 @@ def floor(options, folder: Path) -> dict:
     from trainer.runtime import Runtime
 
     settings = {"max_seq_len": options.max_seq_len, "dim": options.dim, "n_layers": options.n_layers, "val_ratio": 0.0}
+    settings |= {"batch_size": ROWS, "optimizer": optimizer}
     door = train_pretrain.Options(out_dir=folder, device="cpu", **settings)
+    folder.mkdir()
     runtime = Runtime.start(door.device, door.dtype, door.seed)
     tokenizer = load_tokenizer(door.tokenizer_path)
-    rows = 2 * door.batch_size * door.accumulation_steps
-    file = document_files(documents(options.pretrain), "full", tokenizer, door.max_seq_len, 1, rows, folder)[0]
+    file = document_files(documents(options.pretrain), "full", tokenizer, door.max_seq_len, 1, 2 * ROWS, folder)[0]
     door.data_path = (file.path,)
     config = LMConfig(vocab_size=len(tokenizer), dim=door.dim, n_layers=door.n_layers)
     model = MiniMindLM(config)
     source = batches_of(read_data(PretrainDataset, door, tokenizer, runtime).train, door, runtime)
-    full = door.batch_size * door.accumulation_steps * door.max_seq_len
+    full = ROWS * door.max_seq_len
 
     def full_steps() -> Iterator[list]:
         epoch = 0

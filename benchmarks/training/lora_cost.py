@@ -30,7 +30,7 @@ def memory(options, folder: Path) -> dict:
         for name, door in (("full", "train_pretrain"), ("lora", "train_lora")):
             (place := folder / f"{name}-{rows}-{length}").mkdir()
             sides = Sides(options, "text", weights, config, place)
-            flags = {"batch_size": rows, "max_seq_len": length}
+            flags = {"batch_size": rows, "max_seq_len": length, "optimizer": "adamw"}
             with sides.ours(name, door, file.path, MEMORY_STEPS, **flags) as side:
                 answer = side.ask("steps", count=MEMORY_STEPS)
             peaks[name] = answer["peak_mib"] - answer["bare_mib"]
@@ -89,7 +89,7 @@ def lora_step(options, folder: Path) -> dict:
     from model.model_lora import apply_lora
     from model.weights import read_tensors
     from scripts.wiring import batches_of, read_data
-    from trainer.optimizer import make_optimizer, param_groups
+    from trainer.optimizer import MuonAdamW, param_groups
     from trainer.runtime import Runtime
 
     tokenizer = load_tokenizer(TOKENIZER_DIR)
@@ -120,7 +120,7 @@ def lora_step(options, folder: Path) -> dict:
             if side == "lora":
                 apply_lora(model, door.rank, door.alpha)
             groups = param_groups(model, options_of.weight_decay)
-            optimizer = make_optimizer(groups, 1e-5)
+            optimizer = MuonAdamW(groups, 1e-5)
             runners[side] = (model.train(), [p for group in groups for p in group["params"]], optimizer, loss)
         times = {side: [] for side in runners}
         for step in batches[: 1 + options.rounds]:

@@ -68,7 +68,7 @@ def train_paced(model, source: Paced, door, runtime, loss_sum, log_to: Path) -> 
     from trainer.run_state import RunStates
 
     nothing = Metrics(math.nan, math.nan, 0, 0)
-    groups = param_groups(model, door.weight_decay)
+    groups = param_groups(model, door.weight_decay, door.optimizer)
     quiet = replace(door, save_interval=10**9)
     states = RunStates(log_to.with_suffix(".states"), {}, {}, resume=False)
     hooks = {"loss_sum": loss_sum, "on_save": lambda step: None, "validate": lambda: nothing, "log_to": log_to}
