@@ -15,6 +15,8 @@ class Options(TrainOptions):
     """Train a language model from zero on {"text": ...} rows and save out/pretrain_<dim>.pth."""
 
     data_path: tuple[Path, ...] = option((bundled_data("pretrain_mini.jsonl"),), "pretraining files")
+    batch_size: int = option(8, "rows of a micro-batch")
+    learning_rate: float = option(2e-3, "peak learning rate")
     optimizer: Literal["muon", "adamw"] = option("muon", "of the Linear layers' weights; AdamW has all others")
     dim: int = option(512, "width of the model")
     n_layers: int = option(8, "number of blocks")

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-# All numbers without another source are the best of benchmarks/results/sweep_recipe.json.
+# Numbers without another source come from benchmarks/results/sweep_recipe.json; docs/engine.md reads it.
 BETAS = (0.8, 0.95)
 DECAY = 0.4  # share of the steps after the warm-up in which the rate falls
 MOMENTUM = 0.95  # Muon's (Jordan 2024), as are the coefficients and the number of iterations
