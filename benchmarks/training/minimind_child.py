@@ -6,6 +6,7 @@ A process of its own because MiniMind's package is called ``model`` too. Its mix
 on a CPU and are left out; so are its saves and log lines, which it pays for and we do not charge.
 """
 
+import ctypes
 import importlib.util
 import json
 import math
@@ -64,7 +65,8 @@ class Side:
         if self.job["rows"] == "chat":  # it looks for the turns of its own tokenizer; these are ours
             rows.bos_id = self.tokenizer(f"{self.tokenizer.bos_token}assistant", add_special_tokens=False).input_ids
             rows.eos_id = [self.tokenizer.eos_token_id]
-        return DataLoader(rows, batch_size=self.job["batch_size"], num_workers=self.job["num_workers"])
+        workers = {"num_workers": self.job["num_workers"], "worker_init_fn": release_memory}
+        return DataLoader(rows, batch_size=self.job["batch_size"], **workers)
 
     def step(self, x: Tensor, y: Tensor, mask: Tensor, micro_steps: int) -> None:
         """One micro-batch of a run of ``micro_steps``, and the update when enough of them are accumulated."""
@@ -142,6 +144,12 @@ class Side:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.micro_step, self.clock = state["at"]
+
+
+def release_memory(worker: int) -> None:
+    """A worker that is forked for a round keeps what its parent has freed, some gigabytes; a run's first one does not."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 if __name__ == "__main__":

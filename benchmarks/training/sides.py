@@ -102,8 +102,8 @@ def all_of(*sides: Side) -> ExitStack:
     return stack
 
 
-def compare(answers: dict[str, list[dict]], tokens: list[int], ours: tuple[str, ...] = ("ours",)) -> dict:
-    """Figures of each side and the speed of ``ours`` over each other side's; ``tokens``: useful ones of each round.
+def compare(answers: dict[str, list[dict]], tokens: list[int], ours: str = "ours") -> dict:
+    """Figures of each side and our speed over each other side's; ``tokens``: useful ones of each round's rows.
 
     Raises ``RuntimeError`` when the sides learned from different numbers of targets: then no figure means anything.
     """
@@ -120,16 +120,14 @@ def compare(answers: dict[str, list[dict]], tokens: list[int], ours: tuple[str, 
             "sgemm_gflops": round(max(answer["sgemm"] for answer in rounds), 1),
             "peak_mib": round(rounds[-1]["peak_mib"] - rounds[-1]["bare_mib"], 1),
         }
-    wanted = sides[ours[0]]["supervised_targets"]
+    wanted = sides[ours]["supervised_targets"]
     for name, side in sides.items():
         if abs(side["supervised_targets"] - wanted) > 0.01 * wanted:
-            raise RuntimeError(f"{name} learned from {side['supervised_targets']} targets, {ours[0]} from {wanted}")
+            raise RuntimeError(f"{name} learned from {side['supervised_targets']} targets, {ours} from {wanted}")
     times = {name: [answer["seconds"] for answer in rounds] for name, rounds in answers.items()}
     return {
         "rounds": len(tokens),
         "useful_tokens": sum(tokens),
         "sides": sides,
-        "speed": {
-            own: {f"over {name}": ratios(times[name], times[own]) for name in sides if name not in ours} for own in ours
-        },
+        "speed_over": {name: ratios(times[name], times[ours]) for name in sides if name != ours},
     }
