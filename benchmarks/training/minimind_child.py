@@ -147,7 +147,7 @@ class Side:
 
 
 def release_memory(worker: int) -> None:
-    """A worker that is forked for a round keeps what its parent has freed, some gigabytes; a run's first one does not."""
+    """Forked late, a round's worker holds gigabytes that its parent has freed; the one of a whole run does not."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
