@@ -12,7 +12,7 @@ RANK = 16
 
 
 def pretrain(options, folder: Path) -> dict:
-    """The same documents for MiniMind as shipped, its steelman and us; three mixtures of lengths.
+    """The same documents for MiniMind as shipped, its steelman, and us with Muon and AdamW; three mixtures of lengths.
 
     A round is ``--rows`` documents, from the file on: reading and tokenising count. MiniMind as shipped updates once in
     eight micro-batches of 32, so that a round holds a part of its step, and it is charged for no more.
@@ -27,13 +27,15 @@ def pretrain(options, folder: Path) -> dict:
         sides = Sides(options, "text", weights, config, place)
         first = files[0].path
         ours = sides.ours("ours", "train_pretrain", first, options.rounds)
+        adamw = sides.ours("ours with AdamW", "train_pretrain", first, options.rounds, optimizer="adamw")
         steelman = sides.minimind("minimind steelman", first, 0, **STEELMAN)
         shipped = sides.minimind("minimind shipped", first, 0)
-        with all_of(ours, steelman, shipped):
-            answers = take_turns([ours, steelman, shipped], [file.path for file in files])
+        with all_of(ours, adamw, steelman, shipped):
+            answers = take_turns([ours, adamw, steelman, shipped], [file.path for file in files])
         tokens = [file.tokens for file in files]
         length = {"mean_length": round(sum(tokens) / len(tokens) / options.rows, 1), "rows_per_round": options.rows}
         figures[f"documents {kind}"] = length | compare(answers, tokens)
+        figures[f"documents {kind}"]["adamw_speed_over"] = compare(answers, tokens, adamw.name)["speed_over"]
     return figures
 
 
@@ -52,7 +54,7 @@ def lora(options, folder: Path) -> dict:
         write_chats(place / "held_out.jsonl", every[:held_out], tokenizer, options.max_seq_len)
         sides = Sides(options, "chat", weights, config, place)
         data, rounds = train_file.path, options.rounds
-        running = [ours := sides.ours("ours", "train_lora", data, rounds)]
+        running = [sides.ours("ours", "train_lora", data, rounds)]
         if options.minimind is not None:
             running.append(sides.minimind("minimind shipped", data, RANK, epochs=rounds))
             running.append(sides.minimind("minimind steelman", data, RANK, epochs=rounds, **STEELMAN))
@@ -65,7 +67,7 @@ def lora(options, folder: Path) -> dict:
             for side in running:
                 side.ask("save", path=str(files[side.name]))
         score = Score(options, "chat", place / "held_out.jsonl", tokenizer, weights, config, place)
-        compared = compare(answers, [train_file.tokens] * rounds, ours.name)
+        compared = compare(answers, [train_file.tokens] * rounds)
         figures[name] = {
             "rows": train_file.rows,
             "rows_of_file": len(every),
