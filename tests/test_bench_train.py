@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import bench_train
 from benchmarks.training.data import FILLED_IN, Score, chats, document_files, documents, initial_weights, write_chats
+from benchmarks.training.llama import TARGETS, llama_of, lora_of_llama
 from benchmarks.training.measure import Paced, train_paced, training_mflop
 from benchmarks.training.sides import Sides, compare
 from core.errors import UserError
@@ -55,6 +56,25 @@ def test_flops_of_the_default_model():
     """6 x 25,821,184 weights of matrix products, and attention over half the square."""
     assert training_mflop(LMConfig(), 256) == pytest.approx(161.2, abs=0.1)
     assert training_mflop(LMConfig(), 512) == pytest.approx(167.5, abs=0.1)
+
+
+def test_the_llama_beside_us_is_our_model_and_its_skill_ours(tiny_model):
+    peft = pytest.importorskip("peft", reason="needs PEFT: pip install peft")
+    config, ids = tiny_model.config, torch.arange(24).view(2, 12) + 3
+    llama = llama_of(config, {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()})
+    assert torch.allclose(llama(ids).logits, tiny_model(ids).logits, atol=1e-5)
+    llama = peft.get_peft_model(llama, peft.LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS))
+    torch.manual_seed(0)
+    for parameter in llama.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    skill = lora_of_llama(llama, config.dim // config.n_heads)
+    apply_lora(tiny_model, 4)
+    missing, unexpected = tiny_model.load_state_dict(skill, strict=False)
+    assert len(skill) == 4 * config.n_layers and not unexpected and not any("lora" in name for name in missing)
+    assert torch.allclose(llama(ids).logits, tiny_model(ids).logits, atol=1e-5)
+    with llama.disable_adapter():
+        assert not torch.allclose(llama(ids).logits, tiny_model(ids).logits, atol=1e-2)
 
 
 def test_parts_share_one_results_file(tmp_path):

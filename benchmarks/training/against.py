@@ -40,11 +40,14 @@ def pretrain(options, folder: Path) -> dict:
 
 
 def lora(options, folder: Path) -> dict:
-    """The same chats for MiniMind as shipped, its steelman, PEFT with the Trainer, and us; a round is an epoch."""
+    """The same chats for MiniMind as shipped, its steelman, PEFT with the Trainer, and us; a round is an epoch.
+
+    PEFT adapts transformers' Llama with the same weights, and once more our own model.
+    """
     tokenizer = load_tokenizer(TOKENIZER_DIR)
     figures = {}
-    for name, path in (("identity", options.identity), ("medical", options.medical)):
-        (place := folder / name).mkdir()
+    for skill, path in (("identity", options.identity), ("medical", options.medical)):
+        (place := folder / skill).mkdir()
         weights, config = initial_weights(options, tokenizer, place)
         limit = options.chat_rows
         every = chats(path, tokenizer, options.max_seq_len, 0)
@@ -60,7 +63,8 @@ def lora(options, folder: Path) -> dict:
             running.append(sides.minimind("minimind steelman", data, RANK, epochs=rounds, **STEELMAN))
         if options.peft:
             flags = door_flags(options, "train_lora")
-            running.append(sides.peft("peft", data, rounds, rank=RANK, **flags))
+            for name, model in (("peft", "llama"), ("peft on our model", "ours")):
+                running.append(sides.peft(name, data, rounds, rank=RANK, model=model, **flags))
         with all_of(*running):
             answers = take_turns(running, [data] * rounds)
             files = {side.name: place / f"{side.name}.pth" for side in running}
@@ -68,7 +72,7 @@ def lora(options, folder: Path) -> dict:
                 side.ask("save", path=str(files[side.name]))
         score = Score(options, "chat", place / "held_out.jsonl", tokenizer, weights, config, place)
         compared = compare(answers, [train_file.tokens] * rounds)
-        figures[name] = {
+        figures[skill] = {
             "rows": train_file.rows,
             "rows_of_file": len(every),
             "mean_length": round(train_file.tokens / train_file.rows, 1),

@@ -1,6 +1,8 @@
-"""PEFT's side of bench_train.py: PEFT's LoRA on our model under the Hugging Face Trainer, padding by the batch.
+"""PEFT's side of bench_train.py: PEFT's LoRA under the Hugging Face Trainer, padding by the batch.
 
 python peft_child.py JOB.json
+
+The model is transformers' Llama with our weights, or our own, whose forward pass does part of what makes our side fast.
 """
 
 import json
@@ -17,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.training.child import Orders, bare_mib, memory_mib, sgemm_gflops
+from benchmarks.training.llama import TARGETS, llama_of, lora_of_llama
 from dataset.chat import encode_chats
 from dataset.tokenizer import load_tokenizer
 from model.LMConfig import LMConfig
@@ -83,6 +86,9 @@ class Rounds(TrainerCallback):
 
 def save(model, path: str) -> None:
     """Our LoRA file's keys; rank and alpha are equal, so the scale is 1 there too."""
+    if hasattr(model.config, "num_attention_heads"):
+        torch.save(lora_of_llama(model, model.config.head_dim), path)
+        return
     tensors = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -101,9 +107,11 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def main(job: dict, orders: Orders) -> None:
     rows = Rows(load_tokenizer(job["tokenizer"]), job["data"], job["max_seq_len"])
     bare = bare_mib()
-    model = model_of(LMConfig(**job["config"]), read_tensors(job["weights"]), job["weights"])
-    # The modules that MiniMind's rule (square matrices) chooses.
-    model = get_peft_model(model, LoraConfig(r=job["rank"], lora_alpha=job["rank"], target_modules=["wq", "wo"]))
+    config, tensors = LMConfig(**job["config"]), read_tensors(job["weights"])
+    llama = job["model"] == "llama"
+    model = llama_of(config, tensors) if llama else model_of(config, tensors, job["weights"])
+    targets = TARGETS if llama else ["wq", "wo"]  # the modules that MiniMind's rule (square matrices) chooses
+    model = get_peft_model(model, LoraConfig(r=job["rank"], lora_alpha=job["rank"], target_modules=targets))
     arguments = TrainingArguments(
         output_dir=job["folder"],
         per_device_train_batch_size=job["batch_size"],
