@@ -3,6 +3,7 @@
 The sides run one after another; an interrupted measurement goes on from MiniMind's last check.
 """
 
+import importlib
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dataset.tokenizer import load_tokenizer
 CHECKS = 10  # evaluations of MiniMind's run, evenly spread; they do not count as time
 OUR_CHECKS = 60  # of ours in the same time
 RANK = 16
+ADAMW = {"optimizer": "adamw", "batch_size": 1, "learning_rate": 1e-3}  # the best of results/sweep_recipe.json
 
 
 def time_to_loss(options, folder: Path) -> dict:
@@ -57,32 +59,39 @@ def _race(options, folder: Path, rows: str, train: Path, val: Path, tokenizer) -
             curves[name] = _resumable(side, score, work, budget, rank)
     best = {name: min(curve, key=lambda point: point["loss"]) for name, curve in curves.items()}
     door = "train_lora" if rank else "train_pretrain"
-    flags = {"max_steps": options.our_steps} if options.our_steps else {}
-    with sides.ours("ours", door, train, _epochs(door), **flags) as side:
-        ours = [_check(side, score, work, rank, {"clock": 0.0})]
-        while ours[-1]["loss"] > min(point["loss"] for point in best.values()) and ours[-1]["seconds"] < budget:
-            answer = side.ask("train_for", seconds=budget / OUR_CHECKS)
-            if not answer["steps"]:
-                break  # its epochs are over
-            ours.append(_check(side, score, work, rank, answer))
-            print(f"ours: {ours[-1]}", flush=True)
-    reached = {name: _first_below(ours, point["loss"]) for name, point in best.items()}
+    variants = {"ours": {}} if rank else {"ours": {}, "ours with AdamW": ADAMW}
+    wanted, reached = min(point["loss"] for point in best.values()), {}
+    for name, flags in variants.items():
+        chosen = importlib.import_module(door).Options(**flags)
+        flags = flags | {"max_steps": options.our_rows // chosen.batch_size}
+        with sides.ours(name, door, train, chosen.epochs, **flags) as side:
+            curves[name] = _until(wanted, side, score, work, budget, rank)
+        reached[name] = {other: _first_below(curves[name], point["loss"]) for other, point in best.items()}
     return {
         "minutes": options.minutes,
-        "start_loss": ours[0]["loss"],
+        "start_loss": curves["ours"][0]["loss"],
         "their_best": best,
         "our_seconds_to_it": reached,
         "speed_over": {
-            name: round(best[name]["seconds"] / spent, 2) if spent else None for name, spent in reached.items()
+            name: {
+                other: round(best[other]["seconds"] / spent, 2) if spent else None for other, spent in seconds.items()
+            }
+            for name, seconds in reached.items()
         },
-        "curves": {"ours": ours, **curves},
+        "curves": curves,
     }
 
 
-def _epochs(door: str) -> int:
-    import importlib
-
-    return importlib.import_module(door).Options().epochs
+def _until(wanted: float, side: Side, score: Score, work: Path, budget: float, rank: int) -> list[dict]:
+    """Our curve, until it is at the loss ``wanted``, or time or the planned steps are over."""
+    curve = [_check(side, score, work, rank, {"clock": 0.0})]
+    while curve[-1]["loss"] > wanted and curve[-1]["seconds"] < budget:
+        answer = side.ask("train_for", seconds=budget / OUR_CHECKS)
+        if not answer["steps"]:
+            break
+        curve.append(_check(side, score, work, rank, answer))
+        print(f"{side.name}: {curve[-1]}", flush=True)
+    return curve
 
 
 def _resumable(side: Side, score: Score, work: Path, budget: float, rank: int) -> list[dict]:
