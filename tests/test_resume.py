@@ -216,8 +216,9 @@ def test_every_change_that_matters_is_refused_in_one_sentence(run, trained, tmp_
     other = tmp_path / "texts.jsonl"
     other.write_bytes(trained.texts.read_bytes() + b'{"text": "one more"}\n')
     with pytest.raises(UserError) as refused:
-        run("--resume", learning_rate=2e-3, data_path=other, seed=5)
-    assert "--learning_rate was 0.001 and is now 0.002" in str(refused.value)
+        run("--resume", learning_rate=5e-3, optimizer="adamw", data_path=other, seed=5)
+    assert "--learning_rate was 0.002 and is now 0.005" in str(refused.value)
+    assert "--optimizer was muon and is now adamw" in str(refused.value)
     assert "--seed was 1337 and is now 5" in str(refused.value)
     assert "data file 1 changed since step 22" in str(refused.value)
     assert "without --resume" in str(refused.value)
