@@ -72,11 +72,11 @@ class Options:
 def main(argv: list[str] | None = None) -> dict:
     options = parse(Options, argv)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # torch reads it once, here and in every child
-    from benchmarks.environment import measured_on
+    from benchmarks.result_file import measured_on, read_results, write_results
     from benchmarks.training import against, floor, lora_cost, to_loss
-    from benchmarks.training.measure import merge_results
     from core.files import sha256_file
 
+    read_results(options.result)  # complains before the hour of work
     rooms = (floor, against, lora_cost, to_loss)
     packages = ("torch", "transformers", "peft", "accelerate") if options.peft else ("torch", "transformers")
     origin = {"threads": options.threads, **measured_on(packages)}
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> dict:
         with tempfile.TemporaryDirectory() as folder:
             figures = measure(options, Path(folder))
         results[part] = {**figures, "data": data_names(options, part), **origin}
-        merge_results(options.result, part, results[part])
+        write_results(options.result, read_results(options.result) | {part: results[part]})
         print(f"\n{part}", *table(figures), sep="\n", flush=True)
     return results
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.environment import measured_on
+from benchmarks.result_file import measured_on
 from core.errors import run
 from core.files import atomic_write, sha256_file
 from core.options import option, parse, require

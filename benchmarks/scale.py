@@ -45,7 +45,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> dict:
     options = parse(Options, argv)
-    from benchmarks.environment import measured_on
+    from benchmarks.result_file import measured_on, write_results
 
     if not Path("/proc/self/status").is_file():
         raise UserError("memory is read from /proc, which only Linux has; run the benchmark there")
@@ -62,10 +62,8 @@ def main(argv: list[str] | None = None) -> dict:
         found["training"]["anonymous_mb_above_tiny"] = found["training"]["anonymous_mb"] - base
         figures["sizes"][f"{size:g} GB"] = found
     figures |= measured_on(("torch", "tokenizers", "datasets"))
-    text = json.dumps(figures, indent=2) + "\n"
-    print(text, end="")
-    options.result.parent.mkdir(parents=True, exist_ok=True)
-    options.result.write_text(text, encoding="utf-8", newline="\n")
+    print(json.dumps(figures, indent=2))
+    write_results(options.result, figures)
     return figures
 
 

@@ -3,7 +3,6 @@
 python benchmarks/sweep_lora_lr.py --out_dir out/quickstart   (after the quick start, on its base and bundled skills)
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ class Options:
 def main(argv: list[str] | None = None) -> dict:
     options = parse(Options, argv)
     import train_lora
-    from benchmarks.environment import measured_on
+    from benchmarks.result_file import measured_on, write_results
     from model.model_lora import read_lora
     from model.weights import choose_base
     from scripts.quickstart_answers import ask_all
@@ -54,9 +53,7 @@ def main(argv: list[str] | None = None) -> dict:
     for row in rows:
         print(" | ".join(map(str, row.values())))
     figures = {"base": base.name, "epochs": options.epochs, "rows": rows, **measured_on(("torch", "transformers"))}
-    if options.result is not None:
-        options.result.parent.mkdir(parents=True, exist_ok=True)
-        options.result.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8", newline="\n")
+    write_results(options.result, figures)
     return figures
 
 

@@ -18,7 +18,7 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core.errors import run
-from core.options import option, parse
+from core.options import option, parse, require
 from core.paths import bundled_data
 
 MUON = [(1, 1e-3), (2, 1e-3), (2, 2e-3), (4, 1e-3), (4, 2e-3), (4, 4e-3), (8, 2e-3), (8, 4e-3)]  # rows, rate
@@ -41,7 +41,6 @@ STAGES = {
     "schedule of the optimizer": [{"schedule": name} for name in SCHEDULES],
 }
 START = {"schedule": "cosine to 10 %", "warmup": 0.03, "betas": (0.9, 0.95), "optimizer": "AdamW"}
-DECAY = 0.4  # share of the run in which the stable rate falls to zero
 
 
 @dataclass
@@ -58,13 +57,16 @@ class Options:
     dtype: str = option("auto", "autocast type")
     result: Path = option(Path("out/sweep_recipe/result.json"), "JSON file of figures, also read to go on")
 
+    def __post_init__(self):
+        most = max(setting.get("rows", 1) for stage in STAGES.values() for setting in stage) * self.max_seq_len
+        require(self.tokens >= most, f"--tokens {self.tokens} must be at least {most}, the largest step")
+
 
 def main(argv: list[str] | None = None) -> dict:
     options = parse(Options, argv)
-    from benchmarks.environment import measured_on
+    from benchmarks.result_file import measured_on, read_results, write_results
 
-    done = json.loads(options.result.read_text(encoding="utf-8")) if options.result.exists() else {"rows": []}
-    rows, best = done["rows"], START
+    rows, best = read_results(options.result).get("rows", []), START
     for stage, changes in STAGES.items():
         tried = []
         for change in changes:
@@ -76,8 +78,7 @@ def main(argv: list[str] | None = None) -> dict:
                 figures = {"tokens": options.tokens, "rows": rows, **measured_on(("torch",))}
                 figures["data"] = [path.name for path in options.data_path]
                 figures["dtype"] = options.dtype
-                options.result.parent.mkdir(parents=True, exist_ok=True)
-                options.result.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8", newline="\n")
+                write_results(options.result, figures)
             tried.append((row["val_loss"], len(tried)))
             print(f"{row['val_loss']:.4f} after {row['seconds']} s  {stage}: {change}", flush=True)
         best = {**best, **changes[min(tried)[1]]}
@@ -117,12 +118,14 @@ def recipe(setting: dict) -> Iterator[None]:
 
 def rate_at(schedule: str, step: int, total: int, warmup: int, peak: float) -> float:
     """Learning rate of optimizer step ``step`` in [0, total)."""
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
+    from trainer.optimizer import lr_at
+
+    if step < warmup or schedule == "warm-up, stable, decay":
+        return lr_at(step, total, warmup, peak)
     left = 1 - (step - warmup) / max(total - warmup, 1)  # from 1 to 0
     if schedule == "cosine to 10 %":
         return peak * (0.55 - 0.45 * math.cos(math.pi * left))
-    return peak * min(1.0, left / (1.0 if schedule == "linear to zero" else DECAY))
+    return peak * left
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> dict:
     if options.variant:
         print(json.dumps(step_seconds(options)))
         return {}
-    from benchmarks.environment import measured_on
+    from benchmarks.result_file import measured_on, write_results
     from benchmarks.training.measure import ratios
 
     variants = list(dict.fromkeys(("ours", *options.only)))
@@ -76,9 +76,7 @@ def main(argv: list[str] | None = None) -> dict:
         )
     shape = {name: getattr(options, name) for name in ("rounds", "steps", "rows", "max_seq_len", "dim", "n_layers")}
     figures = {**shape, "variants": rows, **measured_on(("torch",))}
-    if options.result is not None:
-        options.result.parent.mkdir(parents=True, exist_ok=True)
-        options.result.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8", newline="\n")
+    write_results(options.result, figures)
     return figures
 
 
@@ -107,9 +105,11 @@ def step_seconds(options: Options) -> list[float]:
     rows = options.rows if options.variant == "one large pass" else max(1, MICRO_TOKENS // options.max_seq_len)
     passes = [Batch({"input_ids": part}, part, part[:, 1:].numel(), 0, part.numel()) for part in ids.split(rows)]
     targets = sum(batch.n_targets for batch in passes)
-    optimizer = MuonAdamW(param_groups(model, 0.1, "muon" if "Muon" in options.variant else "adamw"), 1e-4)
+    groups = param_groups(model, 0.1, "muon" if "Muon" in options.variant else "adamw")
     if options.variant == "optimizer not fused":
-        optimizer = torch.optim.AdamW(optimizer.param_groups, betas=(0.9, 0.95), fused=False)
+        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=1e-4, fused=False)
+    else:
+        optimizer = MuonAdamW(groups, 1e-4)
     parameters = list(model.parameters())
     if options.variant == "compiled":
         model.compile()

@@ -3,7 +3,6 @@
 python benchmarks/tokenizer_report.py --data_path FILE [FILE ...] --minimind CHECKOUT
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core.errors import run
-from core.files import atomic_write
 from core.options import option, parse
 from core.paths import REPOSITORY, TOKENIZER_DIR, bundled_data
 from scripts.train_tokenizer import HELD_OUT, split_texts
@@ -32,7 +30,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> dict:
     options = parse(Options, argv)
-    from benchmarks.environment import measured_on
+    from benchmarks.result_file import measured_on, write_results
     from dataset.rows import read_texts
 
     tokenizers = {
@@ -50,7 +48,7 @@ def main(argv: list[str] | None = None) -> dict:
         "entries": {name: tokenizer.get_vocab_size() for name, tokenizer in tokenizers.items()},
         "files": files,
     }
-    atomic_write(options.results, lambda file: file.write((json.dumps(report, indent=1) + "\n").encode()))
+    write_results(options.results, report)
     print(table(files))
     return report
 

@@ -38,7 +38,6 @@ from benchmarks.torture_runs import (
     watch_calls,
 )
 from core.errors import UserError, run
-from core.files import atomic_write
 from core.options import option, parse, require
 from core.paths import bundled_data, checkpoints_dir
 
@@ -195,7 +194,7 @@ def main(argv_: list[str] | None = None) -> None:
     import matplotlib.figure  # noqa: F401
 
     import scripts.wiring  # noqa: F401 (what every fork would otherwise import for itself)
-    from benchmarks.environment import measured_on
+    from benchmarks.result_file import measured_on, write_results
 
     began = time.monotonic()
     with small_data() as (folder, data):
@@ -217,9 +216,7 @@ def main(argv_: list[str] | None = None) -> None:
             print(f"{name}: {figures[name]} ({time.monotonic() - began:.0f} s)", flush=True)
     figures = {"failures": campaign.failures, **figures, "seconds": round(time.monotonic() - began)}
     figures |= {"seed": options.seed, "steps": STEPS, **measured_on(("torch", "safetensors"))}
-    if options.result:
-        text = json.dumps(figures, indent=2) + "\n"
-        atomic_write(options.result, lambda file: file.write(text.encode()))
+    write_results(options.result, figures)
     if campaign.failures:
         sys.exit(1)
 

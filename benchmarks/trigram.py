@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> dict:
     options = parse(Options, argv)
     import numpy as np
 
-    from benchmarks.environment import measured_on
+    from benchmarks.result_file import measured_on, write_results
     from dataset.batches import Batches, PretrainDataset, validation_batches
     from dataset.tokenizer import load_tokenizer
 
@@ -75,11 +75,8 @@ def main(argv: list[str] | None = None) -> dict:
         "bytes": n_bytes,
         **measured_on(("torch", "tokenizers")),
     }
-    text = json.dumps(figures, indent=2, ensure_ascii=False) + "\n"
-    print(text, end="")
-    if options.result is not None:
-        options.result.parent.mkdir(parents=True, exist_ok=True)
-        options.result.write_text(text, encoding="utf-8", newline="\n")
+    print(json.dumps(figures, indent=2))
+    write_results(options.result, figures)
     return figures
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import bench_train
+from benchmarks import bench_train, sweep_recipe
 from benchmarks.training.data import FILLED_IN, Score, chats, document_files, documents, initial_weights, write_chats
 from benchmarks.training.llama import TARGETS, llama_of, lora_of_llama
 from benchmarks.training.measure import Paced, train_paced, training_mflop
@@ -88,6 +88,23 @@ def test_parts_share_one_results_file(tmp_path):
         assert floor["tokens_per_step"] == sum(rows * length for rows, length in floor["micro_batches"])
         assert set(floor["seconds"]) == {"step", "linears", "sdpa"}
     assert found["lora_step"]["windows"]["supervised_share"] > 0.9 > found["lora_step"]["chats"]["supervised_share"]
+
+
+@pytest.mark.parametrize("content", [b'{"rows": [', b"[]", b"\xff\xfe"])
+@pytest.mark.parametrize(("benchmark", "argv"), [(bench_train, ["--only", "floor"]), (sweep_recipe, [])])
+def test_a_file_of_something_else_is_refused_and_kept(benchmark, argv, content, tmp_path):
+    path = tmp_path / "result.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"result\.json is no results file"):
+        benchmark.main(
+            ["--result", str(path), "--max_seq_len", "8", *(["--only", "floor"] * (benchmark is bench_train))]
+        )
+    assert path.read_bytes() == content
+
+
+def test_a_sweep_of_less_than_a_step_is_refused():
+    with pytest.raises(UserError, match="--tokens 0 must be at least 4096"):
+        sweep_recipe.main(["--tokens", "0"])
 
 
 def test_the_score_is_the_mean_loss_of_the_held_out_rows(small, tokenizer, tmp_path):

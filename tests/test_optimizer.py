@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import Source, ragged_batch, run_training
 
-from trainer.optimizer import ADAMW_RMS, BETAS, MuonAdamW, orthogonalized, param_groups, product_dtype
+from benchmarks.sweep_recipe import SCHEDULES, rate_at
+from trainer.optimizer import ADAMW_RMS, BETAS, MuonAdamW, lr_at, orthogonalized, param_groups, product_dtype
 
 
 def test_muon_has_the_linears_adamw_the_rest_and_vectors_do_not_decay(tiny_model):
@@ -90,6 +91,19 @@ def test_products_are_in_bf16_where_they_are_fast(monkeypatch):
     assert product_dtype(cpu) == torch.float32 and product_dtype(torch.device("cuda")) == torch.bfloat16
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     assert product_dtype(cpu) == torch.bfloat16
+
+
+def test_a_torch_that_does_not_tell_its_processor_gets_float32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert product_dtype(torch.device("cpu")) == torch.float32
+
+
+def test_the_sweeps_schedules_warm_up_alike_and_its_winner_is_the_products():
+    stable, linear, cosine = ([rate_at(name, step, 110, 10, 1.0) for step in range(110)] for name in SCHEDULES[::-1])
+    assert stable == [lr_at(step, 110, 10, 1.0) for step in range(110)]
+    assert stable[:10] == linear[:10] == cosine[:10]
+    assert linear[10:] == pytest.approx([n / 100 for n in range(100, 0, -1)])
+    assert cosine[10] == pytest.approx(1.0) and cosine[60] == pytest.approx(0.55) and 0.1 <= cosine[-1] < 0.101
 
 
 def test_muon_learns_what_adamw_learns(tiny_model, tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import flags, needs_compiler
+from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 import train_full_sft
@@ -149,6 +150,16 @@ def run(finished, trained, tmp_path):
 
     again.out = out
     return again
+
+
+def test_pretraining_gives_the_linears_to_muon_and_the_flag_takes_them_back(finished, trained, tmp_path):
+    door, argv = door_and_flags("pretrain", trained, batch_size=4, epochs=2)
+    door.main([*argv, "--out_dir", str(tmp_path), "--optimizer", "adamw", "--max_steps", "1"])
+    for folder, has_second_moment in ((states_in(finished)[22], False), (states_in(tmp_path)[1], True)):
+        tensors = load_file(folder / "state.safetensors")
+        assert "optimizer.tok_embeddings.weight.exp_avg_sq" in tensors
+        assert ("optimizer.layers.0.attention.wq.weight.exp_avg_sq" in tensors) == has_second_moment
+        assert "optimizer.layers.0.attention.wq.weight.exp_avg" in tensors
 
 
 def test_a_finished_run_writes_its_files_again(run, finished, capsys):

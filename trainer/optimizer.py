@@ -66,7 +66,7 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """``matrix`` (N, M) with its singular values brought to about 1 (0.7 to 1.2), in ``dtype``: Newton-Schulz."""
+    """``matrix`` (N, M) with its singular values brought to about 1 (the smallest not quite), by Newton-Schulz."""
     x = matrix.to(dtype)
     if tall := x.size(0) > x.size(1):
         x = x.mT
@@ -80,7 +80,7 @@ def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 def product_dtype(device: torch.device) -> torch.dtype:
     """bfloat16, which is enough for Muon, unless the processor has no instruction for it and would emulate it."""
-    cpu = torch.cpu.get_capabilities()
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
     emulated = device.type == "cpu" and not (cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
     return torch.float32 if emulated else torch.bfloat16
 

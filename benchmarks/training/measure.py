@@ -1,7 +1,6 @@
 """What the training measurements share: spread over rounds, FLOP counts, the real loop with a clock in it."""
 
 import contextlib
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
@@ -78,12 +77,3 @@ def train_paced(model, source: Paced, door, runtime, loss_sum, log_to: Path) -> 
 
 class Finished(Exception):
     """Leaves ``train`` when the rounds are over."""
-
-
-def merge_results(path: Path, name: str, figures: dict) -> None:
-    """Put one measurement's figures into the results file and leave the others there as they are."""
-    from core.files import atomic_write
-
-    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    text = json.dumps(results | {name: figures}, ensure_ascii=False, indent=1) + "\n"
-    atomic_write(path, lambda file: file.write(text.encode()))

@@ -86,7 +86,7 @@ class Rounds(TrainerCallback):
 
 def save(model, path: str) -> None:
     """Our LoRA file's keys; rank and alpha are equal, so the scale is 1 there too."""
-    if hasattr(model.config, "num_attention_heads"):
+    if model.config.model_type == "llama":
         torch.save(lora_of_llama(model, model.config.head_dim), path)
         return
     tensors = {}

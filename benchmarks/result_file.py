@@ -1,10 +1,32 @@
-"""Where and when a figure was measured."""
+"""Files of measured figures: where and when they were measured, read and written."""
 
+import json
 import os
 import platform
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+
+from core.errors import UserError
+from core.files import atomic_write
+
+
+def read_results(path: Path) -> dict:
+    """The figures in ``path``, none without such a file. Raises ``UserError`` if it holds anything else."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:  # neither UTF-8 nor JSON
+        results = None
+    if not isinstance(results, dict):
+        raise UserError(f"{path} is no results file; name another with --result, or delete it")
+    return results
+
+
+def write_results(path: Path | None, figures: dict) -> None:
+    """Write ``figures`` to ``path``; None writes nothing."""
+    if path is not None:
+        text = json.dumps(figures, ensure_ascii=False, indent=1) + "\n"
+        atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def measured_on(packages: tuple[str, ...]) -> dict:
