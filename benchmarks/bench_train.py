@@ -41,6 +41,7 @@ class Options:
     chat_rows: int = option(128, "at most so many chats make an epoch; 0: all")
     minutes: float = option(20.0, "how long MiniMind trains in time_to_loss and lora_to_loss")
     our_rows: int = option(0, "windows or chats that our learning rate is planned for in these; 0: the door's epochs")
+    adamw_rows: int = option(0, "the same for ours with AdamW, which needs more of them")
     val_tokens: int = option(32768, "how many held-out tokens a score reads")
     price_per_hour: float = option(0.1, "assumed price of this machine for an hour, in dollars")
     threads: int = option(os.cpu_count() or 1, "threads of every process")
@@ -53,7 +54,7 @@ class Options:
     def __post_init__(self):
         for name in ("rounds", "rows", "threads", "val_tokens"):
             require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)} must be at least 1")
-        for name in ("chat_rows", "our_rows", "price_per_hour"):
+        for name in ("chat_rows", "our_rows", "adamw_rows", "price_per_hour"):
             require(getattr(self, name) >= 0, f"--{name} {getattr(self, name)} must not be negative")
         require(self.minutes > 0, f"--minutes {self.minutes} must be positive")
         asked = [part for part in self.only if part in BESIDE_MINIMIND or (part == "lora" and not self.peft)]

@@ -86,7 +86,9 @@ def child(variant: str, options: Options) -> list[float]:
     for name in ("steps", "rows", "max_seq_len", "dim", "n_layers"):
         words += [f"--{name}", str(getattr(options, name))]
     environment = os.environ | (GLIBC_KEEPS_MEMORY if variant == "allocator keeps memory" else {})
-    done = subprocess.run(words, env=environment, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    if done.returncode:  # the child has said why
+        sys.exit(done.returncode)
     return json.loads(done.stdout.splitlines()[-1])
 
 

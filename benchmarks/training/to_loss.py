@@ -59,17 +59,20 @@ def _race(options, folder: Path, rows: str, train: Path, val: Path, tokenizer) -
             curves[name] = _resumable(side, score, work, budget, rank)
     best = {name: min(curve, key=lambda point: point["loss"]) for name, curve in curves.items()}
     door = "train_lora" if rank else "train_pretrain"
-    variants = {"ours": {}} if rank else {"ours": {}, "ours with AdamW": ADAMW}
+    variants = {"ours": ({}, options.our_rows)}
+    if not rank:
+        variants["ours with AdamW"] = ADAMW, options.adamw_rows
     wanted, reached = min(point["loss"] for point in best.values()), {}
-    for name, flags in variants.items():
+    for name, (flags, planned_rows) in variants.items():
         chosen = importlib.import_module(door).Options(**flags)
-        flags = flags | {"max_steps": options.our_rows // chosen.batch_size}
+        flags = flags | {"max_steps": planned_rows // chosen.batch_size}
         with sides.ours(name, door, train, chosen.epochs, **flags) as side:
             curves[name] = _until(wanted, side, score, work, budget, rank)
         reached[name] = {other: _first_below(curves[name], point["loss"]) for other, point in best.items()}
     return {
         "minutes": options.minutes,
         "start_loss": curves["ours"][0]["loss"],
+        "our_planned_rows": {name: rows for name, (_, rows) in variants.items()},
         "their_best": best,
         "our_seconds_to_it": reached,
         "speed_over": {
