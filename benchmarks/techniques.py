@@ -67,7 +67,10 @@ def main(argv: list[str] | None = None) -> dict:
     from benchmarks.training.measure import ratios
 
     variants = list(dict.fromkeys(("ours", *options.only)))
-    rounds = [{variant: min(child(variant, options)) for variant in variants} for _ in range(options.rounds)]
+    rounds = []
+    for number in range(1, options.rounds + 1):
+        rounds.append({variant: min(child(variant, options)) for variant in variants})
+        print(f"round {number}/{options.rounds}", flush=True)
     rows = {}
     for variant in variants:
         figures = ratios(*([seconds[name] for seconds in rounds] for name in (variant, "ours")))
