@@ -2,11 +2,11 @@
 
     python benchmarks/techniques.py --result benchmarks/results/techniques.json
 
-Each variant runs in processes of its own; the variants take turns, so that a noisy machine is noisy for all.
+Each variant has a process of its own, in which its steps and ours take turns: a noisy machine is noisy for both.
 """
 
+import ctypes
 import json
-import os
 import subprocess
 import sys
 import time
@@ -21,9 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from core.errors import run
 from core.options import option, parse, require
 
-GLIBC_KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31 - 1), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+GLIBC = {-3: 32 << 20, -1: 64 << 20}  # the mmap and trim thresholds that it comes to by itself, by mallopt's numbers
 VARIANTS = {
-    "ours": "the training step as it is, with AdamW",
     "autograd kernels": "in use, taken away: hand-written gradients of RMSNorm, SwiGLU and the head's loss",
     "real rotary pairs": "in use, taken away: rotary positions as one complex product",
     "repeated keys and values": "in use, taken away: grouped queries inside the attention kernel",
@@ -38,23 +37,29 @@ VARIANTS = {
     "bfloat16": "the flag --dtype bfloat16",
 }
 
+if sys.platform != "linux":
+    del VARIANTS["allocator keeps memory"]
+
 
 @dataclass
 class Options:
     """Time an optimizer step of pretraining under each variant, beside ours."""
 
-    variant: str = option("", "run this one alone, and print the seconds of each step (used by the command itself)")
-    only: tuple[str, ...] = option(tuple(VARIANTS), "variants to compare; ours is always among them")
-    rounds: int = option(5, "processes of each variant")
-    steps: int = option(3, "timed steps of a process")
-    rows: int = option(16, "windows of a step")
+    variant: str = option(
+        "", "run this one in this process and print the seconds of each step, ours first (used by the command itself)"
+    )
+    only: tuple[str, ...] = option(tuple(VARIANTS), "variants to compare with ours")
+    steps: int = option(9, "timed steps of each side")
+    rows: int = option(8, "windows of a step")
     max_seq_len: int = option(512, "tokens of a window")
     dim: int = option(512, "width of the model")
     n_layers: int = option(8, "number of blocks")
     result: Path | None = option(None, "also write the figures to this JSON file")
 
     def __post_init__(self):
-        for variant in (*self.only, self.variant or "ours"):
+        for name in ("steps", "rows"):
+            require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)} must be at least 1")
+        for variant in (*self.only, *([self.variant] if self.variant else [])):
             require(variant in VARIANTS, f"{variant!r} is no variant; there are {', '.join(VARIANTS)}")
 
 
@@ -66,73 +71,85 @@ def main(argv: list[str] | None = None) -> dict:
     from benchmarks.result_file import measured_on, write_results
     from benchmarks.training.measure import ratios
 
-    variants = list(dict.fromkeys(("ours", *options.only)))
-    rounds = []
-    for number in range(1, options.rounds + 1):
-        rounds.append({variant: min(child(variant, options)) for variant in variants})
-        print(f"round {number}/{options.rounds}", flush=True)
     rows = {}
-    for variant in variants:
-        figures = ratios(*([seconds[name] for seconds in rounds] for name in (variant, "ours")))
+    for variant in options.only:
+        ours, theirs = child(variant, options)
+        figures = ratios(theirs, ours)
         rows[variant] = {"what": VARIANTS[variant], "time_against_ours": figures}
         print(
-            f"{figures['median']:.3f}  ({figures['min']:.3f} .. {figures['max']:.3f})  {variant}: {VARIANTS[variant]}"
+            f"{figures['median']:.3f}  ({figures['min']:.3f} .. {figures['max']:.3f})  {variant}: {VARIANTS[variant]}",
+            flush=True,
         )
-    shape = {name: getattr(options, name) for name in ("rounds", "steps", "rows", "max_seq_len", "dim", "n_layers")}
+    shape = {name: getattr(options, name) for name in ("steps", "rows", "max_seq_len", "dim", "n_layers")}
     figures = {**shape, "variants": rows, **measured_on(("torch",))}
     write_results(options.result, figures)
     return figures
 
 
-def child(variant: str, options: Options) -> list[float]:
-    """Seconds of each step of ``variant``, in a new process."""
+def child(variant: str, options: Options) -> list[list[float]]:
+    """Seconds of each step of ours and of ``variant``, in a new process."""
     words = [sys.executable, __file__, "--variant", variant]
     for name in ("steps", "rows", "max_seq_len", "dim", "n_layers"):
         words += [f"--{name}", str(getattr(options, name))]
-    environment = os.environ | (GLIBC_KEEPS_MEMORY if variant == "allocator keeps memory" else {})
-    done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     if done.returncode:  # the child has said why
         sys.exit(done.returncode)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def step_seconds(options: Options) -> list[float]:
-    import torch
+def step_seconds(options: Options) -> list[list[float]]:
+    """Seconds of each step of ours and of the variant."""
+    ours, theirs = Trained("", options), Trained(options.variant, options)
+    for side in (ours, theirs):
+        side.step()  # allocates or compiles
+    return [list(column) for column in zip(*((ours.step(), theirs.step()) for _ in range(options.steps)), strict=True)]
 
-    from dataset.batches import MICRO_TOKENS, Batch
-    from model.LMConfig import LMConfig
-    from model.loss import loss_sum
-    from model.model import MiniMindLM
-    from trainer.optimizer import MuonAdamW, param_groups
 
-    torch.manual_seed(0)
-    model = MiniMindLM(LMConfig(dim=options.dim, n_layers=options.n_layers)).train()
-    ids = torch.randint(3, model.config.vocab_size, (options.rows, options.max_seq_len))
-    rows = options.rows if options.variant == "one large pass" else max(1, MICRO_TOKENS // options.max_seq_len)
-    passes = [Batch({"input_ids": part}, part, part[:, 1:].numel(), 0, part.numel()) for part in ids.split(rows)]
-    targets = sum(batch.n_targets for batch in passes)
-    groups = param_groups(model, 0.1, "muon" if "Muon" in options.variant else "adamw")
-    if options.variant == "optimizer not fused":
-        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=1e-4, fused=False)
-    else:
-        optimizer = MuonAdamW(groups, 1e-4)
-    parameters = list(model.parameters())
-    if options.variant == "compiled":
-        model.compile()
-    autocast = torch.autocast("cpu", torch.bfloat16) if options.variant == "bfloat16" else nullcontext()
-    seconds = []
-    with changed(options.variant):
-        for _ in range(1 + options.steps):  # the first one allocates or compiles
+class Trained:
+    """A model that trains under one variant, or under none: ours with AdamW."""
+
+    def __init__(self, variant: str, options: Options):
+        import torch
+
+        from dataset.batches import MICRO_TOKENS, Batch
+        from model.LMConfig import LMConfig
+        from model.model import MiniMindLM
+        from trainer.optimizer import MuonAdamW, param_groups
+
+        torch.manual_seed(0)
+        self.variant = variant
+        self.model = MiniMindLM(LMConfig(dim=options.dim, n_layers=options.n_layers)).train()
+        ids = torch.randint(3, self.model.config.vocab_size, (options.rows, options.max_seq_len))
+        rows = options.rows if variant == "one large pass" else max(1, MICRO_TOKENS // options.max_seq_len)
+        self.passes = [
+            Batch({"input_ids": part}, part, part[:, 1:].numel(), 0, part.numel()) for part in ids.split(rows)
+        ]
+        groups = param_groups(self.model, 0.1, "muon" if "Muon" in variant else "adamw")
+        if variant == "optimizer not fused":
+            self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=1e-4, fused=False)
+        else:
+            self.optimizer = MuonAdamW(groups, 1e-4)
+        if variant == "compiled":
+            self.model.compile()
+
+    def step(self) -> float:
+        """Seconds of one optimizer step."""
+        import torch
+
+        from model.loss import loss_sum
+
+        targets = sum(batch.n_targets for batch in self.passes)
+        autocast = torch.autocast("cpu", torch.bfloat16) if self.variant == "bfloat16" else nullcontext()
+        with changed(self.variant):
             began = time.perf_counter()
-            for batch in passes:
+            for batch in self.passes:
                 with autocast:
-                    loss = loss_sum(model, batch) / targets
+                    loss = loss_sum(self.model, batch) / targets
                 loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            seconds.append(time.perf_counter() - began)
-    return seconds[1:]
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            return time.perf_counter() - began
 
 
 def blocked_attention(q, k, v, is_causal: bool, **settings):
@@ -237,6 +254,11 @@ def changed(variant: str) -> Iterator[None]:
         "fused projections": {"FeedForward.forward": fused_feed_forward, "Attention.forward": fused_attention},
     }
     with ExitStack() as stack:
+        if variant == "allocator keeps memory":
+            allocator = ctypes.CDLL(None)
+            for parameter, usual in GLIBC.items():
+                allocator.mallopt(parameter, 2**31 - 1)
+                stack.callback(allocator.mallopt, parameter, usual)
         if variant == "Muon in float32":
             stack.enter_context(patch("trainer.optimizer.product_dtype", lambda device: torch.float32))
         for name, replacement in replaced.get(variant, {}).items():

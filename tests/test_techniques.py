@@ -33,5 +33,5 @@ def test_every_variant_is_the_same_function(tiny_model, variant):
 
 
 def test_an_unknown_variant_is_named():
-    with pytest.raises(UserError, match="'Moun' is no variant; there are ours, "):
+    with pytest.raises(UserError, match="'Moun' is no variant; there are autograd kernels, "):
         techniques.main(["--variant", "Moun"])
