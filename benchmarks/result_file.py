@@ -14,8 +14,8 @@ from core.files import atomic_write
 def read_results(path: Path) -> dict:
     """The figures in ``path``, none without such a file. Raises ``UserError`` if it holds anything else."""
     try:
-        results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError:  # neither UTF-8 nor JSON
+        results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (ValueError, OSError):  # neither UTF-8 nor JSON, or no readable file
         results = None
     if not isinstance(results, dict):
         raise UserError(f"{path} is no results file; name another with --result, or delete it")

@@ -66,7 +66,12 @@ def main(argv: list[str] | None = None) -> dict:
     options = parse(Options, argv)
     from benchmarks.result_file import measured_on, read_results, write_results
 
-    rows, best = read_results(options.result).get("rows", []), START
+    done, best = read_results(options.result), START
+    same = {"tokens": options.tokens, "data": [path.name for path in options.data_path], "dtype": options.dtype}
+    for name, value in same.items():
+        was = done.get(name, value)
+        require(was == value, f"{options.result} was measured with {name} {was}, not {value}; name another --result")
+    rows = done.get("rows", [])
     for stage, changes in STAGES.items():
         tried = []
         for change in changes:
@@ -75,10 +80,7 @@ def main(argv: list[str] | None = None) -> dict:
             if row is None:
                 row = {"setting": setting, **train_once(setting, options)}
                 rows.append(row)
-                figures = {"tokens": options.tokens, "rows": rows, **measured_on(("torch",))}
-                figures["data"] = [path.name for path in options.data_path]
-                figures["dtype"] = options.dtype
-                write_results(options.result, figures)
+                write_results(options.result, {**same, "rows": rows, **measured_on(("torch",))})
             tried.append((row["val_loss"], len(tried)))
             print(f"{row['val_loss']:.4f} after {row['seconds']} s  {stage}: {change}", flush=True)
         best = {**best, **changes[min(tried)[1]]}

@@ -90,16 +90,26 @@ def test_parts_share_one_results_file(tmp_path):
     assert found["lora_step"]["windows"]["supervised_share"] > 0.9 > found["lora_step"]["chats"]["supervised_share"]
 
 
-@pytest.mark.parametrize("content", [b'{"rows": [', b"[]", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b'{"rows": [', b"[]", b"\xff\xfe", None])
 @pytest.mark.parametrize(("benchmark", "argv"), [(bench_train, ["--only", "floor"]), (sweep_recipe, [])])
-def test_a_file_of_something_else_is_refused_and_kept(benchmark, argv, content, tmp_path):
+def test_what_is_no_results_file_is_refused_before_the_work_and_kept(benchmark, argv, content, tmp_path, monkeypatch):
+    def measure(*arguments):
+        raise AssertionError("the hours of work have begun")
+
+    monkeypatch.setattr("benchmarks.training.floor.floor", measure)
+    monkeypatch.setattr(sweep_recipe, "train_once", measure)
     path = tmp_path / "result.json"
-    path.write_bytes(content)
+    path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(UserError, match=r"result\.json is no results file"):
-        benchmark.main(
-            ["--result", str(path), "--max_seq_len", "8", *(["--only", "floor"] * (benchmark is bench_train))]
-        )
-    assert path.read_bytes() == content
+        benchmark.main(["--result", str(path), *argv])
+    assert path.is_dir() if content is None else path.read_bytes() == content
+
+
+def test_a_sweep_goes_on_only_with_what_it_began_with(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text('{"tokens": 5000, "dtype": "auto", "rows": []}')
+    with pytest.raises(UserError, match=r"result\.json was measured with tokens 5000, not 6000; name another --result"):
+        sweep_recipe.main(["--result", str(path), "--tokens", "6000"])
 
 
 def test_a_sweep_of_less_than_a_step_is_refused():

@@ -1,5 +1,7 @@
 """A technique that the benchmark swaps for another changes the time of a step, not its result."""
 
+import json
+
 import pytest
 import torch
 from conftest import ragged_batch
@@ -35,3 +37,14 @@ def test_every_variant_is_the_same_function(tiny_model, variant):
 def test_an_unknown_variant_is_named():
     with pytest.raises(UserError, match="'Moun' is no variant; there are autograd kernels, "):
         techniques.main(["--variant", "Moun"])
+
+
+def test_steps_of_a_variant_are_timed_beside_as_many_of_ours(tmp_path):
+    result = tmp_path / "techniques.json"
+    small = ["--dim", "32", "--n_layers", "1", "--max_seq_len", "32", "--rows", "2", "--steps", "2"]
+    techniques.main(["--only", "attention by blocks", "--result", str(result), *small])
+    found = json.loads(result.read_text(encoding="utf-8"))
+    ratio = found["variants"]["attention by blocks"]["time_against_ours"]
+    assert found["steps"] == 2 and 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+    sides = techniques.step_seconds(techniques.Options(variant="Muon", dim=32, n_layers=1, max_seq_len=32, steps=3))
+    assert [len(seconds) for seconds in sides] == [3, 3]
