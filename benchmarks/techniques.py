@@ -260,7 +260,7 @@ def changed(variant: str) -> Iterator[None]:
                 allocator.mallopt(parameter, 2**31 - 1)
                 stack.callback(allocator.mallopt, parameter, usual)
         if variant == "Muon in float32":
-            stack.enter_context(patch("trainer.optimizer.product_dtype", lambda device: torch.float32))
+            stack.enter_context(patch("trainer.optimizer.multiplies_bf16", lambda device: False))
         for name, replacement in replaced.get(variant, {}).items():
             stack.enter_context(patch(f"model.model.{name}", replacement))
         yield

@@ -48,6 +48,8 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
             os.replace(temporary, path)
             temporary = None
         fsync_folder(path.parent)
+    except UserError:  # what ``write`` has to say, of another file
+        raise
     except Exception as error:
         # torch.save hides the disk's error behind one of its own; what the caller is handling is another story.
         cause = error if isinstance(error, OSError) else error.__context__

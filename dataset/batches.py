@@ -210,8 +210,11 @@ class Batches:
         return _Plan(order, self.rows_per_step, rng.permutation(self.steps_per_epoch))
 
     def _share(self, indices: np.ndarray) -> np.ndarray:
+        """Neighbours by length, so that little is padding, and as many tokens for each process as can be."""
         longest_first = indices[np.argsort(-self.samples.lengths[indices], kind="stable")]
-        return longest_first[self.rank :: self.world_size]  # dealt like cards: as much work for each process
+        ends = np.cumsum(self.samples.lengths[longest_first])
+        middles = ends - self.samples.lengths[longest_first] / 2
+        return longest_first[(middles * self.world_size / ends[-1]).astype(np.int64) == self.rank]
 
     def _caught(self, indices: np.ndarray) -> list[Batch] | UserError:
         """Raised in a loader's process, the sentence would come in a traceback, which keeps that process alive."""

@@ -112,10 +112,10 @@ def save_base(path: str | Path, model: MiniMindLM, meta: dict) -> None:
     if any(".lora." in name for name in model.state_dict()):
         raise UserError("a base is saved without a LoRA; call remove_lora(model) first")
     record = {"format": FORMAT, **meta, "config": config, "fingerprint": weights}
-    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    text = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     atomic_write(path, lambda file: torch.save(tensors, file))
-    atomic_write(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+    atomic_write(path.with_suffix(".json"), lambda file: file.write(text))
 
 
 def load_base(path: str | Path, device: torch.device | str = "cpu") -> tuple[MiniMindLM, dict]:

@@ -1,5 +1,6 @@
 """What the training doors share: their data, validation, the run itself, and the record it leaves in its file."""
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -141,13 +142,16 @@ def identity(options: TrainOptions, record: dict) -> dict:
 def run_record(stage: str, options: TrainOptions, tokenizer: PreTrainedTokenizerBase, base: dict | None = None) -> dict:
     """What a file says of the run that made it; paths are cut to file names. ``base``: what the run started from."""
 
+    def file_name(path: Path) -> str:
+        return os.fsencode(path.name).decode(errors="backslashreplace")  # Linux has names that are no UTF-8
+
     def cut(value: object) -> object:
         if isinstance(value, Path):
-            return value.name
+            return file_name(value)
         return [cut(item) for item in value] if isinstance(value, tuple) else value
 
     def described(paths: tuple[Path, ...]) -> list[dict]:
-        return [{"file": path.name, "sha256": sha256_file(path, cache_dir(options.out_dir))} for path in paths]
+        return [{"file": file_name(path), "sha256": sha256_file(path, cache_dir(options.out_dir))} for path in paths]
 
     names = [field.name for field in fields(options)]
     return {

@@ -325,6 +325,8 @@ def test_little_of_what_is_computed_is_padding(tokenizer, tmp_path, file):
     steps = [batch for step in batches.steps(1) for batch in step]
     share = sum(batch.n_tokens for batch in steps) / sum(batch.labels.numel() for batch in steps)
     assert share == batches.useful_share(1) >= 0.95
+    for rank in range(4):
+        assert Batches(samples, 16, 1, seed=0, rank=rank, world_size=4).useful_share(1) >= 0.95
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -335,6 +337,9 @@ def test_processes_share_each_step(make, chats, world_size):
     for whole, *shares in zip(alone.steps(1, 2), *(rank.steps(1, 2) for rank in ranks), strict=True):
         assert Counter(row for share in shares for row in rows_in(share) if row) == Counter(rows_in(whole))
         assert sum(batch.n_tokens for share in shares for batch in share) == sum(batch.n_tokens for batch in whole)
+        tokens = [sum(batch.n_tokens for batch in share) for share in shares]
+        longest = max(len(row) for share in shares for row in rows_in(share))
+        assert max(tokens) <= sum(tokens) / world_size + longest, "as much for each"
         targets = [sum(batch.n_targets for batch in share) for share in shares]
         assert all(targets) and sum(targets) == sum(batch.n_targets for batch in whole)
     assert Batches(samples, 2, 3, 4, world_size=world_size).rows_per_step == 6 * world_size
@@ -342,9 +347,10 @@ def test_processes_share_each_step(make, chats, world_size):
 
 def test_a_process_without_rows_gets_one_masked_batch(make, chats):
     samples = make(SFTDataset, chats, 40).train
-    (batch,) = next(Batches(samples, 1, 1, 4, rank=1, world_size=2, rows_per_step=1).steps(0))
-    assert (batch.labels == IGNORED).all() and batch.labels.shape == batch.inputs["input_ids"].shape
-    assert (batch.n_targets, batch.n_bytes, batch.n_tokens) == (0, 0, 0)
+    ranks = [Batches(samples, 1, 1, 4, rank=rank, world_size=2, rows_per_step=1) for rank in (0, 1)]
+    (idle,), (busy,) = sorted((next(rank.steps(0)) for rank in ranks), key=lambda step: step[0].n_targets)
+    assert (idle.labels == IGNORED).all() and idle.labels.shape == idle.inputs["input_ids"].shape
+    assert (idle.n_targets, idle.n_bytes, idle.n_tokens) == (0, 0, 0) and busy.n_targets
 
 
 def test_validation_reads_about_so_many_tokens_spread_over_all(make, chats):

@@ -133,6 +133,15 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*file\.bin: No space left on device"):
         atomic_write(path, fails)
     assert path.read_bytes() == b"old"
+
+    def cannot_read_its_source(file):
+        try:
+            raise OSError("not gzipped")
+        except OSError as error:
+            raise UserError("texts.gz is no gzip file") from error
+
+    with pytest.raises(UserError, match=r"^texts\.gz is no gzip file$"):
+        atomic_write(path, cannot_read_its_source)
     assert [item.name for item in path.parent.iterdir()] == ["file.bin"]
     atomic_write(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new"

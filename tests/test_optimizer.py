@@ -5,7 +5,8 @@ import torch
 from conftest import Source, ragged_batch, run_training
 
 from benchmarks.sweep_recipe import SCHEDULES, rate_at
-from trainer.optimizer import ADAMW_RMS, BETAS, MuonAdamW, lr_at, orthogonalized, param_groups, product_dtype
+from trainer.optimizer import ADAMW_RMS, BETAS, MuonAdamW, lr_at, orthogonalized, param_groups
+from trainer.runtime import multiplies_bf16
 
 
 def test_muon_has_the_linears_adamw_the_rest_and_vectors_do_not_decay(tiny_model):
@@ -22,7 +23,7 @@ def test_muon_has_the_linears_adamw_the_rest_and_vectors_do_not_decay(tiny_model
 
 
 def test_a_step_is_that_of_torchs_muon_and_adamw(tiny_model, monkeypatch):
-    monkeypatch.setattr("trainer.optimizer.product_dtype", lambda device: torch.bfloat16)  # torch's does no other
+    monkeypatch.setattr("trainer.optimizer.multiplies_bf16", lambda device: True)  # torch's does no other
     twin = type(tiny_model)(tiny_model.config)
     twin.load_state_dict(tiny_model.state_dict())
     ours = MuonAdamW(param_groups(tiny_model, 0.1, "muon"), 1e-2)
@@ -88,14 +89,17 @@ def test_an_overflowing_fp16_step_is_skipped_whole(tiny_model):
 def test_products_are_in_bf16_where_they_are_fast(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
-    assert product_dtype(cpu) == torch.float32 and product_dtype(torch.device("cuda")) == torch.bfloat16
+    assert not multiplies_bf16(cpu)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
-    assert product_dtype(cpu) == torch.bfloat16
+    assert multiplies_bf16(cpu)
+    for emulates in (True, False):  # a Turing GPU says yes, unless asked about its own instructions
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, says=emulates: not says)
+        assert multiplies_bf16(torch.device("cuda")) == (not emulates)
 
 
 def test_a_torch_that_does_not_tell_its_processor_gets_float32(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert product_dtype(torch.device("cpu")) == torch.float32
+    assert not multiplies_bf16(torch.device("cpu"))
 
 
 def test_the_sweeps_schedules_warm_up_alike_and_its_winner_is_the_products():

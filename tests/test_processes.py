@@ -67,6 +67,12 @@ def test_what_fails_in_the_first_process_ends_all(both):
     assert second == "SystemExit: 2"
 
 
+def test_a_log_that_cannot_be_opened_ends_all(both):
+    first, other = (rank["no metrics"]["end"] for rank in both["ranks"])
+    assert first.startswith("UserError: ") and "metrics" in first
+    assert other == "SystemExit: 2"
+
+
 def test_each_rank_has_random_numbers_of_its_own(both):
     first, second = (rank["seed"] for rank in both["ranks"])
     assert first != second

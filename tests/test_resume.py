@@ -255,7 +255,7 @@ def test_what_may_change_may_change(run, trained, tmp_path):
     assert {field for field in MAY_CHANGE if not hasattr(train_lora.Options, field)} == set()
     moved = tmp_path / "renamed.jsonl"
     moved.write_bytes(trained.texts.read_bytes())
-    run("--resume", data_path=moved, log_interval=3, save_interval=7, num_workers=1, val_tokens=64)
+    run("--resume", data_path=moved, log_interval=3, save_interval=7, num_workers=1)
 
 
 def test_resume_without_a_state_starts_and_says_so(run, finished, capsys):
@@ -264,6 +264,13 @@ def test_resume_without_a_state_starts_and_says_so(run, finished, capsys):
     printed = capsys.readouterr().out
     assert "there is no state in" in printed and "pretrain_64.pth of an earlier run will be replaced" in printed
     assert left_in(run.out) == left_in(finished)
+
+
+def test_a_run_that_saved_while_this_one_started_is_noticed(tmp_path):
+    states = RunStates(tmp_path / "states", {}, {}, resume=False)
+    (tmp_path / "states" / "step-3").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"another run has just saved in .*states"), states.alone():
+        pass
 
 
 def test_a_new_run_deletes_the_old_states_at_its_first_save_and_not_before(run, monkeypatch, capsys):

@@ -17,10 +17,12 @@ from model.LMConfig import LMConfig
 from model.loss import loss_sum, nats_of
 from model.model import MiniMindLM
 from trainer import progress
-from trainer.evaluation import evaluate
-from trainer.loop import _backward
+from trainer.evaluation import Metrics, evaluate
+from trainer.loop import _backward, _clip
 from trainer.measure import PASSES, announce
+from trainer.metrics import RunLog
 from trainer.optimizer import lr_at, warmup_steps
+from trainer.options import TrainOptions
 from trainer.runtime import Runtime
 
 CONTROL = {0, 1, 2}
@@ -149,6 +151,44 @@ def test_a_non_finite_gradient_with_a_finite_loss_is_caught_too(tiny_model, tmp_
     with pytest.raises(UserError, match="gradient norm"):
         run_training(tiny_model, Source([ragged_batch(2, seed=9)]), tmp_path, loss=infinite_slope)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_model.state_dict().items())
+
+
+@pytest.mark.parametrize(("rate", "loss"), [(1e39, 1.0), (1e-2, math.nan)])
+def test_weights_that_an_update_made_useless_are_not_saved(tiny_model, tmp_path, rate, loss):
+    saved = []
+    settings = {"learning_rate": rate, "max_steps": 2, "save_interval": 1, "validate": lambda: Metrics(loss, 1.0, 5, 9)}
+    with pytest.raises(UserError, match=r"step 1: the weights became useless and nothing was saved"):
+        run_training(tiny_model, Source([ragged_batch(2, seed=9)]), tmp_path, on_save=saved.append, **settings)
+    assert not saved and not list(tmp_path.rglob("step-*"))
+
+
+@pytest.mark.parametrize(("largest", "norm_after"), [(0.5, 0.5), (10.0, 5.0), (math.inf, 5.0)])
+def test_gradients_are_scaled_down_to_the_largest_norm_and_no_others_are_touched(largest, norm_after):
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (2, 1, 1)]
+    parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+    assert _clip(parameters, largest) == 5.0
+    norm = torch.cat([parameters[0].grad, parameters[1].grad]).norm()
+    assert norm == 5.0 if norm_after == 5.0 else norm == pytest.approx(norm_after, rel=1e-5)
+
+
+def test_a_log_line_that_cannot_be_written_comes_with_the_next_save(tmp_path, capsys):
+    options = TrainOptions(device="cpu")
+    with RunLog(tmp_path / "run.jsonl", options) as log:
+        log.keep()
+        (tmp_path / "run.jsonl").unlink()
+        (tmp_path / "run.jsonl").mkdir()
+        log.write({"step": 1, "loss": 2.0, "grad_norm": math.inf, "summary": {"loss": math.nan}})
+        assert "cannot write" in capsys.readouterr().out
+        with pytest.raises(UserError, match=r"run\.jsonl"):
+            log.keep()
+        (tmp_path / "run.jsonl").rmdir()
+        log.keep()
+    assert json.loads((tmp_path / "run.jsonl").read_text()) == {
+        "step": 1,
+        "loss": 2.0,
+        "grad_norm": None,  # JSON has no infinity
+        "summary": {"loss": None},
+    }
 
 
 def test_measuring_the_speed_leaves_no_trace(tiny_model, tmp_path):
@@ -344,9 +384,9 @@ def test_every_matrix_product_is_counted(kv_heads):
     assert floor.share(floor.flops_per_second / floor.flops_per_token) == pytest.approx(1.0)
 
 
-def test_compiling_without_a_compiler_is_one_sentence(tiny_model, monkeypatch):
-    monkeypatch.setattr(inductor.cpp, "cxx", (None, "no-such-compiler"))
-    with pytest.raises(UserError, match=r"^--compile: .*; install the C\+\+ compiler .* or leave it out$"):
+def test_compiling_without_a_compiler_is_one_sentence(tiny_model):
+    said = r"^--compile: .*; install the C\+\+ compiler .* or leave it out$"
+    with inductor.patch({"cpp.cxx": (None, "no-such-compiler")}), pytest.raises(UserError, match=said):
         announce(tiny_model, Source([ragged_batch(2, 0)]), 1, CPU, loss_sum, compiled=True)
 
 

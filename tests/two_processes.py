@@ -125,6 +125,9 @@ def scenarios(folder: Path, texts: Path, chats: Path, base: Path):
     yield "full disk", run_door(train_pretrain, folder / "full" / "out", **pretrain)
     if runtime.rank == 0:
         limit_file_size(-1)  # as much as it likes
+    (barred := folder / "barred" / "out").mkdir(parents=True, exist_ok=True)
+    (barred / "metrics").touch()  # where a folder should be
+    yield "no metrics", run_door(train_pretrain, barred, **pretrain)
     lora = SHORT | {"data_path": chats, "general_data": chats, "base": base, "lora_name": "x", "max_steps": 4}
     yield "lora", run_door(train_lora, folder / "lora" / "out", **(lora | {"batch_size": 2}))
 

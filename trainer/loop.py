@@ -112,13 +112,20 @@ def train(
         run = states.restore(model, optimizer, scaler, runtime)
         saved, was_finished, final = run.step, run.step == total, None
         replica, floor = announce(model, source, total - run.step, runtime, loss_sum, options.compile)
-        if options.dry_run or runtime.rank > 0:
-            log = NoLog()
-        else:
+        log = NoLog()
+
+        def open_log() -> None:
+            nonlocal log
             states.warn_of_others()
             log = stack.enter_context(RunLog(log_to, options, states.metrics, states.wandb_id))
+
+        if not options.dry_run:
+            runtime.on_first(open_log)
         bar = stack.enter_context(_bar(run.step, total, runtime))
         clock = Clock(runtime, run.seconds)
+
+        def kept() -> str:
+            return f"the save of step {saved} stands" if saved else "nothing was saved"
 
         def write(rng: list[dict] | None) -> None:
             """In rank 0; ``rng`` None: the state is there. It comes last: what a kill cuts short is done again."""
@@ -128,6 +135,10 @@ def train(
                 if final.targets and rng is not None:
                     log.write({"step": run.step, "val_loss": final.loss, "val_bits_per_byte": final.bits_per_byte})
                     _say(bar, f"step {run.step}: validation {final}")
+            finite = all(torch.stack(parameter.aminmax()).isfinite().all() for parameter in parameters)
+            if not finite or (final and final.targets and not math.isfinite(final.loss)):
+                # The loss of this step was fine, and its update was not.
+                raise UserError(f"step {run.step}: the weights became useless and {kept()}: lower --learning_rate")
             on_save(run.step)
             log.keep()
             if rng is not None:
@@ -155,9 +166,8 @@ def train(
             run.step += 1
             run.overflows = 0 if math.isfinite(norm) else run.overflows + 1
             if not math.isfinite(loss) or run.overflows > (MAX_OVERFLOWS if scaler.is_enabled() else 0):
-                kept = f"the save of step {saved} stands" if saved else "nothing was saved"
                 raise UserError(
-                    f"step {run.step}: loss {loss}, gradient norm {norm}; the weights were not touched and {kept}:"
+                    f"step {run.step}: loss {loss}, gradient norm {norm}; the weights were not touched and {kept()}:"
                     " lower --learning_rate or look at the data with scripts/inspect_data.py"
                 )
             scaler.step(optimizer)  # skips the step, in fp16, if a gradient overflowed

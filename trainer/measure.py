@@ -58,10 +58,8 @@ def announce(
     replica = runtime.replicate(model, has_idle=bool(idle))
     try:  # compiles, allocates memory, meets the other ranks: nothing that a step's time should hold
         _pass(replica, batches[-1], runtime, loss_sum)
-    except RuntimeError as error:
-        if not compiled:
-            raise
-        reason = str(error).splitlines()[0]  # the same pass was fine before
+    except torch._dynamo.exc.TorchDynamoException as error:  # the same pass was fine before
+        reason = str(error).splitlines()[0]
         raise UserError(f"--compile: {reason}; install the C++ compiler that PyTorch wants or leave it out") from error
     model.zero_grad(set_to_none=True)
     runtime.set_rng_state(random_states)

@@ -1,6 +1,7 @@
 """What a run leaves behind: one JSON line a log step, a picture of the losses, and Weights & Biases if asked."""
 
 import json
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -32,25 +33,26 @@ class RunLog:
         return self
 
     def write(self, record: dict) -> None:
-        line = json.dumps(record) + "\n"
+        line = json.dumps(_strict(record), allow_nan=False) + "\n"
         self.lines += line
         try:
             with self._file.open("a", encoding="utf-8", newline="\n") as file:
                 file.write(line)
-        except OSError as error:
-            raise UserError(f"cannot write {self._file}: {error.strerror}; make room or choose an --out_dir") from error
+        except OSError as error:  # one rank alone must not end here; a disk that stays full ends all at the next save
+            print(f"note: cannot write {self._file} ({error.strerror}); make room: the next save writes it whole")
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
 
     def keep(self) -> None:
-        """From now on these are the metrics of what lies in out_dir."""
+        """From now on these are the metrics of what lies in out_dir. Raises ``UserError`` when the disk refuses."""
+        atomic_write(self.path, lambda file: file.write(self.lines.encode()))
         if self._file != self.path:
-            os.replace(self._file, self.path)
+            self._file.unlink(missing_ok=True)
             self._file = self.path
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=int(kind is not None))
         if self._file == self.path:
             plot_losses([json.loads(line) for line in self.lines.splitlines()], self.path.with_suffix(".png"))
         else:
@@ -72,6 +74,13 @@ class NoLog:
         pass
 
 
+def _strict(value: object) -> object:
+    """Plain JSON, which has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def plot_losses(records: list[dict], path: Path) -> None:
     """Training and validation loss against optimizer steps, as a PNG."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no window system
@@ -79,7 +88,7 @@ def plot_losses(records: list[dict], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss (nats per token)", title=path.stem)
     for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
-        points = [(record["step"], record[key]) for record in records if key in record]
+        points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=3)
     axes.grid(alpha=0.3)

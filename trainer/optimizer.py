@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from trainer.runtime import multiplies_bf16
+
 # Numbers without another source come from benchmarks/results/sweep_recipe.json; docs/engine.md reads it.
 BETAS = (0.8, 0.95)
 DECAY = 0.4  # share of the steps after the warm-up in which the rate falls
@@ -60,7 +62,8 @@ class MuonAdamW(torch.optim.AdamW):
             state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(parameter)
         state["step"] += 1
         momentum = state["exp_avg"].lerp_(gradient, 1 - MOMENTUM)
-        update = orthogonalized(gradient.lerp(momentum, MOMENTUM), product_dtype(parameter.device))  # Nesterov's
+        dtype = torch.bfloat16 if multiplies_bf16(parameter.device) else torch.float32  # either is enough
+        update = orthogonalized(gradient.lerp(momentum, MOMENTUM), dtype)  # Nesterov's
         parameter.mul_(1 - rate * weight_decay)
         parameter.add_(update, alpha=-rate * ADAMW_RMS * math.sqrt(max(parameter.shape)))
 
@@ -76,13 +79,6 @@ def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
         gram = x @ x.mT
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
-
-
-def product_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16, which is enough for Muon, unless the processor has no instruction for it and would emulate it."""
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
-    emulated = device.type == "cpu" and not (cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
-    return torch.float32 if emulated else torch.bfloat16
 
 
 def warmup_steps(asked: int, total: int) -> int:

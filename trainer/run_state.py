@@ -32,6 +32,7 @@ class RunStates:
 
     def __init__(self, folder: Path, identity: dict, memory: dict, *, resume: bool):
         self.folder, self.identity, self.memory = folder, identity, memory
+        self._seen = saved_states(folder)
         self.found = newest_state(folder) if resume else None
         self._starts_over = self.found is None  # so the first save deletes what is there
         if self.found:
@@ -67,6 +68,8 @@ class RunStates:
         with file:
             if not try_lock(file):
                 raise UserError(f"another run is at work in {self.folder}: let it end or choose another --out_dir")
+            if saved_states(self.folder) != self._seen:
+                raise UserError(f"another run has just saved in {self.folder}: start again, to go on from there")
             yield
 
     def warn_of_others(self) -> None:

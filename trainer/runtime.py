@@ -41,6 +41,8 @@ class Runtime:
         rank, world_size, chosen = 0, 1, _device(device)
         if os.environ.get("WORLD_SIZE", "1") != "1":
             rank, world_size, chosen = _join(chosen, device)
+        if chosen.type == "cuda" and chosen.index is not None:
+            torch.cuda.set_device(chosen)  # what waits for "the" GPU, or allocates on it, means this one
         runtime = cls(chosen, _dtype(dtype, chosen), rank, world_size)
         if seed is not None:
             torch.manual_seed(seed + rank)
@@ -172,7 +174,6 @@ def _join(device: torch.device, asked: str) -> tuple[int, int, torch.device]:
                 " --device cuda, or cpu, and let torchrun start no more processes than GPUs"
             )
         device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     if rank > 0:
@@ -197,11 +198,18 @@ def _device(name: str) -> torch.device:
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bf16 else torch.float32
+        return torch.bfloat16 if device.type == "cuda" and multiplies_bf16(device) else torch.float32
     if name == "float16" and device.type == "cpu":
         raise UserError("--dtype float16 needs a GPU; on a CPU use float32")
     return DTYPES[name]
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16 products and need not emulate them."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
+    return device.type != "cpu" or bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

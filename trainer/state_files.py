@@ -75,9 +75,9 @@ def write_state(
 ) -> None:
     """Write ``folder``/step-N, then delete all but the newest two.
 
-    ``starts_over``: the states in ``folder`` are another run's; they go just before the new one takes its name. So do
-    states of later steps, which a resume has passed over as damaged. Raises ``UserError`` when the disk refuses; the
-    states of before are then as they were.
+    ``starts_over``: the states in ``folder`` are another run's; they go just before the new one takes its name, and a
+    kill in between leaves none. So do states of later steps, which a resume has passed over as damaged. Raises
+    ``UserError`` when the disk refuses; while the new state is being written, those of before stay as they were.
     """
     unfinished = folder / f".new-step-{step}"
     try:
