@@ -1,6 +1,7 @@
 """What a user did wrong is one sentence and exit code 2; everything else is a bug and keeps its traceback."""
 
 import contextlib
+import errno
 import io
 import os
 import signal
@@ -36,14 +37,18 @@ class Stopped(Exception):
 def run(main: Callable[[], object]) -> None:
     """Run a command's ``main`` and end the process.
 
-    Exit codes: 0 when ``main`` returns, 2 with one line on stderr for a ``UserError`` or a missing package,
-    130 for Ctrl-C, 128 + its number for a signal that ``Stopped`` the work. Any other exception is a bug and propagates
-    with its traceback.
+    Exit codes: 0 when ``main`` returns, 2 with one line on stderr for a ``UserError``, a missing package, memory that
+    does not suffice, and a file or an output that the system refuses, 130 for Ctrl-C, 128 + its number for a signal
+    that ``Stopped`` the work. Any other exception is a bug and propagates with its traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # output sent to a file on Windows may not know every character
         sys.stdout.reconfigure(errors="backslashreplace")
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started this process
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (until the process ends)
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         message, code = " ".join(str(error).split()), 2
     except ModuleNotFoundError as error:
@@ -58,6 +63,20 @@ def run(main: Callable[[], object]) -> None:
     except BrokenPipeError:  # the reader of our output has left, as `| head` does: nobody is there to be told
         drop(sys.stdout)
         sys.exit(141)
+    except OSError as error:
+        to_output = error.filename is None and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EIO)
+        # A file that is not there may be our mistake; what the system forbids, or cannot do, is none.
+        if isinstance(error, FileNotFoundError) or (error.filename is None and not to_output):
+            raise
+        if to_output:
+            drop(sys.stdout)
+        place = "the output" if to_output else error.filename
+        message, code = f"{place}: {error.strerror}; choose a place with room that you may read and write", 2
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or ["no more"])[0]
+        message, code = f"the memory does not suffice ({reason}): lower --batch_size or --micro_tokens, or the model", 2
     else:
         return
     if os.environ.get("LOCAL_RANK", "0") != "0":  # torchrun ends this process at once if the first one says the same
@@ -65,3 +84,10 @@ def run(main: Callable[[], object]) -> None:
     with contextlib.suppress(OSError):  # nobody need be there to read it
         print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def _is_lack_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """PyTorch has a type for a GPU's memory, and only words for the machine's."""
+    return isinstance(error, MemoryError) or (
+        type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    )

@@ -3,6 +3,7 @@
 ``out_dir`` is relative to the caller's folder; what ships with the code is relative to the code.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def lora_path(out_dir: str | Path, name: str, dim: int) -> Path:
 
 def lora_paths(out_dir: str | Path, name: str | None = None) -> list[Path]:
     """The skill files in ``out_dir``, of every dim, the newest last; only those of skill ``name`` if given."""
-    found = [path for path in (Path(out_dir) / "lora").glob("lora_*.pth") if SKILL_FILE.fullmatch(path.name)]
+    files = (path for path in (Path(out_dir) / "lora").glob("lora_*.pth") if path.is_file())
+    found = [path for path in files if SKILL_FILE.fullmatch(path.name)]
     found = [path for path in found if name is None or skill_of(path) == skill_name(name)]
     return sorted(found, key=lambda path: path.stat().st_mtime_ns)
 
@@ -42,9 +44,11 @@ def skill_of(path: Path) -> str:
 def skill_name(name: str) -> str:
     """The bare name of a skill, without the ``lora_`` in front."""
     bare = re.sub(r"^(lora_)+", "", name)
-    if not re.fullmatch(r"\w[\w.-]{0,99}", bare) or bare == "off":  # /lora off means: no skill
+    too_long = len(os.fsencode(bare)) > 100  # of the 255 bytes that file systems give a name
+    if not re.fullmatch(r"\w[\w.-]*", bare) or too_long or bare == "off":  # /lora off means: no skill
         raise UserError(
-            f"--lora_name {name[:99]!r} is not a skill name: use letters, digits, '_', '-', '.' (up to 100), not 'off'"
+            f"--lora_name {name[:99]!r} is not a skill name: use letters, digits, '_', '-', '.' (at most 100"
+            " bytes), not 'off'"
         )
     return bare
 

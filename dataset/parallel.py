@@ -75,10 +75,10 @@ def _start(*job: Any) -> None:
     global _job
     _job = job
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A killed parent cannot tell its workers, which would wait for work for ever."""
     multiprocessing.parent_process().join()
     os._exit(1)

@@ -3,6 +3,7 @@
 import atexit
 import multiprocessing
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -10,6 +11,7 @@ from multiprocessing import resource_tracker
 from torch.utils.data import DataLoader
 
 from core.errors import STOPPING
+from dataset.parallel import end_with_parent
 
 
 def started(loader: DataLoader) -> Iterator:
@@ -29,6 +31,7 @@ def started(loader: DataLoader) -> Iterator:
 def _outlive_signals(worker: int) -> None:
     for signum in STOPPING:
         signal.signal(signum, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 @contextmanager

@@ -44,6 +44,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # zipfile and the unpickler raise many kinds; whatever it is, the file is unusable
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if type(error).__name__ == "UnpicklingError":  # torch's sentence is about its own flag
+            reason = "it holds more than tensors"
         raise UserError(f"{path} is not a readable weights file ({reason[:120]}); copy or train it again") from error
     if not isinstance(tensors, dict) or not tensors:
         raise UserError(f"{path} holds no weights but {type(tensors).__name__}; expected a state dict")
@@ -81,12 +83,14 @@ def copy_strictly(own: dict[str, Tensor], tensors: dict[str, Tensor], source: st
 
 
 def check_keys(own: dict[str, Tensor], tensors: dict[str, Tensor], source: str | Path) -> None:
-    """One ``UserError`` that names every missing, unexpected and mis-shaped key of ``tensors``, if there are any."""
+    """One ``UserError`` that names every missing, unexpected, mis-shaped and mistyped key of ``tensors``, if any."""
     problems = [f"missing {name}" for name in sorted(own.keys() - tensors.keys())]
     problems += [f"unexpected {name}" for name in sorted(tensors.keys() - own.keys())]
     for name in sorted(own.keys() & tensors.keys()):
         if own[name].shape != tensors[name].shape:
             problems.append(f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}")
+        elif not tensors[name].is_floating_point():
+            problems.append(f"{name} is {tensors[name].dtype}, not floating point")
     if problems:
         raise UserError(f"{source} does not fit the model: {'; '.join(problems)}")
 
@@ -163,7 +167,8 @@ def read_record(path: Path) -> dict:
         record = json.loads(beside.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{beside} is not readable JSON ({error}); delete it or retrain the base") from error
-    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+    parts = [record, record.get("config"), record.get("options", {})] if isinstance(record, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
         raise UserError(f"{beside} describes no base; delete it or retrain the base")
     return record
 
@@ -186,7 +191,8 @@ def choose_base(
                 if read_record(path).get("fingerprint") == skill_base:
                     return path
     for stage in reversed(list(stages)):
-        found = sorted(folder.glob(f"{stage}_*.pth"), key=lambda path: path.stat().st_mtime_ns)
+        files = (path for path in folder.glob(f"{stage}_*.pth") if path.is_file())  # a link may lead nowhere
+        found = sorted(files, key=lambda path: path.stat().st_mtime_ns)
         if found:
             return found[-1]
     raise UserError(f"no base model {' or '.join(f'{s}_*.pth' for s in stages)} in {folder}; train one or pass --base")
@@ -198,6 +204,8 @@ def _config_from_shapes(tensors: dict[str, Tensor], path: Path) -> dict:
         n_layers = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
         hidden_dim = tensors["layers.0.feed_forward.w1.weight"].shape[0]
         kv_width = tensors["layers.0.attention.wk.weight"].shape[0]
+        if not dim:
+            raise ValueError("its embedding is empty")
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"{path} is no MiniMindLM: it lacks the embedding or the layers ({error})") from error
     n_heads = LMConfig().n_heads

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import stat
 import subprocess
 import sys
@@ -120,6 +121,56 @@ def test_work_that_a_signal_stopped_has_the_code_that_shells_give(capsys):
         run(stopped_work)
     assert stopped.value.code == 143
     assert capsys.readouterr().err == ""  # it has said so itself
+
+
+class OutOfMemoryError(RuntimeError):
+    """The name of PyTorch's own, for a GPU."""
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (PermissionError(13, "Permission denied", "closed.jsonl"), "closed.jsonl: Permission denied"),
+        (OSError(36, "File name too long", "x" * 300), "File name too long"),
+        (OSError(28, "No space left on device"), "the output: No space left on device"),
+        (MemoryError(), "the memory does not suffice"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "the memory does not suffice"),
+        (OutOfMemoryError("CUDA out of memory. Tried"), "the memory does not suffice"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_sentence(raised, said, capsys, monkeypatch):
+    def work():
+        raise raised
+
+    monkeypatch.setattr("core.errors.drop", lambda stream: None)
+    with pytest.raises(SystemExit) as ended:
+        run(work)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "bug", [FileNotFoundError(2, "No such file", "x"), OSError(9, "Bad descriptor"), RuntimeError("x")]
+)
+def test_bugs_keep_their_traceback(bug):
+    def work():
+        raise bug
+
+    with pytest.raises(type(bug)):
+        run(work)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell closes the streams")
+def test_closed_streams_and_a_full_disk_behind_the_output():
+    program = "import sys; from core.errors import run; run(lambda: print(sys.stdin.read(), 'said'))"
+    command = [sys.executable, "-c", program]
+    shell = {"shell": True, "cwd": REPOSITORY, "capture_output": True, "text": True, "timeout": 60}
+    quoted = shlex.join(command)
+    assert subprocess.run(f"{quoted} <&- >&-", **shell).returncode == 0
+    if os.path.exists("/dev/full"):
+        full = subprocess.run(f"{quoted} </dev/null >/dev/full", **shell)
+        assert full.returncode == 2
+        assert full.stderr.startswith("error: the output: No space left") and full.stderr.count("\n") == 1
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):

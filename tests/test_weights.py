@@ -14,7 +14,16 @@ from core.errors import UserError
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 from model.model_lora import apply_lora
-from model.weights import ARCHITECTURE, choose_base, fingerprint, load_base, model_of, read_tensors, save_base
+from model.weights import (
+    ARCHITECTURE,
+    check_keys,
+    choose_base,
+    fingerprint,
+    load_base,
+    model_of,
+    read_tensors,
+    save_base,
+)
 
 
 @pytest.fixture
@@ -320,3 +329,19 @@ def test_a_broken_record_of_another_base_is_no_reason_to_stop(base):
     (base.parent / "a.pth").write_text("x")
     wanted = json.loads(base.with_suffix(".json").read_text(encoding="utf-8"))["fingerprint"]
     assert choose_base(base.parent, skill_base=wanted) == base
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64])
+def test_numbers_of_another_kind_are_refused(dtype):
+    with pytest.raises(UserError, match=rf"x\.pth does not fit the model: w is {dtype}, not floating point"):
+        check_keys({"w": torch.zeros(2)}, {"w": torch.zeros(2, dtype=dtype)}, "x.pth")
+
+
+def test_a_link_that_leads_nowhere_is_no_base(tmp_path):
+    base = tmp_path / "full_sft_64.pth"
+    base.touch()
+    try:
+        (tmp_path / "full_sft_99.pth").symlink_to(tmp_path / "gone")
+    except OSError:
+        pytest.skip("this system lets nobody make links")
+    assert choose_base(tmp_path) == base

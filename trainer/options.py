@@ -47,6 +47,8 @@ class TrainOptions:
             require(getattr(self, name) >= 0, f"--{name} {getattr(self, name)} must not be negative")
         for name in ("weight_decay", "grad_clip"):
             require(0 <= getattr(self, name) < inf, f"--{name} {getattr(self, name)} must be a number of at least 0")
+        for name, most in (("epochs", 10**6), ("num_workers", 256)):
+            require(getattr(self, name) <= most, f"--{name} {getattr(self, name)} must be at most {most}")
         require(not (self.dry_run and self.resume), "--dry_run begins a run that is thrown away: leave out --resume")
         require(self.seed < 2**63, f"--seed {self.seed} must be below 2^63")
         require(0 < self.learning_rate < inf, f"--learning_rate {self.learning_rate} must be a positive number")

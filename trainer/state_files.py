@@ -43,18 +43,20 @@ class _Damaged(Exception):
 def saved_states(folder: Path) -> list[tuple[int, Path]]:
     """``(step, path)`` of the states in ``folder``, whole or damaged, the newest first."""
     found = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*")]
-    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+    return sorted(((int(match[1]), path) for match, path in found if match and path.is_dir()), reverse=True)
 
 
 def newest_state(folder: Path) -> State | None:
     """The newest state that is whole, with a printed line for each damaged one; None when there are no states.
 
-    Raises ``UserError`` when all are damaged.
+    Raises ``UserError`` when all are damaged, or when one is there but may not be read.
     """
     states = saved_states(folder)
     for _, path in states:
         try:
             return _read(path)
+        except PermissionError as error:
+            raise UserError(f"{error.filename}: {error.strerror}; allow reading it, then --resume again") from error
         except _Damaged as damage:
             print(f"warning: state {path} is damaged ({damage}) and is passed over")
     if states:
@@ -115,6 +117,8 @@ def _read(path: Path) -> State:
         contents = {name: (path / name).read_bytes() for name in FILES}
         sums = {name: f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in contents.items()}
         written = (path / SUMS).read_bytes()
+    except PermissionError:
+        raise
     except OSError as error:
         raise _Damaged(f"{Path(error.filename or path).name}: {error.strerror}") from error
     for name, line in sums.items():
