@@ -368,3 +368,16 @@ def test_any_optimizer_goes_on_where_it_was(tmp_path, make):
     steps(other, optimizer, 3)
     for left, right in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(left, right)
+
+
+def test_the_scale_of_fp16_goes_on_where_it_was(tmp_path):
+    cpu, model = Runtime.start("cpu"), torch.nn.Linear(2, 2)
+    optimizer, scaler = MuonAdamW(param_groups(model, 0.1), 1e-2), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    model(torch.rand(3, 2)).sum().backward()
+    optimizer.step()
+    RunStates(tmp_path, {}, {}, resume=False).save(
+        model, optimizer, scaler, Progress(1), cpu.rng_states(), cpu, metrics="", total_steps=6
+    )
+    fresh = torch.amp.GradScaler("cpu")
+    RunStates(tmp_path, {}, {}, resume=True).restore(model, optimizer, fresh, cpu)
+    assert fresh.state_dict() == scaler.state_dict() and fresh.get_scale() == 1024.0
