@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sysconfig
 from dataclasses import dataclass
 from itertools import islice
@@ -27,6 +28,11 @@ from trainer.run_state import RunStates
 from trainer.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
+
+# The tests send these; a shell's background job would ignore Ctrl-C, and nohup the end of the terminal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _compiler_missing() -> bool:
