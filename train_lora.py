@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> Path:
     from dataset.tokenizer import tokenizer_of
     from model.model_lora import apply_lora, save_lora
     from model.weights import choose_base, load_base
-    from scripts.wiring import Validation, read_data, run_record, train_and_save
+    from scripts.wiring import Validation, held_out_share, read_data, run_record, train_and_save
     from trainer.runtime import Runtime, count_parameters
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> Path:
     model.config.check_length(options.max_seq_len)
     data = read_data(SFTDataset, options, tokenizer, runtime)
     # Held out by the rule that the base was trained with, or the base would have seen these chats.
-    val_ratio = found.get("options", {}).get("val_ratio") or TrainOptions.val_ratio
-    other = replace(options, data_path=options.general_data, val_ratio=val_ratio, bad_rows="skip")
+    held_out = held_out_share(found, base)
+    other = replace(options, data_path=options.general_data, val_ratio=held_out, bad_rows="skip")
     other = read_data(SFTDataset, other, tokenizer, runtime)
     path = lora_path(options.out_dir, options.lora_name, model.config.dim)
     apply_lora(model, options.rank, options.alpha)

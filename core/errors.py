@@ -1,4 +1,4 @@
-"""What a user did wrong is one sentence and exit code 2; everything else is a bug and keeps its traceback."""
+"""What a user did wrong, or the machine refuses, is one sentence and exit code 2; the rest keeps its traceback."""
 
 import contextlib
 import errno
@@ -16,6 +16,7 @@ REQUIRED_PACKAGES = {"torch", "transformers", "datasets", "tokenizers", "tqdm", 
 
 # What asks work to stop. SIGHUP: the terminal was closed, or its connection lost; Windows has none.
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # PyTorch's words: GPU, POSIX, Windows
 ECHO_SECONDS = 3.0  # torchrun passes on a Ctrl-C that the terminal has already sent to every process
 
 
@@ -64,19 +65,23 @@ def run(main: Callable[[], object]) -> None:
         drop(sys.stdout)
         sys.exit(141)
     except OSError as error:
-        to_output = error.filename is None and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EIO)
-        # A file that is not there may be our mistake; what the system forbids, or cannot do, is none.
-        if isinstance(error, FileNotFoundError) or (error.filename is None and not to_output):
+        # A file that is not there may be our mistake; what the system forbids, or has no room for, is none. Python
+        # names no file when a write to an open one fails, be it the output's or another.
+        full = error.filename is None and error.errno in (errno.ENOSPC, errno.EFBIG)
+        if isinstance(error, FileNotFoundError) or (error.filename is None and not full):
             raise
-        if to_output:
-            drop(sys.stdout)
-        place = "the output" if to_output else error.filename
+        if full:
+            drop(sys.stdout)  # or its rest would fail again when the process ends
+        place = "the output, or a file" if full else error.filename
         message, code = f"{place}: {error.strerror}; choose a place with room that you may read and write", 2
     except (MemoryError, RuntimeError) as error:
-        if not _is_lack_of_memory(error):
+        reason = str(error).partition("\n")[0]
+        if not isinstance(error, MemoryError) and not any(words in reason for words in NO_MEMORY):
             raise
-        reason = (str(error).splitlines() or ["no more"])[0]
-        message, code = f"the memory does not suffice ({reason}): lower --batch_size or --micro_tokens, or the model", 2
+        message, code = (
+            f"the memory does not suffice ({reason}): take a smaller model, --batch_size or --micro_tokens",
+            2,
+        )
     else:
         return
     if os.environ.get("LOCAL_RANK", "0") != "0":  # torchrun ends this process at once if the first one says the same
@@ -84,10 +89,3 @@ def run(main: Callable[[], object]) -> None:
     with contextlib.suppress(OSError):  # nobody need be there to read it
         print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
-
-
-def _is_lack_of_memory(error: MemoryError | RuntimeError) -> bool:
-    """PyTorch has a type for a GPU's memory, and only words for the machine's."""
-    return isinstance(error, MemoryError) or (
-        type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-    )

@@ -159,7 +159,7 @@ class Batches:
     A step takes ``rows_per_step`` samples of like length, so that little is padding: the shuffled samples are cut into
     pools of ``POOL`` steps, sorted by length within each, and the steps are shuffled again. An epoch uses every sample
     once; one of its steps may be smaller. Process ``rank`` of ``world_size`` gets its share of each step's samples, at
-    least one micro-batch of them: a fully masked one where there are fewer samples than processes.
+    least one micro-batch of them: a fully masked one where samples are too few, or too unequal, for all processes.
     """
 
     def __init__(

@@ -167,8 +167,8 @@ def read_record(path: Path) -> dict:
         record = json.loads(beside.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{beside} is not readable JSON ({error}); delete it or retrain the base") from error
-    parts = [record, record.get("config"), record.get("options", {})] if isinstance(record, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts):
+    described = isinstance(record, dict) and isinstance(record.get("config"), dict)
+    if not described or not isinstance(record.get("options", {}), dict):
         raise UserError(f"{beside} describes no base; delete it or retrain the base")
     return record
 

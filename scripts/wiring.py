@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from core.errors import UserError
 from core.files import sha256_file
 from core.paths import cache_dir, checkpoints_dir, metrics_path
 from dataset.batches import MICRO_TOKENS, Batches, PretrainDataset, Samples, validation_batches
@@ -137,6 +138,15 @@ def identity(options: TrainOptions, record: dict) -> dict:
     files |= {f"general data file {n}": entry["sha256"] for n, entry in enumerate(record["general_data"], 1)}
     base = (record["base"] or {}).get("fingerprint")
     return flags | files | {"the tokenizer": record["tokenizer"], "the base": base}
+
+
+def held_out_share(record: dict, base: Path) -> float:
+    """``val_ratio`` of the run that made ``base``, as its ``record`` says; the default where it says nothing."""
+    found = record.get("options", {}).get("val_ratio") or TrainOptions.val_ratio
+    if not isinstance(found, float) or not 0 < found < 1:
+        beside = base.with_suffix(".json")
+        raise UserError(f"{beside} says val_ratio {found!r}, which is no share of rows; correct it or retrain the base")
+    return found
 
 
 def run_record(stage: str, options: TrainOptions, tokenizer: PreTrainedTokenizerBase, base: dict | None = None) -> dict:

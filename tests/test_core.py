@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 
 from core import files
 from core.errors import Stopped, UserError, run
 from core.files import atomic_write, sha256_file
 from core.options import RETIRED_FLAGS, option, parse, require
-from core.paths import REPOSITORY, lora_path, lora_paths, skill_of
+from core.paths import REPOSITORY, lora_path, lora_paths, skill_name, skill_of
 
 
 @dataclass
@@ -123,19 +124,16 @@ def test_work_that_a_signal_stopped_has_the_code_that_shells_give(capsys):
     assert capsys.readouterr().err == ""  # it has said so itself
 
 
-class OutOfMemoryError(RuntimeError):
-    """The name of PyTorch's own, for a GPU."""
-
-
 @pytest.mark.parametrize(
     ("raised", "said"),
     [
         (PermissionError(13, "Permission denied", "closed.jsonl"), "closed.jsonl: Permission denied"),
         (OSError(36, "File name too long", "x" * 300), "File name too long"),
-        (OSError(28, "No space left on device"), "the output: No space left on device"),
+        (OSError(28, "No space left on device"), "the output, or a file: No space left on device"),
         (MemoryError(), "the memory does not suffice"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "the memory does not suffice"),
-        (OutOfMemoryError("CUDA out of memory. Tried"), "the memory does not suffice"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), "the memory does not suffice"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "(CUDA out of memory. Tried): take a smaller"),
     ],
 )
 def test_what_the_machine_refuses_is_one_sentence(raised, said, capsys, monkeypatch):
@@ -150,7 +148,7 @@ def test_what_the_machine_refuses_is_one_sentence(raised, said, capsys, monkeypa
 
 
 @pytest.mark.parametrize(
-    "bug", [FileNotFoundError(2, "No such file", "x"), OSError(9, "Bad descriptor"), RuntimeError("x")]
+    "bug", [FileNotFoundError(2, "No such file", "x"), OSError(5, "Input/output error"), RuntimeError("x")]
 )
 def test_bugs_keep_their_traceback(bug):
     def work():
@@ -170,7 +168,7 @@ def test_closed_streams_and_a_full_disk_behind_the_output():
     if os.path.exists("/dev/full"):
         full = subprocess.run(f"{quoted} </dev/null >/dev/full", **shell)
         assert full.returncode == 2
-        assert full.stderr.startswith("error: the output: No space left") and full.stderr.count("\n") == 1
+        assert full.stderr.startswith("error: the output, or a file: No space left") and full.stderr.count("\n") == 1
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
@@ -353,6 +351,11 @@ def test_skill_names_and_files_name_each_other(tmp_path):
         assert lora_paths(tmp_path, name) == [path]
     assert len(lora_paths(tmp_path)) == 5
     assert lora_paths(tmp_path, "lora_two") == [lora_path(tmp_path, "two", 64)]
+    (tmp_path / "lora" / "lora_folder_64.pth").mkdir()
+    assert len(lora_paths(tmp_path)) == 5
+    assert skill_name("字" * 33) == "字" * 33
+    with pytest.raises(UserError, match="is not a skill name"):
+        skill_name("字" * 34)  # 102 bytes: with a temporary file's additions more than some file systems take
     for name in ("", "../x", "a/b", "a\\b", "/abs", ".hidden", "lora_", "a b", "a\0b", "*"):
         with pytest.raises(UserError, match="is not a skill name"):
             lora_path(tmp_path, name, 64)

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 import sys
 
 import pytest
@@ -12,12 +14,14 @@ import eval_model
 import train_full_sft
 import train_lora
 import train_pretrain
+from core.errors import UserError
 from core.files import sha256_file
-from core.paths import lora_path
-from dataset.tokenizer import tokenizer_of
+from core.paths import TOKENIZER_DIR, lora_path
+from dataset.tokenizer import load_tokenizer, tokenizer_of
 from model.generation import Sampling
 from model.model_lora import attach_lora, base_fingerprint, read_lora, remove_lora
 from model.weights import load_base
+from scripts.wiring import held_out_share, run_record
 from serving.session import ChatSession
 
 
@@ -53,6 +57,25 @@ def test_every_stage_leaves_files_that_explain_themselves(trained):
     assert skill["metrics"]["step"] == 4
     assert {"first", "last"} == set(skill["metrics"]["domain"]) == set(skill["metrics"]["general"])
     assert str(trained.out.parent) not in json.dumps([pretrain, full_sft, skill])
+
+
+def test_a_file_name_that_is_no_utf_8_does_not_cost_the_record(trained, tmp_path):
+    path = tmp_path / os.fsdecode(b"bad\xff.jsonl")
+    try:
+        shutil.copyfile(trained.texts, path)
+    except (OSError, UnicodeError):
+        pytest.skip("this file system knows no such names")
+    options = train_pretrain.Options(data_path=(path,), out_dir=tmp_path)
+    record = run_record("pretrain", options, load_tokenizer(TOKENIZER_DIR))
+    assert record["data"][0]["file"] == record["options"]["data_path"][0] == r"bad\xff.jsonl"
+    json.dumps(record, ensure_ascii=False).encode()
+
+
+def test_a_share_that_a_base_s_record_cannot_mean_is_named(tmp_path):
+    assert held_out_share({}, tmp_path / "x.pth") == held_out_share({"options": {"val_ratio": 0.0}}, tmp_path) == 0.02
+    for nonsense in ("a", 5, 1.5, [1]):
+        with pytest.raises(UserError, match=r"x\.json says val_ratio"):
+            held_out_share({"options": {"val_ratio": nonsense}}, tmp_path / "x.pth")
 
 
 def test_pretraining_says_what_it_will_do_before_it_begins(trained, tmp_path, capsys):

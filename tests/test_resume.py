@@ -227,10 +227,11 @@ def test_every_change_that_matters_is_refused_in_one_sentence(run, trained, tmp_
     other = tmp_path / "texts.jsonl"
     other.write_bytes(trained.texts.read_bytes() + b'{"text": "one more"}\n')
     with pytest.raises(UserError) as refused:
-        run("--resume", learning_rate=5e-3, optimizer="adamw", data_path=other, seed=5)
+        run("--resume", learning_rate=5e-3, optimizer="adamw", data_path=other, seed=5, val_tokens=64)
     assert "--learning_rate was 0.002 and is now 0.005" in str(refused.value)
     assert "--optimizer was muon and is now adamw" in str(refused.value)
     assert "--seed was 1337 and is now 5" in str(refused.value)
+    assert "--val_tokens was 256 and is now 64" in str(refused.value)
     assert "data file 1 changed since step 22" in str(refused.value)
     assert "without --resume" in str(refused.value)
 
@@ -264,6 +265,19 @@ def test_resume_without_a_state_starts_and_says_so(run, finished, capsys):
     printed = capsys.readouterr().out
     assert "there is no state in" in printed and "pretrain_64.pth of an earlier run will be replaced" in printed
     assert left_in(run.out) == left_in(finished)
+
+
+def test_a_state_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    write_state(tmp_path, 1, {"a": torch.ones(2)}, {}, "", starts_over=False)
+    (tmp_path / "step-9").touch()  # a file is no state
+    assert [step for step, _ in saved_states(tmp_path)] == [1]
+
+    def refused(path: Path) -> bytes:  # the tests may run as a user who may read everything
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(UserError, match=r"step-1.*: Permission denied; allow reading it"):
+        newest_state(tmp_path)
 
 
 def test_a_run_that_saved_while_this_one_started_is_noticed(tmp_path):

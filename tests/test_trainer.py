@@ -174,7 +174,9 @@ def test_gradients_are_scaled_down_to_the_largest_norm_and_no_others_are_touched
 def test_a_log_line_that_cannot_be_written_comes_with_the_next_save(tmp_path, capsys):
     options = TrainOptions(device="cpu")
     with RunLog(tmp_path / "run.jsonl", options) as log:
+        (tmp_path / "run.part.jsonl").touch()  # a kill may leave it
         log.keep()
+        assert [path.name for path in tmp_path.iterdir()] == ["run.jsonl"]
         (tmp_path / "run.jsonl").unlink()
         (tmp_path / "run.jsonl").mkdir()
         log.write({"step": 1, "loss": 2.0, "grad_norm": math.inf, "summary": {"loss": math.nan}})
@@ -388,6 +390,15 @@ def test_compiling_without_a_compiler_is_one_sentence(tiny_model):
     said = r"^--compile: .*; install the C\+\+ compiler .* or leave it out$"
     with inductor.patch({"cpp.cxx": (None, "no-such-compiler")}), pytest.raises(UserError, match=said):
         announce(tiny_model, Source([ragged_batch(2, 0)]), 1, CPU, loss_sum, compiled=True)
+
+
+def test_the_gpu_of_the_flag_is_the_one_that_is_meant(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    Runtime.start("cuda:1", "float32")
+    assert chosen == [torch.device("cuda:1")]
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,9 @@ def test_a_file_that_is_missing_or_something_else_is_refused(tmp_path):
     assert "not a readable weights file" in refusal(text)
     torch.save({"layers.x.weight": torch.ones(2)}, text)
     assert "no MiniMindLM" in refusal(text)
+    widths = {"tok_embeddings": (8, 0), "layers.0.feed_forward.w1": (4, 0), "layers.0.attention.wk": (4, 0)}
+    torch.save({f"{name}.weight": torch.ones(shape) for name, shape in widths.items()}, text)
+    assert "no MiniMindLM" in refusal(text)
 
 
 # fingerprints

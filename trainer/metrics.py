@@ -1,7 +1,6 @@
 """What a run leaves behind: one JSON line a log step, a picture of the losses, and Weights & Biases if asked."""
 
 import json
-import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from core.errors import UserError
 from core.files import atomic_write
 from trainer.options import TrainOptions
+from trainer.state_files import strict
 
 
 class RunLog:
@@ -21,7 +21,8 @@ class RunLog:
 
     def __init__(self, path: Path, options: TrainOptions, lines: str = "", wandb_id: str | None = None):
         self.path, self.lines = path, lines
-        self._file = path if lines else path.with_suffix(".part.jsonl")
+        self._part = path.with_suffix(".part.jsonl")
+        self._file = path if lines else self._part
         self._wandb = _wandb_run(path, options, wandb_id) if options.use_wandb else None
         atomic_write(self._file, lambda file: file.write(lines.encode()))
 
@@ -33,7 +34,7 @@ class RunLog:
         return self
 
     def write(self, record: dict) -> None:
-        line = json.dumps(_strict(record), allow_nan=False) + "\n"
+        line = json.dumps(strict(record, lambda number: None), allow_nan=False) + "\n"
         self.lines += line
         try:
             with self._file.open("a", encoding="utf-8", newline="\n") as file:
@@ -46,9 +47,8 @@ class RunLog:
     def keep(self) -> None:
         """From now on these are the metrics of what lies in out_dir. Raises ``UserError`` when the disk refuses."""
         atomic_write(self.path, lambda file: file.write(self.lines.encode()))
-        if self._file != self.path:
-            self._file.unlink(missing_ok=True)
-            self._file = self.path
+        self._file = self.path
+        self._part.unlink(missing_ok=True)  # also one that a kill just here left in the run that this one resumes
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         if self._wandb is not None:
@@ -56,7 +56,7 @@ class RunLog:
         if self._file == self.path:
             plot_losses([json.loads(line) for line in self.lines.splitlines()], self.path.with_suffix(".png"))
         else:
-            self._file.unlink(missing_ok=True)
+            self._part.unlink(missing_ok=True)
 
 
 class NoLog:
@@ -72,13 +72,6 @@ class NoLog:
 
     def __exit__(self, *_) -> None:
         pass
-
-
-def _strict(value: object) -> object:
-    """Plain JSON, which has no NaN and no infinity: null."""
-    if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def plot_losses(records: list[dict], path: Path) -> None:

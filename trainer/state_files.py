@@ -1,7 +1,8 @@
 """Run states on disk: folders ``step-N`` that are whole or absent, and whose every bit is checked when they are read.
 
 The order of a save: files written and fsynced in a folder of another name, that folder renamed, its parent fsynced,
-older states renamed away and deleted. A kill at any point leaves the states of before or the new one.
+older states renamed away and deleted. A kill at any point leaves the states of before or the new one; only those of
+a run that another one replaces go a moment earlier.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +57,6 @@ def newest_state(folder: Path) -> State | None:
     for _, path in states:
         try:
             return _read(path)
-        except PermissionError as error:
-            raise UserError(f"{error.filename}: {error.strerror}; allow reading it, then --resume again") from error
         except _Damaged as damage:
             print(f"warning: state {path} is damaged ({damage}) and is passed over")
     if states:
@@ -89,7 +89,7 @@ def write_state(
         unfinished.mkdir()
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished / TENSORS)
         set_ordinary_mode(unfinished / TENSORS)
-        _write(unfinished / MANIFEST, json.dumps(_strict(manifest), indent=1, allow_nan=False) + "\n")
+        _write(unfinished / MANIFEST, json.dumps(strict(manifest, _float_as_dict), indent=1, allow_nan=False) + "\n")
         _write(unfinished / METRICS, metrics)
         _write(unfinished / SUMS, "".join(f"{sha256_file(unfinished / name)}  {name}\n" for name in FILES))
         for name in (*FILES, SUMS):
@@ -117,8 +117,8 @@ def _read(path: Path) -> State:
         contents = {name: (path / name).read_bytes() for name in FILES}
         sums = {name: f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in contents.items()}
         written = (path / SUMS).read_bytes()
-    except PermissionError:
-        raise
+    except PermissionError as error:  # nothing is wrong with it
+        raise UserError(f"{error.filename}: {error.strerror}; allow reading it, then --resume again") from error
     except OSError as error:
         raise _Damaged(f"{Path(error.filename or path).name}: {error.strerror}") from error
     for name, line in sums.items():
@@ -130,13 +130,18 @@ def _read(path: Path) -> State:
     return State(path, manifest, load(contents[TENSORS]), contents[METRICS].decode())
 
 
-def _strict(value: object) -> object:
-    """Plain JSON, which has no NaN and no infinity: they become ``{"float": "nan"}``, for null is an unset flag."""
+def strict(value: object, instead: Callable[[float], object]) -> object:
+    """Plain JSON, which has no NaN and no infinity: ``instead(number)`` stands in their place."""
     if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
+        return {key: strict(item, instead) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    return {"float": str(value)} if isinstance(value, float) and not math.isfinite(value) else value
+        return [strict(item, instead) for item in value]
+    return instead(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _float_as_dict(number: float) -> dict:
+    """What a manifest, which gives every number back, says for one that JSON lacks; null is an unset flag."""
+    return {"float": str(number)}
 
 
 def _float(found: dict) -> dict | float:
