@@ -151,11 +151,11 @@ class Source:
 
 
 def run_training(
-    model, source, tmp_path, *, loss=loss_sum, on_save=lambda step: None, validate=no_validation, **flags
+    model, source, tmp_path, *, loss=loss_sum, on_save=lambda step: None, validate=no_validation, runtime=CPU, **flags
 ) -> Summary:
     options = TrainOptions(**{"epochs": 4, "learning_rate": 1e-2, "warmup_iters": 1, "save_interval": 100, **flags})
     groups = param_groups(model, options.weight_decay, options.optimizer)
     states = RunStates(tmp_path / "states", {}, {}, resume=options.resume)
     callbacks = {"loss_sum": loss, "on_save": on_save, "validate": validate}
     log_to = tmp_path / "metrics" / "run.jsonl"
-    return train(model, source, groups, options, CPU, log_to=log_to, states=states, **callbacks)
+    return train(model, source, groups, options, runtime, log_to=log_to, states=states, **callbacks)

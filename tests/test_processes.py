@@ -73,6 +73,11 @@ def test_a_log_that_cannot_be_opened_ends_all(both):
     assert other == "SystemExit: 2"
 
 
+def test_processes_that_see_other_states_are_refused(both):
+    for rank in both["ranks"]:
+        assert rank["not shared"]["end"].startswith("UserError: the processes do not see the same states")
+
+
 def test_each_rank_has_random_numbers_of_its_own(both):
     first, second = (rank["seed"] for rank in both["ranks"])
     assert first != second

@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ from model.loss import loss_sum, nats_of
 from model.model import MiniMindLM
 from trainer import progress
 from trainer.evaluation import Metrics, evaluate
-from trainer.loop import _backward, _clip
+from trainer.loop import MAX_OVERFLOWS, _backward, _clip
 from trainer.measure import PASSES, announce
 from trainer.metrics import RunLog
 from trainer.optimizer import lr_at, warmup_steps
@@ -151,6 +152,22 @@ def test_a_non_finite_gradient_with_a_finite_loss_is_caught_too(tiny_model, tmp_
     with pytest.raises(UserError, match="gradient norm"):
         run_training(tiny_model, Source([ragged_batch(2, seed=9)]), tmp_path, loss=infinite_slope)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_model.state_dict().items())
+
+
+@pytest.mark.parametrize(("good_every", "ends"), [(MAX_OVERFLOWS + 1, True), (MAX_OVERFLOWS + 2, False)])
+def test_fp16_gives_up_after_overflows_in_a_row_only(tiny_model, tmp_path, good_every, ends):
+    passes = []
+
+    def overflowing(model, batch):
+        passes.append(None)
+        loss = loss_sum(model, batch)
+        good = (len(passes) - PASSES) % good_every == 0
+        return loss if good else loss + torch.sqrt(loss * 0.0)
+
+    settings = {"loss": overflowing, "runtime": replace(CPU, dtype=torch.float16), "epochs": 2 * good_every}
+    with nullcontext() if ends else pytest.raises(UserError, match=f"step {MAX_OVERFLOWS + 1}: .*gradient norm"):
+        result = run_training(tiny_model, Source([ragged_batch(1, seed=9, length=4)]), tmp_path, **settings)
+        assert result.steps == 2 * good_every
 
 
 @pytest.mark.parametrize(("rate", "loss"), [(1e39, 1.0), (1e-2, math.nan)])

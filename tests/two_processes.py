@@ -119,6 +119,8 @@ def scenarios(folder: Path, texts: Path, chats: Path, base: Path):
     yield "resumed", run_door(train_pretrain, cut, "--resume", **pretrain)
     yield "crashed for one", run_door(train_pretrain, folder / "one" / "out", crash_at=7, **pretrain)
     yield "resumed from one", run_door(train_pretrain, folder / "two" / "out", "--resume", **pretrain)
+    apart = cut if runtime.rank == 0 else folder / "apart" / "out"
+    yield "not shared", run_door(train_pretrain, apart, "--resume", **pretrain)
     yield "poisoned", run_door(train_pretrain, folder / "poisoned" / "out", poison_at=7, **pretrain)
     if runtime.rank == 0:
         limit_file_size(1_000_000)
