@@ -1,40 +1,39 @@
 """Teach a frozen base one skill: python train_lora.py --lora_name mine --data_path my_chats.jsonl"""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from core.errors import run
-from core.options import option, parse, require
+from core.options import option, parse
 from core.paths import bundled_data, lora_path, skill_name
+from model.lora_config import LoRAConfig
 from trainer.options import TrainOptions
 
 
 @dataclass
-class Options(TrainOptions):
+class Options(LoRAConfig, TrainOptions):
     """Freeze a chat base, train rank-16 LoRA on chats and save out/lora/lora_<name>_<dim>.pth."""
 
     lora_name: str = option("identity", "name of the skill; it names the file")
     data_path: tuple[Path, ...] = option((bundled_data("lora_identity.jsonl"),), "chat files of the skill")
     general_data: tuple[Path, ...] = option((bundled_data("sft_mini.jsonl"),), "chats that show what the skill costs")
     base: Path | None = option(None, "base to freeze (default: the newest full_sft_*.pth in out_dir)")
-    rank: int = option(16, "rank of the update")
-    alpha: float | None = option(None, "the update is scaled by alpha / rank (default: rank, a scale of 1)")
     epochs: int = option(20, "passes over the data")
     learning_rate: float = option(3e-3, "peak learning rate")  # 5e-5 teaches nothing: results/sweep_lora_lr.json
     weight_decay: float = option(0.0, "decoupled weight decay")
     val_ratio: float = option(0.05, "share of rows held out for validation; 0: none")
 
     def __post_init__(self):
-        super().__post_init__()
+        TrainOptions.__post_init__(self)
+        LoRAConfig.__post_init__(self)
         skill_name(self.lora_name)
-        require(self.rank >= 1, f"--rank {self.rank} must be at least 1")
-        require(self.alpha is None or 0 < self.alpha < 1e6, f"--alpha {self.alpha} must be positive and below 1e6")
 
 
 def main(argv: list[str] | None = None) -> Path:
     options = parse(Options, argv)
     from dataset.batches import SFTDataset
     from dataset.tokenizer import tokenizer_of
+    from model.lora_targets import table_of
     from model.model_lora import apply_lora, save_lora
     from model.weights import choose_base, load_base
     from scripts.wiring import Validation, held_out_share, read_data, run_record, train_and_save
@@ -52,7 +51,8 @@ def main(argv: list[str] | None = None) -> Path:
     other = replace(options, data_path=options.general_data, val_ratio=held_out, bad_rows="skip")
     other = read_data(SFTDataset, other, tokenizer, runtime)
     path = lora_path(options.out_dir, options.lora_name, model.config.dim)
-    apply_lora(model, options.rank, options.alpha)
+    apply_lora(model, **{field.name: getattr(options, field.name) for field in fields(LoRAConfig)})
+    print(table_of(model))
     every, added = count_parameters(model)
     print(f"parameters {every - added:,} | LoRA {added:,} | share {100 * added / (every - added):.1f} %")
     memory = {}

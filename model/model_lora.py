@@ -5,13 +5,15 @@
 
 ``apply_lora`` adds A and B as a child module of each target and patches that Linear's ``forward``, so the base's
 state-dict keys stay what they were; ``remove_lora`` undoes it. Skills are files: ``save_lora``, ``load_lora`` into a
-model prepared with the same rank and targets, ``attach_lora`` for whatever the file needs.
+model prepared with the same rank and targets, ``attach_lora`` for whatever the file needs. What an update computes
+stands in lora_layers.py, which Linears get one in lora_targets.py, and all options in lora_config.py.
 """
 
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from types import MethodType
 
@@ -20,73 +22,71 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from core.files import atomic_write
+from model.lora_config import LoRAConfig
+from model.lora_layers import DoRA, LoRA, PiSSA, features
+from model.lora_targets import adapted, apply_call, choose_targets, linears, merged
 from model.weights import ARITHMETIC, copy_strictly, fingerprint, read_tensors, short
 
 FORMAT = 1
 META_KEY = "_meta"  # a uint8 tensor of JSON; MiniMind's own loader passes over it
 
 
-class LoRA(nn.Module):
-    """The update ``alpha / rank * B(A(x))``; A ~ N(0, 0.02) and B = 0, so training starts from the base exactly."""
-
-    def __init__(self, in_features: int, out_features: int, rank: int, alpha: float):
-        super().__init__()
-        self.rank = rank
-        self.scaling = alpha / rank
-        self.A = nn.Linear(in_features, rank, bias=False)
-        self.B = nn.Linear(rank, out_features, bias=False)
-        nn.init.normal_(self.A.weight, std=0.02)
-        nn.init.zeros_(self.B.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.B(self.A(x.to(self.A.weight.dtype)) * self.scaling)
-
-
-def _forward_with_lora(self: nn.Linear, x: Tensor) -> Tensor:
-    y = type(self).forward(self, x)  # the class's own: keeps quantised Linears working
-    return y + self.lora(x).to(y.dtype)
-
-
 def apply_lora(
-    model: nn.Module, rank: int = 16, alpha: float | None = None, target_modules: str | Sequence[str] = "square"
+    model: nn.Module,
+    rank: int = 16,
+    alpha: float | None = None,
+    target_modules: str | Sequence[str] = "square",
+    **options,
 ) -> list[str]:
     """Freeze ``model`` and give its target Linears a trainable update; returns their names.
 
     ``target_modules``: "square" (as many inputs as outputs), "all-linear", a regular expression for whole module
     names, or a list of names or name endings. A Linear tied to an embedding is never a target. ``alpha`` None means
-    ``rank``, a scale of 1. The new parameters are fp32 on the Linear's device.
-    Raises ``UserError`` if LoRA is already applied or nothing matches.
+    a scale of 1. ``options``: the others of ``LoRAConfig``. The new parameters are fp32 on the Linear's device.
+    Raises ``UserError`` if LoRA is already applied or merged, for impossible options, and where nothing matches.
     """
-    if any(True for _ in _adapted(model)):
+    if any(True for _ in adapted(model)):
         raise UserError("LoRA is already applied to this model; call remove_lora(model) first")
-    if rank < 1 or (alpha is not None and alpha <= 0):
-        raise UserError(f"LoRA needs rank >= 1 and alpha > 0, not rank={rank}, alpha={alpha}")
-    # A list, because adding children while walking named_modules() would visit them too.
-    targets = [(name, linear) for name, linear in _linears(model) if _is_target(name, linear, target_modules)]
-    if not targets:
-        names = sorted({name.rpartition(".")[2] for name, _ in _linears(model)})
-        raise UserError(f"target_modules={target_modules!r} matches no Linear; there are {', '.join(names) or 'none'}")
-    smallest, name = min((min(linear.in_features, linear.out_features), name) for name, linear in targets)
-    if rank > smallest:
-        raise UserError(f"rank={rank} exceeds the {smallest} features of {name}: choose a smaller rank")
+    if any(True for _ in merged(model)):
+        raise UserError("a LoRA is merged into this model; call unmerge_lora(model) first")
+    config = LoRAConfig(rank, alpha, target_modules, **options)
+    adapters = {}
+    for target in choose_targets(model, config):
+        settings = (target.linear, target.rank, target.scaling, config.lora_dropout)
+        if config.init_lora_weights == "pissa":
+            adapters[target.name] = PiSSA(*settings)
+        else:
+            kind = DoRA if config.use_dora else LoRA
+            adapters[target.name] = kind(*settings, config.init_lora_weights)
     model.requires_grad_(False)  # freeze first: whatever is added below is what trains
-    for _, linear in targets:
-        lora = LoRA(linear.in_features, linear.out_features, rank, alpha or rank)
-        linear.lora = lora.to(linear.weight.device)
+    attach(model, adapters)
+    return list(adapters)
+
+
+def attach(model: nn.Module, adapters: Mapping[str, LoRA]) -> None:
+    """Put each adapter on the Linear of that name, which carries none."""
+    for name, lora in adapters.items():
+        linear = model.get_submodule(name)
+        linear.lora = lora.train(linear.training)
         # A bound method, no closure: deepcopy re-binds it, and `del` brings back the class's own.
-        linear.forward = MethodType(_forward_with_lora, linear)
-    return [name for name, _ in targets]
+        linear.forward = MethodType(lora.forward_of_linear, linear)
 
 
-def remove_lora(model: nn.Module) -> None:
-    """Undo ``apply_lora``: the base computes bit for bit what it did before. The base stays frozen."""
-    for _, linear in list(_adapted(model)):
+def remove_lora(model: nn.Module) -> dict[str, LoRA]:
+    """Undo ``apply_lora``: the base computes bit for bit what it did before, and stays frozen.
+
+    Returns what was removed, as ``attach`` takes it.
+    """
+    removed = {}
+    for name, linear in list(adapted(model)):
+        removed[name] = linear.lora
         del linear.forward, linear.lora
+    return removed
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that ``apply_lora`` added."""
-    return [parameter for _, linear in _adapted(model) for parameter in linear.lora.parameters()]
+    return [parameter for _, linear in adapted(model) for parameter in linear.lora.parameters()]
 
 
 def save_lora(model: nn.Module, path: str | PathLike, meta: dict | None = None) -> None:
@@ -94,55 +94,89 @@ def save_lora(model: nn.Module, path: str | PathLike, meta: dict | None = None) 
 
     ``_meta`` holds rank, alpha, targets, the base's fingerprint and what ``meta`` adds (a ``base`` dict is merged).
     """
-    adapted = dict(_adapted(model))
-    if not adapted:
+    loras = {name: linear.lora for name, linear in adapted(model)}
+    if not loras:
         raise UserError("there is no LoRA on this model to save; call apply_lora(model) first")
-    first = next(iter(adapted.values())).lora
-    meta = meta or {}
+    tensors = {
+        f"{name}.lora.{key}": tensor.detach().float().cpu()
+        for name, lora in loras.items()
+        for key, tensor in lora.exported().items()
+    }
+    write_lora(path, tensors, {name: lora.scaling for name, lora in loras.items()}, base_fingerprint(model), meta or {})
+
+
+def write_lora(
+    path: str | PathLike, tensors: dict[str, Tensor], scaling: dict[str, float], base: str | None, meta: dict
+) -> None:
+    """Write the skill file of these tensors; ``scaling`` gives each target's. Rank and alpha are the most usual."""
+    ranks = {name: tensors[f"{name}.lora.A.weight"].size(0) for name in scaling}
+    (rank, alpha), _ = Counter((rank, scaling[name] * rank) for name, rank in ranks.items()).most_common(1)[0]
     record = {
         **meta,
         "format": FORMAT,
-        "rank": first.rank,
-        "alpha": first.scaling * first.rank,
-        "targets": list(adapted),
-        "scaling": {name: linear.lora.scaling for name, linear in adapted.items()},
-        "base": {**meta.get("base", {}), "fingerprint": base_fingerprint(model)},
+        "rank": rank,
+        "alpha": alpha,
+        "targets": list(scaling),
+        "scaling": scaling,
+        "base": {**meta.get("base", {}), "fingerprint": base},
     }
-    tensors = {name: tensor.float().cpu() for name, tensor in _lora_state(model).items()}
-    tensors[META_KEY] = torch.frombuffer(bytearray(json.dumps(record, ensure_ascii=False).encode()), dtype=torch.uint8)
-    atomic_write(path, lambda file: torch.save(tensors, file))
+    packed = json.dumps(record, ensure_ascii=False).encode()
+    content = {**tensors, META_KEY: torch.frombuffer(bytearray(packed), dtype=torch.uint8)}
+    atomic_write(path, lambda file: torch.save(content, file))
 
 
 def read_lora(path: str | PathLike) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a LoRA file and its ``_meta``, checked against each other.
+    """The tensors of a LoRA file and its ``_meta``, checked against each other; ``ranks`` gives each target's.
 
     A file without ``_meta`` (MiniMind's) gets rank and targets from its tensors, scale 1, and no base.
     Raises ``UserError`` for anything that is no LoRA file.
     """
     tensors = read_tensors(path)
     packed = tensors.pop(META_KEY, None)
+    ranks = _ranks(tensors, path)
     try:
         meta = {} if packed is None else json.loads(bytes(packed.to(torch.uint8).tolist()))
-        targets, ranks = set(), set()
-        for name, tensor in tensors.items():
-            target, matrix = re.fullmatch(r"(.+)\.lora\.([AB])\.weight", name).groups()
-            targets.add(target)
-            rows, columns = tensor.shape
-            ranks.add(rows if matrix == "A" else columns)
-        (rank,) = ranks
-        meta = {"rank": rank, "alpha": rank, "targets": sorted(targets), **meta}
-        consistent = len(tensors) == 2 * len(targets) and set(meta["targets"]) == targets and meta["rank"] == rank >= 1
-        meta |= {"rank": rank, "alpha": float(meta["alpha"]), "base": dict(meta.get("base") or {})}
+        rank = Counter(ranks.values()).most_common(1)[0][0]
+        meta = {"rank": rank, "alpha": rank, "targets": sorted(ranks), **meta}
+        consistent = set(meta["targets"]) == set(ranks) and meta["rank"] in ranks.values()
+        meta |= {"alpha": float(meta["alpha"]), "base": dict(meta.get("base") or {}), "ranks": ranks}
+        meta["use_dora"] = any(name.endswith(".lora.magnitude") for name in tensors)
         scaling = dict(meta.get("scaling") or {})
-        meta["scaling"] = {target: float(scaling.get(target, meta["alpha"] / rank)) for target in meta["targets"]}
+        meta["scaling"] = {name: float(scaling.get(name, meta["alpha"] / meta["rank"])) for name in meta["targets"]}
         numbers = [meta["alpha"], *meta["scaling"].values()]
         if not consistent or not all(0 < n < math.inf for n in numbers) or meta.get("format", FORMAT) != FORMAT:
-            raise ValueError("its _meta and its tensors disagree")
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError, OverflowError, RecursionError) as error:
+            raise ValueError
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
         raise UserError(
-            f"{path} is no LoRA file: it needs '<module>.lora.A.weight' and '.B.weight' pairs of one rank"
+            f"{path} is no LoRA file: its {META_KEY} does not describe its tensors; train it again"
         ) from error
     return tensors, meta
+
+
+def _ranks(tensors: dict[str, Tensor], path: str | PathLike) -> dict[str, int]:
+    """The rank of each target. Raises ``UserError`` that names the keys which make ``tensors`` no LoRA."""
+    problems, parts = [], {}
+    for name, tensor in tensors.items():
+        if not (found := re.fullmatch(r"(.+)\.lora\.(A\.weight|B\.weight|magnitude)", name)):
+            problems.append(f"unexpected {name}")
+        elif not tensor.is_floating_point():
+            problems.append(f"{name} is {tensor.dtype}, not floating point")
+        else:
+            parts.setdefault(found[1], {})[found[2]] = tuple(tensor.shape)
+    ranks = {}
+    for target, shapes in parts.items():
+        problems += [f"missing {target}.lora.{key}" for key in ("A.weight", "B.weight") if key not in shapes]
+        match shapes:
+            case {"A.weight": (rank, _), "B.weight": (outputs, columns), **others} if rank == columns >= 1:
+                ranks[target] = rank
+                if others not in ({}, {"magnitude": (outputs,)}):
+                    problems.append(f"{target}.lora.magnitude is {others['magnitude']}, not {(outputs,)}")
+            case {"A.weight": first, "B.weight": second}:
+                problems.append(f"{target} has A {first} and B {second}, of no common rank")
+    if problems or not ranks:
+        few = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise UserError(f"{path} is no LoRA file: {few or 'it holds no tensors'}")
+    return ranks
 
 
 def check_lora(
@@ -161,14 +195,13 @@ def check_lora(
             f"{path} was trained on {name} ({short(str(trained_on))}), but this model is {short(present)};"
             " use that base or --allow_base_mismatch"
         )
-    linears, problems = dict(_linears(model)), []
+    found, problems = dict(linears(model)), []
     for target in meta["targets"]:
         wanted = (tensors[f"{target}.lora.B.weight"].size(0), tensors[f"{target}.lora.A.weight"].size(1))
-        linear = linears.get(target)
-        if linear is None:
+        if target not in found:
             problems.append(f"{target} is missing")
-        elif (linear.out_features, linear.in_features) != wanted:
-            problems.append(f"{target} is {(linear.out_features, linear.in_features)}, not {wanted}")
+        elif features(found[target]) != wanted:
+            problems.append(f"{target} is {features(found[target])}, not {wanted}")
     if problems:
         raise UserError(f"{path} does not fit this model: {'; '.join(problems)}")
     return tensors, meta
@@ -178,14 +211,40 @@ def load_lora(model: nn.Module, path: str | PathLike, *, allow_base_mismatch: bo
     """Copy a LoRA file into the LoRA applied to ``model``; returns its ``_meta``.
 
     Device and dtype of the model stay. Raises ``UserError``, before anything changes, for what ``check_lora`` refuses
-    and if rank or targets differ from what is applied: it prints the right ``apply_lora`` call.
+    and if ranks, targets or kind differ from what is applied: it prints the right ``apply_lora`` call.
     """
     tensors, meta = check_lora(model, path, allow_base_mismatch=allow_base_mismatch)
-    adapted = dict(_adapted(model))
-    if set(adapted) != set(meta["targets"]) or {linear.lora.rank for linear in adapted.values()} != {meta["rank"]}:
-        raise UserError(f"{path} does not fit the LoRA on this model; prepare it with {_apply_call(model, meta)}")
-    _fill(model, tensors, meta, path)
+    loras = {name: linear.lora for name, linear in adapted(model)}
+    own = {f"{name}.lora.{key}": tensor for name, lora in loras.items() for key, tensor in lora.state_dict().items()}
+    if own.keys() != tensors.keys() or {name: lora.rank for name, lora in loras.items()} != meta["ranks"]:
+        raise UserError(f"{path} does not fit the LoRA on this model; prepare it with {apply_call(model, meta)}")
+    copy_strictly(own, tensors, path)
+    _note_unknown_base(meta, path)
+    for name, lora in loras.items():
+        lora.scaling = meta["scaling"][name]
     return meta
+
+
+def adapters_in(
+    model: nn.Module, path: str | PathLike, *, allow_base_mismatch: bool = False
+) -> tuple[dict[str, LoRA], dict]:
+    """The updates in a skill file that fits ``model``, by target, ready for ``attach``; and the file's ``_meta``.
+
+    Raises ``UserError`` as ``check_lora`` does; ``model`` stays as it is.
+    """
+    tensors, meta = check_lora(model, path, allow_base_mismatch=allow_base_mismatch)
+    loras = {}
+    for name in meta["targets"]:
+        kind = DoRA if f"{name}.lora.magnitude" in tensors else LoRA
+        loras[name] = kind(model.get_submodule(name), meta["ranks"][name], meta["scaling"][name])
+        loras[name].load_state_dict({key: tensors[f"{name}.lora.{key}"] for key in loras[name].state_dict()})
+    _note_unknown_base(meta, path)
+    return loras, meta
+
+
+def _note_unknown_base(meta: dict, path: str | PathLike) -> None:
+    if meta["base"].get("fingerprint") is None:
+        print(f"note: {path} does not say which base it was trained on, so that cannot be checked")
 
 
 def attach_lora(model: nn.Module, path: str | PathLike, *, allow_base_mismatch: bool = False) -> dict:
@@ -193,20 +252,11 @@ def attach_lora(model: nn.Module, path: str | PathLike, *, allow_base_mismatch: 
 
     When ``check_lora`` refuses the file the active skill stays.
     """
-    tensors, meta = check_lora(model, path, allow_base_mismatch=allow_base_mismatch)
+    loras, meta = adapters_in(model, path, allow_base_mismatch=allow_base_mismatch)
     remove_lora(model)
-    apply_lora(model, meta["rank"], meta["alpha"], _exactly(meta["targets"]))
-    _fill(model, tensors, meta, path)
+    model.requires_grad_(False)
+    attach(model, loras)
     return meta
-
-
-def _fill(model: nn.Module, tensors: dict[str, Tensor], meta: dict, path: str | PathLike) -> None:
-    """Copy checked tensors and scales into the LoRA applied to ``model``."""
-    if meta["base"].get("fingerprint") is None:
-        print(f"note: {path} does not say which base it was trained on, so that cannot be checked")
-    copy_strictly(_lora_state(model), tensors, path)
-    for name, linear in _adapted(model):
-        linear.lora.scaling = meta["scaling"][name]
 
 
 def base_fingerprint(model: nn.Module) -> str:
@@ -224,55 +274,3 @@ def base_fingerprint(model: nn.Module) -> str:
         known = fingerprint(base, config)
         model._base_fingerprint = (version, known)
     return known
-
-
-def _adapted(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The Linears that carry a LoRA, with their names."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(getattr(module, "lora", None), LoRA))
-
-
-def _lora_state(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"{name}.lora.{key}": tensor
-        for name, linear in _adapted(model)
-        for key, tensor in linear.lora.state_dict().items()
-    }
-
-
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Every Linear of the base whose weight is its own: a tied head would drag the embedding along."""
-    excluded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    excluded |= {id(parameter) for parameter in lora_parameters(model)}
-    return (
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and id(module.weight) not in excluded
-    )
-
-
-def _is_target(name: str, linear: nn.Linear, target_modules: str | Sequence[str]) -> bool:
-    if target_modules == "square":
-        return linear.in_features == linear.out_features
-    if target_modules == "all-linear":
-        return True
-    if isinstance(target_modules, str):
-        return re.fullmatch(target_modules, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in target_modules)
-
-
-def _apply_call(model: nn.Module, meta: dict) -> str:
-    """The ``apply_lora`` call that prepares a bare ``model`` for a file with this ``_meta``, as short as it can be."""
-    arguments = f"rank={meta['rank']}"
-    if meta["alpha"] != meta["rank"]:
-        arguments += f", alpha={meta['alpha']:g}"
-    wanted = set(meta["targets"])
-    endings = sorted({name.rpartition(".")[2] for name in wanted})
-    for targets in ("square", "all-linear", endings):
-        if {name for name, linear in _linears(model) if _is_target(name, linear, targets)} == wanted:
-            return f"apply_lora(model, {arguments}" + (")" if targets == "square" else f", target_modules={targets!r})")
-    return f"apply_lora(model, {arguments}, target_modules={_exactly(sorted(wanted))!r})"
-
-
-def _exactly(names: Sequence[str]) -> str:
-    """``target_modules`` for these Linears alone: a list would take longer names that end like them too."""
-    return "|".join(map(re.escape, names))

@@ -96,12 +96,6 @@ def test_a_tied_head_is_no_target_even_when_square():
     assert apply_lora(model) == ["layers.0.attention.wq", "layers.0.attention.wo"]
 
 
-@pytest.mark.parametrize("settings", [{"rank": 0}, {"rank": -1}, {"alpha": 0.0}, {"alpha": -2.0}])
-def test_impossible_sizes_are_refused(tiny_model, settings):
-    with pytest.raises(UserError, match="rank >= 1 and alpha > 0"):
-        apply_lora(tiny_model, **settings)
-
-
 # patching and undoing
 
 

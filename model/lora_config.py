@@ -1,0 +1,98 @@
+"""What LoRA to add: the keywords of ``apply_lora`` and, by the same dataclass, flags of the doors that train it.
+
+Standard library only, so that --help answers at once.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, sqrt
+from typing import Literal
+
+from core.errors import UserError
+from core.options import option, require
+
+SHORTHANDS = ("square", "all-linear")
+
+
+@dataclass
+class LoRAConfig:
+    """Names and meanings are PEFT's, the defaults are MiniMind's.
+
+    ``target_modules`` and ``exclude_modules``: a list of names or name endings, or, as a string, a regular expression
+    for whole module names; targets also "square" (as many inputs as outputs) or "all-linear" (all but the output
+    head). A list of one word with regular-expression signs is one too. ``rank_pattern`` and ``alpha_pattern``: a dict
+    (or ``key=value`` words) from a name ending, which may be a regular expression, to a number; the first match counts.
+    Raises ``UserError`` for values that no LoRA can have.
+    """
+
+    rank: int = option(16, "rank of the update")
+    alpha: float | None = option(None, "the update is scaled by alpha / rank (default: a scale of 1)")
+    target_modules: tuple[str, ...] = option(
+        ("square",), "square, all-linear, names or name endings of Linear layers, or one regular expression"
+    )
+    exclude_modules: tuple[str, ...] = option((), "names or name endings to leave out, or one regular expression")
+    layers_to_transform: tuple[int, ...] = option((), "numbers of the layers to adapt (default: all)")
+    rank_pattern: tuple[str, ...] = option((), "other ranks for some names: wo=4 'layers.7.*=32'")
+    alpha_pattern: tuple[str, ...] = option((), "other alphas for some names")
+    use_rslora: bool = option(False, "scale by alpha / sqrt(rank)")
+    use_dora: bool = option(False, "learn each output's magnitude apart from its direction (DoRA)")
+    lora_dropout: float = option(0.0, "probability that an input of the update is left out in training")
+    init_lora_weights: Literal["minimind", "kaiming", "gaussian", "pissa"] = option(
+        "minimind", "A starts from N(0, 0.02), U(+-1/sqrt(inputs)) or N(0, 1/rank) and B at 0; pissa: from W's SVD"
+    )
+
+    def __post_init__(self):
+        self.target_modules = _names(self.target_modules)
+        self.exclude_modules = _names(self.exclude_modules)
+        layers = self.layers_to_transform
+        self.layers_to_transform = (layers,) if isinstance(layers, int) else tuple(layers or ())
+        self.rank_pattern = _pattern("rank_pattern", self.rank_pattern, int)
+        self.alpha_pattern = _pattern("alpha_pattern", self.alpha_pattern, float)
+        for rank in (self.rank, *self.rank_pattern.values()):
+            require(rank >= 1, f"rank={rank} must be at least 1")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            require(alpha is None or 0 < alpha < inf, f"alpha={alpha} must be a positive number")
+        require(0 <= self.lora_dropout < 1, f"lora_dropout={self.lora_dropout} must lie in [0, 1)")
+        pissa_dora = self.use_dora and self.init_lora_weights == "pissa"
+        require(not pissa_dora, "use_dora and init_lora_weights=pissa exclude each other: choose one")
+
+    def scaling(self, rank: int, alpha: float | None) -> float:
+        """alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023); 1 without an alpha."""
+        return 1.0 if alpha is None else alpha / (sqrt(rank) if self.use_rslora else rank)
+
+
+def _names(words: str | Sequence[str]) -> str | tuple[str, ...]:
+    """A shorthand or a regular expression as a string, names as a tuple."""
+    if not isinstance(words, str):
+        words = tuple(words)
+        if len(words) != 1 or (words[0] not in SHORTHANDS and re.fullmatch(r"[\w.]*", words[0])):
+            return words
+        (words,) = words
+    if words not in SHORTHANDS:
+        compiled(words)
+    return words
+
+
+def _pattern(name: str, words: Mapping[str, float] | Sequence[str], number: type) -> dict[str, float]:
+    """``key=value`` words, or a dict already, as a dict."""
+    if isinstance(words, Mapping):
+        return {key: number(value) for key, value in words.items()}
+    found = {}
+    for word in words:
+        key, _, value = word.rpartition("=")
+        try:
+            found[key] = number(value)
+        except ValueError:
+            key = ""
+        require(bool(key), f"{name} {word!r} must be NAME=NUMBER, such as wo=4")
+        compiled(key)
+    return found
+
+
+def compiled(pattern: str) -> re.Pattern:
+    """Raises ``UserError`` for what is no regular expression."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{pattern!r} is no regular expression: {error}") from error

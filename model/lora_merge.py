@@ -1,0 +1,43 @@
+"""A LoRA written into the base's weights, for export or for fast decoding, and taken out again."""
+
+import torch
+from torch import nn
+
+from core.errors import UserError
+from model.lora_layers import dense_weight, write_weight
+from model.lora_targets import adapted, merged
+from model.model_lora import attach, remove_lora
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> None:
+    """Write each update into its Linear's weight: computed in fp32, rounded to the weight's dtype once.
+
+    Weights and LoRA are kept, for ``unmerge_lora``. Raises ``UserError``, before anything changes, when there is no
+    LoRA, when one is merged already, and where a merged weight would not be finite.
+    """
+    if dict(merged(model)):
+        raise UserError("a LoRA is already merged into this model; call unmerge_lora(model) first")
+    weights = {name: linear.lora.merged(dense_weight(linear)) for name, linear in adapted(model)}
+    if not weights:
+        raise UserError("there is no LoRA on this model to merge; call apply_lora or attach_lora first")
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise UserError(f"merging would put NaN or infinity into {name}; go back to an earlier skill file")
+    for name, lora in remove_lora(model).items():
+        linear = model.get_submodule(name)
+        linear.unmerged = linear.weight.clone(), lora  # a tuple is no child: state-dict keys stay
+        write_weight(linear, weights[name])
+
+
+@torch.no_grad()
+def unmerge_lora(model: nn.Module) -> None:
+    """Put back the weights and the LoRA that ``merge_lora`` found, bit for bit. Raises ``UserError`` if none did."""
+    found = dict(merged(model))
+    if not found:
+        raise UserError("no LoRA is merged into this model")
+    for linear in found.values():
+        linear.weight.copy_(linear.unmerged[0])
+    attach(model, {name: linear.unmerged[1] for name, linear in found.items()})
+    for linear in found.values():
+        del linear.unmerged
