@@ -29,7 +29,7 @@ def write_weight(linear: Linear, weight: Tensor) -> None:
 
 
 class LoRA(nn.Module):
-    """The update ``scaling * B(A(dropout(x)))`` of ``linear``; its parameters are fp32, on the Linear's device.
+    """The update ``scaling * B(A(dropout(x)))`` of ``linear``; its parameters are fp32.
 
     A ~ N(0, 0.02) and B = 0, so training starts from the base exactly; ``init`` "kaiming" and "gaussian" are PEFT's
     other ways to draw A.
@@ -47,7 +47,6 @@ class LoRA(nn.Module):
         else:
             nn.init.normal_(self.A.weight, std=1 / rank if init == "gaussian" else 0.02)
         nn.init.zeros_(self.B.weight)
-        self.to(linear.weight.device)
 
     @property
     def rank(self) -> int:
@@ -137,3 +136,11 @@ class PiSSA(LoRA):
             "A.weight": torch.cat((self.A.weight, self.A0)),
             "B.weight": torch.cat((self.B.weight, -self.B0), dim=1),
         }
+
+
+def lora_of(linear: Linear, tensors: dict[str, Tensor], scaling: float = 1.0) -> LoRA:
+    """The adapter for ``linear`` whose parameters are ``tensors`` (see ``exported``) themselves, copied if not fp32."""
+    with torch.device("meta"):  # nothing is drawn
+        lora = (DoRA if "magnitude" in tensors else LoRA)(linear, tensors["A.weight"].size(0), scaling)
+    lora.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, assign=True)
+    return lora

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from core.errors import UserError
 from core.files import atomic_write
 from model.lora_config import LoRAConfig
-from model.lora_layers import DoRA, LoRA, PiSSA, features
+from model.lora_layers import DoRA, LoRA, PiSSA, features, lora_of
 from model.lora_targets import adapted, apply_call, choose_targets, linears, merged
 from model.weights import ARITHMETIC, copy_strictly, fingerprint, read_tensors, short
 
 FORMAT = 1
+KEYS = ("A.weight", "B.weight", "magnitude")  # of a target, after ".lora."
 META_KEY = "_meta"  # a uint8 tensor of JSON; MiniMind's own loader passes over it
 
 
@@ -64,10 +65,10 @@ def apply_lora(
 
 
 def attach(model: nn.Module, adapters: Mapping[str, LoRA]) -> None:
-    """Put each adapter on the Linear of that name, which carries none."""
+    """Put each adapter on the Linear of that name, which carries none, on its device and in its mode."""
     for name, lora in adapters.items():
         linear = model.get_submodule(name)
-        linear.lora = lora.train(linear.training)
+        linear.lora = lora.to(linear.weight.device).train(linear.training)
         # A bound method, no closure: deepcopy re-binds it, and `del` brings back the class's own.
         linear.forward = MethodType(lora.forward_of_linear, linear)
 
@@ -157,7 +158,7 @@ def _ranks(tensors: dict[str, Tensor], path: str | PathLike) -> dict[str, int]:
     """The rank of each target. Raises ``UserError`` that names the keys which make ``tensors`` no LoRA."""
     problems, parts = [], {}
     for name, tensor in tensors.items():
-        if not (found := re.fullmatch(r"(.+)\.lora\.(A\.weight|B\.weight|magnitude)", name)):
+        if not (found := re.fullmatch(rf"(.+)\.lora\.({'|'.join(map(re.escape, KEYS))})", name)):
             problems.append(f"unexpected {name}")
         elif not tensor.is_floating_point():
             problems.append(f"{name} is {tensor.dtype}, not floating point")
@@ -235,9 +236,8 @@ def adapters_in(
     tensors, meta = check_lora(model, path, allow_base_mismatch=allow_base_mismatch)
     loras = {}
     for name in meta["targets"]:
-        kind = DoRA if f"{name}.lora.magnitude" in tensors else LoRA
-        loras[name] = kind(model.get_submodule(name), meta["ranks"][name], meta["scaling"][name])
-        loras[name].load_state_dict({key: tensors[f"{name}.lora.{key}"] for key in loras[name].state_dict()})
+        parts = {key: tensors[f"{name}.lora.{key}"] for key in KEYS if f"{name}.lora.{key}" in tensors}
+        loras[name] = lora_of(model.get_submodule(name), parts, meta["scaling"][name])
     _note_unknown_base(meta, path)
     return loras, meta
 
