@@ -16,7 +16,12 @@ class Options:
 
     out_dir: Path = option(Path("out"), "folder of the trained files")
     base: Path | None = option(
-        None, "base file (default: the skill's own, else the newest full_sft_*, else pretrain_*)"
+        None,
+        "base file, Hugging Face folder or owner/model (default: the skill's own file, else the newest full_sft_*.pth,"
+        " else pretrain_*.pth)",
+    )
+    prompt_template: str | None = option(
+        None, r"how a Hugging Face base without a chat template is asked (default: as its skill was): 'Q: {user}\nA: '"
     )
     lora_name: str | None = option(None, "skill to start with")
     prompt: str | None = option(None, "answer this once and leave")
@@ -62,8 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from dataset.tokenizer import tokenizer_of
+    from model.bases import choose_base, open_base
     from model.generation import Sampling
-    from model.weights import choose_base, load_base
     from serving.session import ChatSession
     from serving.terminal import answer, chat
     from trainer.runtime import Runtime
@@ -72,9 +77,12 @@ def main(argv: list[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):  # a pipe on Windows is not UTF-8 by itself
             stream.reconfigure(encoding="utf-8", errors="replace")
     runtime = Runtime.start(options.device, "float32")
-    base = choose_base(options.out_dir, options.base, skill_base(options))
-    model, record = load_base(base, runtime.device)
-    tokenizer = tokenizer_of(record, base, options.tokenizer_path, options.out_dir)
+    skill = skill_record(options)
+    trained_on = None if options.base else skill.get("base", {}).get("fingerprint")
+    base = choose_base(options.out_dir, options.base, trained_on)
+    model, record = open_base(base, runtime.device)
+    template = options.prompt_template or skill.get("options", {}).get("prompt_template")
+    tokenizer = tokenizer_of(record, base, options.tokenizer_path, options.out_dir, template)
     session = ChatSession(
         model,
         tokenizer,
@@ -94,19 +102,19 @@ def main(argv: list[str] | None = None) -> None:
         answer(session, options.prompt)
 
 
-def skill_base(options: Options) -> str | None:
-    """The fingerprint of the base that the asked-for skill was trained on, if it and no ``--base`` is named."""
+def skill_record(options: Options) -> dict:
+    """What the file of the asked-for skill says of itself; empty when none is asked for."""
     from model.model_lora import read_lora
 
-    if options.lora_name is None or options.base is not None:
-        return None
+    if options.lora_name is None:
+        return {}
     found = lora_paths(options.out_dir, options.lora_name)
     if not found:
         missing = lora_path(options.out_dir, options.lora_name, "<dim>")
         raise UserError(
             f"there is no skill file {missing}; train it with train_lora.py --lora_name {options.lora_name}"
         )
-    return read_lora(found[-1])[1].get("base", {}).get("fingerprint")
+    return read_lora(found[-1])[1]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.errors import run
+from core.errors import UserError, run
 from core.options import option, parse
 from core.paths import base_path, bundled_data
 from trainer.options import TrainOptions
@@ -22,22 +22,21 @@ class Options(TrainOptions):
 def main(argv: list[str] | None = None) -> Path:
     options = parse(Options, argv)
     from dataset.batches import SFTDataset
-    from dataset.tokenizer import tokenizer_of
-    from model.weights import choose_base, load_base, save_base
-    from scripts.wiring import Validation, read_data, run_record, train_and_save
+    from model.model import MiniMindLM
+    from model.weights import save_base
+    from scripts.wiring import Validation, opened_base, read_data, run_record, train_and_save
     from trainer.runtime import Runtime
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
-    base = choose_base(options.out_dir, options.base, stages=("pretrain",))
-    model, found = load_base(base, runtime.device)
-    print(f"base: {base}")
-    tokenizer = tokenizer_of(found, base, options.tokenizer_path, options.out_dir)
-    model.config.check_length(options.max_seq_len)
+    base = opened_base(options, runtime, stages=("pretrain",))
+    model, tokenizer = base.model, base.tokenizer
+    if not isinstance(model, MiniMindLM):
+        raise UserError(f"--base {base.path} is no MiniMindLM, and this trains no other; train_lora.py does")
     data = read_data(SFTDataset, options, tokenizer, runtime)
     path = base_path(options.out_dir, "full_sft", model.config.dim)
     memory = {}
     validate = Validation(model, data.val, tokenizer, options, runtime, memory)
-    record = run_record("full_sft", options, tokenizer, {"file": base.name, "fingerprint": found["fingerprint"]})
+    record = run_record("full_sft", options, tokenizer, base.origin)
 
     def on_save(step: int) -> None:
         save_base(path, model, {**record, "metrics": {"step": step, "val": validate.record()}})

@@ -17,7 +17,12 @@ class Options(LoRAConfig, TrainOptions):
     lora_name: str = option("identity", "name of the skill; it names the file")
     data_path: tuple[Path, ...] = option((bundled_data("lora_identity.jsonl"),), "chat files of the skill")
     general_data: tuple[Path, ...] = option((bundled_data("sft_mini.jsonl"),), "chats that show what the skill costs")
-    base: Path | None = option(None, "base to freeze (default: the newest full_sft_*.pth in out_dir)")
+    base: Path | None = option(
+        None, "base to freeze: a file, a Hugging Face folder or owner/model (default: the newest full_sft_*.pth)"
+    )
+    prompt_template: str | None = option(
+        None, r"how a Hugging Face base without a chat template is asked: 'Q: {user}\nA: '"
+    )
     epochs: int = option(20, "passes over the data")
     learning_rate: float = option(3e-3, "peak learning rate")  # 5e-5 teaches nothing: results/sweep_lora_lr.json
     weight_decay: float = option(0.0, "decoupled weight decay")
@@ -32,25 +37,20 @@ class Options(LoRAConfig, TrainOptions):
 def main(argv: list[str] | None = None) -> Path:
     options = parse(Options, argv)
     from dataset.batches import SFTDataset
-    from dataset.tokenizer import tokenizer_of
     from model.lora_targets import table_of
     from model.model_lora import apply_lora, save_lora
-    from model.weights import choose_base, load_base
-    from scripts.wiring import Validation, held_out_share, read_data, run_record, train_and_save
+    from scripts.wiring import Validation, held_out_share, opened_base, read_data, run_record, train_and_save
     from trainer.runtime import Runtime, count_parameters
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
-    base = choose_base(options.out_dir, options.base, stages=("full_sft",))
-    model, found = load_base(base, runtime.device)
-    print(f"base: {base}")
-    tokenizer = tokenizer_of(found, base, options.tokenizer_path, options.out_dir)
-    model.config.check_length(options.max_seq_len)
+    base = opened_base(options, runtime, ("full_sft",), options.prompt_template)
+    model, tokenizer = base.model, base.tokenizer
     data = read_data(SFTDataset, options, tokenizer, runtime)
     # Held out by the rule that the base was trained with, or the base would have seen these chats.
-    held_out = held_out_share(found, base)
+    held_out = held_out_share(base.record, base.path)
     other = replace(options, data_path=options.general_data, val_ratio=held_out, bad_rows="skip")
     other = read_data(SFTDataset, other, tokenizer, runtime)
-    path = lora_path(options.out_dir, options.lora_name, model.config.dim)
+    path = lora_path(options.out_dir, options.lora_name, model.config.hidden_size)
     apply_lora(model, **{field.name: getattr(options, field.name) for field in fields(LoRAConfig)})
     print(table_of(model))
     every, added = count_parameters(model)
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> Path:
 
     if not options.dry_run:
         runtime.on_first(validate)
-    record = run_record("lora", options, tokenizer, {"file": base.name, "fingerprint": found["fingerprint"]})
+    record = run_record("lora", options, tokenizer, base.origin)
 
     def on_save(step: int) -> None:
         metrics = {"domain": domain.record(), "general": general.record()}

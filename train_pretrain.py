@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> Path:
     options = parse(Options, argv)
     from dataset.batches import PretrainDataset
     from dataset.tokenizer import load_tokenizer
-    from model.LMConfig import LMConfig
+    from model.LMConfig import LMConfig, check_length
     from model.model import MiniMindLM
     from model.weights import save_base
     from scripts.wiring import Validation, read_data, run_record, train_and_save
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> Path:
     tokenizer = load_tokenizer(options.tokenizer_path)
     architecture = {name: getattr(options, name) for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "dropout")}
     config = LMConfig(vocab_size=len(tokenizer), **architecture)
-    config.check_length(options.max_seq_len)
+    check_length(config, options.max_seq_len)
     data = read_data(PretrainDataset, options, tokenizer, runtime)
     path = base_path(options.out_dir, "pretrain", options.dim)
     model = MiniMindLM(config).to(runtime.device)

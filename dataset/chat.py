@@ -17,7 +17,7 @@ def encode_chat(
     The template is rendered with a placeholder for each content; template pieces and contents are tokenised apart and
     joined. So labels are right by construction, and a content can never spell a control token. Learned are the
     assistant's texts, each with its end of turn (up to the first control token after the text). The decoded ids equal
-    the rendered template. Raises ``UserError`` if the template rewrites contents.
+    the rendered template. Raises ``UserError`` if the template rewrites contents, other than by trimming them.
     """
     return encode_chats(tokenizer, [messages], add_generation_prompt)[0]
 
@@ -26,7 +26,7 @@ def encode_chats(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[dict]], add_generation_prompt: bool = False
 ) -> list[Encoded]:
     """``encode_chat`` of each chat; the tokenizer spreads many texts over the processor's cores."""
-    pieces = _template_pieces(tokenizer, chats, add_generation_prompt)
+    pieces, chats = _template_pieces(tokenizer, chats, add_generation_prompt)
     kinds = list({piece for chat in pieces for piece in chat})  # many chats, few kinds of template pieces
     ids_of = dict(zip(kinds, _encode(tokenizer, kinds, split_special_tokens=False), strict=True))
     contents = [message["content"] for messages in chats for message in messages]
@@ -74,22 +74,33 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], split_spec
 
 def _template_pieces(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[dict]], add_generation_prompt: bool
-) -> list[list[str]]:
-    """Each chat's rendered template cut at the contents: one string before each content, one after the last."""
+) -> tuple[list[list[str]], list[Sequence[dict]]]:
+    """Each chat's rendered template cut at the contents: one string before each content, one after the last; and the
+    chats with their contents as the template writes them: as they are, or trimmed.
+    """
 
     def render(messages: Sequence[dict]) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
     rendered: dict[str, list[str]] = {}  # pieces of chats that differ in their contents alone
-    found = []
+    found, written = [], []
     for messages in chats:
         # A placeholder is a private-use character, which no template contains; trimming templates leave it alone.
         empty = [{**message, "content": "\ue000"} for message in messages]
         if (shape := repr(empty)) not in rendered:
             rendered[shape] = render(empty).split("\ue000")
-        pieces, contents = rendered[shape], [message["content"] for message in messages]
-        joined = pieces[0] + "".join(text + piece for text, piece in zip(contents, pieces[1:], strict=False))
-        if len(pieces) != len(contents) + 1 or joined != render(messages):
-            raise UserError("the tokenizer's chat template drops, repeats or rewrites message contents")
+        pieces, text = rendered[shape], render(messages)
+        if _filled(pieces, messages) != text:
+            messages = [{**message, "content": message["content"].strip()} for message in messages]
+            if _filled(pieces, messages) != text:
+                raise UserError("the tokenizer's chat template drops, repeats or rewrites message contents")
         found.append(pieces)
-    return found
+        written.append(messages)
+    return found, written
+
+
+def _filled(pieces: list[str], messages: Sequence[dict]) -> str | None:
+    """The rendered chat of which these are the pieces; None when they are of another number."""
+    if len(pieces) != len(messages) + 1:
+        return None
+    return pieces[0] + "".join(message["content"] + piece for message, piece in zip(messages, pieces[1:], strict=True))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -24,35 +25,85 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(
             f"no tokenizer.json in {path}; make one with scripts/train_tokenizer.py or fix --tokenizer_path"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # the libraries raise bare Exception for a broken file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"the tokenizer in {path} cannot be read ({reason}); train or copy it again") from error
+    tokenizer = _read(str(path), local_files_only=True)
     if tokenizer.eos_token_id is None or not tokenizer.chat_template:
         raise UserError(f"the tokenizer in {path} lacks an end-of-turn token or a chat template")
     return tokenizer
 
 
-def tokenizer_of(record: dict, base: Path, named: Path | None, out_dir: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that the base file with this ``record`` was trained with: the one ``named`` if it is that, else the
-    shipped one or ``out_dir/tokenizer``.
+def tokenizer_of(
+    record: dict, base: Path, named: Path | None, out_dir: Path, prompt_template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that the base with this ``record`` was trained with: the one ``named`` if it is that, else the
+    shipped one or ``out_dir/tokenizer``, or what a Hugging Face base brings. ``prompt_template`` replaces its template.
 
-    Raises ``UserError`` if none of them is, or if the record does not say (MiniMind's files) and none is named.
+    Raises ``UserError`` if none of them is, if the record does not say (MiniMind's files) and none is named, and for a
+    tokenizer without chat template.
     """
     wanted = record.get("tokenizer")
-    if named is None and wanted is None:
+    if is_foreign := wanted is None and "stage" in record:
+        folders = [named or base]
+    elif named is None and wanted is None:
         raise UserError(f"{base} does not say which tokenizer it was trained with; name it with --tokenizer_path")
-    folders = [named] if named else [folder for folder in (TOKENIZER_DIR, out_dir / "tokenizer") if folder.is_dir()]
+    else:
+        folders = [named] if named else [folder for folder in (TOKENIZER_DIR, out_dir / "tokenizer") if folder.is_dir()]
     for folder in folders:
-        tokenizer = load_tokenizer(folder)
+        tokenizer = foreign_tokenizer(folder, prompt_template) if is_foreign else load_tokenizer(folder)
         if wanted not in (None, tokenizer_fingerprint(tokenizer)):
             continue
-        if len(tokenizer) != (size := record["config"]["vocab_size"]):
+        size = record["config"]["vocab_size"]
+        # Others pad their embeddings to round numbers.
+        if len(tokenizer) > size or (len(tokenizer) < size and not is_foreign):
             raise UserError(f"{folder} has {len(tokenizer)} entries, {base} has {size}; name its own --tokenizer_path")
         return tokenizer
     tried = " or ".join(map(str, folders))
     raise UserError(f"{base} was trained with another tokenizer than {tried}; name it with --tokenizer_path")
+
+
+def foreign_tokenizer(name: str | Path, prompt_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder or hub name, with ``prompt_template`` in place of its chat template.
+
+    Raises ``UserError`` if it cannot be read, has no template either, or is none of the `tokenizers` library.
+    """
+    tokenizer = _read(str(name) if Path(name).exists() else Path(name).as_posix())
+    if not hasattr(tokenizer, "backend_tokenizer") or tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name} lacks a tokenizer.json or an end-of-text token")
+    if prompt_template is not None:
+        tokenizer.chat_template = template_of(prompt_template, begins=_begins_with_bos(tokenizer))
+    if not tokenizer.chat_template:
+        raise UserError(f"{name} has no chat template: write one, such as --prompt_template 'Q: {{user}}\\nA: '")
+    return tokenizer
+
+
+def template_of(prompt_template: str, begins: bool = False) -> str:
+    """The chat template in which a question stands in ``prompt_template`` for ``{user}`` and an answer ends the text.
+
+    ``\\n`` in it is a line break. ``begins``: the beginning-of-text token comes first. Raises ``UserError`` unless
+    ``{user}`` stands in it once.
+    """
+    before, *after = prompt_template.replace("\\n", "\n").split("{user}")
+    if len(after) != 1:
+        raise UserError(f"--prompt_template {prompt_template!r} must have one {{user}}, where the question goes")
+    question = " + message['content'] + ".join(json.dumps(part, ensure_ascii=False) for part in (before, *after))
+    return (
+        ("{{ bos_token }}" if begins else "")
+        + "{% for message in messages %}"
+        + f"{{% if message['role'] == 'user' %}}{{{{ {question} }}}}"
+        + "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
+        + "{% else %}{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}"
+    )
+
+
+def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+
+
+def _read(name: str, **settings) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name, **settings)
+    except Exception as error:  # the libraries raise bare Exception for a broken file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"the tokenizer in {name} cannot be read ({reason}); train or copy it again") from error
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -65,19 +116,23 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def spelled_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes:
-    """The bytes an id stands for, a part of a character perhaps; a control token's are those of its name."""
+    """The bytes an id stands for, a part of a character perhaps; a control token's are those of its name.
+
+    Byte-level vocabularies spell a byte as a character; those with byte fallback write a space as U+2581 and a lone
+    byte as <0xNN>.
+    """
     token = tokenizer.convert_ids_to_tokens(token_id)
-    is_byte_level = all(character in BYTE_OF for character in token)
-    return bytes(BYTE_OF[character] for character in token) if is_byte_level else token.encode()
+    if "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder):
+        is_spelled = all(character in BYTE_OF for character in token)
+        return bytes(BYTE_OF[character] for character in token) if is_spelled else token.encode()
+    lone = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+    return bytes.fromhex(lone[1]) if lone else token.replace("\u2581", " ").encode()
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """UTF-8 bytes each id stands for, (vocabulary,) int64; 0 for control tokens.
-
-    In a byte-level vocabulary every character of a token's spelling is one byte.
-    """
+    """UTF-8 bytes each id stands for, (vocabulary,) int64; 0 for control tokens."""
     sizes = np.zeros(len(tokenizer), dtype=np.int64)
-    for token, token_id in tokenizer.get_vocab().items():
-        sizes[token_id] = len(token)
+    for token_id in tokenizer.get_vocab().values():
+        sizes[token_id] = len(spelled_bytes(tokenizer, token_id))
     sizes[tokenizer.all_special_ids] = 0
     return sizes

@@ -16,6 +16,8 @@ class LMConfig(PretrainedConfig):
     """
 
     model_type = "minimind"
+    # What code that also serves models of other makers asks for.
+    attribute_map = {"hidden_size": "dim", "max_position_embeddings": "max_seq_len"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -71,7 +73,9 @@ class LMConfig(PretrainedConfig):
         self.dropout = dropout
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
-    def check_length(self, max_seq_len: int) -> None:
-        """Raise ``UserError`` if rows of ``max_seq_len`` tokens do not fit the model's context."""
-        if max_seq_len > self.max_seq_len:
-            raise UserError(f"--max_seq_len {max_seq_len} exceeds the model's context of {self.max_seq_len}")
+
+def check_length(config: PretrainedConfig, max_seq_len: int) -> None:
+    """Raise ``UserError`` if rows of ``max_seq_len`` tokens do not fit the context of a model with this config."""
+    context = getattr(config, "max_position_embeddings", max_seq_len)
+    if max_seq_len > context:
+        raise UserError(f"--max_seq_len {max_seq_len} exceeds the model's context of {context}")

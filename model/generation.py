@@ -32,7 +32,7 @@ def generate(
     lives on the CPU, so that a seed means the same on every device. Raises ``UserError`` for a prompt that fills the
     context.
     """
-    context = model.config.max_seq_len
+    context = model.config.max_position_embeddings
     if not 0 < len(ids) < context:
         raise UserError(
             f"a prompt of {len(ids)} tokens leaves no room in the context of {context}; shorten it or /reset"

@@ -25,7 +25,7 @@ from core.files import atomic_write
 from model.lora_config import LoRAConfig
 from model.lora_layers import DoRA, LoRA, PiSSA, features, lora_of
 from model.lora_targets import adapted, apply_call, choose_targets, linears, merged
-from model.weights import ARITHMETIC, copy_strictly, fingerprint, read_tensors, short
+from model.weights import arithmetic, copy_strictly, fingerprint, read_tensors, short
 
 FORMAT = 1
 KEYS = ("A.weight", "B.weight", "magnitude")  # of a target, after ".lora."
@@ -141,6 +141,7 @@ def read_lora(path: str | PathLike) -> tuple[dict[str, Tensor], dict]:
         meta = {"rank": rank, "alpha": rank, "targets": sorted(ranks), **meta}
         consistent = set(meta["targets"]) == set(ranks) and meta["rank"] in ranks.values()
         meta |= {"alpha": float(meta["alpha"]), "base": dict(meta.get("base") or {}), "ranks": ranks}
+        meta["options"] = dict(meta.get("options") or {})
         meta["use_dora"] = any(name.endswith(".lora.magnitude") for name in tensors)
         scaling = dict(meta.get("scaling") or {})
         meta["scaling"] = {name: float(scaling.get(name, meta["alpha"] / meta["rank"])) for name in meta["targets"]}
@@ -268,7 +269,7 @@ def base_fingerprint(model: nn.Module) -> str:
     base = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in added]
     config = getattr(model, "config", None)
     version = [(parameter.data_ptr(), parameter._version) for _, parameter in base]
-    version += [getattr(config, name, None) for name in ARITHMETIC]
+    version.append(arithmetic(config))
     known_version, known = getattr(model, "_base_fingerprint", (None, ""))
     if version != known_version:
         known = fingerprint(base, config)

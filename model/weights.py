@@ -1,6 +1,5 @@
 """Weights on disk: safe reading, base files that describe themselves, and the fingerprint that tells bases apart."""
 
-import contextlib
 import hashlib
 import json
 import zipfile
@@ -12,13 +11,13 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.files import atomic_write
-from core.paths import STAGES
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 
 FORMAT = 1
-# The config values that change the arithmetic but no shape.
+# The config values that change the arithmetic but no shape, ours and (where a config has none of them) Hugging Face's.
 ARITHMETIC = ("n_heads", "n_kv_heads", "norm_eps", "rope_theta")
+THEIR_ARITHMETIC = ("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "layer_norm_eps", "rope_parameters")
 # What a base file's record keeps of the config.
 ARCHITECTURE = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "multiple_of")
 ARCHITECTURE += ("norm_eps", "max_seq_len", "rope_theta", "dropout")
@@ -59,16 +58,24 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def fingerprint(parameters: Iterable[tuple[str, Tensor]], config: object) -> str:
-    """Hex SHA-256 of a model's weights: sorted names, shapes, values rounded to bf16, and ``ARITHMETIC`` of its config.
+    """Hex SHA-256 of a model's weights: sorted names, shapes, values rounded to bf16, and ``arithmetic(config)``.
 
     The rounding lets a bf16 copy count as the same base. Pass ``named_parameters()``: it names tied tensors once.
     """
-    arithmetic = {name: value for name in ARITHMETIC if (value := getattr(config, name, None)) is not None}
-    digest = hashlib.sha256(json.dumps(arithmetic, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(arithmetic(config), sort_keys=True).encode())
     for name, tensor in sorted(parameters, key=lambda item: item[0]):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def arithmetic(config: object) -> dict:
+    """The values of ``config`` that change what a model's weights compute; empty where there is no config."""
+
+    def found(names: tuple[str, ...]) -> dict:
+        return {name: value for name in names if (value := getattr(config, name, None)) is not None}
+
+    return found(ARITHMETIC) or found(THEIR_ARITHMETIC)
 
 
 def copy_strictly(own: dict[str, Tensor], tensors: dict[str, Tensor], source: str | Path) -> None:
@@ -171,31 +178,6 @@ def read_record(path: Path) -> dict:
     if not described or not isinstance(record.get("options", {}), dict):
         raise UserError(f"{beside} describes no base; delete it or retrain the base")
     return record
-
-
-def choose_base(
-    out_dir: str | Path, named: Path | None = None, skill_base: str | None = None, stages: Iterable[str] = STAGES
-) -> Path:
-    """The base file to use: the one ``named``; else that whose fingerprint is ``skill_base``; else the newest.
-
-    The newest of the latest of ``stages`` that there is in ``out_dir``. Raises ``UserError`` when there is none.
-    """
-    if named is not None:
-        if not named.is_file():
-            raise UserError(f"--base {named} does not exist")
-        return named
-    folder = Path(out_dir)
-    if skill_base is not None:
-        for path in sorted(folder.glob("*.pth")):
-            with contextlib.suppress(UserError):  # a broken record of another base is no reason to stop
-                if read_record(path).get("fingerprint") == skill_base:
-                    return path
-    for stage in reversed(list(stages)):
-        files = (path for path in folder.glob(f"{stage}_*.pth") if path.is_file())  # a link may lead nowhere
-        found = sorted(files, key=lambda path: path.stat().st_mtime_ns)
-        if found:
-            return found[-1]
-    raise UserError(f"no base model {' or '.join(f'{s}_*.pth' for s in stages)} in {folder}; train one or pass --base")
 
 
 def _config_from_shapes(tensors: dict[str, Tensor], path: Path) -> dict:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from torch import nn
@@ -12,7 +12,9 @@ from core.errors import UserError
 from core.files import sha256_file
 from core.paths import cache_dir, checkpoints_dir, metrics_path
 from dataset.batches import MICRO_TOKENS, Batches, PretrainDataset, Samples, validation_batches
-from dataset.tokenizer import tokenizer_fingerprint
+from dataset.tokenizer import tokenizer_fingerprint, tokenizer_of
+from model.bases import choose_base, open_base
+from model.LMConfig import check_length
 from model.loss import loss_sum, nats_of
 from trainer.evaluation import Metrics, evaluate
 from trainer.loop import train
@@ -22,6 +24,33 @@ from trainer.run_state import RunStates
 from trainer.runtime import Runtime
 
 GPU_MICRO_TOKENS = 32768  # about 5 GB for the default model
+
+
+@dataclass
+class Base:
+    """The base that a run starts from; ``record`` is its file's."""
+
+    path: Path
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    record: dict
+
+    @property
+    def origin(self) -> dict:
+        """What the file of the run says of it."""
+        return {"file": self.path.name, "fingerprint": self.record["fingerprint"]}
+
+
+def opened_base(
+    options: TrainOptions, runtime: Runtime, stages: tuple[str, ...], prompt_template: str | None = None
+) -> Base:
+    """``--base``, or the newest of ``stages``, with its tokenizer. Raises ``UserError`` where options do not fit."""
+    path = choose_base(options.out_dir, options.base, stages=stages)
+    model, record = open_base(path, runtime.device)
+    print(f"base: {path}")
+    tokenizer = tokenizer_of(record, path, options.tokenizer_path, options.out_dir, prompt_template)
+    check_length(model.config, options.max_seq_len)
+    return Base(path, model, tokenizer, record)
 
 
 def read_data(

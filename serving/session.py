@@ -8,18 +8,19 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
-from core.paths import lora_path, lora_paths, skill_of
+from core.paths import lora_path, lora_paths, skill_name, skill_of
 from dataset.chat import encode_chat
 from model.generation import Sampling, generate
+from model.lora_library import SkillLibrary
 from model.model import MiniMindLM
-from model.model_lora import attach_lora, check_lora, remove_lora
+from model.model_lora import check_lora
 
 
 class ChatSession:
     """History, active skill and random state of a chat. The base's weights are never written.
 
     ``history_cnt`` earlier messages go with each question. ``continues``: the base is no chat model, so a prompt is
-    continued as plain text, without template and history. ``skill`` is the active skill's name, None for the base.
+    continued as plain text, without template and history. ``skill`` names what is active, empty for the base.
     """
 
     def __init__(
@@ -39,8 +40,14 @@ class ChatSession:
         self.allow_base_mismatch = allow_base_mismatch
         self.rng = torch.Generator().manual_seed(seed)
         self.messages: list[dict] = []
-        self.skill: str | None = None
+        self.library = SkillLibrary(model)
+        self.weights: dict[str, float] = {}
         self.tokens = 0  # of the last answer
+
+    @property
+    def skill(self) -> str:
+        """The active skills as they were asked for, empty for the bare base."""
+        return " ".join(name if weight == 1 else f"{name}={weight:g}" for name, weight in self.weights.items())
 
     def reply(self, text: str) -> Iterator[str]:
         """Stream the answer to ``text`` in whole characters; what was said, even if cut short, joins the history."""
@@ -59,26 +66,32 @@ class ChatSession:
                 self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
     def use_skill(self, name: str | None) -> None:
-        """Switch to the skill ``name``, or to the bare base for None. A refused file leaves the active skill as it is.
+        """Switch to the skill ``name``, to a mix such as ``a=0.7 b=-0.2``, or for None to the bare base.
 
-        Raises ``UserError`` with the reason, or with the names there are.
+        Raises ``UserError`` with the reason, or with the names there are; the active skill stays as it is.
         """
-        if name is None:
-            remove_lora(self.model)
-            self.skill = None
-            return
-        path = lora_path(self.out_dir, name, self.model.config.dim)
+        weights = _weights(name or "")
+        self.library.use({self._loaded(skill): weight for skill, weight in weights.items()})
+        for stale in [key for key in self.library if key not in self.library.active and _skill(key) in weights]:
+            self.library.remove(stale)
+        self.weights = weights
+
+    def _loaded(self, name: str) -> str:
+        """The library's name for this skill's file as it is now, which is read if it was not yet."""
+        path = lora_path(self.out_dir, name, self.model.config.hidden_size)
         if not path.is_file():
             there = ", ".join(skill_of(found) for found in lora_paths(self.out_dir)) or "none yet"
             raise UserError(f"there is no skill file {path}; skills here: {there}")
-        attach_lora(self.model, path, allow_base_mismatch=self.allow_base_mismatch)
-        self.skill = skill_of(path)
+        key = f"{skill_of(path)}@{path.stat().st_mtime_ns}"
+        if key not in self.library:
+            self.library.add(key, path, allow_base_mismatch=self.allow_base_mismatch)
+        return key
 
     def skills(self) -> Iterator[tuple[str, str | None]]:
         """Every skill's name (of another dim: file name), and why it does not fit this base (None: it fits)."""
         for path in lora_paths(self.out_dir):
-            if path != lora_path(self.out_dir, skill_of(path), self.model.config.dim):
-                yield path.name, f"it is for another dim than this base's {self.model.config.dim}"
+            if path != lora_path(self.out_dir, skill_of(path), self.model.config.hidden_size):
+                yield path.name, f"it is for another dim than this base's {self.model.config.hidden_size}"
                 continue
             try:
                 check_lora(self.model, path, allow_base_mismatch=self.allow_base_mismatch)
@@ -98,6 +111,22 @@ class ChatSession:
         history = self.messages[-self.history_cnt :] if self.history_cnt else []
         while True:
             ids, _ = encode_chat(self.tokenizer, [*history, question], add_generation_prompt=True)
-            if not history or len(ids) + self.sampling.max_new_tokens <= self.model.config.max_seq_len:
+            if not history or len(ids) + self.sampling.max_new_tokens <= self.model.config.max_position_embeddings:
                 return ids
             history = history[2:]  # the oldest exchange makes room
+
+
+def _weights(words: str) -> dict[str, float]:
+    """``a=0.7 b`` as names and weights; a name alone weighs 1."""
+    weights = {}
+    for word in words.split():
+        name, equals, number = word.partition("=")
+        try:
+            weights[skill_name(name)] = float(number) if equals else 1.0
+        except ValueError as error:
+            raise UserError(f"{word!r} is no skill's weight: write NAME or NAME=0.5") from error
+    return weights
+
+
+def _skill(key: str) -> str:
+    return key.partition("@")[0]

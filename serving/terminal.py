@@ -7,8 +7,9 @@ from core.errors import UserError
 from serving.session import ChatSession
 
 HELP = """/lora NAME  switch to a skill      /lora off  back to the base
-/loras      list the skills        /reset     forget the conversation
-/help       this list              /exit      leave (or Ctrl-D); Ctrl-C stops an answer"""
+/lora A=0.7 B=0.3  mix skills      /reset     forget the conversation
+/loras      list the skills        /help      this list
+/exit       leave (or Ctrl-D); Ctrl-C stops an answer"""
 
 
 def chat(session: ChatSession) -> None:
@@ -60,7 +61,7 @@ def command(session: ChatSession, line: str) -> None:
     elif name == "/loras":
         found = list(session.skills())
         for skill, reason in found:
-            mark = "*" if skill == session.skill else " "
+            mark = "*" if skill in session.weights else " "
             print(f"{mark} {skill}" + (f"  unfit: {reason}" if reason else ""))
         if not found:
             print(f"no skills in {session.out_dir}; train_lora.py makes them")

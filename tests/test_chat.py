@@ -144,8 +144,8 @@ def test_a_foreign_template_without_generation_marks(tokenizer, default):
     assert ids.count(foreign.eos_token_id) == 1
 
 
+TRIMMING = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}{{ eos_token }}{% endfor %}"
 BAD_TEMPLATES = {
-    "trims": "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}{{ eos_token }}{% endfor %}",
     "rewrites": "{% for m in messages %}[{{ m.role }}]{{ m.content | replace('2', 'two') }}{% endfor %}",
     "drops": "{% for m in messages if m.role != 'system' %}[{{ m.role }}]{{ m.content }}{% endfor %}",
     "drops the last": "{% for m in messages[:-1] %}[{{ m.role }}]{{ m.content }}{% endfor %}",
@@ -162,10 +162,12 @@ def test_a_template_that_changes_contents_is_refused(tokenizer, fault):
         encode_chat(with_template(tokenizer, BAD_TEMPLATES[fault]), messages)
 
 
-def test_a_trimming_template_is_fine_while_there_is_nothing_to_trim(tokenizer):
-    trimming = with_template(tokenizer, BAD_TEMPLATES["trims"])
-    ids, _ = encode_chat(trimming, PLAIN)
-    assert tokenizer.decode(ids) == rendered(trimming, PLAIN)
+def test_a_trimming_template_is_followed(tokenizer):
+    trimming = with_template(tokenizer, TRIMMING)
+    for messages in (PLAIN, [*PLAIN[:2], {"role": "assistant", "content": "\n Four. "}]):
+        ids, learned = encode_chat(trimming, messages)
+        assert tokenizer.decode(ids) == rendered(trimming, messages)
+    assert tokenizer.decode([n for n, flag in zip(ids, learned, strict=True) if flag]) == "Four.<|im_end|>"
 
 
 def test_a_document_stands_between_bos_and_eos_and_cannot_end_itself(tokenizer):

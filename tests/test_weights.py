@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from core.errors import UserError
+from model.bases import choose_base
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 from model.model_lora import apply_lora
 from model.weights import (
     ARCHITECTURE,
     check_keys,
-    choose_base,
     fingerprint,
     load_base,
     model_of,

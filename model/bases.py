@@ -1,0 +1,70 @@
+"""Which base is used, and how it is opened: a file of ours, or a causal language model of Hugging Face."""
+
+import contextlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from core.errors import UserError
+from core.paths import STAGES
+from model.weights import fingerprint, load_base, read_record
+
+PRETRAINED = "pretrained elsewhere"  # the stage in the record of a Hugging Face base
+
+
+def choose_base(
+    out_dir: str | Path, named: Path | None = None, skill_base: str | None = None, stages: Iterable[str] = STAGES
+) -> Path:
+    """The base to use: the one ``named``; else the file whose fingerprint is ``skill_base``; else the newest file.
+
+    The newest of the latest of ``stages`` that there is in ``out_dir``. Raises ``UserError`` when there is none.
+    """
+    if named is not None:
+        if not named.is_file() and not is_pretrained(named):
+            raise UserError(f"--base {named} does not exist")
+        return named
+    folder = Path(out_dir)
+    if skill_base is not None:
+        for path in sorted(folder.glob("*.pth")):
+            with contextlib.suppress(UserError):  # a broken record of another base is no reason to stop
+                if read_record(path).get("fingerprint") == skill_base:
+                    return path
+    for stage in reversed(list(stages)):
+        files = (path for path in folder.glob(f"{stage}_*.pth") if path.is_file())  # a link may lead nowhere
+        found = sorted(files, key=lambda path: path.stat().st_mtime_ns)
+        if found:
+            return found[-1]
+    raise UserError(f"no base model {' or '.join(f'{s}_*.pth' for s in stages)} in {folder}; train one or pass --base")
+
+
+def is_pretrained(base: Path) -> bool:
+    """Whether this names a Hugging Face model: a folder with a config.json, or ``owner/model`` on the hub."""
+    if base.exists() or (base.parent.exists() and base.parent != Path()):
+        return (base / "config.json").is_file()
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", base.as_posix()) is not None and base.suffix != ".pth"
+
+
+def open_base(base: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict]:
+    """The model in eval mode on ``device``, and its record: ``load_base``'s for a file of ours.
+
+    A Hugging Face model is fp32; its record holds ``stage``, ``config`` (vocab_size) and ``fingerprint``. Raises
+    ``UserError`` for what cannot be loaded.
+    """
+    if not is_pretrained(base):
+        return load_base(base, device)
+    name = str(base) if base.exists() else base.as_posix()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # a file, the network or the library's own checks: many kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--base {base} is no causal language model that can be loaded ({reason[:200]})") from error
+    if missing := sorted(report["missing_keys"]):  # the library would draw them at random
+        raise UserError(f"--base {base} lacks {', '.join(missing[:3])}: it is no causal language model")
+    model.config.use_cache = False  # training needs none, and decoding asks for it
+    weights = fingerprint(model.named_parameters(), model.config)
+    record = {"stage": PRETRAINED, "config": {"vocab_size": model.config.vocab_size}, "fingerprint": weights}
+    return model.to(device).eval(), record

@@ -1,0 +1,172 @@
+"""Models of Hugging Face as bases: their own tokenizer and template, answers as their library gives them, one skill."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import SMALL, flags
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+import eval_model
+import train_full_sft
+import train_lora
+from core.errors import UserError
+from core.paths import TOKENIZER_DIR, lora_path
+from dataset.chat import encode_chat
+from dataset.tokenizer import foreign_tokenizer, token_bytes
+from model.bases import choose_base, is_pretrained, open_base
+from model.generation import Sampling
+from model.model_lora import read_lora
+from serving.session import ChatSession
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES |= {"intermediate_size": 64, "vocab_size": 6464, "max_position_embeddings": 256}  # more rows than tokens
+SIZES |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+MODELS = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen2": (Qwen2ForCausalLM, Qwen2Config)}
+TEMPLATE = r"Human: {user}\n\nAssistant: "
+QUESTION = [{"role": "user", "content": "Who are you? 你好"}]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Saved models by name; ``bare`` is one whose tokenizer has no chat template."""
+    root = tmp_path_factory.mktemp("pretrained")
+    for name, (model, config) in MODELS.items():
+        torch.manual_seed(0)
+        model(config(**SIZES, initializer_range=0.2)).save_pretrained(root / name)
+        AutoTokenizer.from_pretrained(TOKENIZER_DIR).save_pretrained(root / name)
+    shutil.copytree(root / "llama", root / "bare")
+    (root / "bare" / "chat_template.jinja").unlink()
+    BertModel(BertConfig(**SIZES | {"num_key_value_heads": 4})).save_pretrained(root / "encoder")
+    return root
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_answers_are_those_of_the_library_and_a_skill_comes_and_goes(folders, trained, tmp_path, capsys, name):
+    base, out = folders / name, tmp_path / "out"
+    argv = flags(out_dir=out, base=base, data_path=trained.chats, general_data=trained.chats, lora_name="x", **SMALL)
+    path = train_lora.main([*argv, "--learning_rate", "0.05", "--target_modules", "q_proj", "v_proj"])
+    assert path == lora_path(out, "x", 32)
+    tensors, meta = read_lora(path)
+    assert meta["base"]["file"] == name and len(tensors) == 2 * 2 * 2
+    assert "2 x  model.layers.N.self_attn.q_proj" in capsys.readouterr().out
+    model, record = open_base(base)
+    tokenizer = foreign_tokenizer(base)
+    assert record["fingerprint"] == meta["base"]["fingerprint"]
+    session = ChatSession(
+        model,
+        tokenizer,
+        Sampling(temperature=0.0, max_new_tokens=12),
+        seed=0,
+        history_cnt=0,
+        continues=False,
+        out_dir=out,
+    )
+
+    def answer():
+        return "".join(session.reply(QUESTION[0]["content"]))
+
+    theirs = AutoModelForCausalLM.from_pretrained(base)
+    inputs = AutoTokenizer.from_pretrained(base).apply_chat_template(
+        QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    said = theirs.generate(**inputs, do_sample=False, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :]
+    plain = answer()
+    assert plain == tokenizer.decode(said, skip_special_tokens=True) != ""
+    session.use_skill("x")
+    assert answer() != plain
+    session.use_skill("x=0.0")
+    assert answer() == plain
+    session.use_skill(None)
+    assert answer() == plain
+    arguments = flags(out_dir=out, base=base, lora_name="x", prompt="hi", temperature=0, device="cpu", max_new_tokens=4)
+    eval_model.main(arguments)
+    assert f"base: {base}, skill: x" in capsys.readouterr().err
+
+
+def test_a_model_without_a_chat_template_is_asked_in_the_words_of_the_flag(folders, trained, tmp_path, capsys):
+    base, out = folders / "bare", tmp_path / "out"
+    argv = flags(out_dir=out, base=base, data_path=trained.chats, general_data=trained.chats, lora_name="y", **SMALL)
+    with pytest.raises(UserError, match="has no chat template: write one, such as --prompt_template 'Q"):
+        train_lora.main(argv)
+    path = train_lora.main([*argv, "--prompt_template", TEMPLATE])
+    assert read_lora(path)[1]["options"]["prompt_template"] == TEMPLATE
+    eval_model.main(flags(out_dir=out, base=base, lora_name="y", prompt="hi", device="cpu", max_new_tokens=4))
+    assert "skill: y" in capsys.readouterr().err, "the skill says how it was asked"
+
+
+def test_the_template_of_the_flag(folders):
+    tokenizer = foreign_tokenizer(folders / "bare", "说: \"{user}\"\\n'👋': ")
+    turns = [*QUESTION, {"role": "assistant", "content": "I am."}]
+    ids, learned = encode_chat(tokenizer, [{"role": "system", "content": "Be brief."}, *turns, *turns])
+    once = "说: \"Who are you? 你好\"\n'👋': I am.<|im_end|>"
+    assert tokenizer.decode(ids) == f"Be brief.\n\n{once}{once}"
+    assert tokenizer.decode([n for n, flag in zip(ids, learned, strict=True) if flag]) == "I am.<|im_end|>" * 2
+    for wrong in ("Q:", "{user}{user}"):
+        with pytest.raises(UserError, match=r"must have one \{user\}"):
+            foreign_tokenizer(folders / "bare", wrong)
+
+
+def test_what_is_no_base_is_named(folders, tmp_path, trained):
+    for name in ("encoder", "empty", "broken", "hostile"):
+        (tmp_path / name).mkdir()
+    shutil.copytree(folders / "encoder", tmp_path / "encoder", dirs_exist_ok=True)
+    shutil.copytree(folders / "llama", tmp_path / "broken", dirs_exist_ok=True)
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(UserError, match="empty does not exist"):
+        choose_base(trained.out, tmp_path / "empty")
+    for name in ("encoder", "broken"):
+        with pytest.raises(UserError, match=f"--base .*{name} ") as caught:
+            open_base(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    argv = flags(out_dir=tmp_path / "out", base=folders / "llama", data_path=trained.chats, **SMALL)
+    with pytest.raises(UserError, match="is no MiniMindLM"):
+        train_full_sft.main(argv)
+    with pytest.raises(UserError, match="--max_seq_len 512 exceeds the model's context of 256"):
+        train_lora.main([*argv, "--max_seq_len", "512"])
+
+
+def test_a_hub_name_is_told_from_a_mistyped_path(folders, tmp_path):
+    from pathlib import Path
+
+    assert is_pretrained(folders / "llama") and is_pretrained(Path("some-owner/some.model-1B"))
+    (tmp_path / "model.pth").touch()
+    for path in (tmp_path / "model.pth", tmp_path / "nothing", tmp_path, Path("nowhere.pth"), Path("out/x.pth")):
+        assert not is_pretrained(path)
+
+
+def test_a_pickled_model_that_runs_code_is_refused_unrun(folders, tmp_path):
+    class Touch:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "canary"), "w"))
+
+    shutil.copytree(folders / "llama", tmp_path / "hostile")
+    (tmp_path / "hostile" / "model.safetensors").unlink()
+    torch.save({"x": Touch()}, tmp_path / "hostile" / "pytorch_model.bin")
+    with pytest.raises(UserError, match="no causal language model that can be loaded"):
+        open_base(tmp_path / "hostile")
+    assert not (tmp_path / "canary").exists()
+
+
+def test_bytes_are_counted_in_vocabularies_with_byte_fallback(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<s>", "</s>", "<0x0A>", "▁", "▁hi", "é", "你"]
+    backend = Tokenizer(models.BPE({word: n for n, word in enumerate(words)}, [], byte_fallback=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    assert token_bytes(tokenizer).tolist() == [0, 0, 1, 1, 3, 2, 3]
+    tokenizer.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["decoder"]["type"] == "Sequence"
