@@ -1,10 +1,11 @@
 """Teach a frozen base one skill: python train_lora.py --lora_name mine --data_path my_chats.jsonl"""
 
 from dataclasses import dataclass, fields, replace
+from math import inf
 from pathlib import Path
 
 from core.errors import run
-from core.options import option, parse
+from core.options import option, parse, require
 from core.paths import bundled_data, lora_path, skill_name
 from model.lora_config import LoRAConfig
 from trainer.options import TrainOptions
@@ -17,12 +18,9 @@ class Options(LoRAConfig, TrainOptions):
     lora_name: str = option("identity", "name of the skill; it names the file")
     data_path: tuple[Path, ...] = option((bundled_data("lora_identity.jsonl"),), "chat files of the skill")
     general_data: tuple[Path, ...] = option((bundled_data("sft_mini.jsonl"),), "chats that show what the skill costs")
-    base: Path | None = option(
-        None, "base to freeze: a file, a Hugging Face folder or owner/model (default: the newest full_sft_*.pth)"
-    )
-    prompt_template: str | None = option(
-        None, r"how a Hugging Face base without a chat template is asked: 'Q: {user}\nA: '"
-    )
+    base: Path | None = option(None, "file, Hugging Face folder or owner/model to freeze (default: newest full_sft_*)")
+    prompt_template: str | None = option(None, r"how a base without chat template is asked: 'Q: {user}\nA: '")
+    loraplus_lr_ratio: float = option(1.0, "B learns at so many times the rate of A (LoRA+)")
     epochs: int = option(20, "passes over the data")
     learning_rate: float = option(3e-3, "peak learning rate")  # 5e-5 teaches nothing: results/sweep_lora_lr.json
     weight_decay: float = option(0.0, "decoupled weight decay")
@@ -32,29 +30,27 @@ class Options(LoRAConfig, TrainOptions):
         TrainOptions.__post_init__(self)
         LoRAConfig.__post_init__(self)
         skill_name(self.lora_name)
+        require(0 < self.loraplus_lr_ratio < inf, f"--loraplus_lr_ratio {self.loraplus_lr_ratio} must be positive")
 
 
 def main(argv: list[str] | None = None) -> Path:
     options = parse(Options, argv)
     from dataset.batches import SFTDataset
     from model.lora_targets import table_of
-    from model.model_lora import apply_lora, save_lora
-    from scripts.wiring import Validation, held_out_share, opened_base, read_data, run_record, train_and_save
-    from trainer.runtime import Runtime, count_parameters
+    from model.model_lora import apply_lora, output_parameters, save_lora
+    from scripts.wiring import Validation, opened_base, read_data, run_record, train_and_save
+    from trainer.runtime import Runtime
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
     base = opened_base(options, runtime, ("full_sft",), options.prompt_template)
     model, tokenizer = base.model, base.tokenizer
     data = read_data(SFTDataset, options, tokenizer, runtime)
     # Held out by the rule that the base was trained with, or the base would have seen these chats.
-    held_out = held_out_share(base.record, base.path)
-    other = replace(options, data_path=options.general_data, val_ratio=held_out, bad_rows="skip")
+    other = replace(options, data_path=options.general_data, val_ratio=base.held_out_share, bad_rows="skip")
     other = read_data(SFTDataset, other, tokenizer, runtime)
     path = lora_path(options.out_dir, options.lora_name, model.config.hidden_size)
     apply_lora(model, **{field.name: getattr(options, field.name) for field in fields(LoRAConfig)})
     print(table_of(model))
-    every, added = count_parameters(model)
-    print(f"parameters {every - added:,} | LoRA {added:,} | share {100 * added / (every - added):.1f} %")
     memory = {}
     domain = Validation(model, data.val, tokenizer, options, runtime, memory, "domain")
     general = Validation(model, other.val, tokenizer, options, runtime, memory, "general")
@@ -71,7 +67,9 @@ def main(argv: list[str] | None = None) -> Path:
         metrics = {"domain": domain.record(), "general": general.record()}
         save_lora(model, path, {**record, "metrics": {"step": step, **metrics}})
 
-    train_and_save(model, data.train, options, runtime, path, record, on_save=on_save, validate=validate, memory=memory)
+    callbacks = {"on_save": on_save, "validate": validate, "memory": memory}
+    faster = output_parameters(model), options.loraplus_lr_ratio
+    train_and_save(model, data.train, options, runtime, path, record, **callbacks, faster=faster)
     print(f"domain:  {domain}\ngeneral: {general}")
     return path
 

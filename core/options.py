@@ -76,7 +76,8 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: A
         settings["choices"] = typing.get_args(hint)
     else:
         settings["type"] = _int if hint is int else hint
-        settings["metavar"] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}[hint]
+        kind = {int: "N", float: "X", str: "TEXT", Path: "PATH"}[hint]
+        settings["metavar"] = field.name if _is_positional(field) else kind
     if several:
         settings |= {"nargs": "+", "action": _StoreTuple}
     assert optional or field.default is not None, f"--{field.name} defaults to None without saying so"

@@ -5,6 +5,7 @@
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from core.errors import UserError
@@ -51,6 +52,18 @@ def skill_name(name: str) -> str:
             " bytes), not 'off'"
         )
     return bare
+
+
+def skill_weights(words: Iterable[str]) -> dict[str, float]:
+    """``NAME=0.7`` and ``NAME``, which weighs 1, as names and weights. Raises ``UserError`` for anything else."""
+    weights = {}
+    for word in words:
+        name, equals, number = word.partition("=")
+        try:
+            weights[skill_name(name)] = float(number) if equals else 1.0
+        except ValueError as error:
+            raise UserError(f"{word!r} is no skill's weight: write NAME or NAME=0.5") from error
+    return weights
 
 
 def bundled_data(name: str) -> Path:

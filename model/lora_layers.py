@@ -65,6 +65,9 @@ class LoRA(nn.Module):
         """The weight (outputs, inputs), fp32 or fp64, that computes alone what ``weight`` and this compute together."""
         return weight + self.scaling * (self.B.weight.to(weight) @ self.A.weight.to(weight))
 
+    def output_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter is not self.A.weight]
+
     def exported(self) -> dict[str, Tensor]:
         """The tensors of a skill file, by their key after ``.lora.``."""
         return {"A.weight": self.A.weight, "B.weight": self.B.weight}

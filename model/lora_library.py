@@ -10,7 +10,7 @@ from torch import nn
 
 from core.errors import UserError
 from model.lora_layers import LoRA, lora_of
-from model.lora_mix import factors_of, mixed
+from model.lora_mix import Factors, factors_of, mixed
 from model.lora_targets import adapted, merged
 from model.model_lora import adapters_in, attach, remove_lora
 
@@ -82,15 +82,17 @@ class SkillLibrary:
         finally:
             attach(self.model, removed)
 
+    def factors(self, weights: Mapping[str, float]) -> Factors:
+        """The exact weighted sum of these skills, as products. Raises ``UserError`` as ``use`` does."""
+        return mixed([(factors_of(self._skill(name), name), weight) for name, weight in weights.items()])
+
     def _mixed(self, weights: dict[str, float]) -> dict[str, LoRA]:
-        skills = {name: self._skill(name) for name in weights}
         if list(weights.values()) == [1.0]:
-            (loras,) = skills.values()
-            return loras
-        sums = mixed([(factors_of(loras, name), weights[name]) for name, loras in skills.items()])
+            (name,) = weights
+            return self._skill(name)
         return {
             target: lora_of(self.model.get_submodule(target), {"A.weight": A, "B.weight": B})
-            for target, (A, B) in sums.items()
+            for target, (A, B) in self.factors(weights).items()
         }
 
     def _skill(self, name: str) -> dict[str, LoRA]:

@@ -82,9 +82,11 @@ def table_of(model: nn.Module) -> str:
         parameters[kind] += sum(parameter.numel() for parameter in linear.lora.parameters())
     rows = [(f"{modules[kind]} x", *kind, f"{parameters[kind]:,}") for kind in modules]
     rows.append((f"{modules.total()}", "modules", "", "", f"{parameters.total():,}"))
+    base = sum(parameter.numel() for parameter in model.parameters()) - parameters.total()
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ([row[0].rjust(widths[0]), row[1].ljust(widths[1]), *map(str.rjust, row[2:], widths[2:])] for row in rows)
-    return "\n".join("  " + "  ".join(line) for line in lines)
+    share = f" parameters, {100 * parameters.total() / base:.1f} % of the base's {base:,}"
+    return "\n".join("  " + "  ".join(line) for line in lines) + share
 
 
 def _target(name: str, linear: Linear, config: LoRAConfig) -> Target:

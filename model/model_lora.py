@@ -90,14 +90,25 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for _, linear in adapted(model) for parameter in linear.lora.parameters()]
 
 
+def output_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Those of ``lora_parameters`` on the side of the outputs, B and magnitude, which LoRA+ trains faster."""
+    return [parameter for _, linear in adapted(model) for parameter in linear.lora.output_parameters()]
+
+
 def save_lora(model: nn.Module, path: str | PathLike, meta: dict | None = None) -> None:
     """Write the applied LoRA as one ``.pth`` that explains itself: fp32 tensors under MiniMind's keys, and ``_meta``.
 
     ``_meta`` holds rank, alpha, targets, the base's fingerprint and what ``meta`` adds (a ``base`` dict is merged).
+    Prints which updates are still zero: such a Linear's ``forward`` never ran in training (some modules, PyTorch's
+    MultiheadAttention for one, use its weight alone).
     """
     loras = {name: linear.lora for name, linear in adapted(model)}
     if not loras:
         raise UserError("there is no LoRA on this model to save; call apply_lora(model) first")
+    if idle := [name for name, lora in loras.items() if not lora.B.weight.any()]:
+        print(
+            f"note: {len(idle)} of {len(loras)} updates are zero, for nothing was learned there: {', '.join(idle[:5])}"
+        )
     tensors = {
         f"{name}.lora.{key}": tensor.detach().float().cpu()
         for name, lora in loras.items()

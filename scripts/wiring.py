@@ -1,7 +1,7 @@
 """What the training doors share: their data, validation, the run itself, and the record it leaves in its file."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -39,6 +39,15 @@ class Base:
     def origin(self) -> dict:
         """What the file of the run says of it."""
         return {"file": self.path.name, "fingerprint": self.record["fingerprint"]}
+
+    @property
+    def held_out_share(self) -> float:
+        """``val_ratio`` of the run that made the base, as its record says; the default where it says nothing."""
+        found = self.record.get("options", {}).get("val_ratio") or TrainOptions.val_ratio
+        if not isinstance(found, float) or not 0 < found < 1:
+            beside = self.path.with_suffix(".json")
+            raise UserError(f"{beside} says val_ratio {found!r}, no share of rows; correct it or retrain the base")
+        return found
 
 
 def opened_base(
@@ -120,10 +129,11 @@ def train_and_save(
     on_save: Callable[[int], None],
     validate: Callable[[], Metrics],
     memory: dict,
+    faster: tuple[Iterable[nn.Parameter], float] = ((), 1.0),
 ) -> None:
     """Train what is trainable in ``model`` into the file ``path``, from a saved state with ``--resume``.
 
-    ``memory`` is that of the validations.
+    ``memory`` is that of the validations. ``faster``: parameters, and their rate over ``--learning_rate``.
     """
     folder = checkpoints_dir(options.out_dir, path.stem)
     states = RunStates(folder, identity(options, record), memory, resume=options.resume)
@@ -131,7 +141,7 @@ def train_and_save(
         print(f"starting clean: {path} of an earlier run will be replaced")
     rows_per_step = states.rows_per_step(options.batch_size * options.accumulation_steps * runtime.world_size)
     source = batches_of(samples, options, runtime, rows_per_step)
-    groups = param_groups(model, options.weight_decay, options.optimizer)
+    groups = param_groups(model, options.weight_decay, options.optimizer, *faster)
     log_to = metrics_path(options.out_dir, path.stem)
     callbacks = {"loss_sum": loss_sum, "on_save": on_save, "validate": validate}
     train(model, source, groups, options, runtime, log_to=log_to, states=states, **callbacks)
@@ -167,15 +177,6 @@ def identity(options: TrainOptions, record: dict) -> dict:
     files |= {f"general data file {n}": entry["sha256"] for n, entry in enumerate(record["general_data"], 1)}
     base = (record["base"] or {}).get("fingerprint")
     return flags | files | {"the tokenizer": record["tokenizer"], "the base": base}
-
-
-def held_out_share(record: dict, base: Path) -> float:
-    """``val_ratio`` of the run that made ``base``, as its ``record`` says; the default where it says nothing."""
-    found = record.get("options", {}).get("val_ratio") or TrainOptions.val_ratio
-    if not isinstance(found, float) or not 0 < found < 1:
-        beside = base.with_suffix(".json")
-        raise UserError(f"{beside} says val_ratio {found!r}, which is no share of rows; correct it or retrain the base")
-    return found
 
 
 def run_record(stage: str, options: TrainOptions, tokenizer: PreTrainedTokenizerBase, base: dict | None = None) -> dict:

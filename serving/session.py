@@ -8,7 +8,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
-from core.paths import lora_path, lora_paths, skill_name, skill_of
+from core.paths import lora_path, lora_paths, skill_of, skill_weights
 from dataset.chat import encode_chat
 from model.generation import Sampling, generate
 from model.lora_library import SkillLibrary
@@ -70,7 +70,7 @@ class ChatSession:
 
         Raises ``UserError`` with the reason, or with the names there are; the active skill stays as it is.
         """
-        weights = _weights(name or "")
+        weights = skill_weights((name or "").split())
         self.library.use({self._loaded(skill): weight for skill, weight in weights.items()})
         for stale in [key for key in self.library if key not in self.library.active and _skill(key) in weights]:
             self.library.remove(stale)
@@ -114,18 +114,6 @@ class ChatSession:
             if not history or len(ids) + self.sampling.max_new_tokens <= self.model.config.max_position_embeddings:
                 return ids
             history = history[2:]  # the oldest exchange makes room
-
-
-def _weights(words: str) -> dict[str, float]:
-    """``a=0.7 b`` as names and weights; a name alone weighs 1."""
-    weights = {}
-    for word in words.split():
-        name, equals, number = word.partition("=")
-        try:
-            weights[skill_name(name)] = float(number) if equals else 1.0
-        except ValueError as error:
-            raise UserError(f"{word!r} is no skill's weight: write NAME or NAME=0.5") from error
-    return weights
 
 
 def _skill(key: str) -> str:

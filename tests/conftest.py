@@ -151,10 +151,19 @@ class Source:
 
 
 def run_training(
-    model, source, tmp_path, *, loss=loss_sum, on_save=lambda step: None, validate=no_validation, runtime=CPU, **flags
+    model,
+    source,
+    tmp_path,
+    *,
+    loss=loss_sum,
+    on_save=lambda step: None,
+    validate=no_validation,
+    runtime=CPU,
+    groups=None,
+    **flags,
 ) -> Summary:
     options = TrainOptions(**{"epochs": 4, "learning_rate": 1e-2, "warmup_iters": 1, "save_interval": 100, **flags})
-    groups = param_groups(model, options.weight_decay, options.optimizer)
+    groups = groups or param_groups(model, options.weight_decay, options.optimizer)
     states = RunStates(tmp_path / "states", {}, {}, resume=options.resume)
     callbacks = {"loss_sum": loss, "on_save": on_save, "validate": validate}
     log_to = tmp_path / "metrics" / "run.jsonl"

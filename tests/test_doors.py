@@ -21,7 +21,7 @@ from dataset.tokenizer import load_tokenizer, tokenizer_of
 from model.generation import Sampling
 from model.model_lora import attach_lora, base_fingerprint, read_lora, remove_lora
 from model.weights import load_base
-from scripts.wiring import held_out_share, run_record
+from scripts.wiring import Base, run_record
 from serving.session import ChatSession
 
 
@@ -72,10 +72,13 @@ def test_a_file_name_that_is_no_utf_8_does_not_cost_the_record(trained, tmp_path
 
 
 def test_a_share_that_a_base_s_record_cannot_mean_is_named(tmp_path):
-    assert held_out_share({}, tmp_path / "x.pth") == held_out_share({"options": {"val_ratio": 0.0}}, tmp_path) == 0.02
+    def share(record):
+        return Base(tmp_path / "x.pth", None, None, record).held_out_share
+
+    assert share({}) == share({"options": {"val_ratio": 0.0}}) == 0.02
     for nonsense in ("a", 5, 1.5, [1]):
         with pytest.raises(UserError, match=r"x\.json says val_ratio"):
-            held_out_share({"options": {"val_ratio": nonsense}}, tmp_path / "x.pth")
+            share({"options": {"val_ratio": nonsense}})
 
 
 def test_pretraining_says_what_it_will_do_before_it_begins(trained, tmp_path, capsys):
@@ -118,7 +121,7 @@ def test_lora_trains_only_lora_and_reports_both_losses(trained, capsys):
     assert sha256_file(base) == bytes_before
     printed = capsys.readouterr().out
     # wq and wo of two layers: 4 modules of 2 x 64 x 16 parameters
-    assert "| LoRA 8,192 | share" in printed and f"base: {base}" in printed
+    assert "modules" in printed and "8,192 parameters, " in printed and f"base: {base}" in printed
     assert all(f"{data} before loss" in printed for data in ("domain: ", "general:"))
     tensors, _ = read_lora(path)
     assert all(name.endswith(("lora.A.weight", "lora.B.weight")) for name in tensors)

@@ -174,13 +174,17 @@ def test_a_bf16_base_with_fp32_lora(sharp_model):
     assert {parameter.grad.dtype for parameter in lora_parameters(sharp_model)} == {torch.float32}
 
 
-def test_multihead_attention_bypasses_the_patch_so_its_lora_gets_no_gradient():
+def test_a_linear_whose_forward_never_runs_is_reported(tmp_path, capsys):
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2), "head": nn.Linear(16, 16)})
     assert apply_lora(model, 2) == ["attention.out_proj", "head"]
+    optimizer = torch.optim.SGD(lora_parameters(model), lr=0.1)
     x = torch.randn(5, 1, 16)
     model["head"](model["attention"](x, x, x)[0]).sum().backward()
+    optimizer.step()
     assert all(parameter.grad is None for parameter in model["attention"].out_proj.lora.parameters())
-    assert all(parameter.grad is not None for parameter in model["head"].lora.parameters())
+    save_lora(model, tmp_path / "x.pth")
+    said = capsys.readouterr().out
+    assert "1 of 2 updates are zero" in said and said.rstrip().endswith(": attention.out_proj")
 
 
 def test_a_model_of_another_kind_can_carry_lora(tmp_path):

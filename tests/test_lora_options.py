@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import Source, ragged_batch, run_training
 from torch import nn
 from transformers import (
     BartConfig,
@@ -25,7 +26,8 @@ from benchmarks.seeded_model import fill
 from core.errors import UserError
 from model.lora_layers import LoRA
 from model.lora_targets import adapted, table_of
-from model.model_lora import apply_lora, attach_lora, lora_parameters, remove_lora, save_lora
+from model.model_lora import apply_lora, attach_lora, lora_parameters, output_parameters, remove_lora, save_lora
+from trainer.optimizer import param_groups
 
 IDS = torch.arange(40).view(2, 20) + 3
 BOTH = {"target_modules": ["wq", "w2"]}
@@ -232,7 +234,7 @@ def test_the_table_names_shapes_ranks_and_parameters(tiny_model):
         ["2", "x", "layers.N.attention.wq", "64", "x", "64", "rank", "4", "1,024"],
         ["1", "x", "layers.N.attention.wk", "32", "x", "64", "rank", "4", "384"],
         ["1", "x", "layers.N.attention.wk", "32", "x", "64", "rank", "2", "192"],
-        ["4", "modules", "1,600"],
+        ["4", "modules", "1,600", "parameters,", "1.3", "%", "of", "the", "base's", "119,104"],
     ]
 
 
@@ -305,3 +307,42 @@ def test_square_targets_of_an_untied_model_leave_the_head_out():
 def test_all_adapters_are_lora(tiny_model):
     apply_lora(tiny_model, 2, use_dora=True)
     assert all(isinstance(linear.lora, LoRA) for _, linear in adapted(tiny_model))
+
+
+# LoRA+
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+def test_lora_plus_gives_the_rates_that_peft_gives(tiny_model, options):
+    peft = pytest.importorskip("peft")
+    other = copy.deepcopy(tiny_model)
+    apply_lora(tiny_model, 4, **options)
+    groups = param_groups(tiny_model, 0.0, "adamw", output_parameters(tiny_model), 16.0)
+    rates = {id(p): 1e-3 * group["lr_ratio"] for group in groups for p in group["params"]}
+    mine = {name: rates[id(p)] for name, p in tiny_model.named_parameters() if p.requires_grad}
+    theirs = peft.get_peft_model(other, peft.LoraConfig(r=4, target_modules=["wq", "wo"], **options))
+    from peft.optimizers import create_loraplus_optimizer
+
+    optimizer = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    names = {"lora_A.default.weight": "lora.A.weight", "lora_B.default.weight": "lora.B.weight"}
+    names["lora_magnitude_vector.default.weight"] = "lora.magnitude"
+    found = {}
+    for name, p in theirs.named_parameters():
+        if p.requires_grad:
+            (old,) = [old for old in names if name.endswith(old)]
+            found[name.removeprefix("base_model.model.").replace(old, names[old])] = rates[id(p)]
+    assert found == pytest.approx(mine) and len(set(mine.values())) == 2
+
+
+def test_the_loop_gives_each_parameter_its_own_rate(tiny_model, tmp_path):
+    apply_lora(tiny_model, 4)
+    with torch.no_grad():
+        for parameter in lora_parameters(tiny_model):
+            parameter.normal_(std=0.1)
+    before = [p.detach().clone() for p in lora_parameters(tiny_model)]
+    groups = param_groups(tiny_model, 0.0, "adamw", output_parameters(tiny_model), 8.0)
+    run_training(tiny_model, Source([ragged_batch(2, seed=3)]), tmp_path, groups=groups, epochs=2)
+    moved = [float((p - old).abs().max()) for p, old in zip(lora_parameters(tiny_model), before, strict=True)]
+    steps = {"A": moved[0::2], "B": moved[1::2]}  # AdamW's first steps are as long as the rate
+    assert min(steps["B"]) / max(steps["A"]) == pytest.approx(8.0, rel=1e-3)

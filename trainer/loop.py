@@ -157,7 +157,7 @@ def train(
         for batches in () if stopping else _steps(source, run.step, last, request, runtime):
             lr = lr_at(run.step, total, warmup, options.learning_rate)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_ratio"]
             loss, n_targets = _backward(replica, batches, scaler, runtime, loss_sum)
             scaler.unscale_(optimizer)
             norm = _clip(parameters, options.grad_clip or math.inf)

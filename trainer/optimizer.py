@@ -1,6 +1,7 @@
 """Muon and AdamW as one optimizer, what each of them updates, and the learning-rate schedule."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,17 @@ ITERATIONS = 5
 ADAMW_RMS = 0.2  # of AdamW's updates; Muon's are given the same, and so need no rate of their own (Liu et al. 2025)
 
 
-def param_groups(model: nn.Module, weight_decay: float, optimizer: str = "adamw") -> list[dict]:
+def param_groups(
+    model: nn.Module,
+    weight_decay: float,
+    optimizer: str = "adamw",
+    faster: Iterable[nn.Parameter] = (),
+    lr_ratio: float = 1.0,
+) -> list[dict]:
     """The trainable parameters: matrices decay, vectors (norms) do not. Tied tensors count once.
 
-    ``optimizer`` "muon": Muon updates the weights of the Linear layers, the tied head's excepted.
+    ``optimizer`` "muon": Muon updates the weights of the Linear layers, the tied head's excepted. The learning rate of
+    the ``faster`` ones is ``lr_ratio`` times the others' (LoRA+, Hayou et al. 2024).
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     linear = set()
@@ -27,10 +35,16 @@ def param_groups(model: nn.Module, weight_decay: float, optimizer: str = "adamw"
         linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
         linear -= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     matrices = [p for p in trainable if p.dim() >= 2 and id(p) not in linear]
-    return [
+    groups = [
         {"params": matrices, "weight_decay": weight_decay, "muon": False},
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0, "muon": False},
         {"params": [p for p in trainable if id(p) in linear], "weight_decay": weight_decay, "muon": True},
+    ]
+    fast = {id(parameter) for parameter in faster}
+    return [
+        group | {"params": [p for p in group["params"] if (id(p) in fast) == is_fast], "lr_ratio": ratio}
+        for group in groups
+        for is_fast, ratio in ((False, 1.0), (True, lr_ratio))[: 1 + bool(fast)]
     ]
 
 

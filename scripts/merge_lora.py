@@ -1,0 +1,136 @@
+"""Fuse skills: python scripts/merge_lora.py medical=0.7 identity --output out/full_sft_medic_512.pth"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from core.errors import UserError, run
+from core.options import option, parse, require
+from core.paths import lora_path, lora_paths, skill_name, skill_of, skill_weights
+
+
+@dataclass
+class Options:
+    """Write skills into a copy of their base (--output), or several skills into one (--lora_name)."""
+
+    skills: tuple[str, ...] = option((), "NAME or NAME=WEIGHT; a negative weight subtracts", positional=True)
+    out_dir: Path = option(Path("out"), "folder of the trained files")
+    base: Path | None = option(None, "base file, Hugging Face folder or owner/model (default: the first skill's own)")
+    output: Path | None = option(None, "new base: a .pth file, or a folder for a Hugging Face base")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "of the new base's weights")
+    lora_name: str | None = option(None, "new skill: the weighted sum, exact unless --rank cuts it")
+    rank: int = option(0, "largest rank of the new skill, by singular values; 0: the sum of all ranks")
+    allow_base_mismatch: bool = option(False, "use a skill on a base it was not trained on")
+
+    def __post_init__(self):
+        skill_weights(self.skills)
+        require((self.output is None) != (self.lora_name is None), "choose --output (a base) or --lora_name (a skill)")
+        require(self.rank >= 0, f"--rank {self.rank} must not be negative")
+        require(not (self.rank and self.output), "--rank cuts a skill: give --lora_name instead of --output")
+        if self.lora_name is not None:
+            skill_name(self.lora_name)
+
+
+def main(argv: list[str] | None = None) -> Path:
+    options = parse(Options, argv)
+    from model.bases import choose_base, open_base
+    from model.lora_library import SkillLibrary
+    from model.model_lora import read_lora
+
+    weights = skill_weights(options.skills)
+    first = read_lora(skill_file(options, next(iter(weights))))[1]
+    base = choose_base(options.out_dir, options.base, None if options.base else first["base"].get("fingerprint"))
+    model, record = open_base(base)
+    print(f"base: {base}")
+    library = SkillLibrary(model)
+    for name in weights:
+        path = skill_file(options, name, model.config.hidden_size)
+        library.add(name, path, allow_base_mismatch=options.allow_base_mismatch)
+    what = " + ".join(f"{weight:g} x {name}" for name, weight in weights.items())
+    if options.output:
+        return merge_into_base(options, base, record, first, library, weights, what)
+    return fuse(options, base, library, weights, what)
+
+
+def skill_file(options: Options, name: str, dim: int | None = None) -> Path:
+    """The skill's file, of this ``dim`` or the newest of any."""
+    if dim is not None:
+        found = [path for path in (lora_path(options.out_dir, name, dim),) if path.is_file()]
+    else:
+        found = lora_paths(options.out_dir, name)
+    if not found:
+        there = ", ".join(sorted({skill_of(path) for path in lora_paths(options.out_dir)})) or "none yet"
+        raise UserError(f"there is no file {lora_path(options.out_dir, name, dim or '<dim>')}; skills here: {there}")
+    return found[-1]
+
+
+def merge_into_base(options: Options, base: Path, record: dict, skill: dict, library, weights, what: str) -> Path:
+    """Write the base with the skills in its weights, and say how far its logits are from the attached skills'."""
+    import torch
+
+    from dataset.tokenizer import tokenizer_of
+    from model.lora_merge import merge_lora
+    from model.model import MiniMindLM
+    from model.weights import save_base
+
+    model, output = library.model, options.output
+    ours = isinstance(model, MiniMindLM)
+    if ours and output.suffix != ".pth":
+        raise UserError(f"--output {output} must end in .pth")
+    if output.exists():
+        raise UserError(f"--output {output} exists; choose another or delete it")
+    ids = torch.arange(64)[None] * 31 % record["config"]["vocab_size"]
+
+    @torch.no_grad()
+    def logits() -> torch.Tensor:
+        return model(input_ids=ids).logits.float()
+
+    library.use(weights)
+    attached = logits()
+    merge_lora(model)
+    model.to(getattr(torch, options.dtype))
+    drift = (logits() - attached).abs().max()
+    largest = attached.abs().max()
+    print(
+        f"merged {what}: logits differ by at most {drift:.1e} from the attached skills', whose largest is {largest:.1f}"
+    )
+    if ours:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        fused = {"base": {"file": base.name, "fingerprint": record["fingerprint"]}, "skills": weights}
+        save_base(output, model, {**record, "merged": fused})
+    else:
+        template = skill["options"].get("prompt_template")
+        tokenizer = tokenizer_of(record, base, None, options.out_dir, template)
+        model.save_pretrained(output)
+        tokenizer.save_pretrained(output)
+    print(f"saved {output}")
+    return output
+
+
+def fuse(options: Options, base: Path, library, weights: dict[str, float], what: str) -> Path:
+    """Write the weighted sum of the skills as one skill."""
+    from model.lora_mix import truncated
+    from model.model_lora import base_fingerprint, write_lora
+
+    path = lora_path(options.out_dir, options.lora_name, library.model.config.hidden_size)
+    if path.exists():
+        raise UserError(f"{path} exists; choose another --lora_name or delete it")
+    factors, lost = library.factors(weights), 0.0
+    if options.rank:
+        factors, lost = truncated(factors, options.rank)
+    tensors = {}
+    for target, (A, B) in factors.items():
+        tensors |= {f"{target}.lora.A.weight": A, f"{target}.lora.B.weight": B}
+    meta = {"stage": "lora", "base": {"file": base.name}, "fused": weights}
+    write_lora(path, tensors, dict.fromkeys(factors, 1.0), base_fingerprint(library.model), meta)
+    ranks = sorted({A.size(0) for A, _ in factors.values()})
+    print(f"fused {what}: rank {', '.join(map(str, ranks))}, {100 * lost:.2f} % of the update is lost")
+    print(f"saved {path}")
+    return path
+
+
+if __name__ == "__main__":
+    run(main)
