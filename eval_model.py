@@ -32,6 +32,7 @@ class Options:
     max_new_tokens: int = option(512, "longest answer")
     history_cnt: int = option(6, "earlier messages that go with a question, an even number")
     seed: int | None = option(None, "makes answers repeatable")
+    load_in_4bit: bool = option(False, "the base in 4 bits, as its QLoRA skills were trained")
     device: str = option("auto", "auto (cuda, then mps, then cpu), or a torch device such as cuda:1")
     tokenizer_path: Path | None = option(None, "tokenizer folder (default: the one the base was trained with)")
     allow_base_mismatch: bool = option(False, "use a skill on a base it was not trained on")
@@ -69,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     from dataset.tokenizer import tokenizer_of
     from model.bases import choose_base, open_base
     from model.generation import Sampling
+    from model.quantized import quantize
     from serving.session import ChatSession
     from serving.terminal import answer, chat
     from trainer.runtime import Runtime
@@ -81,6 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     trained_on = None if options.base else skill.get("base", {}).get("fingerprint")
     base = choose_base(options.out_dir, options.base, trained_on)
     model, record = open_base(base, runtime.device)
+    if options.load_in_4bit:
+        quantize(model)
     template = options.prompt_template or skill.get("options", {}).get("prompt_template")
     tokenizer = tokenizer_of(record, base, options.tokenizer_path, options.out_dir, template)
     session = ChatSession(

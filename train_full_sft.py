@@ -35,11 +35,11 @@ def main(argv: list[str] | None = None) -> Path:
     data = read_data(SFTDataset, options, tokenizer, runtime)
     path = base_path(options.out_dir, "full_sft", model.config.dim)
     memory = {}
-    validate = Validation(model, data.val, tokenizer, options, runtime, memory)
+    validate = Validation(model, {"val": data.val}, tokenizer, options, runtime, memory)
     record = run_record("full_sft", options, tokenizer, base.origin)
 
     def on_save(step: int) -> None:
-        save_base(path, model, {**record, "metrics": {"step": step, "val": validate.record()}})
+        save_base(path, model, {**record, "metrics": {"step": step, **validate.record()}})
 
     train_and_save(model, data.train, options, runtime, path, record, on_save=on_save, validate=validate, memory=memory)
     return path

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields, replace
 from math import inf
 from pathlib import Path
+from typing import Literal
 
 from core.errors import run
 from core.options import option, parse, require
@@ -20,6 +21,8 @@ class Options(LoRAConfig, TrainOptions):
     general_data: tuple[Path, ...] = option((bundled_data("sft_mini.jsonl"),), "chats that show what the skill costs")
     base: Path | None = option(None, "file, Hugging Face folder or owner/model to freeze (default: newest full_sft_*)")
     prompt_template: str | None = option(None, r"how a base without chat template is asked: 'Q: {user}\nA: '")
+    load_in_4bit: bool = option(False, "freeze the base in 4 bits (QLoRA; needs requirements-4bit.txt)")
+    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of products in 4-bit layers")
     loraplus_lr_ratio: float = option(1.0, "B learns at so many times the rate of A (LoRA+)")
     epochs: int = option(20, "passes over the data")
     learning_rate: float = option(3e-3, "peak learning rate")  # 5e-5 teaches nothing: results/sweep_lora_lr.json
@@ -38,12 +41,15 @@ def main(argv: list[str] | None = None) -> Path:
     from dataset.batches import SFTDataset
     from model.lora_targets import table_of
     from model.model_lora import apply_lora, output_parameters, save_lora
+    from model.quantized import quantize
     from scripts.wiring import Validation, opened_base, read_data, run_record, train_and_save
     from trainer.runtime import Runtime
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
     base = opened_base(options, runtime, ("full_sft",), options.prompt_template)
     model, tokenizer = base.model, base.tokenizer
+    if options.load_in_4bit:
+        quantize(model, options.bnb_4bit_compute_dtype)
     data = read_data(SFTDataset, options, tokenizer, runtime)
     # Held out by the rule that the base was trained with, or the base would have seen these chats.
     other = replace(options, data_path=options.general_data, val_ratio=base.held_out_share, bad_rows="skip")
@@ -52,25 +58,18 @@ def main(argv: list[str] | None = None) -> Path:
     apply_lora(model, **{field.name: getattr(options, field.name) for field in fields(LoRAConfig)})
     print(table_of(model))
     memory = {}
-    domain = Validation(model, data.val, tokenizer, options, runtime, memory, "domain")
-    general = Validation(model, other.val, tokenizer, options, runtime, memory, "general")
-
-    def validate():
-        general()
-        return domain()
-
+    validate = Validation(model, {"domain": data.val, "general": other.val}, tokenizer, options, runtime, memory)
     if not options.dry_run:
         runtime.on_first(validate)
     record = run_record("lora", options, tokenizer, base.origin)
 
     def on_save(step: int) -> None:
-        metrics = {"domain": domain.record(), "general": general.record()}
-        save_lora(model, path, {**record, "metrics": {"step": step, **metrics}})
+        save_lora(model, path, {**record, "metrics": {"step": step, **validate.record()}})
 
     callbacks = {"on_save": on_save, "validate": validate, "memory": memory}
     faster = output_parameters(model), options.loraplus_lr_ratio
     train_and_save(model, data.train, options, runtime, path, record, **callbacks, faster=faster)
-    print(f"domain:  {domain}\ngeneral: {general}")
+    print(validate)
     return path
 
 

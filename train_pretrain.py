@@ -45,11 +45,11 @@ def main(argv: list[str] | None = None) -> Path:
     path = base_path(options.out_dir, "pretrain", options.dim)
     model = MiniMindLM(config).to(runtime.device)
     memory = {}
-    validate = Validation(model, data.val, tokenizer, options, runtime, memory)
+    validate = Validation(model, {"val": data.val}, tokenizer, options, runtime, memory)
     record = run_record("pretrain", options, tokenizer)
 
     def on_save(step: int) -> None:
-        save_base(path, model, {**record, "metrics": {"step": step, "val": validate.record()}})
+        save_base(path, model, {**record, "metrics": {"step": step, **validate.record()}})
 
     train_and_save(model, data.train, options, runtime, path, record, on_save=on_save, validate=validate, memory=memory)
     return path

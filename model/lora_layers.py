@@ -18,6 +18,10 @@ def features(linear: Linear) -> tuple[int, int]:
 def dense_weight(linear: Linear) -> Tensor:
     """The weight that the Linear multiplies by: (outputs, inputs), fp32 at least, without gradient."""
     weight = linear.weight.detach()
+    if (state := getattr(linear.weight, "quant_state", None)) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(weight, state)
     weight = weight.T if isinstance(linear, Conv1D) else weight
     return weight if weight.dtype == torch.float64 else weight.float()
 

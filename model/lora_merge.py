@@ -18,6 +18,8 @@ def merge_lora(model: nn.Module) -> None:
     """
     if dict(merged(model)):
         raise UserError("a LoRA is already merged into this model; call unmerge_lora(model) first")
+    if any(getattr(linear.weight, "quant_state", None) is not None for _, linear in adapted(model)):
+        raise UserError("a 4-bit weight has no room for an update; call dequantize(model) first")
     weights = {name: linear.lora.merged(dense_weight(linear)) for name, linear in adapted(model)}
     if not weights:
         raise UserError("there is no LoRA on this model to merge; call apply_lora or attach_lora first")

@@ -48,7 +48,7 @@ def choose_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:
     Raises ``UserError`` if nothing is left, for a pattern or layer number that matches nothing, and for a rank beyond
     a Linear's features. It lists what could match.
     """
-    found, head = dict(linears(model)), _output_head(model)
+    found, head = dict(linears(model)), output_head(model)
     endings = ", ".join(sorted({name.rpartition(".")[2] for name in found})) or "none"
     names = [name for name, linear in found.items() if _is_target(name, linear, head, config.target_modules)]
     if not names:
@@ -82,11 +82,9 @@ def table_of(model: nn.Module) -> str:
         parameters[kind] += sum(parameter.numel() for parameter in linear.lora.parameters())
     rows = [(f"{modules[kind]} x", *kind, f"{parameters[kind]:,}") for kind in modules]
     rows.append((f"{modules.total()}", "modules", "", "", f"{parameters.total():,}"))
-    base = sum(parameter.numel() for parameter in model.parameters()) - parameters.total()
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ([row[0].rjust(widths[0]), row[1].ljust(widths[1]), *map(str.rjust, row[2:], widths[2:])] for row in rows)
-    share = f" parameters, {100 * parameters.total() / base:.1f} % of the base's {base:,}"
-    return "\n".join("  " + "  ".join(line) for line in lines) + share
+    return "\n".join("  " + "  ".join(line) for line in lines) + " parameters"
 
 
 def _target(name: str, linear: Linear, config: LoRAConfig) -> Target:
@@ -97,7 +95,7 @@ def _target(name: str, linear: Linear, config: LoRAConfig) -> Target:
     return Target(name, linear, rank, config.scaling(rank, alpha))
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
     """A language model's own, tied or not."""
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
@@ -137,7 +135,7 @@ def apply_call(model: nn.Module, meta: dict) -> str:
         arguments += f", alpha={meta['alpha']:g}"
     wanted = set(meta["targets"])
     endings = tuple(sorted({name.rpartition(".")[2] for name in wanted}))
-    found, head = dict(linears(model)), _output_head(model)
+    found, head = dict(linears(model)), output_head(model)
     choices = ("square", "all-linear", endings)
     fitting = [t for t in choices if {name for name in found if _is_target(name, found[name], head, t)} == wanted]
     targets = fitting[0] if fitting else "|".join(map(re.escape, sorted(wanted)))

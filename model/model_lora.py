@@ -106,9 +106,7 @@ def save_lora(model: nn.Module, path: str | PathLike, meta: dict | None = None) 
     if not loras:
         raise UserError("there is no LoRA on this model to save; call apply_lora(model) first")
     if idle := [name for name, lora in loras.items() if not lora.B.weight.any()]:
-        print(
-            f"note: {len(idle)} of {len(loras)} updates are zero, for nothing was learned there: {', '.join(idle[:5])}"
-        )
+        print(f"note: {len(idle)} of {len(loras)} updates are zero, nothing was learned there: {', '.join(idle[:5])}")
     tensors = {
         f"{name}.lora.{key}": tensor.detach().float().cpu()
         for name, lora in loras.items()
@@ -272,10 +270,12 @@ def attach_lora(model: nn.Module, path: str | PathLike, *, allow_base_mismatch: 
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """``fingerprint`` of the model without its LoRA; recomputed only after a weight changed.
+    """``fingerprint`` of the model without its LoRA, before it was quantised; recomputed only after a weight changed.
 
     A write through ``parameter.data`` is the one change that cannot be seen.
     """
+    if hasattr(model, "quantized_from"):
+        return model.quantized_from
     added = {id(parameter) for parameter in lora_parameters(model)}
     base = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in added]
     config = getattr(model, "config", None)

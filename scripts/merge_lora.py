@@ -21,6 +21,7 @@ class Options:
     base: Path | None = option(None, "base file, Hugging Face folder or owner/model (default: the first skill's own)")
     output: Path | None = option(None, "new base: a .pth file, or a folder for a Hugging Face base")
     dtype: Literal["float32", "bfloat16"] = option("float32", "of the new base's weights")
+    load_in_4bit: bool = option(False, "into the base as its 4 bits stand for it, as QLoRA skills were trained")
     lora_name: str | None = option(None, "new skill: the weighted sum, exact unless --rank cuts it")
     rank: int = option(0, "largest rank of the new skill, by singular values; 0: the sum of all ranks")
     allow_base_mismatch: bool = option(False, "use a skill on a base it was not trained on")
@@ -39,12 +40,15 @@ def main(argv: list[str] | None = None) -> Path:
     from model.bases import choose_base, open_base
     from model.lora_library import SkillLibrary
     from model.model_lora import read_lora
+    from model.quantized import quantize
 
     weights = skill_weights(options.skills)
     first = read_lora(skill_file(options, next(iter(weights))))[1]
     base = choose_base(options.out_dir, options.base, None if options.base else first["base"].get("fingerprint"))
     model, record = open_base(base)
     print(f"base: {base}")
+    if options.load_in_4bit:
+        quantize(model)
     library = SkillLibrary(model)
     for name in weights:
         path = skill_file(options, name, model.config.hidden_size)
@@ -74,6 +78,7 @@ def merge_into_base(options: Options, base: Path, record: dict, skill: dict, lib
     from dataset.tokenizer import tokenizer_of
     from model.lora_merge import merge_lora
     from model.model import MiniMindLM
+    from model.quantized import dequantize
     from model.weights import save_base
 
     model, output = library.model, options.output
@@ -90,6 +95,7 @@ def merge_into_base(options: Options, base: Path, record: dict, skill: dict, lib
 
     library.use(weights)
     attached = logits()
+    dequantize(model)
     merge_lora(model)
     model.to(getattr(torch, options.dtype))
     drift = (logits() - attached).abs().max()

@@ -81,41 +81,49 @@ def read_data(
 
 
 class Validation:
-    """Loss and bits per byte of ``model`` on about ``val_tokens`` held-out tokens, the same ones at each call.
+    """Loss and bits per byte of ``model`` on about ``val_tokens`` tokens of each kind of held-out samples.
 
-    ``memory[name]`` keeps the first and the last result, also over a resume.
+    They are the same ones at each call, whose result is the first kind's. ``memory`` keeps the first and the last
+    result of each kind, also over a resume.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        samples: Samples,
+        samples: dict[str, Samples],
         tokenizer: PreTrainedTokenizerBase,
         options: TrainOptions,
         runtime: Runtime,
         memory: dict,
-        name: str = "val",
     ):
-        self.model, self.runtime = model, runtime
-        self.batches = validation_batches(samples, options.batch_size, options.val_tokens)
+        self.model, self.runtime, self.memory = model, runtime, memory
+        self.batches = {
+            name: validation_batches(held_out, options.batch_size, options.val_tokens)
+            for name, held_out in samples.items()
+        }
         self.nats = nats_of(set(tokenizer.all_special_ids))
-        self.memory, self.name = memory, name
 
     def __call__(self) -> Metrics:
-        metrics = evaluate(self.model, self.batches, self.runtime, loss_sum=self.nats)
-        result = asdict(metrics)
-        self.memory[self.name] = {"first": self.memory.get(self.name, {}).get("first", result), "last": result}
-        return metrics
+        found = {
+            name: evaluate(self.model, batches, self.runtime, loss_sum=self.nats)
+            for name, batches in self.batches.items()
+        }
+        for name, metrics in found.items():
+            result = asdict(metrics)
+            self.memory[name] = {"first": self.memory.get(name, {}).get("first", result), "last": result}
+        return next(iter(found.values()))
 
     def record(self) -> dict:
-        """The first and the last result, empty when nothing was held out."""
-        return self.memory.get(self.name, {}) if self.batches else {}
+        """The first and the last result of each kind, empty where nothing was held out."""
+        return {name: self.memory.get(name, {}) if batches else {} for name, batches in self.batches.items()}
 
     def __str__(self) -> str:
-        if self.name not in self.memory:
-            return "not measured"
-        first, last = (Metrics(**self.memory[self.name][when]) for when in ("first", "last"))
-        return f"before {first}; after {last}"
+        lines = []
+        for name in self.batches:
+            results = self.memory.get(name)
+            first, last = (Metrics(**results[when]) for when in ("first", "last")) if results else (None, None)
+            lines.append(f"{name}: " + (f"before {first}; after {last}" if results else "not measured"))
+        return "\n".join(lines)
 
 
 def train_and_save(

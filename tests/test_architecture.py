@@ -12,9 +12,9 @@ ROOMS = {"core", "model", "dataset", "trainer", "interop", "serving"}
 # room -> the rooms and packages it may import, beside itself and the standard library; None: anything
 ALLOWED = {
     "core": set(),
-    "model": {"core", "torch", "transformers"},
+    "model": {"core", "torch", "transformers", "bitsandbytes"},
     "dataset": {"core", "torch", "datasets", "pyarrow", "tokenizers", "transformers", "numpy", "tqdm", "zstandard"},
-    "trainer": {"core", "torch", "safetensors", "wandb", "tqdm", "matplotlib"},
+    "trainer": {"core", "torch", "safetensors", "wandb", "tqdm", "matplotlib", "bitsandbytes"},
     "interop": {"core", "model", "torch", "transformers", "safetensors", "numpy", "gguf"},
     "serving": {
         "core",

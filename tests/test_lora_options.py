@@ -234,7 +234,7 @@ def test_the_table_names_shapes_ranks_and_parameters(tiny_model):
         ["2", "x", "layers.N.attention.wq", "64", "x", "64", "rank", "4", "1,024"],
         ["1", "x", "layers.N.attention.wk", "32", "x", "64", "rank", "4", "384"],
         ["1", "x", "layers.N.attention.wk", "32", "x", "64", "rank", "2", "192"],
-        ["4", "modules", "1,600", "parameters,", "1.3", "%", "of", "the", "base's", "119,104"],
+        ["4", "modules", "1,600", "parameters"],
     ]
 
 

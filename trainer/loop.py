@@ -19,7 +19,7 @@ from core.output import unread_output_dropped
 from trainer.evaluation import Metrics
 from trainer.measure import announce, peak_memory_mb, speed_figures
 from trainer.metrics import NoLog, RunLog
-from trainer.optimizer import MuonAdamW, lr_at, warmup_steps
+from trainer.optimizer import lr_at, make_optimizer, warmup_steps
 from trainer.options import TrainOptions
 from trainer.progress import Clock, duration
 from trainer.run_state import RunStates
@@ -103,7 +103,8 @@ def train(
     warmup = warmup_steps(options.warmup_iters, total)
     if warmup >= total:
         raise UserError(f"--warmup_iters {warmup} must be shorter than the run of {total} optimizer steps")
-    optimizer, scaler = MuonAdamW(groups, options.learning_rate), runtime.scaler()
+    optimizer = make_optimizer(groups, options.learning_rate, options.optimizer, runtime.device)
+    scaler = runtime.scaler()
     last = min(total, DRY_RUN_STEPS) if options.dry_run else total
     with ExitStack() as stack:
         request = stack.enter_context(stop_requests())

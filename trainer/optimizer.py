@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from core.errors import UserError
 from trainer.runtime import multiplies_bf16
 
 # Numbers without another source come from benchmarks/results/sweep_recipe.json; docs/engine.md reads it.
@@ -46,6 +47,20 @@ def param_groups(
         for group in groups
         for is_fast, ratio in ((False, 1.0), (True, lr_ratio))[: 1 + bool(fast)]
     ]
+
+
+def make_optimizer(groups: list[dict], learning_rate: float, name: str, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer that ``--optimizer`` names. Raises ``UserError`` without bitsandbytes where that is needed."""
+    if name != "paged_adamw":
+        return MuonAdamW(groups, learning_rate)
+    if device.type != "cuda":
+        print(f"note: only NVIDIA GPUs page; on {device} --optimizer paged_adamw is adamw")
+        return MuonAdamW(groups, learning_rate)
+    try:
+        from bitsandbytes.optim import PagedAdamW
+    except ImportError as error:
+        raise UserError("--optimizer paged_adamw needs: pip install -r requirements-4bit.txt") from error
+    return PagedAdamW([group for group in groups if group["params"]], lr=learning_rate, betas=BETAS)
 
 
 class MuonAdamW(torch.optim.AdamW):

@@ -15,7 +15,9 @@ class TrainOptions:
     batch_size: int = option(16, "rows of a micro-batch")
     accumulation_steps: int = option(1, "micro-batches of an optimizer step")
     learning_rate: float = option(1e-3, "peak learning rate")
-    optimizer: Literal["muon", "adamw"] = option("adamw", "of the Linear layers' weights; AdamW has all others")
+    optimizer: Literal["muon", "adamw", "paged_adamw"] = option(
+        "adamw", "of the Linear layers' weights; AdamW has all others. Paged: its state may move to RAM (NVIDIA GPUs)"
+    )
     warmup_iters: int = option(0, "optimizer steps of linear warm-up; 0: 1 % of all steps")
     weight_decay: float = option(0.1, "decoupled weight decay of matrices (not of norms)")
     grad_clip: float = option(1.0, "largest gradient norm; 0 clips nothing")

@@ -213,6 +213,7 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """All parameters and the trainable ones, tied ones once."""
+    """All parameters and the trainable ones, tied ones once. One of 4 bits counts as what it stands for."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    counts = [p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel() for p in parameters]
+    return sum(counts), sum(p.numel() for p in parameters if p.requires_grad)

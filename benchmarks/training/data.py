@@ -118,7 +118,7 @@ class Score:
         if lora is not None:
             apply_lora(model, rank)
             load_lora(model, lora)
-        return Validation(model, self.samples, self.tokenizer, self.options, self.runtime, memory={})().loss
+        return Validation(model, {"val": self.samples}, self.tokenizer, self.options, self.runtime, memory={})().loss
 
 
 def _good_rows(path: Path, clean):
