@@ -19,7 +19,9 @@ def main(argv=None):
     if arguments in (["-h"], ["--help"]):
         print(__doc__)
         return 0
-    python, pytest_arguments = choose_python([f"requirements{part}.txt" for part in ("", "-4bit", "-test")], arguments)
+    python, pytest_arguments = choose_python(
+        ["requirements%s.txt" % part for part in ("", "-4bit", "-test")], arguments
+    )
     os.chdir(ROOT)
     # On a build server a reference tool that is missing must fail its test, not skip it.
     variables = {"REQUIRE_ORACLES": "1"} if os.environ.get("CI") else {}
