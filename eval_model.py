@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from dataset.tokenizer import tokenizer_of
-    from model.bases import choose_base, open_base
+    from model.bases import choose_base, is_pretrained, open_base
     from model.generation import Sampling
     from model.quantized import quantize
     from serving.session import ChatSession
@@ -79,13 +79,13 @@ def main(argv: list[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):  # a pipe on Windows is not UTF-8 by itself
             stream.reconfigure(encoding="utf-8", errors="replace")
     runtime = Runtime.start(options.device, "float32")
-    skill = skill_record(options)
-    trained_on = None if options.base else skill.get("base", {}).get("fingerprint")
-    base = choose_base(options.out_dir, options.base, trained_on)
+    base = choose_base(options.out_dir, options.base, skill_base(options))
     model, record = open_base(base, runtime.device)
     if options.load_in_4bit:
         quantize(model)
-    template = options.prompt_template or skill.get("options", {}).get("prompt_template")
+    template = options.prompt_template
+    if template is None and is_pretrained(base):
+        template = skill_template(options, model.config.hidden_size)
     tokenizer = tokenizer_of(record, base, options.tokenizer_path, options.out_dir, template)
     session = ChatSession(
         model,
@@ -106,19 +106,28 @@ def main(argv: list[str] | None = None) -> None:
         answer(session, options.prompt)
 
 
-def skill_record(options: Options) -> dict:
-    """What the file of the asked-for skill says of itself; empty when none is asked for."""
+def skill_base(options: Options) -> str | None:
+    """The fingerprint of the base that the asked-for skill was trained on, if it and no ``--base`` is named."""
     from model.model_lora import read_lora
 
-    if options.lora_name is None:
-        return {}
+    if options.lora_name is None or options.base is not None:
+        return None
     found = lora_paths(options.out_dir, options.lora_name)
     if not found:
         missing = lora_path(options.out_dir, options.lora_name, "<dim>")
         raise UserError(
             f"there is no skill file {missing}; train it with train_lora.py --lora_name {options.lora_name}"
         )
-    return read_lora(found[-1])[1]
+    return read_lora(found[-1])[1]["base"].get("fingerprint")
+
+
+def skill_template(options: Options, dim: int) -> str | None:
+    """The ``--prompt_template`` that the asked-for skill was trained with, if there was one."""
+    from model.model_lora import read_lora
+
+    if options.lora_name is None or not (path := lora_path(options.out_dir, options.lora_name, dim)).is_file():
+        return None
+    return read_lora(path)[1]["options"].get("prompt_template")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, fields, replace
 from math import inf
 from pathlib import Path
-from typing import Literal
 
 from core.errors import run
 from core.options import option, parse, require
@@ -22,7 +21,6 @@ class Options(LoRAConfig, TrainOptions):
     base: Path | None = option(None, "file, Hugging Face folder or owner/model to freeze (default: newest full_sft_*)")
     prompt_template: str | None = option(None, r"how a base without chat template is asked: 'Q: {user}\nA: '")
     load_in_4bit: bool = option(False, "freeze the base in 4 bits (QLoRA; needs requirements-4bit.txt)")
-    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of products in 4-bit layers")
     loraplus_lr_ratio: float = option(1.0, "B learns at so many times the rate of A (LoRA+)")
     epochs: int = option(20, "passes over the data")
     learning_rate: float = option(3e-3, "peak learning rate")  # 5e-5 teaches nothing: results/sweep_lora_lr.json
@@ -49,7 +47,7 @@ def main(argv: list[str] | None = None) -> Path:
     base = opened_base(options, runtime, ("full_sft",), options.prompt_template)
     model, tokenizer = base.model, base.tokenizer
     if options.load_in_4bit:
-        quantize(model, options.bnb_4bit_compute_dtype)
+        quantize(model, runtime.dtype)
     data = read_data(SFTDataset, options, tokenizer, runtime)
     # Held out by the rule that the base was trained with, or the base would have seen these chats.
     other = replace(options, data_path=options.general_data, val_ratio=base.held_out_share, bad_rows="skip")

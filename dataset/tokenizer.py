@@ -43,6 +43,8 @@ def tokenizer_of(
     wanted = record.get("tokenizer")
     if is_foreign := wanted is None and "stage" in record:
         folders = [named or base]
+    elif prompt_template is not None:
+        raise UserError(f"--prompt_template is for Hugging Face bases; {base} has a template of its own")
     elif named is None and wanted is None:
         raise UserError(f"{base} does not say which tokenizer it was trained with; name it with --tokenizer_path")
     else:
@@ -81,6 +83,8 @@ def template_of(prompt_template: str, begins: bool = False) -> str:
     ``\\n`` in it is a line break. ``begins``: the beginning-of-text token comes first. Raises ``UserError`` unless
     ``{user}`` stands in it once.
     """
+    if not isinstance(prompt_template, str):
+        raise UserError(f"the skill's file gives {prompt_template!r} as prompt_template, which is no text")
     before, *after = prompt_template.replace("\\n", "\n").split("{user}")
     if len(after) != 1:
         raise UserError(f"--prompt_template {prompt_template!r} must have one {{user}}, where the question goes")
@@ -121,8 +125,15 @@ def spelled_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes:
     Byte-level vocabularies spell a byte as a character; those with byte fallback write a space as U+2581 and a lone
     byte as <0xNN>.
     """
-    token = tokenizer.convert_ids_to_tokens(token_id)
-    if "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder):
+    return _bytes_of(tokenizer.convert_ids_to_tokens(token_id), _is_byte_level(tokenizer))
+
+
+def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
+
+
+def _bytes_of(token: str, is_byte_level: bool) -> bytes:
+    if is_byte_level:
         is_spelled = all(character in BYTE_OF for character in token)
         return bytes(BYTE_OF[character] for character in token) if is_spelled else token.encode()
     lone = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
@@ -132,7 +143,8 @@ def spelled_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes:
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """UTF-8 bytes each id stands for, (vocabulary,) int64; 0 for control tokens."""
     sizes = np.zeros(len(tokenizer), dtype=np.int64)
-    for token_id in tokenizer.get_vocab().values():
-        sizes[token_id] = len(spelled_bytes(tokenizer, token_id))
+    is_byte_level = _is_byte_level(tokenizer)
+    for token, token_id in tokenizer.get_vocab().items():
+        sizes[token_id] = len(_bytes_of(token, is_byte_level))
     sizes[tokenizer.all_special_ids] = 0
     return sizes

@@ -1,5 +1,7 @@
 """The numbers that define a MiniMindLM."""
 
+import sys
+
 from transformers import PretrainedConfig
 
 from core.errors import UserError
@@ -74,8 +76,12 @@ class LMConfig(PretrainedConfig):
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 
+def context_of(config: PretrainedConfig) -> int:
+    """The most tokens that a model with this config takes; some of other makers know no bound."""
+    return getattr(config, "max_position_embeddings", sys.maxsize)
+
+
 def check_length(config: PretrainedConfig, max_seq_len: int) -> None:
     """Raise ``UserError`` if rows of ``max_seq_len`` tokens do not fit the context of a model with this config."""
-    context = getattr(config, "max_position_embeddings", max_seq_len)
-    if max_seq_len > context:
+    if max_seq_len > (context := context_of(config)):
         raise UserError(f"--max_seq_len {max_seq_len} exceeds the model's context of {context}")

@@ -64,7 +64,6 @@ def open_base(base: Path, device: torch.device | str = "cpu") -> tuple[nn.Module
         raise UserError(f"--base {base} is no causal language model that can be loaded ({reason[:200]})") from error
     if missing := sorted(report["missing_keys"]):  # the library would draw them at random
         raise UserError(f"--base {base} lacks {', '.join(missing[:3])}: it is no causal language model")
-    model.config.use_cache = False  # training needs none, and decoding asks for it
     weights = fingerprint(model.named_parameters(), model.config)
     record = {"stage": PRETRAINED, "config": {"vocab_size": model.config.vocab_size}, "fingerprint": weights}
     return model.to(device).eval(), record

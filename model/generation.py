@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
+from model.LMConfig import context_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def generate(
     lives on the CPU, so that a seed means the same on every device. Raises ``UserError`` for a prompt that fills the
     context.
     """
-    context = model.config.max_position_embeddings
+    context = context_of(model.config)
     if not 0 < len(ids) < context:
         raise UserError(
             f"a prompt of {len(ids)} tokens leaves no room in the context of {context}; shorten it or /reset"

@@ -15,13 +15,18 @@ def features(linear: Linear) -> tuple[int, int]:
     return (linear.nf, linear.nx) if isinstance(linear, Conv1D) else (linear.out_features, linear.in_features)
 
 
+def is_quantized(linear: Linear) -> bool:
+    """Whether the weight is held in 4 bits, by bitsandbytes."""
+    return getattr(linear.weight, "quant_state", None) is not None
+
+
 def dense_weight(linear: Linear) -> Tensor:
     """The weight that the Linear multiplies by: (outputs, inputs), fp32 at least, without gradient."""
     weight = linear.weight.detach()
-    if (state := getattr(linear.weight, "quant_state", None)) is not None:
+    if is_quantized(linear):
         from bitsandbytes.functional import dequantize_4bit
 
-        weight = dequantize_4bit(weight, state)
+        weight = dequantize_4bit(weight, linear.weight.quant_state)
     weight = weight.T if isinstance(linear, Conv1D) else weight
     return weight if weight.dtype == torch.float64 else weight.float()
 

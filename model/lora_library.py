@@ -75,12 +75,14 @@ class SkillLibrary:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model is the base alone."""
-        removed = remove_lora(self.model)
+        """Inside, the model is the base alone; afterwards it carries again what it did."""
+        removed, active = remove_lora(self.model), self.active
         try:
             yield
-        finally:
+        finally:  # whatever was used meanwhile
+            remove_lora(self.model)
             attach(self.model, removed)
+            self.active = active
 
     def factors(self, weights: Mapping[str, float]) -> Factors:
         """The exact weighted sum of these skills, as products. Raises ``UserError`` as ``use`` does."""

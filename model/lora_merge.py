@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from core.errors import UserError
-from model.lora_layers import dense_weight, write_weight
+from model.lora_layers import dense_weight, is_quantized, write_weight
 from model.lora_targets import adapted, merged
 from model.model_lora import attach, remove_lora
 
@@ -14,11 +14,11 @@ def merge_lora(model: nn.Module) -> None:
     """Write each update into its Linear's weight: computed in fp32, rounded to the weight's dtype once.
 
     Weights and LoRA are kept, for ``unmerge_lora``. Raises ``UserError``, before anything changes, when there is no
-    LoRA, when one is merged already, and where a merged weight would not be finite.
+    LoRA, when one is merged already, for weights of 4 bits, and where a merged weight would not be finite.
     """
     if dict(merged(model)):
         raise UserError("a LoRA is already merged into this model; call unmerge_lora(model) first")
-    if any(getattr(linear.weight, "quant_state", None) is not None for _, linear in adapted(model)):
+    if any(is_quantized(linear) for _, linear in adapted(model)):
         raise UserError("a 4-bit weight has no room for an update; call dequantize(model) first")
     weights = {name: linear.lora.merged(dense_weight(linear)) for name, linear in adapted(model)}
     if not weights:

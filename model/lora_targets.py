@@ -2,14 +2,14 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from core.errors import UserError
-from model.lora_config import LoRAConfig
+from model.lora_config import SHORTHANDS, LoRAConfig
 from model.lora_layers import Linear, LoRA, features
 
 
@@ -45,18 +45,17 @@ def linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
 def choose_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:
     """What ``config`` chooses of ``model``'s Linears, in their order.
 
-    Raises ``UserError`` if nothing is left, for a pattern or layer number that matches nothing, and for a rank beyond
-    a Linear's features. It lists what could match.
+    Raises ``UserError`` if nothing is left, for a name, pattern or layer number that matches nothing, and for a rank
+    beyond a Linear's features. It lists what could match.
     """
     found, head = dict(linears(model)), output_head(model)
     endings = ", ".join(sorted({name.rpartition(".")[2] for name in found})) or "none"
     names = [name for name, linear in found.items() if _is_target(name, linear, head, config.target_modules)]
-    if not names:
-        raise UserError(f"target_modules={config.target_modules!r} matches no Linear; there are {endings}")
-    excluded = [name for name in names if _is_named(name, config.exclude_modules)]
-    if config.exclude_modules and not excluded:
-        raise UserError(f"exclude_modules={config.exclude_modules!r} matches no target; there are {_endings(names)}")
-    names = [name for name in names if name not in excluded]
+    if (idle := _idle(found, config.target_modules)) or not names:
+        raise UserError(f"target_modules={idle or repr(config.target_modules)} matches no Linear; there are {endings}")
+    if idle := _idle(names, config.exclude_modules):
+        raise UserError(f"exclude_modules={idle} matches no target; there are {_endings(names)}")
+    names = [name for name in names if not _is_named(name, config.exclude_modules)]
     if not names:
         raise UserError(f"exclude_modules={config.exclude_modules!r} leaves no target")
     if config.layers_to_transform:
@@ -112,6 +111,15 @@ def _is_named(name: str, wanted: str | tuple[str, ...]) -> bool:
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == word or name.endswith(f".{word}") for word in wanted)
+
+
+def _idle(names: Iterable[str], wanted: str | tuple[str, ...]) -> str:
+    """Those of the wanted words, or the regular expression, that none of ``names`` answers to; empty for none."""
+    if wanted in SHORTHANDS:
+        return ""
+    words = [wanted] if isinstance(wanted, str) else [(word,) for word in wanted]
+    idle = [word for word in words if not any(_is_named(name, word) for name in names)]
+    return ", ".join(repr(word if isinstance(word, str) else word[0]) for word in idle)
 
 
 def _matches(key: str, name: str) -> bool:

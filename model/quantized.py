@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
-from model.lora_layers import dense_weight
+from model.lora_layers import dense_weight, is_quantized
 from model.lora_targets import adapted, linears, output_head
 from model.model_lora import attach, base_fingerprint, lora_parameters, remove_lora
 
 
-def quantize(model: nn.Module, compute_dtype: str = "float32") -> None:
+def quantize(model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> None:
     """Replace every Linear but the output head by one of 4 bits, in place; embeddings and norms stay as they are.
 
     ``compute_dtype``: of the products, for which a weight is spread out again. Prints what a parameter costs now.
@@ -32,7 +32,7 @@ def quantize(model: nn.Module, compute_dtype: str = "float32") -> None:
         raise UserError("this model has no Linear to quantise")
     model.quantized_from = base_fingerprint(model)
     for name, linear in chosen:
-        settings = {"compute_dtype": getattr(torch, compute_dtype), "quant_type": "nf4", "device": "meta"}
+        settings = {"compute_dtype": compute_dtype, "quant_type": "nf4", "device": "meta"}
         small = Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, **settings)
         weight = Params4bit(linear.weight.detach(), requires_grad=False, quant_type="nf4", module=small)
         small.weight, small.bias = weight.to(linear.weight.device), linear.bias  # moving is what quantises
@@ -52,15 +52,12 @@ def dequantize(model: nn.Module) -> None:
         with torch.device("meta"):
             linear = nn.Linear(small.in_features, small.out_features, small.bias is not None)
         linear.weight = nn.Parameter(dense_weight(small), requires_grad=False)
-        linear.bias = small.bias
+        if small.bias is not None:  # bitsandbytes brings it to the type of the products
+            linear.bias = nn.Parameter(small.bias.detach().float(), requires_grad=False)
         _replace(model, name, linear.train(small.training))
     attach(model, loras)
     if hasattr(model, "quantized_from"):
         del model.quantized_from
-
-
-def is_quantized(linear: nn.Module) -> bool:
-    return getattr(linear.weight, "quant_state", None) is not None
 
 
 def bits_per_parameter(model: nn.Module) -> tuple[float, float]:

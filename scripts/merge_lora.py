@@ -31,6 +31,8 @@ class Options:
         require((self.output is None) != (self.lora_name is None), "choose --output (a base) or --lora_name (a skill)")
         require(self.rank >= 0, f"--rank {self.rank} must not be negative")
         require(not (self.rank and self.output), "--rank cuts a skill: give --lora_name instead of --output")
+        of_base = self.load_in_4bit or self.dtype != "float32"
+        require(not (of_base and self.lora_name), "--dtype and --load_in_4bit are for --output, not for --lora_name")
         if self.lora_name is not None:
             skill_name(self.lora_name)
 
@@ -104,14 +106,15 @@ def merge_into_base(options: Options, base: Path, record: dict, skill: dict, lib
         f"merged {what}: logits differ by at most {drift:.1e} from the attached skills', whose largest is {largest:.1f}"
     )
     if ours:
-        output.parent.mkdir(parents=True, exist_ok=True)
         fused = {"base": {"file": base.name, "fingerprint": record["fingerprint"]}, "skills": weights}
         save_base(output, model, {**record, "merged": fused})
     else:
         template = skill["options"].get("prompt_template")
         tokenizer = tokenizer_of(record, base, None, options.out_dir, template)
-        model.save_pretrained(output)
-        tokenizer.save_pretrained(output)
+        unfinished = output.with_name(output.name + ".part")  # a kill leaves no half of a model under the name
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(output)
     print(f"saved {output}")
     return output
 

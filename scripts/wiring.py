@@ -56,6 +56,7 @@ def opened_base(
     """``--base``, or the newest of ``stages``, with its tokenizer. Raises ``UserError`` where options do not fit."""
     path = choose_base(options.out_dir, options.base, stages=stages)
     model, record = open_base(path, runtime.device)
+    model.config.use_cache = False  # of keys and values: training has no use for it, and decoding asks for it
     print(f"base: {path}")
     tokenizer = tokenizer_of(record, path, options.tokenizer_path, options.out_dir, prompt_template)
     check_length(model.config, options.max_seq_len)

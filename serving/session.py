@@ -5,14 +5,15 @@ from pathlib import Path
 
 import torch
 from tokenizers.decoders import DecodeStream
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
 from core.paths import lora_path, lora_paths, skill_of, skill_weights
 from dataset.chat import encode_chat
 from model.generation import Sampling, generate
+from model.LMConfig import context_of
 from model.lora_library import SkillLibrary
-from model.model import MiniMindLM
 from model.model_lora import check_lora
 
 
@@ -25,7 +26,7 @@ class ChatSession:
 
     def __init__(
         self,
-        model: MiniMindLM,
+        model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         sampling: Sampling,
         *,
@@ -111,7 +112,7 @@ class ChatSession:
         history = self.messages[-self.history_cnt :] if self.history_cnt else []
         while True:
             ids, _ = encode_chat(self.tokenizer, [*history, question], add_generation_prompt=True)
-            if not history or len(ids) + self.sampling.max_new_tokens <= self.model.config.max_position_embeddings:
+            if not history or len(ids) + self.sampling.max_new_tokens <= context_of(self.model.config):
                 return ids
             history = history[2:]  # the oldest exchange makes room
 

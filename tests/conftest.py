@@ -20,6 +20,7 @@ from dataset.tokenizer import load_tokenizer
 from model.LMConfig import LMConfig
 from model.loss import loss_sum
 from model.model import MiniMindLM
+from model.model_lora import lora_parameters
 from trainer.evaluation import Metrics
 from trainer.loop import Summary, train
 from trainer.optimizer import param_groups
@@ -126,6 +127,23 @@ def rows_of(batch: Batch, start: int, end: int) -> Batch:
     labels = batch.labels[start:end]
     n_targets = int((labels != -100).sum())
     return Batch({"input_ids": batch.inputs["input_ids"][start:end]}, labels, n_targets, n_targets, labels.numel())
+
+
+IDS = torch.arange(40).view(2, 20) + 3
+
+
+def logits_of(model) -> torch.Tensor:
+    """Of all positions of ``IDS``."""
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def strengthen(model, seed: int) -> None:
+    """Move the LoRA of ``model`` so far from its start that it matters, B included."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in lora_parameters(model):
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import SMALL, flags
+from conftest import SMALL, flags, logits_of
 
 import eval_model
 import train_full_sft
@@ -23,6 +23,7 @@ from model.model_lora import attach_lora, base_fingerprint, read_lora, remove_lo
 from model.weights import load_base
 from scripts.wiring import Base, run_record
 from serving.session import ChatSession
+from serving.terminal import command
 
 
 def load(trained, stage="full_sft"):
@@ -176,6 +177,44 @@ def test_swapping_is_exact_and_the_base_never_changes(trained):
         assert torch.equal(found[None], base_logits)
         assert not torch.equal(found["a"], base_logits) and not torch.equal(found["a"], found["b"])
     assert base_fingerprint(session.model) == fingerprint
+
+
+def test_skills_are_mixed_and_read_again_when_their_file_changed(trained, tmp_path, capsys):
+    session = session_on(trained, out_dir=tmp_path)
+    shutil.copytree(trained.out / "lora", tmp_path / "lora")
+    path = lora_path(tmp_path, "a", 64)
+    command(session, "/lora a=0.5 b=-2")
+    assert capsys.readouterr().out == "skill: a=0.5 b=-2\n"
+    mixed = logits_of(session.model)
+    session.use_skill("a")
+    first = logits_of(session.model)
+    shutil.copyfile(lora_path(tmp_path, "b", 64), path)
+    os.utime(path, (9000, 9000))
+    session.use_skill("a")
+    changed = logits_of(session.model)
+    session.use_skill("b")
+    assert torch.equal(logits_of(session.model), changed)
+    assert len({tuple(logits.flatten().tolist()) for logits in (mixed, first, changed)}) == 3
+    for wrong, said in (("a=x", "no skill's weight"), ("a=nan", "must be a number"), ("a b=0.5 c", "no skill file")):
+        with pytest.raises(UserError, match=said):
+            session.use_skill(wrong)
+        assert torch.equal(logits_of(session.model), changed) and session.skill == "b"
+
+
+def test_the_options_of_lora_reach_the_file(trained, tmp_path):
+    def train(*words) -> tuple[dict, dict]:
+        values = {"data_path": trained.chats, "general_data": trained.chats, "lora_name": "x", **SMALL}
+        values["base"] = trained.out / "full_sft_64.pth"
+        return read_lora(train_lora.main([*flags(out_dir=tmp_path, **values), *words]))
+
+    _, meta = train("--use_dora", "--rank_pattern", "wo=2", "--alpha", "8", "--use_rslora", "--rank", "4")
+    assert meta["ranks"] == {f"layers.{n}.attention.{name}": r for n in (0, 1) for name, r in (("wq", 4), ("wo", 2))}
+    assert meta["use_dora"] and set(meta["scaling"].values()) == {4.0, 8 / 2**0.5}
+    plain, _ = train("--layers_to_transform", "1", "--init_lora_weights", "kaiming")
+    faster, meta = train("--layers_to_transform", "1", "--init_lora_weights", "kaiming", "--loraplus_lr_ratio", "8")
+    assert meta["targets"] == ["layers.1.attention.wq", "layers.1.attention.wo"]
+    name = "layers.1.attention.wq.lora.B.weight"
+    assert faster[name].abs().mean() > 3 * plain[name].abs().mean() > 0
 
 
 def test_a_skill_file_for_another_dim_is_listed_as_unfit(trained, tmp_path):

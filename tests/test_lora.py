@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import needs_compiler, ragged_batch
+from conftest import IDS, logits_of, needs_compiler, ragged_batch, strengthen
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -16,26 +16,12 @@ from model.model_lora import LoRA, apply_lora, load_lora, lora_parameters, remov
 from trainer.evaluation import evaluate
 from trainer.runtime import Runtime
 
-IDS = torch.arange(40).view(2, 20) + 3
 SQUARE = [f"layers.{n}.attention.{name}" for n in range(2) for name in ("wq", "wo")]
 EVERY = [
     f"layers.{n}.{name}"
     for n in range(2)
     for name in (*(f"attention.{w}" for w in ("wq", "wk", "wv", "wo")), *(f"feed_forward.w{i}" for i in (1, 2, 3)))
 ]
-
-
-def logits_of(model):
-    with torch.no_grad():
-        return model(IDS).logits
-
-
-def randomize(model, seed):
-    """Give the LoRA of ``model`` weights that matter, B included."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in lora_parameters(model):
-            parameter.normal_(std=0.1, generator=generator)
 
 
 def default_model():
@@ -121,7 +107,7 @@ def test_removing_restores_the_base_bit_for_bit(sharp_model):
     logits, keys = logits_of(sharp_model), list(sharp_model.state_dict())
     modules = [name for name, _ in sharp_model.named_modules()]
     apply_lora(sharp_model, 4, target_modules="all-linear")
-    randomize(sharp_model, 1)
+    strengthen(sharp_model, 1)
     assert set(sharp_model.state_dict()) > set(keys), "the base's keys stay while LoRA is applied"
     assert not torch.equal(logits_of(sharp_model), logits)
     remove_lora(sharp_model)
@@ -137,7 +123,7 @@ def test_alpha_over_rank_scales_the_update(sharp_model):
     plain = linear(x)
     for rank, alpha, scale in ((4, None, 1.0), (4, 4.0, 1.0), (4, 10.0, 2.5), (8, 2.0, 0.25)):
         apply_lora(sharp_model, rank, alpha)
-        randomize(sharp_model, 2)
+        strengthen(sharp_model, 2)
         update = x.double() @ linear.lora.A.weight.double().T @ linear.lora.B.weight.double().T
         torch.testing.assert_close(linear(x), plain + scale * update.float(), atol=1e-5, rtol=1e-5)
         remove_lora(sharp_model)
@@ -145,7 +131,7 @@ def test_alpha_over_rank_scales_the_update(sharp_model):
 
 def test_only_lora_receives_gradients(sharp_model):
     apply_lora(sharp_model, 4)
-    randomize(sharp_model, 3)
+    strengthen(sharp_model, 3)
     sharp_model(IDS, labels=IDS).loss.backward()
     for name, parameter in sharp_model.named_parameters():
         assert (parameter.grad is not None and bool(parameter.grad.any())) == (".lora." in name), name
@@ -153,11 +139,11 @@ def test_only_lora_receives_gradients(sharp_model):
 
 def test_a_deepcopy_is_independent(sharp_model):
     apply_lora(sharp_model, 4)
-    randomize(sharp_model, 4)
+    strengthen(sharp_model, 4)
     before = logits_of(sharp_model)
     twin = copy.deepcopy(sharp_model)
     assert torch.equal(logits_of(twin), before)
-    randomize(twin, 5)
+    strengthen(twin, 5)
     assert torch.equal(logits_of(sharp_model), before)
     assert not torch.equal(logits_of(twin), before), "the copy still computes with the original's LoRA"
     remove_lora(twin)
@@ -166,7 +152,7 @@ def test_a_deepcopy_is_independent(sharp_model):
 
 def test_a_bf16_base_with_fp32_lora(sharp_model):
     apply_lora(sharp_model.bfloat16(), 4)
-    randomize(sharp_model, 6)
+    strengthen(sharp_model, 6)
     assert {parameter.dtype for parameter in lora_parameters(sharp_model)} == {torch.float32}
     out = sharp_model(IDS, labels=IDS)
     assert out.logits.dtype == torch.bfloat16
@@ -192,7 +178,7 @@ def test_a_model_of_another_kind_can_carry_lora(tmp_path):
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
     twin = copy.deepcopy(model)
     apply_lora(model, 2, target_modules="all-linear")
-    randomize(model, 7)
+    strengthen(model, 7)
     save_lora(model, tmp_path / "any.pth")
     apply_lora(twin, 2, target_modules="all-linear")
     load_lora(twin, tmp_path / "any.pth")
@@ -205,9 +191,9 @@ def test_compiled_whole_and_new_weights_need_no_recompile(backend, tmp_path):
     model = MiniMindLM(LMConfig(dim=32, n_layers=1, n_heads=2, vocab_size=64, multiple_of=16, max_seq_len=32)).eval()
     base = logits_of(model)
     apply_lora(model, 4)
-    randomize(model, 8)
+    strengthen(model, 8)
     save_lora(model, tmp_path / "a.pth")
-    randomize(model, 9)
+    strengthen(model, 9)
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     first = logits_of(compiled)
@@ -241,7 +227,7 @@ def test_peft_computes_the_same(sharp_model, alpha):
     peft = pytest.importorskip("peft")
     ours, other = sharp_model, copy.deepcopy(sharp_model)
     apply_lora(ours, 4, alpha)
-    randomize(ours, 10)
+    strengthen(ours, 10)
     settings = peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=["wq", "wo"], lora_dropout=0.0)
     theirs = peft.get_peft_model(other, settings).eval()
     pairs = []

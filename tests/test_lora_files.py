@@ -6,6 +6,7 @@ import textwrap
 
 import pytest
 import torch
+from conftest import logits_of, strengthen
 from torch import nn
 
 from benchmarks.seeded_model import fill
@@ -24,22 +25,13 @@ from model.model_lora import (
 )
 from model.weights import fingerprint, save_base
 
-IDS = torch.arange(40).view(2, 20) + 3
 WQ = "layers.0.attention.wq"
-
-
-def logits_of(model):
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def add_lora(model, rank=4, alpha=None, target_modules="square", seed=0):
     """LoRA with weights that matter, B included."""
     apply_lora(model, rank, alpha, target_modules)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in lora_parameters(model):
-            parameter.normal_(std=0.1, generator=generator)
+    strengthen(model, seed)
 
 
 def written(model, path, meta=None, **settings):

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from conftest import logits_of, strengthen
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from core.errors import UserError
@@ -15,9 +16,8 @@ from model.lora_library import SkillLibrary
 from model.lora_merge import merge_lora, unmerge_lora
 from model.lora_mix import factors_of, mixed, truncated
 from model.lora_targets import adapted
-from model.model_lora import adapters_in, apply_lora, attach_lora, lora_parameters, remove_lora, save_lora
+from model.model_lora import adapters_in, apply_lora, attach_lora, remove_lora, save_lora
 
-IDS = torch.arange(40).view(2, 20) + 3
 SKILLS = {
     "a": {"rank": 4},
     "b": {"rank": 4, "alpha": 10.0},
@@ -25,11 +25,6 @@ SKILLS = {
     "dora": {"rank": 4, "use_dora": True, "target_modules": ["wq", "w1"]},
     "pissa": {"rank": 4, "init_lora_weights": "pissa"},
 }
-
-
-def logits_of(model):
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def sha256(model):
@@ -45,10 +40,7 @@ def files(sharp_model, tmp_path):
     sharp_model.eval()
     for seed, (name, settings) in enumerate(SKILLS.items()):
         apply_lora(sharp_model, **settings)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in lora_parameters(sharp_model):
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        strengthen(sharp_model, seed)
         save_lora(sharp_model, tmp_path / f"{name}.pth")
         remove_lora(sharp_model)
     return {name: tmp_path / f"{name}.pth" for name in SKILLS}
@@ -116,6 +108,9 @@ def test_disabled_is_the_base_alone_even_after_an_error(sharp_model, library):
         assert torch.equal(logits_of(sharp_model), base)
         raise ZeroDivisionError
     assert torch.equal(logits_of(sharp_model), skilled)
+    with library.disabled():
+        library.use("a")
+    assert torch.equal(logits_of(sharp_model), skilled) and library.active == {"wide": 1.0}
 
 
 def test_what_is_refused_changes_nothing(sharp_model, files, library, tmp_path):

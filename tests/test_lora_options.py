@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import Source, ragged_batch, run_training
+from conftest import IDS, Source, ragged_batch, run_training, strengthen
 from torch import nn
 from transformers import (
     BartConfig,
@@ -29,7 +29,6 @@ from model.lora_targets import adapted, table_of
 from model.model_lora import apply_lora, attach_lora, lora_parameters, output_parameters, remove_lora, save_lora
 from trainer.optimizer import param_groups
 
-IDS = torch.arange(40).view(2, 20) + 3
 BOTH = {"target_modules": ["wq", "w2"]}
 # our options -> PEFT's
 OPTIONS = {
@@ -72,13 +71,6 @@ OPTIONS = {
         },
     ),
 }
-
-
-def randomize(model, seed):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in lora_parameters(model):
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
 def pairs_of(ours, theirs) -> list[tuple[nn.Parameter, nn.Parameter]]:
@@ -124,7 +116,7 @@ def test_peft_computes_the_same_and_draws_the_same_targets(sharp_model, option):
     if option == "pissa":
         for left, right in pairs:
             torch.testing.assert_close(left, right, atol=1e-6, rtol=1e-6)
-    randomize(ours, 1)
+    strengthen(ours, 1)
     with torch.no_grad():
         for left, right in pairs:
             right.copy_(left)
@@ -165,7 +157,7 @@ def test_every_kind_starts_from_the_base_exactly_and_leaves_it_bit_for_bit(sharp
             torch.testing.assert_close(started, before, atol=1e-5, rtol=1e-5)
         else:
             assert torch.equal(started, before)
-        randomize(sharp_model, 2)
+        strengthen(sharp_model, 2)
         assert (sharp_model(IDS).logits - before).abs().max() > 1e-2
         remove_lora(sharp_model)
         assert torch.equal(sharp_model(IDS).logits, before)
@@ -182,7 +174,7 @@ def test_every_kind_starts_from_the_base_exactly_and_leaves_it_bit_for_bit(sharp
 )
 def test_a_file_gives_every_kind_back(sharp_model, tmp_path, options):
     apply_lora(sharp_model.eval(), 4, target_modules="all-linear", **options)
-    randomize(sharp_model, 3)
+    strengthen(sharp_model, 3)
     with torch.no_grad():
         expected = sharp_model(IDS).logits
         save_lora(sharp_model, tmp_path / "x.pth")
@@ -209,7 +201,9 @@ def test_a_file_gives_every_kind_back(sharp_model, tmp_path, options):
         ({"rank_pattern": {"w9": 2}}, "rank_pattern 'w9' matches no target; there are wo, wq"),
         ({"alpha_pattern": {"w1": 2}}, "alpha_pattern 'w1' matches no target; there are wo, wq"),
         ({"target_modules": "("}, r"'\(' is no regular expression"),
+        ({"target_modules": ["wq", "w9"]}, "target_modules='w9' matches no Linear; there are w1, w2, w3, wk, wo, wq"),
         ({"exclude_modules": "w1"}, "exclude_modules='w1' matches no target; there are wo, wq"),
+        ({"exclude_modules": ["wo", "w1", "w9"]}, "exclude_modules='w1', 'w9' matches no target; there are wo, wq"),
         ({"exclude_modules": ["wq", "wo"]}, "leaves no target"),
         ({"layers_to_transform": [0, 7]}, r"layers_to_transform \[7\] match no target; there are layers 0, 1"),
         ({"rank_pattern": {"wq": 65}}, "rank=65 exceeds the 64 features of layers.0.attention.wq"),
@@ -280,7 +274,7 @@ def test_models_of_other_makers_carry_what_peft_gives_them(tmp_path, name, optio
     theirs = peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type=task, **options)
     theirs = peft.get_peft_model(other, theirs).eval()
     pairs = pairs_of(model, other)
-    randomize(model, 5)
+    strengthen(model, 5)
     with torch.no_grad():
         for left, right in pairs:
             right.copy_(left)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import flags
+from conftest import flags, logits_of, strengthen
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import eval_model
@@ -13,16 +13,9 @@ from core.errors import UserError
 from core.files import sha256_file
 from core.paths import TOKENIZER_DIR
 from model.lora_library import SkillLibrary
-from model.model_lora import apply_lora, attach_lora, lora_parameters, read_lora, save_lora
+from model.model_lora import apply_lora, attach_lora, read_lora, remove_lora, save_lora
 from model.weights import load_base
 from scripts.merge_lora import main
-
-IDS = torch.arange(40).view(2, 20) + 3
-
-
-def logits_of(model):
-    with torch.no_grad():
-        return model(input_ids=IDS).logits.float()
 
 
 @pytest.fixture
@@ -33,21 +26,17 @@ def out(trained, tmp_path):
     for name in ("full_sft_64.pth", "full_sft_64.json"):
         shutil.copyfile(trained.out / name, folder / name)
     model, _ = load_base(folder / "full_sft_64.pth")
-    strengthen(model, folder, ("a", "b"), 64)
+    write_skills(model, folder, ("a", "b"), 64)
     return folder
 
 
-def strengthen(model, folder, names, dim):
-    """Write skills of other ranks and targets for a bare ``model``."""
+def write_skills(model, folder, names, dim):
+    """Skills of other ranks and targets for a bare ``model``, which stays so."""
     for seed, name in enumerate(names):
         apply_lora(model, 4 + 2 * seed, 3.0, "all-linear" if seed else "square")
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in lora_parameters(model):
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        strengthen(model, seed)
         save_lora(model, folder / "lora" / f"lora_{name}_{dim}.pth", {"base": {"file": f"full_sft_{dim}.pth"}})
-        for linear in [module for module in model.modules() if hasattr(module, "lora")]:
-            del linear.forward, linear.lora
+        remove_lora(model)
 
 
 def mixed(out, **weights):
@@ -113,12 +102,13 @@ def test_a_hugging_face_base_is_merged_into_a_folder_that_its_library_loads(out,
     model = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=64, vocab_size=6400)).eval()
     model.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(TOKENIZER_DIR).save_pretrained(tmp_path / "base")
-    strengthen(model, out, ("llama",), 32)
+    write_skills(model, out, ("llama",), 32)
     attach_lora(model, out / "lora" / "lora_llama_32.pth")
     folder = main(["llama", *flags(out_dir=out, base=tmp_path / "base", output=tmp_path / "merged")])
     merged = AutoModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(logits_of(merged.eval()), logits_of(model), atol=1e-5, rtol=0)
     assert AutoTokenizer.from_pretrained(folder).chat_template
+    assert merged.config.use_cache and not list(tmp_path.glob("*.part"))
 
 
 @pytest.mark.parametrize(
@@ -129,6 +119,8 @@ def test_a_hugging_face_base_is_merged_into_a_folder_that_its_library_loads(out,
         ("a=x --lora_name c", "'a=x' is no skill's weight: write NAME or NAME=0.5"),
         ("a=nan --lora_name c", "a skill's weight must be a number, not nan"),
         ("a --output x.pth --rank 2", "--rank cuts a skill"),
+        ("a --lora_name c --dtype bfloat16", "--dtype and --load_in_4bit are for --output"),
+        ("a --lora_name c --load_in_4bit", "--dtype and --load_in_4bit are for --output"),
         ("a --lora_name c --rank -1", "--rank -1 must not be negative"),
         ("nobody --lora_name c", "skills here: a, b"),
         ("a --output x", "--output x must end in .pth"),

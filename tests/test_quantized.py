@@ -1,10 +1,11 @@
 """Bases in 4 bits: what they cost and compute, PEFT and transformers on the same library beside, skills, merging."""
 
 import copy
+import sys
 
 import pytest
 import torch
-from conftest import SMALL, flags
+from conftest import IDS, SMALL, flags, logits_of, strengthen
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
@@ -12,7 +13,7 @@ import eval_model
 import train_lora
 from core.errors import UserError
 from model.LMConfig import LMConfig
-from model.lora_layers import dense_weight
+from model.lora_layers import dense_weight, is_quantized
 from model.lora_merge import merge_lora
 from model.lora_targets import adapted
 from model.model import MiniMindLM
@@ -25,24 +26,11 @@ from model.model_lora import (
     remove_lora,
     save_lora,
 )
-from model.quantized import bits_per_parameter, dequantize, is_quantized, quantize
+from model.quantized import bits_per_parameter, dequantize, quantize
 from model.weights import load_base
 from scripts.merge_lora import main as merge
 
 pytest.importorskip("bitsandbytes", reason="pip install -r requirements-4bit.txt")
-IDS = torch.arange(40).view(2, 20) + 3
-
-
-def logits_of(model):
-    with torch.no_grad():
-        return model(IDS).logits
-
-
-def randomize(model, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in lora_parameters(model):
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
 def test_the_default_model_costs_little_more_than_four_bits(capsys):
@@ -83,7 +71,7 @@ def test_it_is_what_transformers_and_peft_make_with_the_same_library(tmp_path):
             assert torch.equal(dense_weight(linear), dense_weight(theirs.get_submodule(name))), name
     apply_lora(model, 4, 8.0, "all-linear")
     wrapped = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
-    randomize(model)
+    strengthen(model, 0)
     pairs = []
     for name, linear in adapted(model):
         layer = theirs.get_submodule(name)
@@ -109,7 +97,7 @@ def test_a_quantised_base_computes_as_its_weights_say_and_never_changes(sharp_mo
     base = logits_of(sharp_model.eval())
     apply_lora(sharp_model, 4, target_modules="all-linear", **options)
     torch.testing.assert_close(logits_of(sharp_model), base, atol=1e-5, rtol=1e-5)
-    randomize(sharp_model)
+    strengthen(sharp_model, 0)
     skilled = logits_of(sharp_model)
     with pytest.raises(UserError, match=r"call dequantize\(model\) first"):
         merge_lora(sharp_model)
@@ -123,6 +111,26 @@ def test_a_quantised_base_computes_as_its_weights_say_and_never_changes(sharp_mo
     assert all(p.grad is not None and p.grad.any() for p in lora_parameters(sharp_model))
     remove_lora(sharp_model)
     assert torch.equal(logits_of(sharp_model.eval()), base), "an evaluation repacked the weights"
+
+
+def test_the_compute_dtype_is_that_of_the_products_and_a_bias_comes_back():
+    torch.manual_seed(0)
+    x, model = torch.randn(3, 64), nn.Sequential(nn.Linear(64, 64))
+    exact = model(x)
+    quantize(model, torch.bfloat16)
+    coarse = model(x)
+    assert coarse.dtype == torch.float32 and torch.equal(coarse, coarse.bfloat16().float())
+    dequantize(model)
+    fine = model(x)
+    assert not torch.equal(fine, fine.bfloat16().float())
+    assert 0 < (coarse - fine).abs().max() < 0.05 and (fine - exact).abs().max() < 0.5
+
+
+def test_without_the_library_the_way_to_it_is_named(sharp_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
+    with pytest.raises(UserError, match=r"pip install -r requirements-4bit\.txt"):
+        quantize(sharp_model)
+    assert not any(is_quantized(module) for module in sharp_model.modules() if isinstance(module, nn.Linear))
 
 
 def test_wrong_order_is_named(sharp_model):
@@ -139,6 +147,8 @@ def test_the_doors_train_chat_and_merge_in_four_bits(trained, tmp_path, capsys):
     path = train_lora.main([*argv, "--load_in_4bit", "--learning_rate", "0.05", "--optimizer", "paged_adamw"])
     printed = capsys.readouterr().out
     assert "14 Linears in NF4: " in printed and "only NVIDIA GPUs page" in printed
+    every = sum(parameter.numel() for parameter in load_base(base)[0].parameters())
+    assert f"training 8,192 of {every + 8192:,} parameters" in printed, "4 bits count as what they stand for"
     assert read_lora(path)[1]["base"] == read_lora(trained.out / "lora" / "lora_a_64.pth")[1]["base"]
     words = {"out_dir": out, "base": base, "lora_name": "q", "prompt": "hi", "temperature": 0, "device": "cpu"}
     eval_model.main([*flags(**words, max_new_tokens=8), "--load_in_4bit"])

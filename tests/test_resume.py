@@ -86,12 +86,21 @@ def door_and_flags(name: str, trained, **more) -> tuple:
 
 
 @pytest.mark.parametrize(
-    ("name", "accumulation_steps", "num_workers"),
-    [("pretrain", 1, 2), ("full_sft", 4, 0), ("lora", 1, 0)],
+    ("name", "accumulation_steps", "num_workers", "words"),
+    [
+        ("pretrain", 1, 2, ""),
+        ("full_sft", 4, 0, ""),
+        ("lora", 1, 0, ""),
+        ("lora", 1, 0, "--use_dora --lora_dropout 0.1 --loraplus_lr_ratio 4 --rank_pattern wo=2"),
+        ("lora", 1, 0, "--init_lora_weights pissa --load_in_4bit --target_modules wk w2"),
+    ],
 )
-def test_a_resumed_run_leaves_the_same_bits(trained, tmp_path, monkeypatch, name, accumulation_steps, num_workers):
+def test_a_resumed_run_leaves_the_same_bits(
+    trained, tmp_path, monkeypatch, name, accumulation_steps, num_workers, words
+):
     rows = {"batch_size": 8 // accumulation_steps, "accumulation_steps": accumulation_steps}
     door, argv = door_and_flags(name, trained, **rows, num_workers=num_workers)
+    argv += words.split()
     whole, cut = tmp_path / "whole" / "out", tmp_path / "cut" / "out"  # one name: it stands in the files
     door.main([*argv, "--out_dir", str(whole)])
     assert len(states_in(whole)) == 2
