@@ -99,7 +99,7 @@ def template_of(prompt_template: str, begins: bool = False) -> str:
 
 
 def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 
 def _read(name: str, **settings) -> PreTrainedTokenizerBase:

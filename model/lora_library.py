@@ -1,6 +1,5 @@
 """Skills beside one model: one of them active, or a weighted mix, swapped without a trace in the base."""
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -11,16 +10,16 @@ from torch import nn
 from core.errors import UserError
 from model.lora_layers import LoRA, lora_of
 from model.lora_mix import Factors, factors_of, mixed
-from model.lora_targets import adapted, merged
+from model.lora_targets import merged
 from model.model_lora import adapters_in, attach, remove_lora
 
 
 class SkillLibrary:
     """The skills of ``model``, which gets no other LoRA as long as this is used.
 
-    The base's weights and state-dict keys never change. The model carries a copy of what is active; the library keeps
-    its skills outside. With none active each Linear has its own forward again. A swap between skills of the same ranks
-    and targets only copies numbers, so that a compiled model needs no new program.
+    The base's weights and state-dict keys never change; what is not active lies outside the model. With none active
+    each Linear has its own forward again. A compiled model needs no new program for a swap between skills of the same
+    ranks and targets.
     """
 
     def __init__(self, model: nn.Module):
@@ -58,13 +57,8 @@ class SkillLibrary:
         loras = self._mixed(weights)
         if any(True for _ in merged(self.model)):
             raise UserError("a LoRA is merged into this model; call unmerge_lora(model) first")
-        present = {name: linear.lora for name, linear in adapted(self.model)}
-        if present and _kind(present) == _kind(loras):
-            for name, lora in loras.items():
-                present[name].load_state_dict(lora.state_dict())
-        else:
-            remove_lora(self.model)
-            attach(self.model, copy.deepcopy(loras))
+        remove_lora(self.model)
+        attach(self.model, loras)
         self.active = weights
 
     def remove(self, name: str) -> None:
@@ -105,8 +99,3 @@ class SkillLibrary:
     def _refuse_active(self, name: str) -> None:
         if name in self.active:
             raise UserError(f"skill {name!r} is active; use another one first")
-
-
-def _kind(loras: Mapping[str, LoRA]) -> dict[str, tuple[type, int]]:
-    """What two sets of adapters must share so that one can take the other's numbers."""
-    return {name: (type(lora), lora.rank) for name, lora in loras.items()}

@@ -194,6 +194,7 @@ def test_skills_are_mixed_and_read_again_when_their_file_changed(trained, tmp_pa
     changed = logits_of(session.model)
     session.use_skill("b")
     assert torch.equal(logits_of(session.model), changed)
+    assert len(list(session.library)) == 2, "the file's old content is still in memory"
     assert len({tuple(logits.flatten().tolist()) for logits in (mixed, first, changed)}) == 3
     for wrong, said in (("a=x", "no skill's weight"), ("a=nan", "must be a number"), ("a b=0.5 c", "no skill file")):
         with pytest.raises(UserError, match=said):

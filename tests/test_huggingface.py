@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from dataset.chat import encode_chat
 from dataset.tokenizer import foreign_tokenizer, token_bytes
 from model.bases import choose_base, is_pretrained, open_base
 from model.generation import Sampling
+from model.LMConfig import check_length
 from model.model_lora import read_lora
 from serving.session import ChatSession
 
@@ -145,6 +147,22 @@ def test_a_hub_name_is_told_from_a_mistyped_path(folders, tmp_path):
         assert not is_pretrained(path)
 
 
+def test_a_changed_rotary_base_is_another_base(folders, tmp_path):
+    shutil.copytree(folders / "llama", tmp_path / "other")
+    path = tmp_path / "other" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["rope_parameters"]["rope_theta"] *= 2
+    path.write_text(json.dumps(config), encoding="utf-8")
+    marks = [open_base(folder)[1]["fingerprint"] for folder in (folders / "llama", folders / "llama", path.parent)]
+    assert marks[0] == marks[1] != marks[2]
+
+
+def test_a_model_may_know_no_bound():
+    check_length(SimpleNamespace(), 10**9)
+    with pytest.raises(UserError, match="exceeds the model's context of 8"):
+        check_length(SimpleNamespace(max_position_embeddings=8), 9)
+
+
 def test_a_pickled_model_that_runs_code_is_refused_unrun(folders, tmp_path):
     class Touch:
         def __reduce__(self):
@@ -158,8 +176,8 @@ def test_a_pickled_model_that_runs_code_is_refused_unrun(folders, tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
-def test_bytes_are_counted_in_vocabularies_with_byte_fallback(tmp_path):
-    from tokenizers import Tokenizer, decoders, models, normalizers
+def test_vocabularies_with_byte_fallback_and_a_beginning(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
 
     words = ["<s>", "</s>", "<0x0A>", "▁", "▁hi", "é", "你"]
@@ -169,4 +187,8 @@ def test_bytes_are_counted_in_vocabularies_with_byte_fallback(tmp_path):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     assert token_bytes(tokenizer).tolist() == [0, 0, 1, 1, 3, 2, 3]
     tokenizer.save_pretrained(tmp_path)
+    assert "bos_token" not in foreign_tokenizer(tmp_path, "Q: {user}").chat_template
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+    assert foreign_tokenizer(tmp_path, "Q: {user}").chat_template.startswith("{{ bos_token }}")
     assert json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["decoder"]["type"] == "Sequence"

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import IDS, Source, ragged_batch, run_training, strengthen
+from conftest import IDS, Source, logits_of, ragged_batch, run_training, strengthen
 from torch import nn
 from transformers import (
     BartConfig,
@@ -25,6 +25,7 @@ from transformers import (
 from benchmarks.seeded_model import fill
 from core.errors import UserError
 from model.lora_layers import LoRA
+from model.lora_merge import merge_lora, unmerge_lora
 from model.lora_targets import adapted, table_of
 from model.model_lora import apply_lora, attach_lora, lora_parameters, output_parameters, remove_lora, save_lora
 from trainer.optimizer import param_groups
@@ -164,6 +165,14 @@ def test_every_kind_starts_from_the_base_exactly_and_leaves_it_bit_for_bit(sharp
     assert all(torch.equal(tensor, weights[name]) for name, tensor in sharp_model.state_dict().items())
 
 
+def test_dropout_is_for_training_alone(sharp_model):
+    apply_lora(sharp_model.eval(), 4, lora_dropout=0.5)
+    strengthen(sharp_model, 2)
+    assert torch.equal(logits_of(sharp_model), logits_of(sharp_model))
+    sharp_model.train()
+    assert not torch.equal(logits_of(sharp_model), logits_of(sharp_model))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -289,6 +298,13 @@ def test_models_of_other_makers_carry_what_peft_gives_them(tmp_path, name, optio
         attach_lora(model, tmp_path / "any.pth")
         found = model(input_ids=ids).logits if name == "BERT" else model(input_ids=ids, labels=ids).logits
     assert torch.equal(found, expected)
+    weights = copy.deepcopy(model.state_dict())
+    merge_lora(model)
+    with torch.no_grad():
+        alone = model(input_ids=ids).logits if name == "BERT" else model(input_ids=ids, labels=ids).logits
+    torch.testing.assert_close(alone, expected, atol=1e-5, rtol=1e-5)
+    unmerge_lora(model)
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in model.state_dict().items())
 
 
 def test_square_targets_of_an_untied_model_leave_the_head_out():
