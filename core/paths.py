@@ -5,7 +5,7 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from core.errors import UserError
@@ -64,6 +64,11 @@ def skill_weights(words: Iterable[str]) -> dict[str, float]:
         except ValueError as error:
             raise UserError(f"{word!r} is no skill's weight: write NAME or NAME=0.5") from error
     return weights
+
+
+def weights_text(weights: Mapping[str, float]) -> str:
+    """The words that ``skill_weights`` reads as ``weights``."""
+    return " ".join(name if weight == 1 else f"{name}={weight:g}" for name, weight in weights.items())
 
 
 def bundled_data(name: str) -> Path:

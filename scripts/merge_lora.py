@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core.errors import UserError, run
 from core.options import option, parse, require
-from core.paths import lora_path, lora_paths, skill_name, skill_of, skill_weights
+from core.paths import lora_path, lora_paths, skill_name, skill_of, skill_weights, weights_text
 
 
 @dataclass
@@ -55,10 +55,9 @@ def main(argv: list[str] | None = None) -> Path:
     for name in weights:
         path = skill_file(options, name, model.config.hidden_size)
         library.add(name, path, allow_base_mismatch=options.allow_base_mismatch)
-    what = " + ".join(f"{weight:g} x {name}" for name, weight in weights.items())
     if options.output:
-        return merge_into_base(options, base, record, first, library, weights, what)
-    return fuse(options, base, library, weights, what)
+        return merge_into_base(options, base, record, first, library, weights)
+    return fuse(options, base, first, library, weights)
 
 
 def skill_file(options: Options, name: str, dim: int | None = None) -> Path:
@@ -73,11 +72,12 @@ def skill_file(options: Options, name: str, dim: int | None = None) -> Path:
     return found[-1]
 
 
-def merge_into_base(options: Options, base: Path, record: dict, skill: dict, library, weights, what: str) -> Path:
+def merge_into_base(options: Options, base: Path, record: dict, first: dict, library, weights: dict) -> Path:
     """Write the base with the skills in its weights, and say how far its logits are from the attached skills'."""
     import torch
 
     from dataset.tokenizer import tokenizer_of
+    from model.LMConfig import context_of
     from model.lora_merge import merge_lora
     from model.model import MiniMindLM
     from model.quantized import dequantize
@@ -89,7 +89,7 @@ def merge_into_base(options: Options, base: Path, record: dict, skill: dict, lib
         raise UserError(f"--output {output} must end in .pth")
     if output.exists():
         raise UserError(f"--output {output} exists; choose another or delete it")
-    ids = torch.arange(64)[None] * 31 % record["config"]["vocab_size"]
+    ids = torch.arange(min(64, context_of(model.config)))[None] * 31 % record["config"]["vocab_size"]
 
     @torch.no_grad()
     def logits() -> torch.Tensor:
@@ -101,15 +101,12 @@ def merge_into_base(options: Options, base: Path, record: dict, skill: dict, lib
     merge_lora(model)
     model.to(getattr(torch, options.dtype))
     drift = (logits() - attached).abs().max()
-    largest = attached.abs().max()
-    print(
-        f"merged {what}: logits differ by at most {drift:.1e} from the attached skills', whose largest is {largest:.1f}"
-    )
+    print(f"merged {weights_text(weights)}: logits differ by at most {drift:.1e} from those with the skills attached")
     if ours:
         fused = {"base": {"file": base.name, "fingerprint": record["fingerprint"]}, "skills": weights}
         save_base(output, model, {**record, "merged": fused})
     else:
-        template = skill["options"].get("prompt_template")
+        template = first["options"].get("prompt_template")
         tokenizer = tokenizer_of(record, base, None, options.out_dir, template)
         unfinished = output.with_name(output.name + ".part")  # a kill leaves no half of a model under the name
         model.save_pretrained(unfinished)
@@ -119,8 +116,8 @@ def merge_into_base(options: Options, base: Path, record: dict, skill: dict, lib
     return output
 
 
-def fuse(options: Options, base: Path, library, weights: dict[str, float], what: str) -> Path:
-    """Write the weighted sum of the skills as one skill."""
+def fuse(options: Options, base: Path, first: dict, library, weights: dict) -> Path:
+    """Write the weighted sum of the skills as one skill, which is asked as the first of them was."""
     from model.lora_mix import truncated
     from model.model_lora import base_fingerprint, write_lora
 
@@ -133,10 +130,12 @@ def fuse(options: Options, base: Path, library, weights: dict[str, float], what:
     tensors = {}
     for target, (A, B) in factors.items():
         tensors |= {f"{target}.lora.A.weight": A, f"{target}.lora.B.weight": B}
-    meta = {"stage": "lora", "base": {"file": base.name}, "fused": weights}
+    asked = {"prompt_template": first["options"].get("prompt_template")}
+    meta = {"stage": "lora", "base": {"file": base.name}, "tokenizer": first.get("tokenizer"), "options": asked}
+    meta["fused"] = weights
     write_lora(path, tensors, dict.fromkeys(factors, 1.0), base_fingerprint(library.model), meta)
     ranks = sorted({A.size(0) for A, _ in factors.values()})
-    print(f"fused {what}: rank {', '.join(map(str, ranks))}, {100 * lost:.2f} % of the update is lost")
+    print(f"fused {weights_text(weights)}: rank {', '.join(map(str, ranks))}, {100 * lost:.2f} % of the update is lost")
     print(f"saved {path}")
     return path
 

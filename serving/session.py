@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
-from core.paths import lora_path, lora_paths, skill_of, skill_weights
+from core.paths import lora_path, lora_paths, skill_of, skill_weights, weights_text
 from dataset.chat import encode_chat
 from model.generation import Sampling, generate
 from model.LMConfig import context_of
@@ -48,7 +48,7 @@ class ChatSession:
     @property
     def skill(self) -> str:
         """The active skills as they were asked for, empty for the bare base."""
-        return " ".join(name if weight == 1 else f"{name}={weight:g}" for name, weight in self.weights.items())
+        return weights_text(self.weights)
 
     def reply(self, text: str) -> Iterator[str]:
         """Stream the answer to ``text`` in whole characters; what was said, even if cut short, joins the history."""

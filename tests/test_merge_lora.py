@@ -17,6 +17,8 @@ from model.model_lora import apply_lora, attach_lora, read_lora, remove_lora, sa
 from model.weights import load_base
 from scripts.merge_lora import main
 
+META = {"tokenizer": "0123", "options": {"prompt_template": "Q: {user}"}}
+
 
 @pytest.fixture
 def out(trained, tmp_path):
@@ -35,7 +37,7 @@ def write_skills(model, folder, names, dim):
     for seed, name in enumerate(names):
         apply_lora(model, 4 + 2 * seed, 3.0, "all-linear" if seed else "square")
         strengthen(model, seed)
-        save_lora(model, folder / "lora" / f"lora_{name}_{dim}.pth", {"base": {"file": f"full_sft_{dim}.pth"}})
+        save_lora(model, folder / "lora" / f"lora_{name}_{dim}.pth", META | {"base": {"file": f"full_sft_{dim}.pth"}})
         remove_lora(model)
 
 
@@ -75,6 +77,7 @@ def test_a_fused_skill_is_the_exact_sum_or_says_what_it_lost(out, capsys, rank):
     lost = float(re.search(r"([\d.]+) % of the update is lost", printed)[1])
     _, meta = read_lora(path)
     assert set(meta["ranks"].values()) == ({3} if rank else {6, 10})
+    assert meta["options"]["prompt_template"] == "Q: {user}" and meta["tokenizer"] == "0123"
     assert meta["fused"] == {"a": 0.7, "b": -0.3} and meta["base"]["file"] == "full_sft_64.pth"
     model, _ = load_base(out / "full_sft_64.pth")
     attach_lora(model, path)
