@@ -18,7 +18,10 @@ MEMORY_STEPS = 4
 
 
 def memory(options, folder: Path) -> dict:
-    """Peak memory above the bare process (imports done, data ready, no model yet) on full windows, a process each."""
+    """Peak memory above the bare process (imports done, data ready, no model yet) on full windows.
+
+    Each figure is a process of its own, ``--rounds`` times: how much an allocator keeps is not the same twice.
+    """
     tokenizer = load_tokenizer(TOKENIZER_DIR)
     weights, config = initial_weights(options, tokenizer, folder)
     texts = documents(options.pretrain)
@@ -26,20 +29,21 @@ def memory(options, folder: Path) -> dict:
     figures = {}
     for rows, share in MEMORY_SHAPES:
         length = round(options.max_seq_len * share)
-        peaks = {}
-        for name, door in (("full", "train_pretrain"), ("lora", "train_lora")):
-            (place := folder / f"{name}-{rows}-{length}").mkdir()
-            sides = Sides(options, "text", weights, config, place)
-            flags = {"batch_size": rows, "max_seq_len": length, "optimizer": "adamw"}
-            with sides.ours(name, door, file.path, MEMORY_STEPS, **flags) as side:
-                answer = side.ask("steps", count=MEMORY_STEPS)
-            peaks[name] = answer["peak_mib"] - answer["bare_mib"]
+        flags = {"batch_size": rows, "max_seq_len": length, "optimizer": "adamw"}
+        peaks = {"full": [], "lora": []}
+        for turn in range(options.rounds):
+            for name, door in (("full", "train_pretrain"), ("lora", "train_lora")):
+                (place := folder / f"{name}-{rows}-{length}-{turn}").mkdir()
+                sides = Sides(options, "text", weights, config, place)
+                with sides.ours(name, door, file.path, MEMORY_STEPS, **flags) as side:
+                    answer = side.ask("steps", count=MEMORY_STEPS)
+                peaks[name].append(answer["peak_mib"] - answer["bare_mib"])
         figures[f"{rows} x {length}"] = {
-            "full_mib": round(peaks["full"], 1),
-            "lora_mib": round(peaks["lora"], 1),
-            "lora_of_full": round(peaks["lora"] / peaks["full"], 3),
+            "full_mib": spread(peaks["full"], 1),
+            "lora_mib": spread(peaks["lora"], 1),
+            "lora_of_full": ratios(peaks["lora"], peaks["full"]),
         }
-    return {"optimizer_steps": MEMORY_STEPS, **figures}
+    return {"optimizer_steps": MEMORY_STEPS, "rounds": options.rounds, **figures}
 
 
 def full_vs_lora(options, folder: Path) -> dict:
