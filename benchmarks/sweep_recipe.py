@@ -118,16 +118,14 @@ def recipe(setting: dict) -> Iterator[None]:
         yield
 
 
-def rate_at(schedule: str, step: int, total: int, warmup: int, peak: float) -> float:
-    """Learning rate of optimizer step ``step`` in [0, total)."""
+def rate_at(schedule: str, step: int, total: int, warmup: int, decay: float, peak: float) -> float:
+    """Learning rate of optimizer step ``step`` in [0, total); ``decay`` is the product's own."""
     from trainer.optimizer import lr_at
 
-    if step < warmup or schedule == "warm-up, stable, decay":
-        return lr_at(step, total, warmup, peak)
-    left = 1 - (step - warmup) / max(total - warmup, 1)  # from 1 to 0
-    if schedule == "cosine to 10 %":
+    if step >= warmup and schedule == "cosine to 10 %":
+        left = 1 - (step - warmup) / max(total - warmup, 1)  # from 1 to 0
         return peak * (0.55 - 0.45 * math.cos(math.pi * left))
-    return peak * left
+    return lr_at(step, total, warmup, decay if schedule == "warm-up, stable, decay" else 1.0, peak)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,16 @@ def lora_path(out_dir: str | Path, name: str, dim: int) -> Path:
     return Path(out_dir) / "lora" / f"lora_{skill_name(name)}_{dim}.pth"
 
 
+def head_path(lora: Path) -> Path:
+    """The head that a classifier's skill file ``lora`` was trained with lies beside it."""
+    return lora.with_name("head_" + lora.name.removeprefix("lora_"))
+
+
+def classifier_dir(out_dir: str | Path, name: str) -> Path:
+    """``out/classifiers/<name>``, a Hugging Face folder: a classifier whose weights were all trained."""
+    return Path(out_dir) / "classifiers" / skill_name(name)
+
+
 def lora_paths(out_dir: str | Path, name: str | None = None) -> list[Path]:
     """The skill files in ``out_dir``, of every dim, the newest last; only those of skill ``name`` if given."""
     files = (path for path in (Path(out_dir) / "lora").glob("lora_*.pth") if path.is_file())

@@ -40,17 +40,38 @@ class Batch:
 
 
 class Samples(Protocol):
-    """What ``Batches`` draws from: ``samples[n]`` is ``(ids, learned)``, two numpy arrays of length ``lengths[n]``."""
+    """What ``Batches`` draws from: rows of ``lengths[n]`` tokens, and a micro-batch of some of them."""
 
     lengths: np.ndarray
+
+    def __len__(self) -> int: ...
+    def collate(self, indices: np.ndarray) -> Batch: ...
+
+
+class _TokenSamples:
+    """Samples for a causal model: ``samples[n]`` is ``(ids, learned)``, two numpy arrays of length ``lengths[n]``."""
+
     pad_id: int
     bytes_of: np.ndarray  # UTF-8 bytes each id stands for
 
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...
+    def collate(self, indices: np.ndarray) -> Batch:
+        """Right-pad the chosen samples to the longest of them."""
+        rows = [self[int(index)] for index in indices]
+        longest = max(len(ids) for ids, _ in rows)
+        input_ids = torch.full((len(rows), longest), self.pad_id, dtype=torch.int64)
+        labels = torch.full((len(rows), longest), IGNORED, dtype=torch.int64)
+        n_bytes = 0
+        for row, (ids, learned) in enumerate(rows):
+            input_ids[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
+            targets = np.where(learned, ids.astype(np.int64), IGNORED)
+            targets[0] = IGNORED
+            labels[row, : len(ids)] = torch.from_numpy(targets)
+            n_bytes += int(self.bytes_of[targets[targets != IGNORED]].sum())
+        n_tokens = sum(len(ids) for ids, _ in rows)
+        return Batch({"input_ids": input_ids}, labels, int((labels != IGNORED).sum()), n_bytes, n_tokens)
 
 
-class PretrainSamples:
+class PretrainSamples(_TokenSamples):
     """Documents laid end to end and cut into windows of ``max_seq_len`` tokens: no padding, nothing dropped.
 
     Neighbouring windows share one token, so that every token but the very first is predicted exactly once.
@@ -82,7 +103,7 @@ class PretrainSamples:
         return f"{len(self.rows)} documents, {int(self.rows.lengths.sum())} tokens, {len(self)} windows, 0 % truncated"
 
 
-class ChatSamples:
+class ChatSamples(_TokenSamples):
     """Chats cut after ``max_seq_len`` tokens; one whose cut leaves nothing to learn is left out and counted."""
 
     def __init__(self, rows: TokenRows, max_seq_len: int, pad_id: int, bytes_of: np.ndarray):
@@ -134,23 +155,6 @@ class SFTDataset(PretrainDataset):
     """Training and validation chats of fine-tuning files: ``train`` and ``val``."""
 
     kind, samples = CHAT, ChatSamples
-
-
-def collate(samples: Samples, indices: np.ndarray) -> Batch:
-    """Right-pad the chosen samples to the longest of them."""
-    rows = [samples[int(index)] for index in indices]
-    longest = max(len(ids) for ids, _ in rows)
-    input_ids = torch.full((len(rows), longest), samples.pad_id, dtype=torch.int64)
-    labels = torch.full((len(rows), longest), IGNORED, dtype=torch.int64)
-    n_bytes = 0
-    for row, (ids, learned) in enumerate(rows):
-        input_ids[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
-        targets = np.where(learned, ids.astype(np.int64), IGNORED)
-        targets[0] = IGNORED
-        labels[row, : len(ids)] = torch.from_numpy(targets)
-        n_bytes += int(samples.bytes_of[targets[targets != IGNORED]].sum())
-    n_tokens = sum(len(ids) for ids, _ in rows)
-    return Batch({"input_ids": input_ids}, labels, int((labels != IGNORED).sum()), n_bytes, n_tokens)
 
 
 class Batches:
@@ -226,9 +230,9 @@ class Batches:
     def _step(self, indices: np.ndarray) -> list[Batch]:
         share = self._share(indices)
         if not len(share):
-            return [masked(collate(self.samples, indices[:1]))]
+            return [masked(self.samples.collate(indices[:1]))]
         parts = micro_batches(self.samples, share, self.batch_size, self.micro_tokens)
-        return [collate(self.samples, part) for part in parts]
+        return [self.samples.collate(part) for part in parts]
 
 
 @dataclass
@@ -281,4 +285,4 @@ def validation_batches(
         return []
     count = max(1, min(len(samples), len(samples) * max_tokens // int(samples.lengths.sum())))
     spread = np.linspace(0, len(samples) - 1, count).round().astype(np.int64)
-    return [collate(samples, part) for part in micro_batches(samples, spread, batch_size, micro_tokens)]
+    return [samples.collate(part) for part in micro_batches(samples, spread, batch_size, micro_tokens)]

@@ -58,8 +58,8 @@ def clean_text(row: Any) -> dict:
     """``{"text": str}`` with text in it, or ``BadRow``."""
     row = _object(row)
     if "text" not in row:
-        raise BadRow(f'no "text" among its keys {_keys(row)}')
-    return {"text": _content(row["text"], '"text"')}
+        raise BadRow(f'no "text" among its keys {keys_of(row)}')
+    return {"text": content(row["text"], '"text"')}
 
 
 def clean_chat(row: Any) -> dict:
@@ -73,14 +73,14 @@ def clean_chat(row: Any) -> dict:
         if key in row:
             return {"conversations": check_messages(row[key])}
     if "instruction" in row and "output" in row:
-        question = _content(row["instruction"], '"instruction"')
+        question = content(row["instruction"], '"instruction"')
         if row.get("input"):
-            question += "\n" + _content(row["input"], '"input"')
+            question += "\n" + content(row["input"], '"input"')
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
         if row.get("system"):
             messages.insert(0, {"role": "system", "content": row["system"]})
         return {"conversations": check_messages(messages)}
-    raise BadRow(f'no "conversations", "messages" or "instruction" with "output" among its keys {_keys(row)}')
+    raise BadRow(f'no "conversations", "messages" or "instruction" with "output" among its keys {keys_of(row)}')
 
 
 def check_messages(messages: Any) -> list[dict]:
@@ -100,7 +100,7 @@ def check_messages(messages: Any) -> list[dict]:
             raise BadRow(f"messages {number - 1} and {number} are both from {role}")
         if role == "assistant" and (not clean or clean[-1]["role"] == "system"):
             raise BadRow(f"message {number} is an answer to no question")
-        clean.append({"role": role, "content": _content(message["content"], f"message {number}")})
+        clean.append({"role": role, "content": content(message["content"], f"message {number}")})
     if clean[-1]["role"] != "assistant":
         raise BadRow("the conversation does not end with an assistant turn")
     return clean
@@ -131,7 +131,8 @@ def _object(row: Any) -> dict:
     return row
 
 
-def _content(value: Any, where: str) -> str:
+def content(value: Any, where: str) -> str:
+    """``value``, if it is a text with something in it, else ``BadRow``; ``where`` names it."""
     if not isinstance(value, str):
         raise BadRow(f"{where} is not text but {type(value).__name__}")
     if not value.strip():
@@ -143,5 +144,6 @@ def _content(value: Any, where: str) -> str:
     return value
 
 
-def _keys(row: dict) -> str:
+def keys_of(row: dict) -> str:
+    """The first keys of a row, for a message."""
     return "(" + ", ".join(map(repr, list(row)[:6])) + ")" if row else "(none)"

@@ -200,7 +200,7 @@ def _encode(shared: tuple[Kind, PreTrainedTokenizerBase], numbered: tuple[int, B
     for n, dtype in enumerate((_width(tokenizer), np.bool_)):
         values = np.fromiter(chain.from_iterable(row[n] for row in encoded), dtype, ends[-1])
         columns.append(pa.ListArray.from_arrays(ends, values))
-    columns.append(pa.array([_digest(row) for row in good], pa.int64()))
+    columns.append(pa.array([digest(row) for row in good], pa.int64()))
     columns.append(pa.array([_first_target(learned) for _, learned in encoded], pa.int32()))
     return Part(pa.RecordBatch.from_arrays(columns, schema=schema), file, bad, block.read)
 
@@ -212,7 +212,7 @@ def _first_target(learned: list[bool]) -> int:
         return NO_TARGET
 
 
-def _digest(row: dict) -> int:
+def digest(row: dict) -> int:
     """63 bits of the SHA-256 of a row's content."""
     content = json.dumps(row, sort_keys=True, ensure_ascii=False).encode()
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "little") >> 1

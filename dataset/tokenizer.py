@@ -25,7 +25,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(
             f"no tokenizer.json in {path}; make one with scripts/train_tokenizer.py or fix --tokenizer_path"
         )
-    tokenizer = _read(str(path), local_files_only=True)
+    tokenizer = read_tokenizer(path, local_files_only=True)
     if tokenizer.eos_token_id is None or not tokenizer.chat_template:
         raise UserError(f"the tokenizer in {path} lacks an end-of-turn token or a chat template")
     return tokenizer
@@ -67,7 +67,7 @@ def foreign_tokenizer(name: str | Path, prompt_template: str | None = None) -> P
 
     Raises ``UserError`` if it cannot be read, has no template either, or is none of the `tokenizers` library.
     """
-    tokenizer = _read(str(name) if Path(name).exists() else Path(name).as_posix())
+    tokenizer = read_tokenizer(name)
     if not hasattr(tokenizer, "backend_tokenizer") or tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} lacks a tokenizer.json or an end-of-text token")
     if prompt_template is not None:
@@ -102,7 +102,9 @@ def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 
-def _read(name: str, **settings) -> PreTrainedTokenizerBase:
+def read_tokenizer(name: str | Path, **settings) -> PreTrainedTokenizerBase:
+    """Any tokenizer of a Hugging Face folder or hub name. Raises ``UserError`` if it cannot be read."""
+    name = str(name) if Path(name).exists() else Path(name).as_posix()
     try:
         return AutoTokenizer.from_pretrained(name, **settings)
     except Exception as error:  # the libraries raise bare Exception for a broken file

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
 from core.files import sha256_file
 from core.paths import cache_dir, checkpoints_dir, metrics_path
-from dataset.batches import MICRO_TOKENS, Batches, PretrainDataset, Samples, validation_batches
+from dataset.batches import MICRO_TOKENS, Batch, Batches, PretrainDataset, Samples, validation_batches
 from dataset.tokenizer import tokenizer_fingerprint, tokenizer_of
 from model.bases import choose_base, open_base
 from model.LMConfig import check_length
@@ -138,6 +138,7 @@ def train_and_save(
     on_save: Callable[[int], None],
     validate: Callable[[], Metrics],
     memory: dict,
+    loss_sum: Callable[[nn.Module, Batch], Tensor] = loss_sum,
     faster: tuple[Iterable[nn.Parameter], float] = ((), 1.0),
 ) -> None:
     """Train what is trainable in ``model`` into the file ``path``, from a saved state with ``--resume``.

@@ -24,7 +24,6 @@ from dataset.batches import (
     Batches,
     PretrainDataset,
     SFTDataset,
-    collate,
     micro_batches,
     validation_batches,
 )
@@ -153,7 +152,7 @@ def test_a_chat_loses_its_tail_and_is_left_out_when_nothing_remains(make, tokeni
 
 def test_answers_alone_are_learned_and_counted(make, tokenizer, chats):
     samples = make(SFTDataset, chats, 10_000).train
-    batch = collate(samples, np.arange(len(CHATS)))
+    batch = samples.collate(np.arange(len(CHATS)))
     check_batch(tokenizer, batch)
     answers = ["".join(m["content"] for m in row["conversations"] if m["role"] == "assistant") for row in CHATS]
     assert learned_texts(tokenizer, batch) == [answer.encode() for answer in answers]

@@ -12,7 +12,7 @@ from benchmarks.training.measure import Paced, train_paced, training_mflop
 from benchmarks.training.sides import Sides, compare
 from core.errors import UserError
 from core.paths import bundled_data
-from dataset.batches import PretrainDataset, SFTDataset, collate
+from dataset.batches import PretrainDataset, SFTDataset
 from model.LMConfig import LMConfig
 from model.loss import loss_sum
 from model.model import MiniMindLM
@@ -126,7 +126,7 @@ def test_the_score_is_the_mean_loss_of_the_held_out_rows(small, tokenizer, tmp_p
     model = model_of(LMConfig(**config), read_tensors(weights), weights).eval()
     data = SFTDataset((file.path,), tokenizer, LENGTH, cache=tmp_path, val_ratio=0.0).train
     with torch.no_grad():
-        rows = [collate(data, [n]) for n in range(len(data))]
+        rows = [data.collate([n]) for n in range(len(data))]
         nats = sum(float(loss_sum(model, row)) for row in rows)
     assert score() == pytest.approx(nats / sum(row.n_targets for row in rows), rel=1e-5)
     apply_lora(model, 4)

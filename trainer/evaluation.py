@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.runtime import Runtime
@@ -24,6 +25,10 @@ class Metrics:
 
     def __str__(self) -> str:
         return f"loss {self.loss:.4f}, {self.bits_per_byte:.4f} bits per byte" if self.targets else "nothing held out"
+
+    def figures(self) -> dict[str, float]:
+        """What a log line says of it."""
+        return {"loss": self.loss, "bits_per_byte": self.bits_per_byte}
 
 
 @torch.no_grad()
@@ -46,3 +51,65 @@ def evaluate(
     bits = text_nats / math.log(2)
     loss = nats / targets if targets else math.nan
     return Metrics(loss, bits / text_bytes if text_bytes else math.nan, targets, text_bytes)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A classifier on ``targets`` rows; NaN without any.
+
+    ``loss``: nats a row. ``f1``: of label 1 where there are two, else the mean over all labels. ``mcc``: Matthews'
+    correlation, for any number of labels that of Gorodkin (2004); 0 where it has no value.
+    """
+
+    loss: float
+    accuracy: float
+    f1: float
+    mcc: float
+    targets: int
+
+    def __str__(self) -> str:
+        if not self.targets:
+            return "nothing held out"
+        return f"loss {self.loss:.4f}, accuracy {self.accuracy:.4f}, F1 {self.f1:.4f}, Matthews {self.mcc:.4f}"
+
+    def figures(self) -> dict[str, float]:
+        """What a log line says of it."""
+        return {"loss": self.loss, "accuracy": self.accuracy, "f1": self.f1, "mcc": self.mcc}
+
+
+@torch.no_grad()
+def score(model: nn.Module, batches: Iterable, runtime: Runtime) -> Scores:
+    """The scores of a classifier, whose ``logits`` are (B, labels), over ``batches`` with ``labels`` (B,)."""
+    was_training = model.training
+    model.eval()
+    nats, predicted, labels, count = 0.0, [], [], 0
+    for batch in batches:
+        with runtime.autocast():
+            logits = model(**runtime.move(batch).inputs).logits.float().cpu()
+        nats += float(F.cross_entropy(logits, batch.labels, reduction="sum"))
+        predicted.append(logits.argmax(-1))
+        labels.append(batch.labels)
+        count = logits.size(-1)
+    model.train(was_training)
+    if not labels:
+        return Scores(math.nan, math.nan, math.nan, math.nan, 0)
+    # table[t, p]: how many rows of label t were called p
+    table = torch.zeros(count, count, dtype=torch.float64)
+    table.index_put_((torch.cat(labels), torch.cat(predicted)), torch.ones((), dtype=torch.float64), accumulate=True)
+    return scores_of(table, nats / float(table.sum()))
+
+
+def scores_of(table: Tensor, loss: float) -> Scores:
+    """The scores of a confusion table (true labels, predicted labels), float64."""
+    total, right = float(table.sum()), table.diagonal()
+    true, called = table.sum(1), table.sum(0)
+    f1 = 2 * right / (true + called).clamp(min=1)
+    covariance = float(right.sum()) * total - float(true @ called)
+    spread = math.sqrt((total**2 - float(called @ called)) * (total**2 - float(true @ true)))
+    return Scores(
+        loss,
+        float(right.sum()) / total,
+        float(f1[1] if len(f1) == 2 else f1.mean()),
+        covariance / spread if spread else 0.0,
+        int(total),
+    )

@@ -19,7 +19,7 @@ from core.output import unread_output_dropped
 from trainer.evaluation import Metrics
 from trainer.measure import announce, peak_memory_mb, speed_figures
 from trainer.metrics import NoLog, RunLog
-from trainer.optimizer import lr_at, make_optimizer, warmup_steps
+from trainer.optimizer import lr_at, make_optimizer
 from trainer.options import TrainOptions
 from trainer.progress import Clock, duration
 from trainer.run_state import RunStates
@@ -100,7 +100,7 @@ def train(
         raise UserError("the model has no trainable parameter: a removed LoRA leaves its base frozen")
     total = options.epochs * source.steps_per_epoch
     total = min(total, options.max_steps) if options.max_steps else total
-    warmup = warmup_steps(options.warmup_iters, total)
+    warmup = options.warmup_iters or round(options.warmup_ratio * total)
     if warmup >= total:
         raise UserError(f"--warmup_iters {warmup} must be shorter than the run of {total} optimizer steps")
     optimizer = make_optimizer(groups, options.learning_rate, options.optimizer, runtime.device)
@@ -134,7 +134,7 @@ def train(
             if run.step == total or run.step % options.save_interval == 0:  # a stop in between leaves no trace
                 final = validate()
                 if final.targets and rng is not None:
-                    log.write({"step": run.step, "val_loss": final.loss, "val_bits_per_byte": final.bits_per_byte})
+                    log.write({"step": run.step} | {f"val_{name}": value for name, value in final.figures().items()})
                     _say(bar, f"step {run.step}: validation {final}")
             finite = all(torch.stack(parameter.aminmax()).isfinite().all() for parameter in parameters)
             if not finite or (final and final.targets and not math.isfinite(final.loss)):
@@ -156,7 +156,7 @@ def train(
         replica.train()
         stopping = runtime.sum(request.signum > 0)[0]  # while it was announced: nothing was learned yet
         for batches in () if stopping else _steps(source, run.step, last, request, runtime):
-            lr = lr_at(run.step, total, warmup, options.learning_rate)
+            lr = lr_at(run.step, total, warmup, options.decay_ratio, options.learning_rate)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_ratio"]
             loss, n_targets = _backward(replica, batches, scaler, runtime, loss_sum)

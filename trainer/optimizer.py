@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from core.errors import UserError
 from trainer.runtime import multiplies_bf16
 
-# Numbers without another source come from benchmarks/results/sweep_recipe.json; docs/engine.md reads it.
+# Numbers without another source, and the schedule's defaults, come from benchmarks/results/sweep_recipe.json, which
+# docs/engine.md reads.
 BETAS = (0.8, 0.95)
-DECAY = 0.4  # share of the steps after the warm-up in which the rate falls
 MOMENTUM = 0.95  # Muon's (Jordan 2024), as are the coefficients and the number of iterations
 QUINTIC = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -110,14 +110,12 @@ def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return x.mT if tall else x
 
 
-def warmup_steps(asked: int, total: int) -> int:
-    """``--warmup_iters``, or 1 % of the run when it is 0."""
-    return asked or round(0.01 * total)
+def lr_at(step: int, total: int, warmup: int, decay: float, peak: float) -> float:
+    """Learning rate of optimizer step ``step`` in [0, total): linear warm-up, ``peak``, linear decay to zero.
 
-
-def lr_at(step: int, total: int, warmup: int, peak: float) -> float:
-    """Learning rate of optimizer step ``step`` in [0, total): linear warm-up, ``peak``, linear decay to zero."""
+    ``decay``: the share of the steps after the warm-up in which it falls.
+    """
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     left = 1 - (step - warmup) / max(total - warmup, 1)
-    return peak * min(1.0, left / DECAY)
+    return peak * min(1.0, left / decay)

@@ -18,7 +18,9 @@ class TrainOptions:
     optimizer: Literal["muon", "adamw", "paged_adamw"] = option(
         "adamw", "of the Linear layers' weights; AdamW has all others. Paged: its state may move to RAM (NVIDIA GPUs)"
     )
-    warmup_iters: int = option(0, "optimizer steps of linear warm-up; 0: 1 % of all steps")
+    warmup_iters: int = option(0, "optimizer steps of linear warm-up; 0: --warmup_ratio of all steps")
+    warmup_ratio: float = option(0.01, "share of the steps in which the rate rises")
+    decay_ratio: float = option(0.4, "share of the steps after the warm-up in which the rate falls to 0")
     weight_decay: float = option(0.1, "decoupled weight decay of matrices (not of norms)")
     grad_clip: float = option(1.0, "largest gradient norm; 0 clips nothing")
     max_seq_len: int = option(512, "tokens of a row or window")
@@ -54,6 +56,8 @@ class TrainOptions:
         require(not (self.dry_run and self.resume), "--dry_run begins a run that is thrown away: leave out --resume")
         require(self.seed < 2**63, f"--seed {self.seed} must be below 2^63")
         require(0 < self.learning_rate < inf, f"--learning_rate {self.learning_rate} must be a positive number")
+        require(0 <= self.warmup_ratio < 1, f"--warmup_ratio {self.warmup_ratio} must lie in [0, 1)")
+        require(0 < self.decay_ratio <= 1, f"--decay_ratio {self.decay_ratio} must lie in (0, 1]")
         require(0 <= self.val_ratio < 1, f"--val_ratio {self.val_ratio} must lie in [0, 1)")
         require(self.max_seq_len >= 2, f"--max_seq_len {self.max_seq_len} must be at least 2")
 
