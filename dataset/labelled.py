@@ -1,8 +1,6 @@
 """Labelled texts, single or in pairs, for classification: JSON or TSV rows become samples to draw batches from."""
 
-import csv
 import gzip
-import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,12 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from core.errors import UserError
 from dataset.batches import Batch
 from dataset.blocks import BadRow
-from dataset.rows import content, keys_of, read_rows
+from dataset.rows import SHOWN_BAD_ROWS, content, keys_of, read_rows, settle_bad_rows
 from dataset.tokenized import digest
 
 # What a column may be called, GLUE's own names among them.
 TEXT, PAIR = ("text", "sentence", "sentence1"), ("text_pair", "sentence2")
-SHOWN_BAD_ROWS = 5
 
 
 def clean_labelled(row: Any) -> dict:
@@ -58,11 +55,7 @@ def read_labelled(
                 bad.append(f"{path}:{line}: {row}")
             else:
                 good.append(row)
-    if bad and bad_rows == "skip":
-        print(f"bad rows skipped: {len(bad)}, the first {bad[0]}")
-    elif bad:
-        print("\n".join(bad[:SHOWN_BAD_ROWS]), *["..."] * (len(bad) > SHOWN_BAD_ROWS), sep="\n", flush=True)
-        raise UserError(f"{len(bad)} bad rows, the first {bad[0]}; mend them or pass --bad_rows skip")
+    settle_bad_rows(len(bad), bad[:SHOWN_BAD_ROWS], bad_rows)
     names = ", ".join(map(str, paths))
     if not good:
         raise UserError(f"no usable row in {names}")
@@ -143,13 +136,14 @@ def _tsv_rows(path: Path, clean: Callable[[Any], dict]) -> Iterator[tuple[int, d
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}; it must be UTF-8 text") from error
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
-    header = next(reader, [])
-    for line, cells in enumerate(reader, 2):
+    header, *lines = (line.rstrip("\r").split("\t") for line in text.split("\n"))
+    for number, cells in enumerate(lines, 2):
+        if cells == [""]:
+            continue
         if len(cells) != len(header):
-            yield line, BadRow(f"{len(cells)} columns, the header has {len(header)}")
+            yield number, BadRow(f"{len(cells)} columns, the header has {len(header)}")
             continue
         try:
-            yield line, clean(dict(zip(header, cells, strict=True)))
+            yield number, clean(dict(zip(header, cells, strict=True)))
         except BadRow as bad:
-            yield line, bad
+            yield number, bad

@@ -12,6 +12,7 @@ from core.errors import UserError
 from dataset.blocks import BadRow, Block, read_blocks
 
 ROLES = ("system", "user", "assistant")
+SHOWN_BAD_ROWS = 20
 
 
 def read_rows(path: Path, clean: Callable[[Any], dict]) -> Iterator[tuple[int, dict | BadRow]]:
@@ -33,6 +34,18 @@ def clean_rows(block: Block, clean: Callable[[Any], dict]) -> Iterator[tuple[int
             yield number, clean(parsed)
         except BadRow as bad:
             yield number, bad
+
+
+def settle_bad_rows(count: int, shown: list[str], bad_rows: str) -> None:
+    """Go on without ``count`` bad rows, of which ``shown`` are the first, if ``bad_rows`` is "skip"; it is printed.
+
+    Raises ``UserError`` otherwise, if there are any.
+    """
+    if count and bad_rows == "skip":
+        print(f"bad rows skipped: {count}, the first {shown[0]}")
+    elif count:
+        print("\n".join(shown), *["..."] * (count > len(shown)), sep="\n", flush=True)
+        raise UserError(f"{count} bad rows, the first {shown[0]}; mend them or pass --bad_rows skip")
 
 
 def read_texts(path: Path) -> list[str]:

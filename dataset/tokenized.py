@@ -21,12 +21,11 @@ from core.files import atomic_write, sha256_file
 from dataset.blocks import BadRow, Block, read_blocks, text_bytes
 from dataset.chat import Encoded, encode_chats, encode_documents
 from dataset.parallel import MOST_WORKERS, in_order, usable_cores
-from dataset.rows import clean_chat, clean_rows, clean_text
+from dataset.rows import SHOWN_BAD_ROWS, clean_chat, clean_rows, clean_text, settle_bad_rows
 from dataset.token_table import TokenRows, open_table, seal_table
 from dataset.tokenizer import tokenizer_fingerprint
 
 FORMAT = 4  # raise it when the meaning of a cached table changes
-SHOWN_BAD_ROWS = 20
 SMALL_BYTES = 1 << 24  # of text: less is tokenised sooner than worker processes start
 BAR_SECONDS = 2  # work that takes longer gets a bar
 NO_TARGET = np.iinfo(np.int32).max  # the first target of a row that has none: beyond any length
@@ -106,11 +105,7 @@ def tokenize_files(
     bad = BadRows(**facts)
     # The cache may have been filled from files of other names.
     shown = [f"{paths[n]}:{line}: {reason}" for n, line, reason in bad.shown]
-    if bad.count and bad_rows == "skip":
-        print(f"bad rows skipped: {bad.count} (scripts/inspect_data.py lists them)")
-    elif bad.count:
-        print("\n".join(shown), *["..."] * (bad.count > len(shown)), sep="\n", flush=True)
-        raise UserError(f"{bad.count} bad rows, the first {shown[0]}; mend them or pass --bad_rows skip")
+    settle_bad_rows(bad.count, shown, bad_rows)
     if not len(rows):
         raise UserError(f"no usable row in {', '.join(map(str, paths))}")
     return rows

@@ -13,7 +13,7 @@ from core.errors import UserError
 from core.files import atomic_write
 from model.bases import is_pretrained, load_pretrained, quiet_library
 from model.kernels import IGNORED
-from model.weights import copy_strictly, read_tensors
+from model.weights import copy_strictly, fingerprint, read_tensors
 
 
 def open_classifier(base: Path, labels: Sequence[str]) -> nn.Module:
@@ -31,8 +31,12 @@ def open_classifier(base: Path, labels: Sequence[str]) -> nn.Module:
     body = {id(parameter) for parameter in model.base_model.parameters()}
     if model.base_model is model or not body:
         raise UserError(f"--base {base} has no body apart from its head: another kind of model is needed")
+    given = []
     for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(id(parameter) not in body or parameter_name in missing)
+        is_new = id(parameter) not in body or parameter_name in missing
+        parameter.requires_grad_(is_new)
+        given += [] if is_new else [(parameter_name, parameter)]
+    model.base_model.known_as = fingerprint(given, model.config)
     return model
 
 

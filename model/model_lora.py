@@ -271,12 +271,13 @@ def attach_lora(model: nn.Module, path: str | PathLike, *, allow_base_mismatch: 
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """``fingerprint`` of the model without its LoRA, before it was quantised; recomputed only after a weight changed.
+    """``fingerprint`` of the model without its LoRA; recomputed only after a weight changed.
 
-    A write through ``parameter.data`` is the one change that cannot be seen.
+    What it is ``known_as``, where that was set: before it was quantised, or without what a classifier has to learn.
+    Writes through ``parameter.data`` and by fused optimizers cannot be seen.
     """
-    if hasattr(model, "quantized_from"):
-        return model.quantized_from
+    if hasattr(model, "known_as"):
+        return model.known_as
     added = {id(parameter) for parameter in lora_parameters(model)}
     base = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in added]
     config = getattr(model, "config", None)

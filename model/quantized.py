@@ -30,7 +30,7 @@ def quantize(model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> No
     chosen = [(name, linear) for name, linear in linears(model) if linear is not head and isinstance(linear, nn.Linear)]
     if not chosen:
         raise UserError("this model has no Linear to quantise")
-    model.quantized_from = base_fingerprint(model)
+    model.known_as = base_fingerprint(model)
     for name, linear in chosen:
         settings = {"compute_dtype": compute_dtype, "quant_type": "nf4", "device": "meta"}
         small = Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, **settings)
@@ -56,8 +56,8 @@ def dequantize(model: nn.Module) -> None:
             linear.bias = nn.Parameter(small.bias.detach().float(), requires_grad=False)
         _replace(model, name, linear.train(small.training))
     attach(model, loras)
-    if hasattr(model, "quantized_from"):
-        del model.quantized_from
+    if hasattr(model, "known_as"):
+        del model.known_as
 
 
 def bits_per_parameter(model: nn.Module) -> tuple[float, float]:

@@ -1,0 +1,316 @@
+"""Text classifiers: their data, scores, files and door, transformers beside them."""
+
+import gzip
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, flags, write_rows
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    ElectraConfig,
+    ElectraModel,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
+
+from core.errors import UserError
+from core.paths import head_path, metrics_path
+from dataset.batches import masked
+from dataset.labelled import LabelledSamples, clean_unlabelled, labels_of, read_labelled, split_labelled
+from model.classifier import class_loss_sum, head_state, open_classifier
+from model.model_lora import apply_lora, lora_parameters, read_lora
+from scripts.train_lora_classifier import main as train_classifier
+from trainer.evaluation import score, scores_of
+
+WORDS = ["good", "fine", "great", "bad", "poor", "awful", "the", "film", "was", "and", "story", "very"]
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+SIZES |= {
+    "vocab_size": 32,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+SMALL = {"device": "cpu", "epochs": 6, "batch_size": 8, "learning_rate": 0.01, "max_seq_len": 32}
+
+
+def bert_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: n for n, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **names)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """``bert``, and ``electra``, whose head has more than one layer."""
+    root = tmp_path_factory.mktemp("encoders")
+    for name, kind, config in (("bert", BertModel, BertConfig), ("electra", ElectraModel, ElectraConfig)):
+        torch.manual_seed(0)
+        kind(config(**SIZES, initializer_range=0.1)).save_pretrained(root / name)
+        bert_tokenizer().save_pretrained(root / name)
+    BertModel(BertConfig(**SIZES, initializer_range=0.1), add_pooling_layer=False).save_pretrained(root / "unpooled")
+    bert_tokenizer().save_pretrained(root / "unpooled")
+    return root
+
+
+def reviews(count: int, seed: int) -> list[dict]:
+    """Labelled by the one word of praise or blame among others."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        label = int(rng.integers(2))
+        words = [*rng.choice(WORDS[6:], rng.integers(2, 9)), WORDS[3 * (1 - label) + int(rng.integers(3))]]
+        rows.append({"text": " ".join(rng.permutation(words)), "label": label})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reviews")
+    return write_rows(folder / "train.jsonl", reviews(160, 0)), write_rows(folder / "dev.jsonl", reviews(80, 1))
+
+
+def test_json_and_tsv_say_the_same(tmp_path):
+    rows = [{"text": 'a "quoted', "text_pair": "b\u2028c", "label": 1}, {"text": "d", "text_pair": "e", "label": 0}]
+    wanted = [{**row, "label": str(row["label"])} for row in rows]
+    glue = "sentence1\tindex\tsentence2\tlabel\n" + "".join(
+        f"{row['text']}\t{n}\t{row['text_pair']}\t{row['label']}\r\n" for n, row in enumerate(rows)
+    )
+    (tmp_path / "a.tsv").write_bytes(b"\xef\xbb\xbf" + glue.encode())
+    (tmp_path / "b.tsv.gz").write_bytes(gzip.compress(glue.encode()))
+    write_rows(tmp_path / "c.jsonl", rows)
+    (tmp_path / "d.json").write_text(json.dumps([{"sentence": "x", "label": "yes"}]))
+    for name in ("a.tsv", "b.tsv.gz", "c.jsonl"):
+        assert read_labelled((tmp_path / name,)) == wanted, name
+    assert read_labelled((tmp_path / "d.json",)) == [{"text": "x", "text_pair": None, "label": "yes"}]
+    assert read_labelled((tmp_path / "c.jsonl",), clean=clean_unlabelled)[0] == {
+        "text": 'a "quoted',
+        "text_pair": "b\u2028c",
+    }
+    assert len(read_labelled((tmp_path / "a.tsv", tmp_path / "c.jsonl"))) == 4
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ('{"text": "a"}', r':1: "label" None is neither a whole number nor a name'),
+        ('{"text": "a", "label": 0.5}', r":1: .label. 0.5 is neither"),
+        ('{"text": "a", "label": true}', r":1: .label. True is neither"),
+        ('{"text": " ", "label": 1}', r':1: "text" is empty'),
+        ('{"words": "a", "label": 1}', r""":1: no "text" among its keys \('words', 'label'\)"""),
+        ('["a", 1]', r":1: a row must be an object"),
+        ('{"text": "a", "label": 1}\nnonsense', r":2: "),
+        ('{"text": "a", "label": 1}\n{"text": "a", "text_pair": "b", "label": 1}', "some rows have a text_pair"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(tmp_path, content, reason):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=reason):
+        read_labelled((path,))
+
+
+def test_bad_rows_of_a_table_are_named_or_skipped(tmp_path, capsys):
+    path = tmp_path / "rows.tsv"
+    path.write_text("sentence\tlabel\nfine\t1\nno label\n\nbad\t0\n")
+    with pytest.raises(UserError, match=r"1 bad rows, the first .*rows.tsv:3: 1 columns, the header has 2"):
+        read_labelled((path,))
+    assert len(read_labelled((path,), "skip")) == 2
+    assert "bad rows skipped: 1" in capsys.readouterr().out
+    path.write_bytes(b"sentence\tlabel\n\xff\t1\n")
+    with pytest.raises(UserError, match="must be UTF-8"):
+        read_labelled((path,))
+    with pytest.raises(UserError, match=r"cannot read .*none\.tsv"):
+        read_labelled((tmp_path / "none.tsv",))
+
+
+def test_labels_are_numbered_in_their_order():
+    rows = [{"label": label} for label in ("10", "9", "b", "a", "9")]
+    assert labels_of(rows) == ["9", "10", "a", "b"]
+    with pytest.raises(UserError, match="all rows have the label 'x'"):
+        labels_of([{"label": "x"}])
+    row = {"text": "a", "text_pair": None, "label": "c"}
+    with pytest.raises(UserError, match="label 'c' is in none of the training rows, which have a, b"):
+        LabelledSamples([row], ["a", "b"], bert_tokenizer(), 8)
+
+
+def test_the_same_text_is_never_on_both_sides():
+    rows = [{"text": str(n % 200), "text_pair": None, "label": str(n % 3)} for n in range(1000)]
+    train, held_out = split_labelled(rows, 0.2)
+    assert len(train) + len(held_out) == 1000 and 100 < len(held_out) < 300
+    assert not {row["text"] for row in train} & {row["text"] for row in held_out}
+    assert split_labelled(rows, 0.0) == (rows, [])
+
+
+def test_a_batch_is_what_the_library_pads():
+    tokenizer = bert_tokenizer()
+    rows = [{"text": "the film " * n, "text_pair": "was very good", "label": str(n % 2)} for n in range(1, 9)]
+    samples = LabelledSamples(rows, ["0", "1"], tokenizer, 12)
+    chosen = np.array([6, 0, 3])
+    batch = samples.collate(chosen)
+    texts, pairs = [rows[n]["text"] for n in chosen], [rows[n]["text_pair"] for n in chosen]
+    wanted = tokenizer(texts, pairs, truncation=True, max_length=12, padding=True, return_tensors="pt")
+    assert batch.inputs.keys() == wanted.keys() == {"input_ids", "token_type_ids", "attention_mask"}
+    for key, value in wanted.items():
+        assert torch.equal(batch.inputs[key], value), key
+    assert batch.labels.tolist() == [1, 1, 0] and batch.n_targets == 3
+    assert batch.n_tokens == int(wanted["attention_mask"].sum())
+    assert samples.lengths.tolist() == [8, 10, 12, 12, 12, 12, 12, 12] and samples.truncated == 6
+
+
+def test_scores_are_those_of_their_definitions():
+    tp, fn, fp, tn = 31, 9, 14, 46
+    found = scores_of(torch.tensor([[tn, fp], [fn, tp]], dtype=torch.float64), 0.5)
+    assert found.accuracy == (tp + tn) / 100 and found.targets == 100
+    assert found.f1 == pytest.approx(2 * tp / (2 * tp + fp + fn))
+    spread = ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
+    assert found.mcc == pytest.approx((tp * tn - fp * fn) / spread)
+    table = np.array([[5, 2, 1], [0, 7, 3], [4, 0, 8]])
+    pairs = np.array([(t, p) for t in range(3) for p in range(3) for _ in range(table[t, p])])
+    x, y = np.eye(3)[pairs[:, 0]], np.eye(3)[pairs[:, 1]]
+    covariance = [((a - a.mean(0)) * (b - b.mean(0))).sum() for a, b in ((x, y), (x, x), (y, y))]
+    found = scores_of(torch.tensor(table, dtype=torch.float64), 0.5)
+    assert found.mcc == pytest.approx(covariance[0] / (covariance[1] * covariance[2]) ** 0.5)
+    parts = [2 * table[k, k] / (table[k].sum() + table[:, k].sum()) for k in range(3)]
+    assert found.f1 == pytest.approx(sum(parts) / 3)
+    always = scores_of(torch.tensor([[0.0, 6.0], [0.0, 4.0]], dtype=torch.float64), 0.5)
+    assert (always.accuracy, always.mcc) == (0.4, 0.0)
+
+
+def test_a_score_does_not_depend_on_the_batches(bases):
+    torch.manual_seed(1)
+    model = open_classifier(bases / "bert", ["0", "1"])
+    rows = [{**row, "text_pair": None, "label": str(row["label"])} for row in reviews(40, 2)]
+    samples = LabelledSamples(rows, ["0", "1"], bert_tokenizer(), 32)
+    one_by_one = [samples.collate(np.array([n])) for n in range(40)]
+    together = score(model, [samples.collate(np.arange(40))], CPU)
+    alone = score(model, one_by_one, CPU)
+    assert together.loss == pytest.approx(alone.loss, rel=1e-5) and together.accuracy == alone.accuracy
+    model.eval()
+    with torch.no_grad():
+        right = [int(model(**b.inputs).logits.argmax()) == int(b.labels) for b in one_by_one]
+        nats = sum(float(class_loss_sum(model, batch)) for batch in one_by_one)
+    assert alone.accuracy == sum(right) / 40 and alone.loss == pytest.approx(nats / 40, rel=1e-5)
+    assert str(score(model, [], CPU)) == "nothing held out"
+    loss = class_loss_sum(model, masked(one_by_one[0]))
+    loss.backward()
+    assert loss.item() == 0 and not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_what_trains_is_what_peft_trains(bases):
+    peft = pytest.importorskip("peft")
+    model = open_classifier(bases / "electra", ["a", "b", "c"])
+    apply_lora(model.base_model, 8, 16, ["query", "value"])
+    ours = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert ours == sum(p.numel() for p in [*lora_parameters(model), *head_state(model).values()])
+    theirs = AutoModelForSequenceClassification.from_pretrained(bases / "electra", num_labels=3)
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(peft.TaskType.SEQ_CLS, r=8, target_modules=["query", "value"]))
+    assert ours == theirs.get_nb_trainable_parameters()[0]
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+@pytest.mark.parametrize("name", ["bert", "electra"])
+def test_a_skill_is_learned_resumed_and_asked(bases, data, tmp_path, capsys, name):
+    train, dev = data
+    argv = flags(base=bases / name, data_path=train, val_path=dev, lora_name="review", save_interval=50, **SMALL)
+    path = train_classifier([*argv, *flags(out_dir=tmp_path / "whole" / "out")])
+    meta = read_lora(path)[1]
+    assert meta["metrics"]["val"]["accuracy"] > 0.95 and meta["labels"] == ["0", "1"]
+    assert "trained whole: classifier" in capsys.readouterr().out
+
+    *steps, last = map(json.loads, metrics_path(tmp_path / "whole" / "out", path.stem).read_text().splitlines())
+    assert last["summary"]["first_loss"] == pytest.approx(0.7, abs=0.2), "the mean of a step's rows"
+    rates = {line["step"]: line["lr"] / SMALL["learning_rate"] for line in steps if "lr" in line}
+    assert rates[1] == pytest.approx(1 / 8) and rates[10] == pytest.approx(1 - 2 / 113), "7 steps of 120 warm up"
+    assert rates[120] == pytest.approx(1 / 113), "and all others decay"
+
+    out = tmp_path / "parts" / "out"
+    train_classifier([*argv, *flags(out_dir=out)])  # the state after step 50 is still there
+    states = sorted((out / "checkpoints" / path.stem).iterdir())
+    shutil.rmtree(states[-1])
+    again = train_classifier([*argv, *flags(out_dir=out), "--resume"])
+    assert "resumed at step 100 of 120" in capsys.readouterr().out
+    assert again.read_bytes() == path.read_bytes()
+    assert head_path(again).read_bytes() == head_path(path).read_bytes()
+
+    questions = write_rows(tmp_path / "questions.jsonl", [{"text": row["text"]} for row in reviews(30, 3)])
+    asked = flags(base=bases / name, lora_name="review", predict=questions, device="cpu")
+    train_classifier([*asked, *flags(out_dir=out)])
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    right = [answer["label"] == str(row["label"]) for answer, row in zip(answers, reviews(30, 3), strict=True)]
+    assert sum(right) >= 28 and all(0.5 <= answer["probability"] <= 1 for answer in answers)
+
+    head = head_path(again)
+    tensors = torch.load(head, weights_only=True)
+    torch.save({key: tensor + 1 for key, tensor in tensors.items()}, head)
+    with pytest.raises(UserError, match=r"is not the head that .*lora_review_32.pth was trained with"):
+        train_classifier([*asked, *flags(out_dir=out)])
+    with pytest.raises(UserError, match=r"there is no skill file .*lora_review"):
+        train_classifier([*asked, *flags(out_dir=tmp_path / "nowhere")])
+
+
+def test_full_fine_tuning_leaves_a_folder_of_the_library(bases, data, tmp_path):
+    train, dev = data
+    argv = flags(base=bases / "bert", data_path=train, val_path=dev, lora_name="whole", out_dir=tmp_path, **SMALL)
+    folder = train_classifier([*argv, "--full", "--learning_rate", "0.002"])
+    ask = pipeline("text-classification", model=str(folder))
+    rows = reviews(30, 3)
+    answers = ask([row["text"] for row in rows])
+    assert sum(answer["label"] == str(row["label"]) for answer, row in zip(answers, rows, strict=True)) >= 28
+    assert not list(folder.parent.glob("*.part"))
+
+
+def test_a_body_in_four_bits(bases, data, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes", reason="pip install -r requirements-4bit.txt")
+    train, dev = data
+    argv = flags(base=bases / "bert", lora_name="small", out_dir=tmp_path, device="cpu")
+    path = train_classifier([*argv, *flags(data_path=train, val_path=dev, **SMALL), "--load_in_4bit"])
+    assert read_lora(path)[1]["metrics"]["val"]["accuracy"] > 0.95
+    assert "Linears in NF4" in capsys.readouterr().out
+    train_classifier([*argv, *flags(predict=train), "--load_in_4bit"])
+    answers = [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()]
+    assert np.mean([answer == str(row["label"]) for answer, row in zip(answers, reviews(160, 0), strict=True)]) > 0.95
+
+
+def test_weights_that_the_base_lacks_learn_too(bases, data, tmp_path, capsys):
+    train, dev = data
+    argv = flags(base=bases / "unpooled", lora_name="x", out_dir=tmp_path, device="cpu")
+    path = train_classifier([*argv, *flags(data_path=train, val_path=dev, **SMALL)])
+    assert "bert.pooler.dense.weight" in torch.load(head_path(path), weights_only=True)
+    capsys.readouterr()
+    train_classifier([*argv, *flags(predict=dev, seed=5)])
+    answers = [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()]
+    right = np.mean([answer == str(row["label"]) for answer, row in zip(answers, reviews(80, 1), strict=True)])
+    assert right == read_lora(path)[1]["metrics"]["val"]["accuracy"] > 0.9
+    with pytest.raises(UserError, match="lacks weights, which 4 bits cannot learn: leave out --load_in_4bit"):
+        train_classifier([*argv, *flags(data_path=train, max_seq_len=32), "--load_in_4bit"])
+
+
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        ([], "name a pretrained model with --base"),
+        (["--base", "BASE"], "name rows with --data_path, or a file with --predict"),
+        (["--base", "BASE", "--data_path", "TRAIN", "--full", "--load_in_4bit"], "--full trains all weights"),
+        (["--base", "BASE", "--predict", "TRAIN", "--full"], "--full makes a folder"),
+        (["--base", "TRAIN", "--data_path", "TRAIN"], "cannot be read|is neither a folder with a config.json"),
+        (["--base", "BASE", "--data_path", "TRAIN", "--max_seq_len", "65"], "exceeds the model's context of 64"),
+        (["--base", "BASE", "--data_path", "TRAIN", "--max_seq_len", "9", "--target_modules", "wq"], "wq"),
+        (["--base", "BASE", "--data_path", "TRAIN", "--warmup_ratio", "1"], "--warmup_ratio 1.0 must lie in"),
+        (["--base", "BASE", "--data_path", "TRAIN", "--decay_ratio", "0"], "--decay_ratio 0.0 must lie in"),
+    ],
+)
+def test_a_wrong_flag_is_named(bases, data, tmp_path, words, reason):
+    places = {"BASE": str(bases / "bert"), "TRAIN": str(data[0])}
+    with pytest.raises(UserError, match=reason):
+        train_classifier([places.get(word, word) for word in words] + ["--out_dir", str(tmp_path), "--device", "cpu"])
+    assert not (tmp_path / "lora").exists()
