@@ -48,7 +48,7 @@ class Samples(Protocol):
     def collate(self, indices: np.ndarray) -> Batch: ...
 
 
-class _TokenSamples:
+class TokenSamples:
     """Samples for a causal model: ``samples[n]`` is ``(ids, learned)``, two numpy arrays of length ``lengths[n]``."""
 
     pad_id: int
@@ -71,7 +71,7 @@ class _TokenSamples:
         return Batch({"input_ids": input_ids}, labels, int((labels != IGNORED).sum()), n_bytes, n_tokens)
 
 
-class PretrainSamples(_TokenSamples):
+class PretrainSamples(TokenSamples):
     """Documents laid end to end and cut into windows of ``max_seq_len`` tokens: no padding, nothing dropped.
 
     Neighbouring windows share one token, so that every token but the very first is predicted exactly once.
@@ -103,7 +103,7 @@ class PretrainSamples(_TokenSamples):
         return f"{len(self.rows)} documents, {int(self.rows.lengths.sum())} tokens, {len(self)} windows, 0 % truncated"
 
 
-class ChatSamples(_TokenSamples):
+class ChatSamples(TokenSamples):
     """Chats cut after ``max_seq_len`` tokens; one whose cut leaves nothing to learn is left out and counted."""
 
     def __init__(self, rows: TokenRows, max_seq_len: int, pad_id: int, bytes_of: np.ndarray):

@@ -24,6 +24,7 @@ from dataset.batches import (
     Batches,
     PretrainDataset,
     SFTDataset,
+    TokenSamples,
     micro_batches,
     validation_batches,
 )
@@ -220,7 +221,7 @@ def test_worker_processes_change_nothing(make, chats, capfd):
     assert capfd.readouterr().err == ""
 
 
-class Deafness:
+class Deafness(TokenSamples):
     """Samples whose ids say which of ``STOPPING`` the process that reads them keeps back, and which it ignores."""
 
     lengths, pad_id, bytes_of = np.full(2, 1 + 2 * len(STOPPING)), 0, np.ones(2)
@@ -250,8 +251,8 @@ def test_workers_are_deaf_to_a_stop_from_their_birth_on(method):
 
 CRASH = """
 import numpy as np
-from dataset.batches import Batches
-class Samples:
+from dataset.batches import Batches, TokenSamples
+class Samples(TokenSamples):
     lengths, pad_id, bytes_of = np.full(8, 4), 0, np.ones(9)
     __len__ = lambda self: 8
     def __getitem__(self, index):
