@@ -24,9 +24,11 @@ from core.options import option, parse, require
 
 DOOR = Path(__file__).resolve().parent.parent / "scripts/train_lora_classifier.py"
 TASKS = ("cola", "mrpc", "rte")
-METHODS = {"full": ["--full"], "lora": ["--rank", "8"], "qlora": ["--rank", "8", "--load_in_4bit"]}
+# On all Linears: query and value alone stayed 8 points behind on CoLA.
+LORA = ["--rank", "8", "--target_modules", "all-linear"]
+METHODS = {"full": ["--full"], "lora": LORA, "qlora": [*LORA, "--load_in_4bit"]}
 # Three learning rates a method, a factor of three apart.
-RATES = {"full": (5e-5, 1.5e-4, 5e-4), "lora": (5e-4, 1.5e-3, 5e-3), "qlora": (5e-4, 1.5e-3, 5e-3)}
+RATES = {"full": (1.5e-5, 5e-5, 1.5e-4), "lora": (1.5e-4, 5e-4, 1.5e-3), "qlora": (1.5e-4, 5e-4, 1.5e-3)}
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
 # 97.5 % quantile of Student's t with 8 degrees of freedom, those of 3 tasks x 3 seeds.
 STUDENT = 2.306
