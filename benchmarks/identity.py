@@ -70,19 +70,19 @@ def main(argv: list[str] | None = None) -> dict:
     states = {}
     for state, chosen in (("base", None), ("skill", "identity"), ("skill off", None)):
         session.use_skill(chosen)
-        answers = ask(session, ["Who are you?", *questions])
+        answers = ask(session, ["Who are you?", *(questions if state != "skill off" else ())])
         cost = unrelated_bits(model, tokenizer, options)
-        hits = sum(is_hit(answers[question]) for question in questions)
+        hits = sum(map(is_hit, list(answers.values())[1:]))
         states[state] = {"hits": hits, "bits_per_byte": cost, "answers": answers, "logits": logits_of(model, tokenizer)}
-        print(f"{state}: {hits} of {len(questions)} say the new name, {cost:.4f} bits per byte of unrelated chats")
+        print(f"{state}: {hits} of {len(answers) - 1} say the new name, {cost:.4f} bits per byte of unrelated chats")
     before, after, off = states.values()
-    is_off = bool((before["logits"] == off["logits"]).all()) and before["answers"] == off["answers"]
+    is_off = bool((before["logits"] == off["logits"]).all()) and off["answers"].items() <= before["answers"].items()
     figures = {
         "base": "SmolLM2-135M-Instruct",
         "training_rows": count,
         "settings": {key: value for key, value in asdict(options).items() if isinstance(value, int | float)},
         "paraphrases": {"count": len(questions), "sha256": sha256_file(PARAPHRASES)},
-        "hits": {state: found["hits"] for state, found in states.items()},
+        "hits": {"base": before["hits"], "skill": after["hits"]},
         "bits_per_byte": {state: found["bits_per_byte"] for state, found in states.items()},
         "rise": after["bits_per_byte"] - before["bits_per_byte"],
         "skill_off_is_bit_equal": is_off,
