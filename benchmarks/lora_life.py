@@ -123,7 +123,6 @@ def on_the_model(targets: str, rounds: int) -> dict:
             "largest": float(drift.abs().max()),
             "mean_share_of_skill": float(drift.abs().mean() / moved),
         }
-        from model.lora_merge import unmerge_lora
 
         unmerge_lora(model)
     return row
