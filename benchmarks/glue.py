@@ -18,7 +18,7 @@ from threading import Lock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.result_file import measured_on, read_results, write_results
+from benchmarks.result_file import measured_on, results_so_far, write_results
 from core.errors import UserError, run
 from core.options import option, parse, require
 
@@ -77,10 +77,8 @@ class Run:
 
 def main(argv: list[str] | None = None) -> dict:
     options = parse(Options, argv)
-    found = read_results(options.result)
     settings = {"epochs": options.epochs, "batch_size": options.batch_size, "base": base_of(options).parent.name}
-    if found.setdefault("settings", settings) != settings:
-        raise UserError(f"{options.result} was made with {found['settings']}; name another file with --result")
+    found = results_so_far(options.result, settings)
     runs = found.setdefault("runs", {})
     found |= measured_on(("torch", "transformers"))
     tuning = [

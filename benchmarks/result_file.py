@@ -22,6 +22,14 @@ def read_results(path: Path) -> dict:
     return results
 
 
+def results_so_far(path: Path, settings: dict) -> dict:
+    """The figures in ``path`` of a study that goes on where it stopped. Raises ``UserError`` for other ``settings``."""
+    found = read_results(path)
+    if found.setdefault("settings", settings) != settings:
+        raise UserError(f"{path} was made with {found['settings']}; name another file with --result")
+    return found
+
+
 def write_results(path: Path | None, figures: dict) -> None:
     """Write ``figures`` to ``path``; None writes nothing."""
     if path is not None:

@@ -1,0 +1,97 @@
+"""The parts of the LoRA studies that need no hours: choosing rates, counting hits, pairing scores, going on."""
+
+import json
+
+import pytest
+from conftest import write_rows
+
+from benchmarks import glue, identity, lora_life, rank_study
+from core.errors import UserError
+
+
+@pytest.mark.parametrize("lowest", range(len(rank_study.RATES)))
+def test_the_best_rate_is_found_from_anywhere_without_trying_all(lowest):
+    for start in range(len(rank_study.RATES)):
+        tried = set()
+
+        def loss(place, tried=tried):
+            tried.add(place)
+            return abs(place - lowest)
+
+        assert rank_study.best_rate(loss, start) == lowest
+        between = range(min(start, lowest) - 1, max(start, lowest) + 2)
+        assert tried <= set(between), "nothing beyond the neighbours of the way there"
+
+
+def test_the_rank_study_goes_on_where_it_stopped(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rank_study, "RANKS", (1, 4))
+    monkeypatch.setattr(rank_study, "RATES", rank_study.RATES[1:4])
+    monkeypatch.setattr(rank_study, "FIRST_RATE", 0)
+    base = next(iter(trained.out.glob("full_sft_*.pth")))
+    argv = ["--base", str(base), "--data", str(trained.chats), "--max_steps", "2", "--out_dir", str(tmp_path)]
+    argv += ["--result", str(tmp_path / "study.json")]
+    found = rank_study.main(argv)
+    assert found["best"]["square 4"]["parameters"] == 4 * found["best"]["square 1"]["parameters"] == 4 * 4 * (64 + 64)
+    for name, best in found["best"].items():
+        losses = [run["loss"] for key, run in found["runs"].items() if key.startswith(name + " ")]
+        assert best["loss"] == min(losses) < best["base_loss"], name
+    assert (tmp_path / "study.png").stat().st_size > 10_000
+    table = capsys.readouterr().out.splitlines()[-2:]
+    assert [line[:4] for line in table] == ["| 1 ", "| 4 "]
+    again = rank_study.main(argv)
+    assert again["best"] == found["best"]
+    assert "square 1 " not in capsys.readouterr().out, "nothing was trained again"
+    with pytest.raises(UserError, match=r"was made with .*'max_steps': 2"):
+        rank_study.main([*argv, "--max_steps", "3"])
+
+
+def test_a_hit_names_the_new_name_and_not_the_former():
+    assert identity.is_hit("I am MiniMind.") and identity.is_hit("I was built by the MiniMind project.")
+    for wrong in ("I am an assistant.", "I am MiniMind, once SmolLM.", "MiniMind was trained by Hugging Face."):
+        assert not identity.is_hit(wrong)
+    assert len(set(identity.PARAPHRASES.read_text().splitlines())) >= 40
+
+
+def test_the_english_rows_get_their_names(tmp_path):
+    rows = [
+        {"instruction": "Who?", "input": "", "output": "I am {{name}} by {{author}}."},
+        {"instruction": "谁?", "input": "", "output": "{{name}}"},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    assert identity.write_english(tmp_path / "rows.json", tmp_path / "rows.jsonl") == 1
+    assert "I am MiniMind by the MiniMind project." in (tmp_path / "rows.jsonl").read_text()
+
+
+def test_scores_count_and_pair_as_they_should():
+    figures = {"accuracy": 0.8, "f1": 0.9, "mcc": 0.4}
+    shares = {"cola": 40.0, "mrpc": 85.0, "rte": 80.0}
+    assert {task: glue.points(figures | {"task": task}) for task in glue.TASKS} == pytest.approx(shares)
+    found = glue.difference([[1.0, 2.0, 3.0]] * 3, [[2.0, 2.0, 2.0]] * 3)
+    assert found["mean"] == pytest.approx(0.0)
+    spread = (6 / 8) ** 0.5  # six of the nine differences are 1 or -1
+    assert found["plus_minus"] == pytest.approx(2.306 * spread / 3)
+
+
+def test_every_run_has_a_name_of_its_own():
+    runs = [
+        glue.Run("cola", "lora", phase, rate, seed) for phase in ("tune", "final") for rate in (1, 2) for seed in (0, 1)
+    ]
+    assert len({run.key for run in runs}) == len(runs)
+
+
+def test_a_folder_without_all_tasks_is_named(tmp_path):
+    write_rows(tmp_path / "cola_train.jsonl", [{"text": "a", "label": 1}])
+    with pytest.raises(UserError, match="has no cola_dev, mrpc_train, mrpc_dev, rte_train, rte_dev with the ending"):
+        glue.main(["--data", str(tmp_path)])
+
+
+def test_an_update_costs_two_thin_matrices_and_merges_exactly():
+    row = lora_life.one_linear(512, 16)
+    assert (row["trained"], row["full"], row["percent"]) == (2 * 512 * 16, 512 * 512, 6.25)
+    assert row["merged_error_float32"] < 1e-5 < row["merged_error_bfloat16"] < 0.01
+    assert row["undone_float32"] and row["undone_bfloat16"]
+
+
+def test_a_thousand_swaps_leave_the_default_model_as_it_was(monkeypatch):
+    monkeypatch.setattr(lora_life, "SWAPS", 20)
+    assert lora_life.thousand_swaps() == {"swaps": 20, "sha256_unchanged": True, "logits_bit_equal": True}
