@@ -103,7 +103,9 @@ def test_a_torch_that_does_not_tell_its_processor_gets_float32(monkeypatch):
 
 
 def test_the_sweeps_schedules_warm_up_alike_and_its_winner_is_the_products():
-    stable, linear, cosine = ([rate_at(name, step, 110, 10, 1.0) for step in range(110)] for name in SCHEDULES[::-1])
+    stable, linear, cosine = (
+        [rate_at(name, step, 110, 10, 0.4, 1.0) for step in range(110)] for name in SCHEDULES[::-1]
+    )
     assert stable == [lr_at(step, 110, 10, 0.4, 1.0) for step in range(110)]
     assert stable[:10] == linear[:10] == cosine[:10]
     assert linear[10:] == pytest.approx([n / 100 for n in range(100, 0, -1)])
