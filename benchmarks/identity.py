@@ -30,8 +30,8 @@ class Options:
     data: Path | None = option(None, "Alpaca rows with {{name}} and {{author}} to fill in")
     unrelated: Path | None = option(None, "chats that have nothing to do with it")
     epochs: int = option(10, "passes over the rows")
-    learning_rate: float = option(1e-3, "peak learning rate")
-    batch_size: int = option(2, "rows of an optimizer step")
+    learning_rate: float = option(2e-4, "peak learning rate")
+    batch_size: int = option(4, "rows of an optimizer step")
     seed: int = option(1337, "of the initial update and the order of rows")
     out_dir: Path = option(Path("out/identity"), "folder of the base and the skill")
     result: Path | None = option(Path("benchmarks/results/identity.json"), "file of the figures")
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> dict:
     count = write_english(options.data, rows)
     settings = {"base": base, "data_path": rows, "general_data": options.unrelated, "out_dir": options.out_dir}
     settings |= {name: getattr(options, name) for name in ("epochs", "learning_rate", "batch_size", "seed")}
-    settings |= {"lora_name": "identity", "val_ratio": 0.0, "device": "cpu", "log_interval": 1}
+    settings |= {"lora_name": "identity", "val_ratio": 0.0, "device": "cpu", "target_modules": "all-linear"}
     skill = train_lora.main([word for name, value in settings.items() for word in (f"--{name}", str(value))])
 
     model, _ = open_base(base)
