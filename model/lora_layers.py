@@ -41,7 +41,7 @@ class LoRA(nn.Module):
     """The update ``scaling * B(A(dropout(x)))`` of ``linear``; its parameters are fp32.
 
     A ~ N(0, 0.02) and B = 0, so training starts from the base exactly; ``init`` "kaiming" and "gaussian" are PEFT's
-    other ways to draw A.
+    other ways to draw A, and "none" leaves both to the caller.
     """
 
     def __init__(self, linear: Linear, rank: int, scaling: float = 1.0, dropout: float = 0.0, init: str = "minimind"):
@@ -51,6 +51,8 @@ class LoRA(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.A = nn.Linear(inputs, rank, bias=False)
         self.B = nn.Linear(rank, outputs, bias=False)
+        if init == "none":
+            return
         if init == "kaiming":
             nn.init.kaiming_uniform_(self.A.weight, a=math.sqrt(5))
         else:
@@ -153,6 +155,7 @@ class PiSSA(LoRA):
 def lora_of(linear: Linear, tensors: dict[str, Tensor], scaling: float = 1.0) -> LoRA:
     """The adapter for ``linear`` whose parameters are ``tensors`` (see ``exported``) themselves, copied if not fp32."""
     with torch.device("meta"):  # nothing is drawn
-        lora = (DoRA if "magnitude" in tensors else LoRA)(linear, tensors["A.weight"].size(0), scaling)
+        kind = DoRA if "magnitude" in tensors else LoRA
+        lora = kind(linear, tensors["A.weight"].size(0), scaling, init="none")
     lora.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, assign=True)
     return lora
