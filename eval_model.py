@@ -1,6 +1,7 @@
 """Chat with a trained model and swap its skills: python eval_model.py --lora_name identity"""
 
 import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -82,7 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     base = choose_base(options.out_dir, options.base, skill_base(options))
     model, record = open_base(base, runtime.device)
     if options.load_in_4bit:
-        quantize(model)
+        with redirect_stdout(sys.stderr):  # an answer can be piped
+            quantize(model)
     template = options.prompt_template
     if template is None and is_pretrained(base):
         template = skill_template(options, model.config.hidden_size)

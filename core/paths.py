@@ -29,14 +29,9 @@ def lora_path(out_dir: str | Path, name: str, dim: int) -> Path:
     return Path(out_dir) / "lora" / f"lora_{skill_name(name)}_{dim}.pth"
 
 
-def head_path(lora: Path) -> Path:
-    """The head that a classifier's skill file ``lora`` was trained with lies beside it."""
-    return lora.with_name("head_" + lora.name.removeprefix("lora_"))
-
-
 def classifier_dir(out_dir: str | Path, name: str) -> Path:
-    """``out/classifiers/<name>``, a Hugging Face folder: a classifier whose weights were all trained."""
-    return Path(out_dir) / "classifiers" / skill_name(name)
+    """``out/classifier_<name>``, a Hugging Face folder: a classifier whose weights were all trained."""
+    return Path(out_dir) / f"classifier_{skill_name(name)}"
 
 
 def lora_paths(out_dir: str | Path, name: str | None = None) -> list[Path]:
@@ -69,8 +64,10 @@ def skill_weights(words: Iterable[str]) -> dict[str, float]:
     weights = {}
     for word in words:
         name, equals, number = word.partition("=")
+        if (name := skill_name(name)) in weights:
+            raise UserError(f"skill {name} is named twice; give it one weight")
         try:
-            weights[skill_name(name)] = float(number) if equals else 1.0
+            weights[name] = float(number) if equals else 1.0
         except ValueError as error:
             raise UserError(f"{word!r} is no skill's weight: write NAME or NAME=0.5") from error
     return weights

@@ -2,6 +2,7 @@
 
 import gzip
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def read_labelled(
     """
     good, bad = [], []
     for path in paths:
-        rows = _tsv_rows(path, clean) if ".tsv" in path.suffixes else read_rows(path, clean)
+        rows = _tsv_rows(path, clean) if path.name.endswith((".tsv", ".tsv.gz")) else read_rows(path, clean)
         for line, row in rows:
             if isinstance(row, BadRow):
                 bad.append(f"{path}:{line}: {row}")
@@ -59,16 +60,28 @@ def read_labelled(
     names = ", ".join(map(str, paths))
     if not good:
         raise UserError(f"no usable row in {names}")
-    if len({row["text_pair"] is None for row in good}) > 1:
+    if len({has_pairs([row]) for row in good}) > 1:
         raise UserError(f"{names}: some rows have a text_pair and others have none; give all of one kind")
     return good
 
 
+def has_pairs(rows: Sequence[dict]) -> bool:
+    """Whether the rows, which are of one kind, have two texts."""
+    return rows[0]["text_pair"] is not None
+
+
 def split_labelled(rows: Sequence[dict], val_ratio: float) -> tuple[list[dict], list[dict]]:
-    """Training and validation rows, told apart by a hash of their texts, so that duplicates land on one side."""
-    held_out = [digest({"text": row["text"], "text_pair": row["text_pair"]}) < val_ratio * 2.0**63 for row in rows]
-    train = [row for row, held in zip(rows, held_out, strict=True) if not held]
-    return train, [row for row, held in zip(rows, held_out, strict=True) if held]
+    """Training and validation rows, told apart by a hash of their texts, so that duplicates land on one side.
+
+    A ratio above 0 holds out at least one text. Raises ``UserError`` where that leaves nothing to train on.
+    """
+    digests = [digest({"text": row["text"], "text_pair": row["text_pair"]}) for row in rows]
+    bound = max(val_ratio * 2.0**63, min(digests) + 1) if val_ratio else 0
+    train = [row for row, number in zip(rows, digests, strict=True) if number >= bound]
+    held_out = [row for row, number in zip(rows, digests, strict=True) if number < bound]
+    if not train:
+        raise UserError(f"--val_ratio {val_ratio} holds out all {len(rows)} rows; lower it or give more rows")
+    return train, held_out
 
 
 def labels_of(rows: Sequence[dict]) -> list[str]:
@@ -87,25 +100,37 @@ def labels_of(rows: Sequence[dict]) -> list[str]:
 class LabelledSamples:
     """Rows as a classifier's inputs, cut after ``max_seq_len`` tokens (a pair: the longer text first).
 
-    ``labels``: their names, of which a sample's label is the number (0 where a row has none). Raises ``UserError`` for
-    a row with another label.
+    ``labels``: their names, of which a sample's label is the number (0 where a row has none). ``pairs``: whether the
+    classifier reads two texts. Raises ``UserError`` for a row of the other kind, with another label or of no token.
     """
 
     def __init__(
-        self, rows: Sequence[dict], labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_seq_len: int
+        self,
+        rows: Sequence[dict],
+        labels: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        max_seq_len: int,
+        *,
+        pairs: bool,
     ):
         number = {label: n for n, label in enumerate(labels)}
         if unknown := sorted({row["label"] for row in rows if "label" in row} - number.keys()):
-            raise UserError(f"label {unknown[0]!r} is in none of the training rows, which have {', '.join(labels)}")
+            raise UserError(f"label {unknown[0]!r} is none of those to learn, which are {', '.join(labels)}")
+        if rows and has_pairs(rows) != pairs:
+            kinds = ("one text", "a text and a text_pair")
+            raise UserError(f"these rows have {kinds[not pairs]}, where the classifier reads {kinds[pairs]}")
         self.labels = np.array([number.get(row.get("label"), 0) for row in rows], np.int64)
-        pairs = [row["text_pair"] for row in rows] if rows and rows[0]["text_pair"] is not None else None
-        texts = [row["text"] for row in rows]
-        encoded = tokenizer(texts, pairs, truncation=True, max_length=max_seq_len) if rows else {"input_ids": []}
+        texts = [[row["text"] for row in rows], [row["text_pair"] for row in rows]][: 1 + pairs]
+        # What a text spells is never a control token.
+        settings = {"truncation": True, "max_length": max_seq_len, "split_special_tokens": True}
+        encoded = tokenizer(*texts, **settings) if rows else {"input_ids": []}
         # attention_mask is made anew in collate; token_type_ids tell a pair's texts apart where a model has them.
         self.columns = {key: values for key, values in encoded.items() if key != "attention_mask"}
         self.lengths = np.array([len(ids) for ids in encoded["input_ids"]], np.int32)
-        # A decoder classifies by the last token that is no padding, so this must be none of a text's own.
-        self.pad_id = next(n for n in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if n is not None)
+        if not self.lengths.all():
+            empty = rows[int(self.lengths.argmin())]["text"]
+            raise UserError(f"the tokenizer makes no token of {empty[:40]!r}; leave that row out")
+        self.pad_id = tokenizer.pad_token_id
         self.truncated = int((self.lengths >= max_seq_len).sum())
 
     def __len__(self) -> int:
@@ -134,9 +159,13 @@ def _tsv_rows(path: Path, clean: Callable[[Any], dict]) -> Iterator[tuple[int, d
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}; it must be UTF-8 text") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}); save it as such") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {error}; check its path or copy it again") from error
     header, *lines = (line.rstrip("\r").split("\t") for line in text.split("\n"))
+    if len(set(header)) < len(header):
+        raise UserError(f"{path}:1: a column's name is there twice; name each once")
     for number, cells in enumerate(lines, 2):
         if cells == [""]:
             continue

@@ -78,7 +78,8 @@ class LMConfig(PretrainedConfig):
 
 def context_of(config: PretrainedConfig) -> int:
     """The most tokens that a model with this config takes; some of other makers know no bound."""
-    return getattr(config, "max_position_embeddings", sys.maxsize)
+    found = getattr(config, "max_position_embeddings", None) or 0
+    return found if found > 0 else sys.maxsize
 
 
 def check_length(config: PretrainedConfig, max_seq_len: int) -> None:

@@ -7,37 +7,71 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedTokenizerBase
 
 from core.errors import UserError
-from core.files import atomic_write
 from model.bases import is_pretrained, load_pretrained, quiet_library
 from model.kernels import IGNORED
-from model.weights import copy_strictly, fingerprint, read_tensors
+from model.LMConfig import check_length, context_of
+from model.weights import copy_strictly, fingerprint
+
+
+def read_config(base: Path) -> PretrainedConfig:
+    """Of a Hugging Face model. Raises ``UserError`` if ``base`` is none."""
+    if not is_pretrained(base):
+        raise UserError(f"--base {base} is neither a folder with a config.json nor owner/model on the hub")
+    try:
+        return AutoConfig.from_pretrained(str(base) if base.exists() else base.as_posix())
+    except Exception as error:  # a file, the network or the library's own checks: many kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"the config of --base {base} cannot be read ({reason[:200]})") from error
 
 
 def open_classifier(base: Path, labels: Sequence[str]) -> nn.Module:
     """The fp32 classifier for ``labels`` on a Hugging Face model, whose body is its ``base_model``.
 
-    The head is drawn, unless the base has one for as many labels. What trains is marked so: all of the head, and
-    weights of the body that the base lacks. Raises ``UserError`` for what cannot be loaded.
+    A base that is a classifier for these very labels keeps its head and their order (``config.id2label``); otherwise
+    the head is drawn. What trains is marked so: all of the head, and a pooler that the base lacks. Raises
+    ``UserError`` for what cannot be loaded.
     """
-    if not is_pretrained(base):
-        raise UserError(f"--base {base} is neither a folder with a config.json nor owner/model on the hub")
+    config = read_config(base)
+    own = [str(config.id2label[n]) for n in sorted(config.id2label)]
+    keeps_head = sorted(own) == sorted(labels)
+    labels = own if keeps_head else labels
     names = dict(enumerate(labels))
     settings = {"num_labels": len(labels), "id2label": names, "label2id": {label: n for n, label in names.items()}}
-    settings["ignore_mismatched_sizes"] = True  # a head for other labels is no use here
-    model, missing = load_pretrained(AutoModelForSequenceClassification, base, "text classifier", **settings)
+    settings |= {"problem_type": "single_label_classification", "ignore_mismatched_sizes": True}
+    model, drawn = load_pretrained(AutoModelForSequenceClassification, base, "text classifier", **settings)
     body = {id(parameter) for parameter in model.base_model.parameters()}
     if model.base_model is model or not body:
         raise UserError(f"--base {base} has no body apart from its head: another kind of model is needed")
+    named = list(model.named_parameters())
+    if lost := [name for name, p in named if id(p) in body and name in drawn and "pool" not in name]:
+        raise UserError(
+            f"--base {base} has no {', '.join(lost[:3])} of the shape that its config.json says; correct it"
+        )
+    if not keeps_head:
+        fresh = type(model)(model.config).state_dict()
+        with torch.no_grad():
+            for name, parameter in named:
+                if id(parameter) not in body:
+                    parameter.copy_(fresh[name])
     given = []
-    for parameter_name, parameter in model.named_parameters():
-        is_new = id(parameter) not in body or parameter_name in missing
+    for name, parameter in named:
+        is_new = id(parameter) not in body or name in drawn
         parameter.requires_grad_(is_new)
-        given += [] if is_new else [(parameter_name, parameter)]
+        given += [] if is_new else [(name, parameter)]
     model.base_model.known_as = fingerprint(given, model.config)
     return model
+
+
+def check_row_length(model: nn.Module, max_seq_len: int) -> None:
+    """Raise ``UserError`` if rows of ``max_seq_len`` tokens do not fit the model's context."""
+    context = context_of(model.config)
+    for module in model.modules():  # RoBERTa's kind count positions from the padding's on
+        if isinstance(module, nn.Embedding) and module.num_embeddings == context and module.padding_idx is not None:
+            max_seq_len += module.padding_idx + 1
+    check_length(model.config, max_seq_len)
 
 
 def head_state(model: nn.Module) -> dict[str, Tensor]:
@@ -46,20 +80,17 @@ def head_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in added}
 
 
-def save_head(model: nn.Module, path: Path) -> None:
-    """Write ``head_state`` as a plain ``.pth``."""
-    tensors = {name: parameter.detach().float().cpu() for name, parameter in head_state(model).items()}
-    atomic_write(path, lambda file: torch.save(tensors, file))
+def load_head(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy the head of the skill file ``path`` into a classifier from ``open_classifier``.
 
-
-def load_head(model: nn.Module, path: Path) -> None:
-    """Copy such a file into a classifier from ``open_classifier``. Raises ``UserError`` where it does not fit."""
-    copy_strictly(head_state(model), read_tensors(path), path)
+    Raises ``UserError`` where it does not fit.
+    """
+    copy_strictly(head_state(model), tensors, path)
 
 
 def save_classifier(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """A Hugging Face folder, in place of one that may be there, which stays until the new one is whole."""
-    unfinished = folder.with_name(folder.name + ".part")
+    unfinished = folder.with_name(f".{folder.name}")  # no skill's name begins so
     shutil.rmtree(unfinished, ignore_errors=True)
     with quiet_library():
         model.save_pretrained(unfinished)

@@ -30,6 +30,7 @@ from model.weights import arithmetic, copy_strictly, fingerprint, read_tensors, 
 FORMAT = 1
 KEYS = ("A.weight", "B.weight", "magnitude")  # of a target, after ".lora."
 META_KEY = "_meta"  # a uint8 tensor of JSON; MiniMind's own loader passes over it
+HEAD = "_head."  # before the names of tensors that a classifier's skill replaces whole
 
 
 def apply_lora(
@@ -95,10 +96,13 @@ def output_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for _, linear in adapted(model) for parameter in linear.lora.output_parameters()]
 
 
-def save_lora(model: nn.Module, path: str | PathLike, meta: dict | None = None) -> None:
+def save_lora(
+    model: nn.Module, path: str | PathLike, meta: dict | None = None, head: Mapping[str, Tensor] | None = None
+) -> None:
     """Write the applied LoRA as one ``.pth`` that explains itself: fp32 tensors under MiniMind's keys, and ``_meta``.
 
     ``_meta`` holds rank, alpha, targets, the base's fingerprint and what ``meta`` adds (a ``base`` dict is merged).
+    ``head``: tensors that were trained beside the LoRA, which ``read_lora`` gives back as ``_meta``'s ``head``.
     Prints which updates are still zero: such a Linear's ``forward`` never ran in training (some modules, PyTorch's
     MultiheadAttention for one, use its weight alone).
     """
@@ -112,6 +116,7 @@ def save_lora(model: nn.Module, path: str | PathLike, meta: dict | None = None) 
         for name, lora in loras.items()
         for key, tensor in lora.exported().items()
     }
+    tensors |= {HEAD + name: tensor.detach().float().cpu() for name, tensor in (head or {}).items()}
     write_lora(path, tensors, {name: lora.scaling for name, lora in loras.items()}, base_fingerprint(model), meta or {})
 
 
@@ -143,11 +148,12 @@ def read_lora(path: str | PathLike) -> tuple[dict[str, Tensor], dict]:
     """
     tensors = read_tensors(path)
     packed = tensors.pop(META_KEY, None)
+    head = {name.removeprefix(HEAD): tensors.pop(name) for name in list(tensors) if name.startswith(HEAD)}
     ranks = _ranks(tensors, path)
     try:
         meta = {} if packed is None else json.loads(bytes(packed.to(torch.uint8).tolist()))
         rank = Counter(ranks.values()).most_common(1)[0][0]
-        meta = {"rank": rank, "alpha": rank, "targets": sorted(ranks), **meta}
+        meta = {"rank": rank, "alpha": rank, "targets": sorted(ranks), **meta, "head": head}
         consistent = set(meta["targets"]) == set(ranks) and meta["rank"] in ranks.values()
         meta |= {"alpha": float(meta["alpha"]), "base": dict(meta.get("base") or {}), "ranks": ranks}
         meta["options"] = dict(meta.get("options") or {})
@@ -201,7 +207,7 @@ def check_lora(
     tensors, meta = read_lora(path)
     trained_on = meta["base"].get("fingerprint")
     if trained_on is not None and trained_on != (present := base_fingerprint(model)) and not allow_base_mismatch:
-        name = meta["base"].get("file", "a base")
+        name = meta["base"].get("file", "a base") + (" as a text classifier" if meta["head"] else "")
         raise UserError(
             f"{path} was trained on {name} ({short(str(trained_on))}), but this model is {short(present)};"
             " use that base or --allow_base_mismatch"

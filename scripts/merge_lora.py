@@ -1,5 +1,6 @@
 """Fuse skills: python scripts/merge_lora.py medical=0.7 identity --output out/full_sft_medic_512.pth"""
 
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,7 @@ def merge_into_base(options: Options, base: Path, record: dict, first: dict, lib
     import torch
 
     from dataset.tokenizer import tokenizer_of
+    from model.bases import quiet_library
     from model.LMConfig import context_of
     from model.lora_merge import merge_lora
     from model.model import MiniMindLM
@@ -109,7 +111,9 @@ def merge_into_base(options: Options, base: Path, record: dict, first: dict, lib
         template = first["options"].get("prompt_template")
         tokenizer = tokenizer_of(record, base, None, options.out_dir, template)
         unfinished = output.with_name(output.name + ".part")  # a kill leaves no half of a model under the name
-        model.save_pretrained(unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with quiet_library():
+            model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         unfinished.rename(output)
     print(f"saved {output}")

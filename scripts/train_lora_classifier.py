@@ -9,9 +9,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core.errors import UserError, run
-from core.files import sha256_file
 from core.options import option, parse, require
-from core.paths import classifier_dir, head_path, lora_path, lora_paths, skill_name
+from core.paths import classifier_dir, lora_path, skill_name
 from model.lora_config import LoRAConfig
 from trainer.options import TrainOptions
 
@@ -24,7 +23,7 @@ class Options(LoRAConfig, TrainOptions):
     data_path: tuple[Path, ...] = option((), "rows with text, label and perhaps text_pair: .jsonl, .json or .tsv")
     val_path: tuple[Path, ...] = option((), "rows to score (default: --val_ratio of the training rows)")
     lora_name: str = option("classifier", "name of the skill; it names the files")
-    full: bool = option(False, "train all weights instead of LoRA, into out/classifiers/<name>")
+    full: bool = option(False, "train all weights instead of LoRA, into the folder out/classifier_<name>")
     load_in_4bit: bool = option(False, "freeze the body in 4 bits (QLoRA; needs requirements-4bit.txt)")
     predict: Path | None = option(None, "train nothing: print the label of each row of this file, with its probability")
     rank: int = option(8, "rank of the update")
@@ -34,14 +33,19 @@ class Options(LoRAConfig, TrainOptions):
     )
     epochs: int = option(3, "passes over the data")
     batch_size: int = option(32, "rows of a micro-batch")
-    learning_rate: float = option(1e-3, "peak learning rate")
+    learning_rate: float | None = option(None, "peak learning rate (default: 1e-3, with --full 5e-5)")
     warmup_ratio: float = option(0.06, "share of the steps in which the rate rises")
     decay_ratio: float = option(1.0, "share of the steps after the warm-up in which the rate falls to 0")
     weight_decay: float = option(0.01, "decoupled weight decay of matrices (not of norms)")
     max_seq_len: int = option(128, "tokens of a row")
     val_ratio: float = option(0.1, "share of rows held out where there is no --val_path")
+    val_tokens: int = option(10**9, "how many held-out tokens a validation reads")
 
     def __post_init__(self):
+        if self.learning_rate is None:
+            self.learning_rate = 5e-5 if self.full else 1e-3
+        defaults = {field.name: field.default for field in fields(self)}
+        given = [field.name for field in fields(LoRAConfig) if getattr(self, field.name) != defaults[field.name]]
         TrainOptions.__post_init__(self)
         LoRAConfig.__post_init__(self)
         skill_name(self.lora_name)
@@ -49,109 +53,113 @@ class Options(LoRAConfig, TrainOptions):
         require(bool(self.data_path) != bool(self.predict), "name rows with --data_path, or a file with --predict")
         require(not (self.full and self.predict), "--full makes a folder that transformers itself can load and ask")
         require(not (self.full and self.load_in_4bit), "--full trains all weights, which 4 bits cannot: choose one")
+        require(not (self.full and given), f"--full trains no LoRA: leave out --{', --'.join(given)}")
+        require(not self.predict or self.bad_rows == "stop", "--predict answers every row: leave out --bad_rows skip")
 
 
 def main(argv: list[str] | None = None) -> Path | None:
     options = parse(Options, argv)
+    from trainer.runtime import Runtime
+
+    runtime = Runtime.start(options.device, options.dtype, options.seed)
+    return predict(options, runtime) if options.predict else train(options, runtime)
+
+
+def train(options: Options, runtime) -> Path:
+    """Train a skill, or with --full a whole model, on labelled rows; returns its file or folder."""
     from dataset.batches import validation_batches
-    from dataset.labelled import LabelledSamples, labels_of, read_labelled, split_labelled
-    from dataset.tokenizer import read_tokenizer
-    from model.classifier import class_loss_sum, head_state, open_classifier, save_classifier, save_head
-    from model.LMConfig import check_length
+    from dataset.labelled import LabelledSamples, has_pairs, labels_of, read_labelled, split_labelled
+    from model.classifier import check_row_length, class_loss_sum, head_state, open_classifier, save_classifier
     from model.lora_targets import table_of
     from model.model_lora import apply_lora, base_fingerprint, save_lora
     from model.quantized import quantize
     from scripts.wiring import run_record, train_and_save
     from trainer.evaluation import score
-    from trainer.runtime import Runtime
 
-    runtime = Runtime.start(options.device, options.dtype, options.seed)
-    if options.predict:
-        return predict(options, runtime)
-    rows = read_labelled(options.data_path, options.bad_rows)
+    rows, held_out = read_labelled(options.data_path, options.bad_rows), []
+    labels = labels_of(rows)
     if options.val_path:
         held_out = read_labelled(options.val_path, options.bad_rows)
-    else:
+    elif options.val_ratio:
         rows, held_out = split_labelled(rows, options.val_ratio)
-    labels = labels_of(rows)
-    tokenizer = read_tokenizer(options.tokenizer_path or options.base)
-    train, val = (LabelledSamples(part, labels, tokenizer, options.max_seq_len) for part in (rows, held_out))
-    print(f"training: {train.describe()}\nheld out: {val.describe()}\nlabels: {', '.join(labels)}")
     model = open_classifier(options.base, labels).to(runtime.device)
+    body, labels = model.base_model, list(model.config.id2label.values())
+    check_row_length(model, options.max_seq_len)
+    tokenizer = opened_tokenizer(options, model)
+    pairs = has_pairs(rows)
+    samples, val = (
+        LabelledSamples(part, labels, tokenizer, options.max_seq_len, pairs=pairs) for part in (rows, held_out)
+    )
+    print(f"training: {samples.describe()}\nheld out: {val.describe()}\nlabels: {', '.join(labels)}")
     print(f"base: {options.base}; trained whole: {', '.join(head_state(model))}")
-    body = model.base_model
-    check_length(model.config, options.max_seq_len)
-    model.config.pad_token_id = train.pad_id
-    fingerprint = base_fingerprint(body)
+    origin = {"file": options.base.name, "fingerprint": base_fingerprint(body)}
     path = lora_path(options.out_dir, options.lora_name, model.config.hidden_size)
     if options.full:
         path = classifier_dir(options.out_dir, options.lora_name)
+        require(path.resolve() != options.base.resolve(), f"{path} is --base itself; choose another --lora_name")
         model.requires_grad_(True)
     else:
         new = [parameter for parameter in body.parameters() if parameter.requires_grad]
         if options.load_in_4bit:
-            require(
-                not new, f"--base {options.base} lacks weights, which 4 bits cannot learn: leave out --load_in_4bit"
-            )
+            require(not new, f"--base {options.base} lacks weights, which 4 bits cannot learn; drop --load_in_4bit")
             quantize(body, runtime.dtype)
         apply_lora(body, **{field.name: getattr(options, field.name) for field in fields(LoRAConfig)})
         for parameter in new:
             parameter.requires_grad_(True)
         print(table_of(body))
     memory = {}
-    batches = validation_batches(val, options.batch_size, max_tokens=sys.maxsize)
+    batches = validation_batches(val, options.batch_size, options.val_tokens)
 
     def validate():
         scores = score(model, batches, runtime)
         memory["val"] = asdict(scores) if scores.targets else {}
         return scores
 
-    record = run_record("classifier", options, tokenizer, {"file": options.base.name, "fingerprint": fingerprint})
-    record |= {"labels": labels}
+    record = run_record("classifier", options, tokenizer, origin) | {"labels": labels, "pairs": pairs}
 
     def on_save(step: int) -> None:
+        if memory.get("val"):
+            memory["val"].setdefault("step", step)  # a stop in between saves later weights than were scored
         if options.full:
             save_classifier(model, tokenizer, path)
         else:
-            save_head(model, head_path(path))
-            head = sha256_file(head_path(path))
-            save_lora(body, path, {**record, "head": head, "metrics": {"step": step, **memory}})
+            save_lora(body, path, {**record, "metrics": {"step": step, **memory}}, head_state(model))
 
     callbacks = {"on_save": on_save, "validate": validate, "memory": memory, "loss_sum": class_loss_sum}
-    train_and_save(model, train, options, runtime, path, record, **callbacks)
+    train_and_save(model, samples, options, runtime, path, record, **callbacks)
     return path
 
 
 def predict(options: Options, runtime) -> None:
-    """Print ``{"label", "probability"}`` for each row of --predict, in its order; rows need no label."""
+    """Print ``{"label", "probability"}`` for each row of --predict, in its order; rows need no label.
+
+    Length of the rows and 4 bits are those of the training.
+    """
     import numpy as np
     import torch
 
     from dataset.labelled import LabelledSamples, clean_unlabelled, read_labelled
-    from dataset.tokenizer import read_tokenizer
-    from model.classifier import load_head, open_classifier
+    from dataset.tokenizer import tokenizer_fingerprint
+    from model.classifier import load_head, open_classifier, read_config
     from model.model_lora import attach_lora, read_lora
     from model.quantized import quantize
 
-    found = lora_paths(options.out_dir, options.lora_name)
-    if not found:
-        missing = lora_path(options.out_dir, options.lora_name, "<dim>")
-        raise UserError(f"there is no skill file {missing}; train it with --data_path")
-    path = found[-1]
-    head, (_, meta) = head_path(path), read_lora(path)
-    labels = meta.get("labels")
-    if not isinstance(labels, list):
-        raise UserError(f"{path} is no classifier's skill: it names no labels")
-    if not head.is_file() or sha256_file(head) != meta.get("head"):
-        raise UserError(f"{head} is not the head that {path} was trained with; keep the two together or train again")
-    rows = read_labelled((options.predict,), options.bad_rows, clean_unlabelled)
-    tokenizer = read_tokenizer(options.tokenizer_path or options.base)
-    samples = LabelledSamples(rows, labels, tokenizer, options.max_seq_len)
-    model = open_classifier(options.base, labels).to(runtime.device).eval()
-    model.config.pad_token_id = samples.pad_id
-    load_head(model, head)
+    path = lora_path(options.out_dir, options.lora_name, read_config(options.base).hidden_size)
+    if not path.is_file():
+        raise UserError(f"there is no skill file {path}; train it with --data_path")
+    _, meta = read_lora(path)
+    if not meta["head"] or not isinstance(labels := meta.get("labels"), list):
+        raise UserError(f"{path} is no classifier's skill: it has no head and labels")
     with redirect_stdout(sys.stderr):  # what is printed below can be piped
-        if options.load_in_4bit:
+        rows = read_labelled((options.predict,), clean=clean_unlabelled)
+        model = open_classifier(options.base, labels).to(runtime.device).eval()
+        tokenizer = opened_tokenizer(options, model)
+        if tokenizer_fingerprint(tokenizer) != meta.get("tokenizer"):
+            raise UserError(f"{path} was trained with another tokenizer; name that one with --tokenizer_path")
+        max_seq_len = int(meta["options"].get("max_seq_len", options.max_seq_len))
+        samples = LabelledSamples(rows, labels, tokenizer, max_seq_len, pairs=bool(meta.get("pairs")))
+        load_head(model, meta["head"], path)
+        if meta["options"].get("load_in_4bit"):
             quantize(model.base_model, runtime.dtype)
         attach_lora(model.base_model, path)
     for index in range(len(samples)):
@@ -159,8 +167,23 @@ def predict(options: Options, runtime) -> None:
         with torch.no_grad(), runtime.autocast():
             probabilities = model(**batch.inputs).logits[0].float().softmax(-1)
         best = int(probabilities.argmax())
-        answer = {"label": labels[best], "probability": round(float(probabilities[best]), 4)}
-        print(json.dumps(answer, ensure_ascii=False))
+        print(json.dumps({"label": labels[best], "probability": round(float(probabilities[best]), 4)}))
+
+
+def opened_tokenizer(options: Options, model):
+    """The base's, or that of --tokenizer_path; what it pads with, the model knows. Raises ``UserError``."""
+    from dataset.tokenizer import read_tokenizer
+
+    tokenizer = read_tokenizer(options.tokenizer_path or options.base)
+    if len(tokenizer) > (size := model.get_input_embeddings().num_embeddings):
+        raise UserError(
+            f"--base {options.base} knows {size} tokens, the tokenizer has {len(tokenizer)}: it is another's"
+        )
+    if tokenizer.pad_token_id is None:
+        require(tokenizer.eos_token_id is not None, f"the tokenizer of {options.base} has neither padding nor an end")
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
 
 
 if __name__ == "__main__":

@@ -141,18 +141,19 @@ def train_and_save(
     loss_sum: Callable[[nn.Module, Batch], Tensor] = loss_sum,
     faster: tuple[Iterable[nn.Parameter], float] = ((), 1.0),
 ) -> None:
-    """Train what is trainable in ``model`` into the file ``path``, from a saved state with ``--resume``.
+    """Train what is trainable in ``model`` into the file or folder ``path``, from a saved state with ``--resume``.
 
     ``memory`` is that of the validations. ``faster``: parameters, and their rate over ``--learning_rate``.
     """
-    folder = checkpoints_dir(options.out_dir, path.stem)
+    name = path.name.removesuffix(".pth")
+    folder = checkpoints_dir(options.out_dir, name)
     states = RunStates(folder, identity(options, record), memory, resume=options.resume)
     if path.exists() and not (states.found or options.dry_run):
         print(f"starting clean: {path} of an earlier run will be replaced")
     rows_per_step = states.rows_per_step(options.batch_size * options.accumulation_steps * runtime.world_size)
     source = batches_of(samples, options, runtime, rows_per_step)
     groups = param_groups(model, options.weight_decay, options.optimizer, *faster)
-    log_to = metrics_path(options.out_dir, path.stem)
+    log_to = metrics_path(options.out_dir, name)
     callbacks = {"loss_sum": loss_sum, "on_save": on_save, "validate": validate}
     train(model, source, groups, options, runtime, log_to=log_to, states=states, **callbacks)
     runtime.stop()
@@ -183,8 +184,10 @@ def pass_size(options: TrainOptions, runtime: Runtime) -> int:
 def identity(options: TrainOptions, record: dict) -> dict:
     """What must be the same when a run is resumed: flags, files by their content, and the base."""
     flags = {f"--{name}": value for name, value in record["options"].items() if name not in MAY_CHANGE}
-    files = {f"data file {n}": entry["sha256"] for n, entry in enumerate(record["data"], 1)}
-    files |= {f"general data file {n}": entry["sha256"] for n, entry in enumerate(record["general_data"], 1)}
+    files = {}
+    for kind in ("data", "general data", "val data"):
+        found = record.get(kind.replace(" ", "_"), [])
+        files |= {f"{kind} file {n}": entry["sha256"] for n, entry in enumerate(found, 1)}
     base = (record["base"] or {}).get("fingerprint")
     return flags | files | {"the tokenizer": record["tokenizer"], "the base": base}
 
@@ -210,6 +213,7 @@ def run_record(stage: str, options: TrainOptions, tokenizer: PreTrainedTokenizer
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "data": described(options.data_path),
         "general_data": described(getattr(options, "general_data", ())),
+        "val_data": described(getattr(options, "val_path", ())),
         # A resumed run leaves the same file as one that was never interrupted.
         "options": {name: cut(getattr(options, name)) for name in names if name not in ("resume", "dry_run")},
     }

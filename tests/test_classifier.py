@@ -16,14 +16,16 @@ from transformers import (
     ElectraConfig,
     ElectraModel,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     pipeline,
 )
 
 from core.errors import UserError
-from core.paths import head_path, metrics_path
+from core.paths import metrics_path
 from dataset.batches import masked
 from dataset.labelled import LabelledSamples, clean_unlabelled, labels_of, read_labelled, split_labelled
-from model.classifier import class_loss_sum, head_state, open_classifier
+from model.classifier import check_row_length, class_loss_sum, head_state, open_classifier
 from model.model_lora import apply_lora, lora_parameters, read_lora
 from scripts.train_lora_classifier import main as train_classifier
 from trainer.evaluation import score, scores_of
@@ -127,8 +129,15 @@ def test_bad_rows_of_a_table_are_named_or_skipped(tmp_path, capsys):
     assert len(read_labelled((path,), "skip")) == 2
     assert "bad rows skipped: 1" in capsys.readouterr().out
     path.write_bytes(b"sentence\tlabel\n\xff\t1\n")
-    with pytest.raises(UserError, match="must be UTF-8"):
+    with pytest.raises(UserError, match="is not UTF-8 text"):
         read_labelled((path,))
+    path.write_bytes(b"sentence\tlabel\tlabel\nx\t1\t1\n")
+    with pytest.raises(UserError, match=r"rows\.tsv:1: a column's name is there twice"):
+        read_labelled((path,))
+    broken = tmp_path / "broken.tsv.gz"
+    broken.write_bytes(gzip.compress(b"sentence\tlabel\n" + b"x\t1\n" * 99)[:20] + b"\xff" * 30)
+    with pytest.raises(UserError, match=r"cannot read .*broken"):
+        read_labelled((broken,))
     with pytest.raises(UserError, match=r"cannot read .*none\.tsv"):
         read_labelled((tmp_path / "none.tsv",))
 
@@ -139,8 +148,8 @@ def test_labels_are_numbered_in_their_order():
     with pytest.raises(UserError, match="all rows have the label 'x'"):
         labels_of([{"label": "x"}])
     row = {"text": "a", "text_pair": None, "label": "c"}
-    with pytest.raises(UserError, match="label 'c' is in none of the training rows, which have a, b"):
-        LabelledSamples([row], ["a", "b"], bert_tokenizer(), 8)
+    with pytest.raises(UserError, match="label 'c' is none of those to learn, which are a, b"):
+        LabelledSamples([row], ["a", "b"], bert_tokenizer(), 8, pairs=False)
 
 
 def test_the_same_text_is_never_on_both_sides():
@@ -148,13 +157,15 @@ def test_the_same_text_is_never_on_both_sides():
     train, held_out = split_labelled(rows, 0.2)
     assert len(train) + len(held_out) == 1000 and 100 < len(held_out) < 300
     assert not {row["text"] for row in train} & {row["text"] for row in held_out}
-    assert split_labelled(rows, 0.0) == (rows, [])
+    assert [len(side) for side in split_labelled(rows[:200], 1e-9)] == [199, 1]
+    with pytest.raises(UserError, match="holds out all 1 rows"):
+        split_labelled(rows[:1], 0.1)
 
 
 def test_a_batch_is_what_the_library_pads():
     tokenizer = bert_tokenizer()
     rows = [{"text": "the film " * n, "text_pair": "was very good", "label": str(n % 2)} for n in range(1, 9)]
-    samples = LabelledSamples(rows, ["0", "1"], tokenizer, 12)
+    samples = LabelledSamples(rows, ["0", "1"], tokenizer, 12, pairs=True)
     chosen = np.array([6, 0, 3])
     batch = samples.collate(chosen)
     texts, pairs = [rows[n]["text"] for n in chosen], [rows[n]["text_pair"] for n in chosen]
@@ -190,7 +201,7 @@ def test_a_score_does_not_depend_on_the_batches(bases):
     torch.manual_seed(1)
     model = open_classifier(bases / "bert", ["0", "1"])
     rows = [{**row, "text_pair": None, "label": str(row["label"])} for row in reviews(40, 2)]
-    samples = LabelledSamples(rows, ["0", "1"], bert_tokenizer(), 32)
+    samples = LabelledSamples(rows, ["0", "1"], bert_tokenizer(), 32, pairs=False)
     one_by_one = [samples.collate(np.array([n])) for n in range(40)]
     together = score(model, [samples.collate(np.arange(40))], CPU)
     alone = score(model, one_by_one, CPU)
@@ -240,7 +251,6 @@ def test_a_skill_is_learned_resumed_and_asked(bases, data, tmp_path, capsys, nam
     again = train_classifier([*argv, *flags(out_dir=out), "--resume"])
     assert "resumed at step 100 of 120" in capsys.readouterr().out
     assert again.read_bytes() == path.read_bytes()
-    assert head_path(again).read_bytes() == head_path(path).read_bytes()
 
     questions = write_rows(tmp_path / "questions.jsonl", [{"text": row["text"]} for row in reviews(30, 3)])
     asked = flags(base=bases / name, lora_name="review", predict=questions, device="cpu")
@@ -249,11 +259,6 @@ def test_a_skill_is_learned_resumed_and_asked(bases, data, tmp_path, capsys, nam
     right = [answer["label"] == str(row["label"]) for answer, row in zip(answers, reviews(30, 3), strict=True)]
     assert sum(right) >= 28 and all(0.5 <= answer["probability"] <= 1 for answer in answers)
 
-    head = head_path(again)
-    tensors = torch.load(head, weights_only=True)
-    torch.save({key: tensor + 1 for key, tensor in tensors.items()}, head)
-    with pytest.raises(UserError, match=r"is not the head that .*lora_review_32.pth was trained with"):
-        train_classifier([*asked, *flags(out_dir=out)])
     with pytest.raises(UserError, match=r"there is no skill file .*lora_review"):
         train_classifier([*asked, *flags(out_dir=tmp_path / "nowhere")])
 
@@ -266,7 +271,7 @@ def test_full_fine_tuning_leaves_a_folder_of_the_library(bases, data, tmp_path):
     rows = reviews(30, 3)
     answers = ask([row["text"] for row in rows])
     assert sum(answer["label"] == str(row["label"]) for answer, row in zip(answers, rows, strict=True)) >= 28
-    assert not list(folder.parent.glob("*.part"))
+    assert folder == tmp_path / "classifier_whole" and not list(tmp_path.glob(".*"))
 
 
 def test_a_body_in_four_bits(bases, data, tmp_path, capsys):
@@ -276,7 +281,7 @@ def test_a_body_in_four_bits(bases, data, tmp_path, capsys):
     path = train_classifier([*argv, *flags(data_path=train, val_path=dev, **SMALL), "--load_in_4bit"])
     assert read_lora(path)[1]["metrics"]["val"]["accuracy"] > 0.95
     assert "Linears in NF4" in capsys.readouterr().out
-    train_classifier([*argv, *flags(predict=train), "--load_in_4bit"])
+    train_classifier([*argv, *flags(predict=train)])
     answers = [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()]
     assert np.mean([answer == str(row["label"]) for answer, row in zip(answers, reviews(160, 0), strict=True)]) > 0.95
 
@@ -285,19 +290,113 @@ def test_weights_that_the_base_lacks_learn_too(bases, data, tmp_path, capsys):
     train, dev = data
     argv = flags(base=bases / "unpooled", lora_name="x", out_dir=tmp_path, device="cpu")
     path = train_classifier([*argv, *flags(data_path=train, val_path=dev, **SMALL)])
-    assert "bert.pooler.dense.weight" in torch.load(head_path(path), weights_only=True)
+    assert "bert.pooler.dense.weight" in read_lora(path)[1]["head"]
     capsys.readouterr()
     train_classifier([*argv, *flags(predict=dev, seed=5)])
     answers = [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()]
     right = np.mean([answer == str(row["label"]) for answer, row in zip(answers, reviews(80, 1), strict=True)])
     assert right == read_lora(path)[1]["metrics"]["val"]["accuracy"] > 0.9
-    with pytest.raises(UserError, match="lacks weights, which 4 bits cannot learn: leave out --load_in_4bit"):
+    with pytest.raises(UserError, match="lacks weights, which 4 bits cannot learn; drop --load_in_4bit"):
         train_classifier([*argv, *flags(data_path=train, max_seq_len=32), "--load_in_4bit"])
+
+
+def test_a_row_is_answered_as_the_classifier_was_trained(bases, data, tmp_path):
+    """Other texts, another tokenizer and another base are refused; length and 4 bits come from the file."""
+    train, dev = data
+    argv = flags(base=bases / "bert", lora_name="x", out_dir=tmp_path, device="cpu")
+    learn = flags(data_path=train, **SMALL | {"epochs": 1})
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{**row, "text_pair": "fine"} for row in reviews(9, 4)])
+    with pytest.raises(UserError, match="these rows have a text and a text_pair, where the classifier reads one text"):
+        train_classifier([*argv, *learn, *flags(val_path=pairs)])
+    path = train_classifier([*argv, *learn])
+    meta = read_lora(path)[1]
+    assert meta["pairs"] is False and meta["metrics"]["val"]["step"] == meta["metrics"]["step"]
+    with pytest.raises(UserError, match="where the classifier reads one text"):
+        train_classifier([*argv, *flags(predict=pairs)])
+    other = shutil.copytree(bases / "bert", tmp_path / "other")
+    spelled = (other / "tokenizer.json").read_text().replace('"good"', '"nice"')
+    (other / "tokenizer.json").write_text(spelled)
+    with pytest.raises(UserError, match="was trained with another tokenizer"):
+        train_classifier([*argv, *flags(predict=dev, tokenizer_path=other)])
+    BertModel(BertConfig(**SIZES)).save_pretrained(other)
+    with pytest.raises(UserError, match=r"was trained on bert as a text classifier .* but this model is"):
+        train_classifier([*argv, *flags(predict=dev, tokenizer_path=bases / "bert"), "--base", str(other)])
+    with pytest.raises(UserError, match="--predict answers every row"):
+        train_classifier([*argv, *flags(predict=dev, bad_rows="skip")])
+
+
+def test_a_base_that_is_a_classifier_keeps_its_head_and_the_order_of_its_labels(bases, tmp_path):
+    torch.manual_seed(0)
+    made = open_classifier(bases / "bert", ["yes", "no"])
+    assert list(made.config.id2label.values()) == ["yes", "no"]
+    made.save_pretrained(tmp_path)
+    again = open_classifier(tmp_path, ["no", "yes"])
+    assert list(again.config.id2label.values()) == ["yes", "no"]
+    assert torch.equal(again.classifier.weight, made.classifier.weight)
+    torch.manual_seed(1)
+    for others in (["a", "b"], ["no", "yes", "maybe"]):
+        drawn = open_classifier(tmp_path, others)
+        assert list(drawn.config.id2label.values()) == others
+        assert not torch.equal(drawn.classifier.weight[:2], made.classifier.weight)
+        assert torch.equal(drawn.bert.pooler.dense.weight, made.bert.pooler.dense.weight)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "model_type"])
+def test_a_base_whose_config_is_not_its_own_is_refused(bases, tmp_path, key):
+    base = shutil.copytree(bases / "bert", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config[key] = {"hidden_size": 64, "num_hidden_layers": 3, "model_type": "electra"}[key]
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"of the shape that its config\.json says"):
+        open_classifier(base, ["a", "b"])
+
+
+def test_what_a_text_spells_is_no_control_token():
+    row = {"text": "the [SEP] film [PAD]", "text_pair": None, "label": "a"}
+    ids = LabelledSamples([row], ["a", "b"], bert_tokenizer(), 32, pairs=False).columns["input_ids"][0]
+    assert ids[0] == 2 and ids[-1] == 3 and not {0, 2, 3} & set(ids[1:-1])
+
+
+def test_positions_that_begin_after_the_padding_leave_less_room():
+    model = RobertaForSequenceClassification(RobertaConfig(**SIZES))
+    check_row_length(model, 62)
+    model(torch.full((1, 62), 5))
+    with pytest.raises(UserError, match="exceeds the model's context of 64"):
+        check_row_length(model, 63)
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, 63), 5))
+
+
+def test_runs_of_other_names_keep_apart(bases, data, tmp_path):
+    argv = flags(base=bases / "bert", data_path=data[0], out_dir=tmp_path, **SMALL | {"epochs": 1})
+    for name in ("v1.1", "v1.2"):
+        train_classifier([*argv, "--full", "--lora_name", name])
+    assert {path.stem for path in (tmp_path / "metrics").glob("*.jsonl")} == {"classifier_v1.1", "classifier_v1.2"}
+    itself = flags(base=tmp_path / "classifier_v1.1", data_path=data[0], out_dir=tmp_path, **SMALL)
+    with pytest.raises(UserError, match=r"classifier_v1\.1 is --base itself; choose another --lora_name"):
+        train_classifier([*itself, "--full", "--lora_name", "v1.1"])
+
+
+def test_other_validation_rows_are_another_run(bases, data, tmp_path):
+    dev = shutil.copy(data[1], tmp_path / "dev.jsonl")
+    argv = flags(
+        base=bases / "bert", data_path=data[0], val_path=dev, out_dir=tmp_path / "out", **SMALL | {"epochs": 1}
+    )
+    train_classifier(argv)
+    write_rows(tmp_path / "dev.jsonl", reviews(9, 7))
+    with pytest.raises(UserError, match="val data file 1"):
+        train_classifier([*argv, "--resume"])
 
 
 @pytest.mark.parametrize(
     "words, reason",
     [
+        (
+            ["--base", "BASE", "--data_path", "TRAIN", "--full", "--rank", "4"],
+            "--full trains no LoRA: leave out --r",
+        ),
+        (["--base", "none", "--data_path", "TRAIN"], "--base none is neither a folder"),
+        (["--base", "BASE", "--data_path", "ONE", "--max_seq_len", "9"], "all rows have the label|holds out all"),
         ([], "name a pretrained model with --base"),
         (["--base", "BASE"], "name rows with --data_path, or a file with --predict"),
         (["--base", "BASE", "--data_path", "TRAIN", "--full", "--load_in_4bit"], "--full trains all weights"),
@@ -310,7 +409,8 @@ def test_weights_that_the_base_lacks_learn_too(bases, data, tmp_path, capsys):
     ],
 )
 def test_a_wrong_flag_is_named(bases, data, tmp_path, words, reason):
-    places = {"BASE": str(bases / "bert"), "TRAIN": str(data[0])}
+    one = write_rows(tmp_path / "one.jsonl", [{"text": "the film", "label": 1}])
+    places = {"BASE": str(bases / "bert"), "TRAIN": str(data[0]), "ONE": str(one)}
     with pytest.raises(UserError, match=reason):
         train_classifier([places.get(word, word) for word in words] + ["--out_dir", str(tmp_path), "--device", "cpu"])
     assert not (tmp_path / "lora").exists()

@@ -260,7 +260,7 @@ def test_a_frozen_model_is_refused(tiny_model, tmp_path):
 
 
 def test_a_warm_up_longer_than_the_run_is_refused(tiny_model, tmp_path):
-    with pytest.raises(UserError, match="--warmup_iters 4 must be shorter than the run of 4"):
+    with pytest.raises(UserError, match="a warm-up of 4 steps must be shorter than the run of 4"):
         run_training(tiny_model, Source([ragged_batch(2, seed=16)]), tmp_path, warmup_iters=4)
 
 

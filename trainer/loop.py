@@ -102,7 +102,10 @@ def train(
     total = min(total, options.max_steps) if options.max_steps else total
     warmup = options.warmup_iters or round(options.warmup_ratio * total)
     if warmup >= total:
-        raise UserError(f"--warmup_iters {warmup} must be shorter than the run of {total} optimizer steps")
+        raise UserError(
+            f"a warm-up of {warmup} steps must be shorter than the run of {total} optimizer steps: lower --warmup_iters"
+            " or --warmup_ratio"
+        )
     optimizer = make_optimizer(groups, options.learning_rate, options.optimizer, runtime.device)
     scaler = runtime.scaler()
     last = min(total, DRY_RUN_STEPS) if options.dry_run else total
