@@ -282,7 +282,9 @@ def test_a_body_in_four_bits(bases, data, tmp_path, capsys):
     assert read_lora(path)[1]["metrics"]["val"]["accuracy"] > 0.95
     assert "Linears in NF4" in capsys.readouterr().out
     train_classifier([*argv, *flags(predict=train)])
-    answers = [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()]
+    said = capsys.readouterr()
+    assert "Linears in NF4" in said.err, "as it was trained"
+    answers = [json.loads(line)["label"] for line in said.out.splitlines()]
     assert np.mean([answer == str(row["label"]) for answer, row in zip(answers, reviews(160, 0), strict=True)]) > 0.95
 
 
@@ -310,6 +312,7 @@ def test_a_row_is_answered_as_the_classifier_was_trained(bases, data, tmp_path):
         train_classifier([*argv, *learn, *flags(val_path=pairs)])
     path = train_classifier([*argv, *learn])
     meta = read_lora(path)[1]
+    train_classifier([*argv, *flags(predict=write_rows(tmp_path / "long.jsonl", [{"text": "very good " * 99}]))])
     assert meta["pairs"] is False and meta["metrics"]["val"]["step"] == meta["metrics"]["step"]
     with pytest.raises(UserError, match="where the classifier reads one text"):
         train_classifier([*argv, *flags(predict=pairs)])
