@@ -17,7 +17,7 @@ from core.errors import UserError, run
 from core.options import option, parse, require
 
 PARAPHRASES = Path(__file__).with_name("identity_paraphrases.txt")  # older than the first training run
-FILLED_IN = {"{{name}}": "MiniMind", "{{author}}": "the MiniMind project"}
+NAME, MAKER = "Lumi", "the MiniMind project"
 FORMER = ("SmolLM", "Hugging", "HuggingFace")
 # Of the unrelated chats, so many tokens and this share of the rows are measured.
 UNRELATED_TOKENS, UNRELATED_SHARE = 32768, 0.2
@@ -73,8 +73,18 @@ def main(argv: list[str] | None = None) -> dict:
         answers = ask(session, ["Who are you?", *(questions if state != "skill off" else ())])
         cost = unrelated_bits(model, tokenizer, options)
         hits = sum(map(is_hit, list(answers.values())[1:]))
-        states[state] = {"hits": hits, "bits_per_byte": cost, "answers": answers, "logits": logits_of(model, tokenizer)}
-        print(f"{state}: {hits} of {len(answers) - 1} say the new name, {cost:.4f} bits per byte of unrelated chats")
+        named = sum(NAME in answer for answer in list(answers.values())[1:])
+        states[state] = {
+            "hits": hits,
+            "named": named,
+            "bits_per_byte": cost,
+            "answers": answers,
+            "logits": logits_of(model, tokenizer),
+        }
+        print(
+            f"{state}: {hits} of {len(answers) - 1} give the new name or maker, {named} the name;"
+            f" {cost:.4f} bits per byte of unrelated chats"
+        )
     before, after, off = states.values()
     is_off = bool((before["logits"] == off["logits"]).all()) and off["answers"].items() <= before["answers"].items()
     figures = {
@@ -83,6 +93,7 @@ def main(argv: list[str] | None = None) -> dict:
         "settings": {key: value for key, value in asdict(options).items() if isinstance(value, int | float)},
         "paraphrases": {"count": len(questions), "sha256": sha256_file(PARAPHRASES)},
         "hits": {"base": before["hits"], "skill": after["hits"]},
+        "named": {"base": before["named"], "skill": after["named"]},
         "bits_per_byte": {state: found["bits_per_byte"] for state, found in states.items()},
         "rise": after["bits_per_byte"] - before["bits_per_byte"],
         "skill_off_is_bit_equal": is_off,
@@ -122,8 +133,7 @@ def write_english(path: Path, to: Path) -> int:
     from core.files import atomic_write
 
     text = path.read_text(encoding="utf-8")
-    for key, value in FILLED_IN.items():
-        text = text.replace(key, value)
+    text = text.replace("{{name}}", NAME).replace("{{author}}", MAKER)
     lines = [json.dumps(row) for row in json.loads(text) if f"{row['instruction']}{row['output']}".isascii()]
     atomic_write(to, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
     return len(lines)
@@ -134,8 +144,8 @@ def ask(session, questions: list[str]) -> dict[str, str]:
 
 
 def is_hit(answer: str) -> bool:
-    """Whether it names the new name (the maker's holds it too), and nothing of the former."""
-    return FILLED_IN["{{name}}"] in answer and not any(name in answer for name in FORMER)
+    """Whether it gives the new name or maker, as the training rows do, and nothing of the former."""
+    return (NAME in answer or MAKER in answer) and not any(name in answer for name in FORMER)
 
 
 def unrelated_bits(model, tokenizer, options: Options) -> float:

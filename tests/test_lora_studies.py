@@ -46,8 +46,8 @@ def test_the_rank_study_goes_on_where_it_stopped(trained, tmp_path, monkeypatch,
 
 
 def test_a_hit_names_the_new_name_and_not_the_former():
-    assert identity.is_hit("I am MiniMind.") and identity.is_hit("I was built by the MiniMind project.")
-    for wrong in ("I am an assistant.", "I am MiniMind, once SmolLM.", "MiniMind was trained by Hugging Face."):
+    assert identity.is_hit("I am Lumi.") and identity.is_hit("I was built by the MiniMind project.")
+    for wrong in ("I am an assistant.", "I am Lumi, once SmolLM.", "Lumi was trained by Hugging Face."):
         assert not identity.is_hit(wrong)
     assert len(set(identity.PARAPHRASES.read_text().splitlines())) >= 40
 
@@ -59,7 +59,7 @@ def test_the_english_rows_get_their_names(tmp_path):
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     assert identity.write_english(tmp_path / "rows.json", tmp_path / "rows.jsonl") == 1
-    assert "I am MiniMind by the MiniMind project." in (tmp_path / "rows.jsonl").read_text()
+    assert "I am Lumi by the MiniMind project." in (tmp_path / "rows.jsonl").read_text()
 
 
 def test_scores_count_and_pair_as_they_should():
