@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
 from dataset.batches import Batch
-from dataset.blocks import BadRow
+from dataset.blocks import SUFFIXES, BadRow
 from dataset.rows import SHOWN_BAD_ROWS, content, keys_of, read_rows, settle_bad_rows
 from dataset.tokenized import digest
 
+TABLES = (".tsv", ".tsv.gz")
 # What a column may be called, GLUE's own names among them.
 TEXT, PAIR = ("text", "sentence", "sentence1"), ("text_pair", "sentence2")
 
@@ -50,7 +51,9 @@ def read_labelled(
     """
     good, bad = [], []
     for path in paths:
-        rows = _tsv_rows(path, clean) if path.name.endswith((".tsv", ".tsv.gz")) else read_rows(path, clean)
+        if not path.name.endswith(TABLES + SUFFIXES):
+            raise UserError(f"data file {path} has an unknown ending; use one of {', '.join(TABLES + SUFFIXES)}")
+        rows = _tsv_rows(path, clean) if path.name.endswith(TABLES) else read_rows(path, clean)
         for line, row in rows:
             if isinstance(row, BadRow):
                 bad.append(f"{path}:{line}: {row}")

@@ -138,6 +138,8 @@ def test_bad_rows_of_a_table_are_named_or_skipped(tmp_path, capsys):
     broken.write_bytes(gzip.compress(b"sentence\tlabel\n" + b"x\t1\n" * 99)[:20] + b"\xff" * 30)
     with pytest.raises(UserError, match=r"cannot read .*broken"):
         read_labelled((broken,))
+    with pytest.raises(UserError, match=r"none\.csv has an unknown ending; use one of \.tsv, "):
+        read_labelled((tmp_path / "none.csv",))
     with pytest.raises(UserError, match=r"cannot read .*none\.tsv"):
         read_labelled((tmp_path / "none.tsv",))
 
