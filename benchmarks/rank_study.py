@@ -25,8 +25,8 @@ class Options:
 
     base: Path | None = option(None, "chat base of our own kind")
     data: Path | None = option(None, "chats of the skill")
-    max_steps: int = option(60, "optimizer steps of a run")
-    batch_size: int = option(16, "rows of a step")
+    max_steps: int = option(40, "optimizer steps of a run")
+    batch_size: int = option(8, "rows of a step")
     out_dir: Path = option(Path("out/rank_study"), "folder of the runs")
     result: Path = option(Path("benchmarks/results/rank_study.json"), "file of the figures; the picture lies beside it")
 
@@ -87,7 +87,7 @@ def train(targets: str, rank: int, rate: float, options: Options) -> dict:
 
     argv = ["--base", options.base, "--data_path", options.data, "--out_dir", options.out_dir, "--lora_name", "study"]
     argv += ["--rank", rank, "--target_modules", *TARGETS[targets], "--learning_rate", rate, "--device", "cpu"]
-    argv += ["--max_steps", options.max_steps, "--batch_size", options.batch_size, "--val_tokens", 32768]
+    argv += ["--max_steps", options.max_steps, "--batch_size", options.batch_size, "--val_tokens", 16384]
     options.out_dir.mkdir(parents=True, exist_ok=True)
     with (options.out_dir / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         tensors, meta = read_lora(train_lora.main(list(map(str, argv))))
