@@ -18,7 +18,7 @@ from core.options import option, parse, require
 
 PARAPHRASES = Path(__file__).with_name("identity_paraphrases.txt")  # older than the first training run
 NAME, MAKER = "Lumi", "the MiniMind project"
-FORMER = ("SmolLM", "Hugging", "HuggingFace")
+FORMER = ("SmolLM", "Hugging")
 # Of the unrelated chats, so many tokens and this share of the rows are measured.
 UNRELATED_TOKENS, UNRELATED_SHARE = 32768, 0.2
 

@@ -70,7 +70,7 @@ def train(method: str, seed: int, options: Options) -> dict:
     environment = os.environ | {"PYTHONUTF8": "1"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
-        raise UserError(f"{method} failed: {done.stderr.strip().splitlines()[-1]}")
+        raise UserError(f"{method} failed: {(done.stderr.strip() or f'exit code {done.returncode}').splitlines()[-1]}")
     (path,) = (out / "lora").glob("lora_medical_*.pth")
     held_out = read_lora(path)[1]["metrics"]["domain"]
     summary = json.loads(metrics_path(out, path.stem).read_text(encoding="utf-8").splitlines()[-1])["summary"]

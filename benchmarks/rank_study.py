@@ -39,8 +39,10 @@ class Options:
 def main(argv: list[str] | None = None) -> dict:
     options = parse(Options, argv)
     from benchmarks.result_file import measured_on, results_so_far, write_results
+    from core.files import sha256_file
+    from model.weights import read_record
 
-    settings = {"base": options.base.name, "data": options.data.name}
+    settings = {"base": read_record(options.base)["fingerprint"], "data": sha256_file(options.data)}
     settings |= {"max_steps": options.max_steps, "batch_size": options.batch_size}
     found = results_so_far(options.result, settings)
     runs = found.setdefault("runs", {})

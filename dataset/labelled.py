@@ -34,7 +34,7 @@ def clean_labelled(row: Any) -> dict:
 def clean_unlabelled(row: Any) -> dict:
     """``{"text": str, "text_pair": str or None}`` or ``BadRow``."""
     if not isinstance(row, dict):
-        raise BadRow(f"a row must be an object with text and label, not {type(row).__name__}")
+        raise BadRow(f'a row must be an object such as {{"text": ...}}, not {type(row).__name__}')
     text, pair = (next((row[key] for key in names if key in row), None) for names in (TEXT, PAIR))
     if text is None:
         raise BadRow(f'no "text" among its keys {keys_of(row)}')
@@ -122,6 +122,9 @@ class LabelledSamples:
         if rows and has_pairs(rows) != pairs:
             kinds = ("one text", "a text and a text_pair")
             raise UserError(f"these rows have {kinds[not pairs]}, where the classifier reads {kinds[pairs]}")
+        framed = tokenizer.num_special_tokens_to_add(pair=pairs)
+        if max_seq_len <= framed:
+            raise UserError(f"--max_seq_len {max_seq_len} leaves no room for text beside {framed} control tokens")
         self.labels = np.array([number.get(row.get("label"), 0) for row in rows], np.int64)
         texts = [[row["text"] for row in rows], [row["text_pair"] for row in rows]][: 1 + pairs]
         # What a text spells is never a control token.

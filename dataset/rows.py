@@ -18,7 +18,7 @@ SHOWN_BAD_ROWS = 20
 def read_rows(path: Path, clean: Callable[[Any], dict]) -> Iterator[tuple[int, dict | BadRow]]:
     """Yield ``(line number, row)`` for every row of ``path``; the row is a ``BadRow`` when ``clean`` refuses it.
 
-    ``clean`` is ``clean_text`` or ``clean_chat``. Reads what ``read_blocks`` reads.
+    ``clean`` makes a row of what was parsed, or raises ``BadRow``. Reads what ``read_blocks`` reads.
     """
     for block in read_blocks(path):
         yield from clean_rows(block, clean)

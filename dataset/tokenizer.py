@@ -127,6 +127,13 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def reading_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hex SHA-256 over everything that decides how a classifier's rows are framed and cut, the ids included."""
+    frame = json.loads(tokenizer.backend_tokenizer.to_str())["post_processor"]
+    text = json.dumps([tokenizer_fingerprint(tokenizer), frame, tokenizer.truncation_side, tokenizer.pad_token_id])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def spelled_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes:
     """The bytes an id stands for, a part of a character perhaps; a control token's are those of its name.
 

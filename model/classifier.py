@@ -50,17 +50,17 @@ def open_classifier(base: Path, labels: Sequence[str]) -> nn.Module:
         raise UserError(
             f"--base {base} has no {', '.join(lost[:3])} of the shape that its config.json says; correct it"
         )
-    if not keeps_head:
+    if not keeps_head and any(id(p) not in body and name not in drawn for name, p in named):
         fresh = type(model)(model.config).state_dict()
         with torch.no_grad():
             for name, parameter in named:
                 if id(parameter) not in body:
                     parameter.copy_(fresh[name])
-    given = []
     for name, parameter in named:
-        is_new = id(parameter) not in body or name in drawn
-        parameter.requires_grad_(is_new)
-        given += [] if is_new else [(name, parameter)]
+        parameter.requires_grad_(id(parameter) not in body or name in drawn)
+    given = [
+        (name, parameter) for name, parameter in model.base_model.named_parameters() if not parameter.requires_grad
+    ]
     model.base_model.known_as = fingerprint(given, model.config)
     return model
 

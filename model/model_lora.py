@@ -127,7 +127,7 @@ def write_lora(
     ranks = {name: tensors[f"{name}.lora.A.weight"].size(0) for name in scaling}
     (rank, alpha), _ = Counter((rank, scaling[name] * rank) for name, rank in ranks.items()).most_common(1)[0]
     record = {
-        **meta,
+        **{key: value for key, value in meta.items() if key != "head"},
         "format": FORMAT,
         "rank": rank,
         "alpha": alpha,
@@ -205,12 +205,14 @@ def check_lora(
     a target or has it in another size; every such target is named.
     """
     tensors, meta = read_lora(path)
+    if meta["head"] and not hasattr(model, "known_as"):
+        raise UserError(f"{path} is a text classifier's; ask it with scripts/train_lora_classifier.py --predict")
     trained_on = meta["base"].get("fingerprint")
     if trained_on is not None and trained_on != (present := base_fingerprint(model)) and not allow_base_mismatch:
-        name = meta["base"].get("file", "a base") + (" as a text classifier" if meta["head"] else "")
+        name = meta["base"].get("file", "a base")
         raise UserError(
             f"{path} was trained on {name} ({short(str(trained_on))}), but this model is {short(present)};"
-            " use that base or --allow_base_mismatch"
+            " use that base" + ("" if meta["head"] else " or --allow_base_mismatch")
         )
     found, problems = dict(linears(model)), []
     for target in meta["targets"]:

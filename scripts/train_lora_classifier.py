@@ -14,6 +14,8 @@ from core.paths import classifier_dir, lora_path, skill_name
 from model.lora_config import LoRAConfig
 from trainer.options import TrainOptions
 
+OF_PREDICTION = ("base", "lora_name", "predict", "out_dir", "device", "dtype", "tokenizer_path", "seed")
+
 
 @dataclass
 class Options(LoRAConfig, TrainOptions):
@@ -42,19 +44,21 @@ class Options(LoRAConfig, TrainOptions):
     val_tokens: int = option(10**9, "how many held-out tokens a validation reads")
 
     def __post_init__(self):
+        defaults = {field.name: field.default for field in fields(self)}
+        given = [name for name, default in defaults.items() if getattr(self, name) != default]
+        of_lora = [field.name for field in fields(LoRAConfig) if field.name in given]
+        of_training = [name for name in given if name not in OF_PREDICTION]
         if self.learning_rate is None:
             self.learning_rate = 5e-5 if self.full else 1e-3
-        defaults = {field.name: field.default for field in fields(self)}
-        given = [field.name for field in fields(LoRAConfig) if getattr(self, field.name) != defaults[field.name]]
         TrainOptions.__post_init__(self)
         LoRAConfig.__post_init__(self)
         skill_name(self.lora_name)
         require(self.base is not None, "name a pretrained model with --base")
         require(bool(self.data_path) != bool(self.predict), "name rows with --data_path, or a file with --predict")
-        require(not (self.full and self.predict), "--full makes a folder that transformers itself can load and ask")
         require(not (self.full and self.load_in_4bit), "--full trains all weights, which 4 bits cannot: choose one")
-        require(not (self.full and given), f"--full trains no LoRA: leave out --{', --'.join(given)}")
-        require(not self.predict or self.bad_rows == "stop", "--predict answers every row: leave out --bad_rows skip")
+        require(not (self.full and of_lora), f"--full trains no LoRA: leave out --{', --'.join(of_lora)}")
+        wrong = f"--predict reads rows as the skill was trained to: leave out --{', --'.join(of_training)}"
+        require(not (self.predict and of_training), wrong)
 
 
 def main(argv: list[str] | None = None) -> Path | None:
@@ -69,6 +73,7 @@ def train(options: Options, runtime) -> Path:
     """Train a skill, or with --full a whole model, on labelled rows; returns its file or folder."""
     from dataset.batches import validation_batches
     from dataset.labelled import LabelledSamples, has_pairs, labels_of, read_labelled, split_labelled
+    from dataset.tokenizer import reading_fingerprint
     from model.classifier import check_row_length, class_loss_sum, head_state, open_classifier, save_classifier
     from model.lora_targets import table_of
     from model.model_lora import apply_lora, base_fingerprint, save_lora
@@ -91,7 +96,7 @@ def train(options: Options, runtime) -> Path:
         LabelledSamples(part, labels, tokenizer, options.max_seq_len, pairs=pairs) for part in (rows, held_out)
     )
     print(f"training: {samples.describe()}\nheld out: {val.describe()}\nlabels: {', '.join(labels)}")
-    print(f"base: {options.base}; trained whole: {', '.join(head_state(model))}")
+    print(f"base: {options.base}")
     origin = {"file": options.base.name, "fingerprint": base_fingerprint(body)}
     path = lora_path(options.out_dir, options.lora_name, model.config.hidden_size)
     if options.full:
@@ -106,7 +111,7 @@ def train(options: Options, runtime) -> Path:
         apply_lora(body, **{field.name: getattr(options, field.name) for field in fields(LoRAConfig)})
         for parameter in new:
             parameter.requires_grad_(True)
-        print(table_of(body))
+        print(f"{table_of(body)}\ntrained whole: {', '.join(head_state(model))}")
     memory = {}
     batches = validation_batches(val, options.batch_size, options.val_tokens)
 
@@ -116,6 +121,7 @@ def train(options: Options, runtime) -> Path:
         return scores
 
     record = run_record("classifier", options, tokenizer, origin) | {"labels": labels, "pairs": pairs}
+    record["tokenizer"] = reading_fingerprint(tokenizer)
 
     def on_save(step: int) -> None:
         if memory.get("val"):
@@ -139,9 +145,9 @@ def predict(options: Options, runtime) -> None:
     import torch
 
     from dataset.labelled import LabelledSamples, clean_unlabelled, read_labelled
-    from dataset.tokenizer import tokenizer_fingerprint
+    from dataset.tokenizer import reading_fingerprint
     from model.classifier import load_head, open_classifier, read_config
-    from model.model_lora import attach_lora, read_lora
+    from model.model_lora import attach_lora, check_lora, read_lora
     from model.quantized import quantize
 
     path = lora_path(options.out_dir, options.lora_name, read_config(options.base).hidden_size)
@@ -153,8 +159,9 @@ def predict(options: Options, runtime) -> None:
     with redirect_stdout(sys.stderr):  # what is printed below can be piped
         rows = read_labelled((options.predict,), clean=clean_unlabelled)
         model = open_classifier(options.base, labels).to(runtime.device).eval()
+        check_lora(model.base_model, path)
         tokenizer = opened_tokenizer(options, model)
-        if tokenizer_fingerprint(tokenizer) != meta.get("tokenizer"):
+        if reading_fingerprint(tokenizer) != meta.get("tokenizer"):
             raise UserError(f"{path} was trained with another tokenizer; name that one with --tokenizer_path")
         max_seq_len = int(meta["options"].get("max_seq_len", options.max_seq_len))
         samples = LabelledSamples(rows, labels, tokenizer, max_seq_len, pairs=bool(meta.get("pairs")))

@@ -15,6 +15,8 @@ from transformers import (
     BertModel,
     ElectraConfig,
     ElectraModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -25,8 +27,9 @@ from core.errors import UserError
 from core.paths import metrics_path
 from dataset.batches import masked
 from dataset.labelled import LabelledSamples, clean_unlabelled, labels_of, read_labelled, split_labelled
+from model.bases import open_base
 from model.classifier import check_row_length, class_loss_sum, head_state, open_classifier
-from model.model_lora import apply_lora, lora_parameters, read_lora
+from model.model_lora import apply_lora, check_lora, lora_parameters, read_lora, save_lora
 from scripts.train_lora_classifier import main as train_classifier
 from trainer.evaluation import score, scores_of
 
@@ -324,10 +327,51 @@ def test_a_row_is_answered_as_the_classifier_was_trained(bases, data, tmp_path):
     with pytest.raises(UserError, match="was trained with another tokenizer"):
         train_classifier([*argv, *flags(predict=dev, tokenizer_path=other)])
     BertModel(BertConfig(**SIZES)).save_pretrained(other)
-    with pytest.raises(UserError, match=r"was trained on bert as a text classifier .* but this model is"):
+    with pytest.raises(UserError, match=r"was trained on bert .*, but this model is \w+; use that base$"):
         train_classifier([*argv, *flags(predict=dev, tokenizer_path=bases / "bert"), "--base", str(other)])
-    with pytest.raises(UserError, match="--predict answers every row"):
+    with pytest.raises(UserError, match="--predict reads rows as the skill was trained to: leave out --bad_rows"):
         train_classifier([*argv, *flags(predict=dev, bad_rows="skip")])
+
+
+def test_a_decoder_is_a_classifier_too(data, tmp_path, capsys):
+    """Its tokenizer pads with the end; its last token that is no padding decides. A chat does not take such a skill."""
+    train, dev = data
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_key_value_heads": 1, "initializer_range": 0.1}
+    LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=2, eos_token_id=3)).save_pretrained(tmp_path / "base")
+    tokenizer = bert_tokenizer()
+    tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
+    tokenizer.save_pretrained(tmp_path / "base")
+    argv = flags(base=tmp_path / "base", lora_name="x", out_dir=tmp_path, device="cpu")
+    learn = flags(data_path=train, val_path=dev, target_modules="all-linear", **SMALL | {"learning_rate": 0.003})
+    path = train_classifier([*argv, *learn])
+    capsys.readouterr()
+    train_classifier([*argv, *flags(predict=dev)])
+    answers = [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()]
+    right = np.mean([answer == str(row["label"]) for answer, row in zip(answers, reviews(80, 1), strict=True)])
+    assert right == read_lora(path)[1]["metrics"]["val"]["accuracy"] > 0.8
+    chat, _ = open_base(tmp_path / "base")
+    with pytest.raises(UserError, match=r"is a text classifier's; ask it with scripts/train_lora_classifier\.py"):
+        check_lora(chat, path)
+    meta = read_lora(path)[1]
+    apply_lora(chat, 2)
+    save_lora(chat, tmp_path / "again.pth", meta)
+    assert read_lora(tmp_path / "again.pth")[1]["head"] == {}
+
+
+def test_training_goes_on_from_a_classifiers_own_head(bases, data, tmp_path):
+    """Whatever the order of its labels: a rate of nearly nothing leaves it as good as it was."""
+    model = open_classifier(bases / "bert", ["1", "0"])
+    model.save_pretrained(tmp_path / "base")
+    bert_tokenizer().save_pretrained(tmp_path / "base")
+    rows = [{**row, "text_pair": None, "label": str(row["label"])} for row in reviews(80, 1)]
+    samples = LabelledSamples(rows, ["1", "0"], bert_tokenizer(), 32, pairs=False)
+    before = score(model, [samples.collate(np.arange(80))], CPU)
+    flat = SMALL | {"learning_rate": 1e-12, "epochs": 1, "max_steps": 1}
+    argv = flags(base=tmp_path / "base", data_path=data[0], val_path=data[1], out_dir=tmp_path, **flat)
+    meta = read_lora(train_classifier(argv))[1]
+    assert meta["labels"] == ["1", "0"]
+    assert meta["metrics"]["val"]["loss"] == pytest.approx(before.loss, rel=1e-4)
 
 
 def test_a_base_that_is_a_classifier_keeps_its_head_and_the_order_of_its_labels(bases, tmp_path):
@@ -405,7 +449,10 @@ def test_other_validation_rows_are_another_run(bases, data, tmp_path):
         ([], "name a pretrained model with --base"),
         (["--base", "BASE"], "name rows with --data_path, or a file with --predict"),
         (["--base", "BASE", "--data_path", "TRAIN", "--full", "--load_in_4bit"], "--full trains all weights"),
-        (["--base", "BASE", "--predict", "TRAIN", "--full"], "--full makes a folder"),
+        (
+            ["--base", "BASE", "--predict", "TRAIN", "--full"],
+            "reads rows as the skill was trained to: leave out --full",
+        ),
         (["--base", "TRAIN", "--data_path", "TRAIN"], "cannot be read|is neither a folder with a config.json"),
         (["--base", "BASE", "--data_path", "TRAIN", "--max_seq_len", "65"], "exceeds the model's context of 64"),
         (["--base", "BASE", "--data_path", "TRAIN", "--max_seq_len", "9", "--target_modules", "wq"], "wq"),

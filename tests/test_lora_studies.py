@@ -66,10 +66,39 @@ def test_scores_count_and_pair_as_they_should():
     figures = {"accuracy": 0.8, "f1": 0.9, "mcc": 0.4}
     shares = {"cola": 40.0, "mrpc": 85.0, "rte": 80.0}
     assert {task: glue.points(figures | {"task": task}) for task in glue.TASKS} == pytest.approx(shares)
-    found = glue.difference([[1.0, 2.0, 3.0]] * 3, [[2.0, 2.0, 2.0]] * 3)
-    assert found["mean"] == pytest.approx(0.0)
-    spread = (6 / 8) ** 0.5  # six of the nine differences are 1 or -1
-    assert found["plus_minus"] == pytest.approx(2.306 * spread / 3)
+    ours, theirs = [[11.0, 2.0, 6.0], [4.0] * 3, [1.0] * 3], [[10.0, 3.0, 6.0], [4.0] * 3, [0.0] * 3]
+    found = glue.difference(ours, theirs)
+    assert found["by_task"] == pytest.approx([0, 0, 1]) and found["mean"] == pytest.approx(1 / 3)
+    assert found["plus_minus"] == pytest.approx(2.447 * (1 / 3 / 9) ** 0.5), "one task's seeds have variance 1"
+
+
+def test_the_best_rate_of_the_tuning_is_scored_on_the_dev_rows(tmp_path, monkeypatch, capsys):
+    """Only the runs themselves are left out: what they would score is a function of the run."""
+    for task in glue.TASKS:
+        for part in ("train", "dev"):
+            write_rows(tmp_path / f"{task}_{part}.jsonl", [{"text": "a", "label": 1}])
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    ran = []
+
+    def run(one, options):
+        ran.append(one)
+        share = 0.5 + 0.1 * (one.learning_rate == glue.RATES[one.method][1]) + 0.01 * one.seed * (one.method == "lora")
+        return {"accuracy": share, "f1": share, "mcc": share, "minutes": 1.0}
+
+    cost = {"tokens_per_second": [1], "peak_memory_mb": [1], "trainable": 1}
+    monkeypatch.setattr(glue, "train", run)
+    monkeypatch.setattr(glue, "cost_of_all", lambda options: dict.fromkeys(glue.METHODS, cost))
+    argv = ["--data", str(tmp_path), "--base", str(tmp_path), "--result", str(tmp_path / "glue.json"), "--jobs", "1"]
+    found = glue.main(argv)
+    assert set(found["learning_rates"].values()) == {rates[1] for rates in glue.RATES.values()}
+    assert len(ran) == 27 + 27 and {one.seed for one in ran[27:]} == set(glue.SEEDS)
+    assert found["minus_full"]["lora"]["mean"] == pytest.approx(2.0)
+    assert found["minus_full"]["qlora"]["mean"] == 0.0
+    assert "lora - full: +2.00" in capsys.readouterr().out
+    assert glue.main(argv)["scores"] == found["scores"] and len(ran) == 54, "nothing is run again"
+    write_rows(tmp_path / "rte_dev.jsonl", [{"text": "b", "label": 1}])
+    with pytest.raises(UserError, match="name another file with --result"):
+        glue.main(argv)
 
 
 def test_every_run_has_a_name_of_its_own():

@@ -64,5 +64,5 @@ class TrainOptions:
 
 # What a resumed run may change: on one machine none of it alters the arithmetic or the order of the rows. Files are
 # compared by their content instead.
-MAY_CHANGE = {"data_path", "general_data", "base", "tokenizer_path", "out_dir", "device", "num_workers"}
+MAY_CHANGE = {"data_path", "general_data", "val_path", "base", "tokenizer_path", "out_dir", "device", "num_workers"}
 MAY_CHANGE |= {"log_interval", "save_interval", "resume", "dry_run", "use_wandb", "wandb_project"}
