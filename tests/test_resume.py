@@ -19,6 +19,7 @@ import train_lora
 import train_pretrain
 from core.errors import Stopped, UserError
 from core.files import sha256_file
+from scripts import train_lora_classifier
 from trainer.evaluation import evaluate
 from trainer.loop import _backward
 from trainer.optimizer import MuonAdamW, param_groups
@@ -262,7 +263,8 @@ def test_a_skill_is_stopped_without_another_validation_and_resumed_with_the_same
 
 
 def test_what_may_change_may_change(run, trained, tmp_path):
-    assert {field for field in MAY_CHANGE if not hasattr(train_lora.Options, field)} == set()
+    doors = train_lora.Options, train_lora_classifier.Options
+    assert {field for field in MAY_CHANGE if not any(hasattr(door, field) for door in doors)} == set()
     moved = tmp_path / "renamed.jsonl"
     moved.write_bytes(trained.texts.read_bytes())
     run("--resume", data_path=moved, log_interval=3, save_interval=7, num_workers=1)
