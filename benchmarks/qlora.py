@@ -3,80 +3,71 @@
 python benchmarks/qlora.py --base FILE --data medical_zh.jsonl.gz   (needs requirements-4bit.txt)
 """
 
-import json
-import os
 import re
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from core.errors import UserError, run
+from benchmarks.result_file import write_results
+from benchmarks.studies import Runs, SkillStudy, at_once, costs
+from core.errors import run
 from core.options import option, parse, require
+from core.paths import lora_paths
 
-DOOR = Path(__file__).resolve().parent.parent / "train_lora.py"
 SEEDS = (1, 2)
 METHODS = {"fp32": [], "nf4": ["--load_in_4bit"]}
 
 
 @dataclass
-class Options:
-    """Bits a parameter, peak memory, speed, and the gap in held-out loss."""
+class Options(SkillStudy):
+    """Bits a parameter, the gap in held-out loss, and with nothing beside it peak memory and speed."""
 
-    base: Path | None = option(None, "chat base")
-    data: Path | None = option(None, "chats of the skill")
-    max_steps: int = option(150, "optimizer steps of a run")
+    max_steps: int = option(100, "optimizer steps of a run")
     batch_size: int = option(16, "rows of a step")
+    val_tokens: int = option(65536, "how many held-out tokens a score reads")
+    cost_rounds: int = option(3, "how often the speed and memory of each method are measured")
     out_dir: Path = option(Path("out/qlora"), "folder of the runs")
-    result: Path | None = option(Path("benchmarks/results/qlora.json"), "file of the figures")
+    result: Path = option(Path("benchmarks/results/qlora.json"), "file of the figures; what it holds is not run again")
 
     def __post_init__(self):
-        require(self.base is not None, "name a chat base with --base")
-        require(self.data is not None, "name the skill's chats with --data")
-        require(min(self.max_steps, self.batch_size) >= 1, "--max_steps and --batch_size begin at 1")
+        super().__post_init__()
+        require(self.cost_rounds >= 1, f"--cost_rounds {self.cost_rounds} must be at least 1")
 
 
 def main(argv: list[str] | None = None) -> dict:
     options = parse(Options, argv)
-    from benchmarks.result_file import measured_on, write_results
+    runs = Runs(options.result, options.settings(), ("torch", "transformers", "bitsandbytes"))
 
-    runs = {method: [] for method in METHODS}
-    for seed in SEEDS:
-        for method, found in runs.items():
-            found.append(train(method, seed, options))
-            print(method, seed, found[-1], flush=True)
-    gaps = [small["loss"] - whole["loss"] for small, whole in zip(runs["nf4"], runs["fp32"], strict=True)]
-    settings = {"base": options.base.name, "data": options.data.name}
-    settings |= {"max_steps": options.max_steps, "batch_size": options.batch_size}
-    figures = {"settings": settings, "runs": runs, "gaps": gaps, "mean_gap": statistics.mean(gaps)}
-    figures |= measured_on(("torch", "transformers", "bitsandbytes"))
-    print(f"NF4 - fp32: {', '.join(f'{gap:+.4f}' for gap in gaps)} nats a token")
-    write_results(options.result, figures)
-    return figures
+    def made(method: str, seed: int) -> dict:
+        return runs.get(f"{method} {seed}", lambda: train(method, seed, options))
+
+    at_once(options.jobs, lambda pair: made(*pair), product(METHODS, SEEDS))
+    found = runs.found
+    found["gaps"] = [made("nf4", seed)["loss"] - made("fp32", seed)["loss"] for seed in SEEDS]
+    found["mean_gap"] = statistics.mean(found["gaps"])
+    if "cost" not in found:
+        found["cost"] = costs(METHODS, options.cost_rounds, lambda m: options.train(m, [*METHODS[m], "--dry_run"], 1))
+    write_results(options.result, found)
+    print(f"NF4 - fp32: {', '.join(f'{gap:+.4f}' for gap in found['gaps'])} nats a token")
+    for method, figures in found["cost"].items():
+        speed, memory = (statistics.median(figures[name]) for name in ("tokens_per_second", "peak_memory_mb"))
+        print(f"{method}: {speed:,.0f} tokens/s, peak memory {memory:,.0f} MB")
+    return found
 
 
 def train(method: str, seed: int, options: Options) -> dict:
-    """One skill, in a process of its own."""
-    from core.paths import metrics_path
+    """Held-out loss of one skill before and after, and the bits of its base if it is in NF4."""
     from model.model_lora import read_lora
 
-    out = options.out_dir / f"{method}-{seed}"
-    command = [sys.executable, DOOR, "--base", options.base, "--data_path", options.data, "--out_dir", out]
-    command += ["--lora_name", "medical", "--seed", seed, "--max_steps", options.max_steps, "--device", "cpu"]
-    command += ["--batch_size", options.batch_size, "--val_tokens", 65536, *METHODS[method]]
-    environment = os.environ | {"PYTHONUTF8": "1"}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, encoding="utf-8")
-    if done.returncode:
-        raise UserError(f"{method} failed: {(done.stderr.strip() or f'exit code {done.returncode}').splitlines()[-1]}")
-    (path,) = (out / "lora").glob("lora_medical_*.pth")
+    said = options.train(f"{method}-{seed}", ["--seed", seed, *METHODS[method]])
+    (path,) = lora_paths(options.out_dir, f"{method}-{seed}")
     held_out = read_lora(path)[1]["metrics"]["domain"]
-    summary = json.loads(metrics_path(out, path.stem).read_text(encoding="utf-8").splitlines()[-1])["summary"]
-    figures = {"seed": seed, "base_loss": held_out["first"]["loss"], "loss": held_out["last"]["loss"]}
-    figures |= {name: summary[name] for name in ("tokens_per_second", "peak_memory_mb")}
-    if bits := re.search(r"NF4: ([\d.]+) bits a parameter there, ([\d.]+) in the whole base", done.stdout):
+    figures = {"base_loss": held_out["first"]["loss"], "loss": held_out["last"]["loss"]}
+    if bits := re.search(r"NF4: ([\d.]+) bits a parameter there, ([\d.]+) in the whole base", said):
         figures |= {"bits_per_parameter": float(bits[1]), "bits_of_the_whole_base": float(bits[2])}
     return figures
 

@@ -3,15 +3,17 @@
 python benchmarks/rank_study.py --base FILE --data medical_zh.jsonl.gz   (an hour or more, run by run)
 """
 
-import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.result_file import write_results
+from benchmarks.studies import Runs, SkillStudy, at_once
 from core.errors import run
-from core.options import option, parse, require
+from core.options import option, parse
+from core.paths import lora_paths
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 TARGETS = {"square": ("square",), "attention": ("wq", "wk", "wv", "wo"), "all-linear": ("all-linear",)}
@@ -20,55 +22,34 @@ FIRST_RATE = 2  # of RATES: train_lora.py's default
 
 
 @dataclass
-class Options:
+class Options(SkillStudy):
     """Train one skill with every rank and target, at the rates around the best one; what is in --result is kept."""
 
-    base: Path | None = option(None, "chat base of our own kind")
-    data: Path | None = option(None, "chats of the skill")
-    max_steps: int = option(40, "optimizer steps of a run")
-    batch_size: int = option(8, "rows of a step")
     out_dir: Path = option(Path("out/rank_study"), "folder of the runs")
     result: Path = option(Path("benchmarks/results/rank_study.json"), "file of the figures; the picture lies beside it")
-
-    def __post_init__(self):
-        require(self.base is not None, "name a chat base with --base")
-        require(self.data is not None, "name the skill's chats with --data")
-        require(min(self.max_steps, self.batch_size) >= 1, "--max_steps and --batch_size begin at 1")
 
 
 def main(argv: list[str] | None = None) -> dict:
     options = parse(Options, argv)
-    from benchmarks.result_file import measured_on, results_so_far, write_results
-    from core.files import sha256_file
-    from model.weights import read_record
+    runs = Runs(options.result, options.settings(), ("torch", "transformers"))
+    best = {}
 
-    settings = {"base": read_record(options.base)["fingerprint"], "data": sha256_file(options.data)}
-    settings |= {"max_steps": options.max_steps, "batch_size": options.batch_size}
-    found = results_so_far(options.result, settings)
-    runs = found.setdefault("runs", {})
-    found |= measured_on(("torch", "transformers"))
-
-    def loss(targets: str, rank: int, rate: int) -> float:
-        key = f"{targets} {rank} {RATES[rate]}"
-        if key not in runs:
-            runs[key] = train(targets, rank, RATES[rate], options)
-            write_results(options.result, found)
-            print(f"{key}: {runs[key]['loss']:.4f}", flush=True)
-        return runs[key]["loss"]
-
-    found["best"] = {}
-    for targets in TARGETS:
+    def study(targets: str) -> None:
         rate = FIRST_RATE
         for rank in RANKS:
-            rate = best_rate(lambda n, targets=targets, rank=rank: loss(targets, rank, n), rate)
-            found["best"][f"{targets} {rank}"] = {
-                "learning_rate": RATES[rate],
-                **runs[f"{targets} {rank} {RATES[rate]}"],
-            }
-    write_results(options.result, found)
-    picture(found["best"], options.result.with_suffix(".png"))
-    show(found["best"])
-    return found
+
+            def at(place: int, rank=rank) -> dict:
+                return runs.get(f"{targets} {rank} {RATES[place]}", lambda: train(targets, rank, RATES[place], options))
+
+            rate = best_rate(lambda place, at=at: at(place)["loss"], rate)
+            best[targets, rank] = {"learning_rate": RATES[rate], **at(rate)}
+
+    at_once(options.jobs, study, TARGETS)
+    runs.found["best"] = {f"{targets} {rank}": best[targets, rank] for targets in TARGETS for rank in RANKS}
+    write_results(options.result, runs.found)
+    picture(runs.found["best"], options.result.with_suffix(".png"))
+    show(runs.found["best"])
+    return runs.found
 
 
 def best_rate(loss, start: int) -> int:
@@ -84,15 +65,13 @@ def best_rate(loss, start: int) -> int:
 
 def train(targets: str, rank: int, rate: float, options: Options) -> dict:
     """The held-out loss of one skill, and its parameters."""
-    import train_lora
     from model.model_lora import read_lora
 
-    argv = ["--base", options.base, "--data_path", options.data, "--out_dir", options.out_dir, "--lora_name", "study"]
-    argv += ["--rank", rank, "--target_modules", *TARGETS[targets], "--learning_rate", rate, "--device", "cpu"]
-    argv += ["--max_steps", options.max_steps, "--batch_size", options.batch_size, "--val_tokens", 16384]
-    options.out_dir.mkdir(parents=True, exist_ok=True)
-    with (options.out_dir / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-        tensors, meta = read_lora(train_lora.main(list(map(str, argv))))
+    name = f"{targets}-{rank}-{rate}"
+    options.train(name, ["--rank", rank, "--target_modules", *TARGETS[targets], "--learning_rate", rate])
+    (path,) = lora_paths(options.out_dir, name)
+    tensors, meta = read_lora(path)
+    path.unlink()
     held_out = meta["metrics"]["domain"]
     parameters = sum(tensor.numel() for tensor in tensors.values())
     return {"parameters": parameters, "base_loss": held_out["first"]["loss"], "loss": held_out["last"]["loss"]}
@@ -104,7 +83,7 @@ def picture(best: dict[str, dict], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for targets, marker in zip(TARGETS, "os^", strict=True):
+    for targets, marker in zip(TARGETS, "os^", strict=False):
         points = [best[f"{targets} {rank}"] for rank in RANKS]
         xs, ys = [point["parameters"] for point in points], [point["loss"] for point in points]
         axes.plot(xs, ys, marker=marker, label=targets)

@@ -27,6 +27,12 @@ class UserError(Exception):
     """
 
 
+def reason_of(error: BaseException, limit: int = 200) -> str:
+    """The first line of a library's words, at most ``limit`` characters; its type's name if it has none."""
+    lines = str(error).splitlines()
+    return lines[0][:limit] if lines else type(error).__name__
+
+
 class Stopped(Exception):
     """Work ended early but in good order, because the signal ``signum`` asked for it; it has said so itself."""
 
@@ -75,7 +81,7 @@ def run(main: Callable[[], object]) -> None:
         place = "the output, or a file" if full else error.filename
         message, code = f"{place}: {error.strerror}; choose a place with room that you may read and write", 2
     except (MemoryError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = reason_of(error)
         if not isinstance(error, MemoryError) and not any(words in reason for words in NO_MEMORY):
             raise
         message, code = (

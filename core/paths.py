@@ -78,6 +78,11 @@ def weights_text(weights: Mapping[str, float]) -> str:
     return " ".join(name if weight == 1 else f"{name}={weight:g}" for name, weight in weights.items())
 
 
+def pretrained_name(base: Path) -> str:
+    """What Hugging Face's libraries call ``base``: a folder as this system spells it, else ``owner/model``."""
+    return str(base) if base.exists() else base.as_posix()
+
+
 def bundled_data(name: str) -> Path:
     """A data file that ships with the code."""
     return REPOSITORY / "dataset" / name

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from core.errors import UserError
-from core.paths import TOKENIZER_DIR
+from core.errors import UserError, reason_of
+from core.paths import TOKENIZER_DIR, pretrained_name
 
 # How byte-level vocabularies spell (GPT-2's choice): a printable byte as its Latin-1 character, the others from U+0100.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -107,11 +107,11 @@ def read_tokenizer(name: str | Path, **settings) -> PreTrainedTokenizerBase:
 
     Raises ``UserError`` if it cannot be read, or is none of the `tokenizers` library.
     """
-    name = str(name) if Path(name).exists() else Path(name).as_posix()
+    name = pretrained_name(Path(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **settings)
     except Exception as error:  # the libraries raise bare Exception for a broken file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = reason_of(error)
         raise UserError(f"the tokenizer in {name} cannot be read ({reason}); train or copy it again") from error
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise UserError(f"the tokenizer of {name} lacks a tokenizer.json")

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as library_logging
 
-from core.errors import UserError
-from core.paths import STAGES
+from core.errors import UserError, reason_of
+from core.paths import STAGES, pretrained_name
 from model.weights import fingerprint, load_base, read_record
 
 PRETRAINED = "pretrained elsewhere"  # the stage in the record of a Hugging Face base
@@ -71,13 +71,12 @@ def load_pretrained(kind: Any, base: Path, called: str, **settings: Any) -> tupl
 
     Raises ``UserError`` if it cannot be loaded as what is ``called`` so.
     """
-    name = str(base) if base.exists() else base.as_posix()
     try:
         with quiet_library():  # what is missing is the caller's to say
-            model, report = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **settings)
+            settings |= {"dtype": torch.float32, "output_loading_info": True}
+            model, report = kind.from_pretrained(pretrained_name(base), **settings)
     except Exception as error:  # a file, the network or the library's own checks: many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--base {base} is no {called} that can be loaded ({reason[:200]})") from error
+        raise UserError(f"--base {base} is no {called} that can be loaded ({reason_of(error)})") from error
     return model, sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
 
 

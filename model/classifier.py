@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedTokenizerBase
 
-from core.errors import UserError
+from core.errors import UserError, reason_of
+from core.paths import pretrained_name
 from model.bases import is_pretrained, load_pretrained, quiet_library
 from model.kernels import IGNORED
 from model.LMConfig import check_length, context_of
@@ -21,10 +22,9 @@ def read_config(base: Path) -> PretrainedConfig:
     if not is_pretrained(base):
         raise UserError(f"--base {base} is neither a folder with a config.json nor owner/model on the hub")
     try:
-        return AutoConfig.from_pretrained(str(base) if base.exists() else base.as_posix())
+        return AutoConfig.from_pretrained(pretrained_name(base))
     except Exception as error:  # a file, the network or the library's own checks: many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"the config of --base {base} cannot be read ({reason[:200]})") from error
+        raise UserError(f"the config of --base {base} cannot be read ({reason_of(error)})") from error
 
 
 def open_classifier(base: Path, labels: Sequence[str]) -> nn.Module:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from core.errors import UserError
+from core.errors import UserError, reason_of
 from core.files import atomic_write
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
@@ -42,10 +42,10 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     except UserError:
         raise
     except Exception as error:  # zipfile and the unpickler raise many kinds; whatever it is, the file is unusable
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = reason_of(error, 120)
         if type(error).__name__ == "UnpicklingError":  # torch's sentence is about its own flag
             reason = "it holds more than tensors"
-        raise UserError(f"{path} is not a readable weights file ({reason[:120]}); copy or train it again") from error
+        raise UserError(f"{path} is not a readable weights file ({reason}); copy or train it again") from error
     if not isinstance(tensors, dict) or not tensors:
         raise UserError(f"{path} holds no weights but {type(tensors).__name__}; expected a state dict")
     for name, tensor in tensors.items():

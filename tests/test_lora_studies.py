@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import write_rows
 
-from benchmarks import glue, identity, lora_life, rank_study
+from benchmarks import glue, identity, lora_life, qlora, rank_study, studies
 from core.errors import UserError
 
 
@@ -24,8 +24,9 @@ def test_the_best_rate_is_found_from_anywhere_without_trying_all(lowest):
 
 
 def test_the_rank_study_goes_on_where_it_stopped(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rank_study, "TARGETS", {"square": ("square",)})
     monkeypatch.setattr(rank_study, "RANKS", (1, 4))
-    monkeypatch.setattr(rank_study, "RATES", rank_study.RATES[1:4])
+    monkeypatch.setattr(rank_study, "RATES", rank_study.RATES[2:4])
     monkeypatch.setattr(rank_study, "FIRST_RATE", 0)
     base = next(iter(trained.out.glob("full_sft_*.pth")))
     argv = ["--base", str(base), "--data", str(trained.chats), "--max_steps", "2", "--out_dir", str(tmp_path)]
@@ -43,6 +44,41 @@ def test_the_rank_study_goes_on_where_it_stopped(trained, tmp_path, monkeypatch,
     assert "square 1 " not in capsys.readouterr().out, "nothing was trained again"
     with pytest.raises(UserError, match=r"was made with .*'max_steps': 2"):
         rank_study.main([*argv, "--max_steps", "3"])
+
+
+def test_the_cost_of_4_bits_is_measured_on_a_real_base(trained, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("bitsandbytes", reason="pip install -r requirements-4bit.txt")
+    monkeypatch.setattr(qlora, "SEEDS", (1,))
+    base = next(iter(trained.out.glob("full_sft_*.pth")))
+    argv = ["--base", str(base), "--data", str(trained.chats), "--max_steps", "2", "--out_dir", str(tmp_path)]
+    argv += ["--result", str(tmp_path / "qlora.json"), "--cost_rounds", "1"]
+    found = qlora.main(argv)
+    whole, small = found["runs"]["fp32 1"], found["runs"]["nf4 1"]
+    assert 4 < small["bits_per_parameter"] < small["bits_of_the_whole_base"] < 32
+    assert found["gaps"] == [small["loss"] - whole["loss"]] and whole["base_loss"] != small["base_loss"]
+    assert all(cost["trainable"] and cost["peak_memory_mb"] for cost in found["cost"].values())
+    assert "NF4 - fp32: " in capsys.readouterr().out
+
+
+def test_a_study_made_in_parts_names_each_machine_and_day(tmp_path, monkeypatch):
+    for day in ("2026-01-01", "2026-01-01", "2026-01-02"):
+        monkeypatch.setattr(studies, "measured_on", lambda packages, day=day: {"date": day})
+        runs = studies.Runs(tmp_path / "study.json", {"steps": 1}, ())
+        assert runs.get("one", lambda day=day: {"day": day}) == {"day": "2026-01-01"}, "made once"
+        runs.get(day, dict)
+    assert runs.found["measured_on"] == [{"date": "2026-01-01"}, {"date": "2026-01-02"}]
+
+
+def test_a_failed_run_ends_the_study_with_its_words_and_starts_no_more():
+    begun = []
+
+    def work(n):
+        begun.append(n)
+        return studies.said_by("train_lora.py", ["--rank", "0"], "the first run")
+
+    with pytest.raises(UserError, match=r"the first run failed: error: .*rank"):
+        studies.at_once(1, work, range(50))
+    assert len(begun) < 5
 
 
 def test_a_hit_names_the_new_name_and_not_the_former():
@@ -87,7 +123,7 @@ def test_the_best_rate_of_the_tuning_is_scored_on_the_dev_rows(tmp_path, monkeyp
 
     cost = {"tokens_per_second": [1], "peak_memory_mb": [1], "trainable": 1}
     monkeypatch.setattr(glue, "train", run)
-    monkeypatch.setattr(glue, "cost_of_all", lambda options: dict.fromkeys(glue.METHODS, cost))
+    monkeypatch.setattr(glue, "costs", lambda methods, rounds, dry_run: dict.fromkeys(methods, cost))
     argv = ["--data", str(tmp_path), "--base", str(tmp_path), "--result", str(tmp_path / "glue.json"), "--jobs", "1"]
     found = glue.main(argv)
     assert set(found["learning_rates"].values()) == {rates[1] for rates in glue.RATES.values()}

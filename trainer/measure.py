@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from core.errors import UserError
+from core.errors import UserError, reason_of
 from trainer.progress import Clock
 from trainer.runtime import Runtime, count_parameters
 
@@ -59,7 +59,7 @@ def announce(
     try:  # compiles, allocates memory, meets the other ranks: nothing that a step's time should hold
         _pass(replica, batches[-1], runtime, loss_sum)
     except torch._dynamo.exc.TorchDynamoException as error:  # the same pass was fine before
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)
         raise UserError(f"--compile: {reason}; install the C++ compiler that PyTorch wants or leave it out") from error
     model.zero_grad(set_to_none=True)
     runtime.set_rng_state(random_states)

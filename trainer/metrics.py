@@ -5,7 +5,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from core.errors import UserError
+from core.errors import UserError, reason_of
 from core.files import atomic_write
 from trainer.options import TrainOptions
 from trainer.state_files import strict
@@ -99,5 +99,5 @@ def _wandb_run(path: Path, options: TrainOptions, wandb_id: str | None):
         path.parent.mkdir(parents=True, exist_ok=True)
         return wandb.init(**settings, id=wandb_id, resume="allow" if wandb_id else None)
     except Exception as error:  # no key, no network: wandb raises its own kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = reason_of(error)
         raise UserError(f"--use_wandb: {reason}; log in with `wandb login` or set WANDB_MODE=offline") from error
