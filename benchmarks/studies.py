@@ -42,9 +42,18 @@ class SkillStudy:
         found = {"base": read_record(self.base)["fingerprint"], "data": sha256_file(self.data)}
         return found | {name: getattr(self, name) for name in ("max_steps", "batch_size", "val_tokens")}
 
-    def train(self, name: str, flags: list, jobs: int | None = None) -> str:
-        """Train the skill ``name`` into ``out_dir``; returns what was printed."""
-        command = ["--base", self.base, "--data_path", self.data, "--out_dir", self.out_dir, "--lora_name", name]
+    def train(self, name: str, flags: list, base: Path | None = None, jobs: int | None = None) -> str:
+        """Train the skill ``name`` into ``out_dir``, on another ``base`` if given; returns what was printed."""
+        command = [
+            "--base",
+            base or self.base,
+            "--data_path",
+            self.data,
+            "--out_dir",
+            self.out_dir,
+            "--lora_name",
+            name,
+        ]
         command += ["--max_steps", self.max_steps, "--batch_size", self.batch_size, "--val_tokens", self.val_tokens]
         return said_by("train_lora.py", [*command, "--device", "cpu", *flags], name, jobs or self.jobs)
 
@@ -104,7 +113,8 @@ def said_by(script: str, flags: list, called: str, jobs: int = 1) -> str:
 
 
 def costs(methods: Iterable[str], rounds: int, dry_run: Callable[[str], str]) -> dict[str, dict]:
-    """Trained parameters, tokens a second and peak memory in MB of each method, measured in turn, one at a time.
+    """Tokens a second and peak memory in MB of each method, measured in turn, one at a time; what it trains, and
+    bits a parameter where it quantises.
 
     ``dry_run`` gives what the training script prints for a method with ``--dry_run``.
     """
@@ -114,6 +124,8 @@ def costs(methods: Iterable[str], rounds: int, dry_run: Callable[[str], str]) ->
             said = dry_run(method)
             speed, memory = re.search(r"([\d,]+) tokens/s \(.*peak memory ([\d,]+) MB", said).groups()
             figures["trainable"] = number(re.search(r"training ([\d,]+) of", said)[1])
+            if bits := re.search(r"NF4: ([\d.]+) bits a parameter there, ([\d.]+) in the whole base", said):
+                figures |= {"bits_per_parameter": float(bits[1]), "bits_of_the_whole_base": float(bits[2])}
             figures["tokens_per_second"].append(number(speed))
             figures["peak_memory_mb"].append(number(memory))
     return found
