@@ -22,12 +22,17 @@ TABLES = (".tsv", ".tsv.gz")
 TEXT, PAIR = ("text", "sentence", "sentence1"), ("text_pair", "sentence2")
 
 
-def clean_labelled(row: Any) -> dict:
-    """``{"text": str, "text_pair": str or None, "label": str}`` or ``BadRow``; a number is its digits."""
+def clean_labelled(row: Any, labels: Sequence[str] = ()) -> dict:
+    """``{"text": str, "text_pair": str or None, "label": str}`` or ``BadRow``; a number is its digits.
+
+    ``labels``: the only ones allowed; any if empty.
+    """
     clean = clean_unlabelled(row)
     label = row.get("label")
     if isinstance(label, bool) or not isinstance(label, int | str) or not str(label).strip():
         raise BadRow(f'"label" {label!r} is neither a whole number nor a name')
+    if labels and str(label).strip() not in labels:
+        raise BadRow(f'"label" {label!r} is none of those to learn, which are {", ".join(labels)}')
     return {**clean, "label": str(label).strip()}
 
 
@@ -104,7 +109,7 @@ class LabelledSamples:
     """Rows as a classifier's inputs, cut after ``max_seq_len`` tokens (a pair: the longer text first).
 
     ``labels``: their names, of which a sample's label is the number (0 where a row has none). ``pairs``: whether the
-    classifier reads two texts. Raises ``UserError`` for a row of the other kind, with another label or of no token.
+    classifier reads two texts. Raises ``UserError`` for rows of the other kind, and for a row of no token.
     """
 
     def __init__(
@@ -117,15 +122,13 @@ class LabelledSamples:
         pairs: bool,
     ):
         number = {label: n for n, label in enumerate(labels)}
-        if unknown := sorted({row["label"] for row in rows if "label" in row} - number.keys()):
-            raise UserError(f"label {unknown[0]!r} is none of those to learn, which are {', '.join(labels)}")
         if rows and has_pairs(rows) != pairs:
             kinds = ("one text", "a text and a text_pair")
             raise UserError(f"these rows have {kinds[not pairs]}, where the classifier reads {kinds[pairs]}")
         framed = tokenizer.num_special_tokens_to_add(pair=pairs)
         if max_seq_len <= framed:
             raise UserError(f"--max_seq_len {max_seq_len} leaves no room for text beside {framed} control tokens")
-        self.labels = np.array([number.get(row.get("label"), 0) for row in rows], np.int64)
+        self.labels = np.array([number[row["label"]] if "label" in row else 0 for row in rows], np.int64)
         texts = [[row["text"] for row in rows], [row["text_pair"] for row in rows]][: 1 + pairs]
         # What a text spells is never a control token.
         settings = {"truncation": True, "max_length": max_seq_len, "split_special_tokens": True}

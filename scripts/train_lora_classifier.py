@@ -4,6 +4,7 @@ import json
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> Path | None:
 def train(options: Options, runtime) -> Path:
     """Train a skill, or with --full a whole model, on labelled rows; returns its file or folder."""
     from dataset.batches import validation_batches
-    from dataset.labelled import LabelledSamples, has_pairs, labels_of, read_labelled, split_labelled
+    from dataset.labelled import LabelledSamples, clean_labelled, has_pairs, labels_of, read_labelled, split_labelled
     from dataset.tokenizer import reading_fingerprint
     from model.classifier import check_row_length, class_loss_sum, head_state, open_classifier, save_classifier
     from model.lora_targets import table_of
@@ -84,7 +85,7 @@ def train(options: Options, runtime) -> Path:
     rows, held_out = read_labelled(options.data_path, options.bad_rows), []
     labels = labels_of(rows)
     if options.val_path:
-        held_out = read_labelled(options.val_path, options.bad_rows)
+        held_out = read_labelled(options.val_path, options.bad_rows, partial(clean_labelled, labels=labels))
     elif options.val_ratio:
         rows, held_out = split_labelled(rows, options.val_ratio)
     model = open_classifier(options.base, labels).to(runtime.device)
