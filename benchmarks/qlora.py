@@ -49,12 +49,11 @@ def main(argv: list[str] | None = None) -> dict:
     found = runs.found
     found["gaps"] = [made("nf4", seed)["loss"] - made("fp32", seed)["loss"] for seed in SEEDS]
     found["mean_gap"] = statistics.mean(found["gaps"])
-    for base in filter(None, (options.base, options.larger)):
-        if base.name not in (measured := found.setdefault("cost", {})):
-            measured[base.name] = costs(
-                METHODS, options.cost_rounds, lambda m, base=base: options.train(m, [*METHODS[m], "--dry_run"], base, 1)
-            )
-    write_results(options.result, found)
+    measured = found.setdefault("cost", {})
+    for base, flags in ((options.base, []), (options.larger, ["--max_steps", 2])):
+        if base is not None and base.name not in measured:
+            measured[base.name] = cost_on(base, flags, options)
+            write_results(options.result, found)
     print(f"NF4 - fp32: {', '.join(f'{gap:+.4f}' for gap in found['gaps'])} nats a token")
     for base, methods in found["cost"].items():
         for method, figures in methods.items():
@@ -63,6 +62,15 @@ def main(argv: list[str] | None = None) -> dict:
             print(f"{base}, {method}: {bits} bits a parameter of the Linears, {whole} in the whole base;", end=" ")
             print(f"{speed:,.0f} tokens/s, peak memory {memory:,.0f} MB")
     return found
+
+
+def cost_on(base: Path, flags: list, options: Options) -> dict[str, dict]:
+    """Of each method, on all cores."""
+
+    def dry_run(method: str) -> str:
+        return options.train(method, [*METHODS[method], "--dry_run", *flags], base, jobs=1)
+
+    return costs(METHODS, options.cost_rounds, dry_run)
 
 
 def train(method: str, seed: int, options: Options) -> dict:
