@@ -23,7 +23,7 @@ class SkillStudy:
 
     base: Path | None = option(None, "chat base of our own kind")
     data: Path | None = option(None, "chats of the skill")
-    max_steps: int = option(30, "optimizer steps of a run")
+    max_steps: int = option(40, "optimizer steps of a run")
     batch_size: int = option(8, "rows of a step")
     val_tokens: int = option(8192, "how many held-out tokens a score reads")
     jobs: int = option(2, "runs at once; they share the cores")
