@@ -40,6 +40,10 @@ def quantize(model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> No
         small.support_avx512bf16_for_cpu = False
         _replace(model, name, small.train(linear.training))
     model.requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and not hasattr(parameter, "quant_state"):
+            # One tensor that still lies in the file it was read from keeps all of the file in memory.
+            parameter.data = parameter.data.clone()
     linear_bits, all_bits = bits_per_parameter(model)
     print(f"{len(chosen)} Linears in NF4: {linear_bits:.3f} bits a parameter there, {all_bits:.3f} in the whole base")
 

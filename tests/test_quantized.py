@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 import eval_model
 import train_lora
 from core.errors import UserError
+from model.bases import open_base
 from model.LMConfig import LMConfig
 from model.lora_layers import dense_weight, is_quantized
 from model.lora_merge import merge_lora
@@ -124,6 +126,18 @@ def test_the_compute_dtype_is_that_of_the_products_and_a_bias_comes_back():
     fine = model(x)
     assert not torch.equal(fine, fine.bfloat16().float())
     assert 0 < (coarse - fine).abs().max() < 0.05 and (fine - exact).abs().max() < 0.5
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="asks Linux what a process holds in memory")
+def test_the_file_that_a_base_was_read_from_is_let_go(tmp_path):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=128, vocab_size=512)).save_pretrained(tmp_path)
+    model = open_base(tmp_path)[0]
+    held = [str(tmp_path) in Path("/proc/self/maps").read_text()]
+    before = model.get_input_embeddings().weight.clone()
+    quantize(model)
+    held.append(str(tmp_path) in Path("/proc/self/maps").read_text())
+    assert held == [True, False] and torch.equal(model.get_input_embeddings().weight, before)
 
 
 def test_without_the_library_the_way_to_it_is_named(sharp_model, monkeypatch):
