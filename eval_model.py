@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from dataset.tokenizer import tokenizer_of
-    from model.bases import choose_base, is_pretrained, open_base
+    from model.bases import choose_base, open_base
     from model.generation import Sampling
     from model.quantized import quantize
     from serving.session import ChatSession
@@ -85,10 +85,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.load_in_4bit:
         with redirect_stdout(sys.stderr):  # an answer can be piped
             quantize(model)
-    template = options.prompt_template
-    if template is None and is_pretrained(base):
-        template = skill_template(options, model.config.hidden_size)
-    tokenizer = tokenizer_of(record, base, options.tokenizer_path, options.out_dir, template)
+    templates = options.prompt_template, skill_template(options, model.config.hidden_size)
+    tokenizer = tokenizer_of(record, base, options.tokenizer_path, options.out_dir, *templates)
     session = ChatSession(
         model,
         tokenizer,
@@ -98,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         continues=record.get("stage", base.name.partition("_")[0]) == "pretrain",
         out_dir=options.out_dir,
         allow_base_mismatch=options.allow_base_mismatch,
+        keeps_template=options.prompt_template is not None,
     )
     if options.lora_name is not None:
         session.use_skill(options.lora_name)

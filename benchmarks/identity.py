@@ -152,6 +152,7 @@ def unrelated_bits(model, tokenizer, options: Options) -> float:
     """Bits per byte of the same chats each time."""
     from core.paths import cache_dir
     from dataset.batches import SFTDataset, validation_batches
+    from dataset.tokenizer import control_ids
     from model.loss import nats_of
     from trainer.evaluation import evaluate
     from trainer.runtime import Runtime
@@ -161,7 +162,7 @@ def unrelated_bits(model, tokenizer, options: Options) -> float:
     ).val
     batches = validation_batches(data, 8, UNRELATED_TOKENS)
     runtime = Runtime.start("cpu", "float32")
-    return evaluate(model, batches, runtime, loss_sum=nats_of(set(tokenizer.all_special_ids))).bits_per_byte
+    return evaluate(model, batches, runtime, loss_sum=nats_of(control_ids(tokenizer))).bits_per_byte
 
 
 def logits_of(model, tokenizer):

@@ -32,6 +32,8 @@ class SkillStudy:
     def __post_init__(self):
         require(self.base is not None, "name a chat base with --base")
         require(self.data is not None, "name the skill's chats with --data")
+        require(self.base.with_suffix(".json").is_file(), f"--base {self.base} is no base of ours with its .json")
+        require(self.data.is_file(), f"--data {self.data} does not exist")
         least = min(self.max_steps, self.batch_size, self.val_tokens, self.jobs)
         require(least >= 1, "--max_steps, --batch_size, --val_tokens and --jobs begin at 1")
 

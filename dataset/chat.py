@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
+from dataset.tokenizer import control_ids
 
 Encoded = tuple[list[int], list[bool]]
 
@@ -31,11 +32,19 @@ def encode_chats(
     ids_of = dict(zip(kinds, _encode(tokenizer, kinds, split_special_tokens=False), strict=True))
     contents = [message["content"] for messages in chats for message in messages]
     content_ids = iter(_encode(tokenizer, contents, split_special_tokens=True))
-    control = set(tokenizer.all_special_ids)
+    control = control_ids(tokenizer)
     return [
         _join(messages, [ids_of[piece] for piece in chat], content_ids, control)
         for messages, chat in zip(chats, pieces, strict=True)
     ]
+
+
+def ends_of_answer(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids that end an answer: the end of text, and what ``encode_chat`` teaches as the end of turn."""
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+    ids, learned = encode_chat(tokenizer, turns)
+    last = max(n for n, is_learned in enumerate(learned) if is_learned)
+    return {tokenizer.eos_token_id, ids[last]} & control_ids(tokenizer)
 
 
 def _join(

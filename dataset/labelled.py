@@ -51,8 +51,8 @@ def read_labelled(
 ) -> list[dict]:
     """The rows of JSON files (see ``read_rows``) and of TSV files with a header line, as ``clean`` gives them.
 
-    ``bad_rows`` "stop" lists the first bad rows and raises ``UserError``; "skip" leaves all out with a count. Raises
-    ``UserError`` when no row is left, and where some rows are pairs and others are not.
+    ``bad_rows`` "stop" and "refuse" list the first bad rows and raise ``UserError``; "skip" leaves all out with a
+    count. Raises ``UserError`` when no row is left, and where some rows are pairs and others are not.
     """
     good, bad = [], []
     for path in paths:
@@ -172,11 +172,11 @@ def _tsv_rows(path: Path, clean: Callable[[Any], dict]) -> Iterator[tuple[int, d
         raise UserError(f"{path} is not UTF-8 text ({error}); save it as such") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}; check its path or copy it again") from error
-    header, *lines = (line.rstrip("\r").split("\t") for line in text.split("\n"))
+    header, *lines = (line.rstrip("\r").split("\t") for line in text.rstrip("\r\n").split("\n"))
     if len(set(header)) < len(header):
         raise UserError(f"{path}:1: a column's name is there twice; name each once")
     for number, cells in enumerate(lines, 2):
-        if cells == [""]:
+        if cells == [""] and len(header) > 1:  # else it is a row whose only text is empty
             continue
         if len(cells) != len(header):
             yield number, BadRow(f"{len(cells)} columns, the header has {len(header)}")

@@ -39,13 +39,14 @@ def clean_rows(block: Block, clean: Callable[[Any], dict]) -> Iterator[tuple[int
 def settle_bad_rows(count: int, shown: list[str], bad_rows: str) -> None:
     """Go on without ``count`` bad rows, of which ``shown`` are the first, if ``bad_rows`` is "skip"; it is printed.
 
-    Raises ``UserError`` otherwise, if there are any.
+    Raises ``UserError`` otherwise, if there are any; ``bad_rows`` "refuse" is for where skipping is no choice.
     """
     if count and bad_rows == "skip":
         print(f"bad rows skipped: {count}, the first {shown[0]}")
     elif count:
+        advice = "" if bad_rows == "refuse" else " or pass --bad_rows skip"
         print("\n".join(shown), *["..."] * (count > len(shown)), sep="\n", flush=True)
-        raise UserError(f"{count} bad rows, the first {shown[0]}; mend them or pass --bad_rows skip")
+        raise UserError(f"{count} bad rows, the first {shown[0]}; mend them{advice}")
 
 
 def read_texts(path: Path) -> list[str]:

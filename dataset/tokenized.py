@@ -25,7 +25,7 @@ from dataset.rows import SHOWN_BAD_ROWS, clean_chat, clean_rows, clean_text, set
 from dataset.token_table import TokenRows, open_table, seal_table
 from dataset.tokenizer import tokenizer_fingerprint
 
-FORMAT = 4  # raise it when the meaning of a cached table changes
+FORMAT = 5  # raise it when the meaning of a cached table changes
 SMALL_BYTES = 1 << 24  # of text: less is tokenised sooner than worker processes start
 BAR_SECONDS = 2  # work that takes longer gets a bar
 NO_TARGET = np.iinfo(np.int32).max  # the first target of a row that has none: beyond any length
@@ -225,5 +225,6 @@ def split_rows(table: Dataset, val_ratio: float) -> tuple[TokenRows, TokenRows]:
         lowest = min(part.min() for part in digests)
         chosen = np.concatenate([part == lowest for part in digests])
     if chosen.all():
-        raise UserError(f"--val_ratio {val_ratio} leaves no row to train on; give more different rows or --val_ratio 0")
+        advice = "give more different rows, or --val_ratio 0 for those to train on"
+        raise UserError(f"a held-out share of {val_ratio} leaves no row to train on; {advice}")
     return TokenRows(table, np.flatnonzero(~chosen)), TokenRows(table, np.flatnonzero(chosen))

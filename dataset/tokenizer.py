@@ -32,10 +32,16 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_of(
-    record: dict, base: Path, named: Path | None, out_dir: Path, prompt_template: str | None = None
+    record: dict,
+    base: Path,
+    named: Path | None,
+    out_dir: Path,
+    prompt_template: str | None = None,
+    otherwise: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that the base with this ``record`` was trained with: the one ``named`` if it is that, else the
-    shipped one or ``out_dir/tokenizer``, or what a Hugging Face base brings. ``prompt_template`` replaces its template.
+    shipped one or ``out_dir/tokenizer``, or what a Hugging Face base brings. ``prompt_template`` replaces its template,
+    ``otherwise`` serves where there is none.
 
     Raises ``UserError`` if none of them is, if the record does not say (MiniMind's files) and none is named, and for a
     tokenizer without chat template.
@@ -50,7 +56,7 @@ def tokenizer_of(
     else:
         folders = [named] if named else [folder for folder in (TOKENIZER_DIR, out_dir / "tokenizer") if folder.is_dir()]
     for folder in folders:
-        tokenizer = foreign_tokenizer(folder, prompt_template) if is_foreign else load_tokenizer(folder)
+        tokenizer = foreign_tokenizer(folder, prompt_template, otherwise) if is_foreign else load_tokenizer(folder)
         if wanted not in (None, tokenizer_fingerprint(tokenizer)):
             continue
         size = record["config"]["vocab_size"]
@@ -62,19 +68,29 @@ def tokenizer_of(
     raise UserError(f"{base} was trained with another tokenizer than {tried}; name it with --tokenizer_path")
 
 
-def foreign_tokenizer(name: str | Path, prompt_template: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder or hub name, with ``prompt_template`` in place of its chat template.
+def foreign_tokenizer(
+    name: str | Path, prompt_template: str | None = None, otherwise: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder or hub name, with ``prompt_template`` in place of its chat template, or
+    ``otherwise`` where it has none.
 
     Raises ``UserError`` if it cannot be read (see ``read_tokenizer``), ends no text, or has no template either.
     """
     tokenizer = read_tokenizer(name)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} lacks an end-of-text token")
+    if prompt_template is None and not tokenizer.chat_template:
+        prompt_template = otherwise
     if prompt_template is not None:
-        tokenizer.chat_template = template_of(prompt_template, begins=_begins_with_bos(tokenizer))
+        use_template(tokenizer, prompt_template)
     if not tokenizer.chat_template:
         raise UserError(f"{name} has no chat template: write one, such as --prompt_template 'Q: {{user}}\\nA: '")
     return tokenizer
+
+
+def use_template(tokenizer: PreTrainedTokenizerBase, prompt_template: str) -> None:
+    """Make ``prompt_template`` the chat template. Raises ``UserError`` as ``template_of`` does."""
+    tokenizer.chat_template = template_of(prompt_template, begins=_begins_with_bos(tokenizer))
 
 
 def template_of(prompt_template: str, begins: bool = False) -> str:
@@ -85,6 +101,8 @@ def template_of(prompt_template: str, begins: bool = False) -> str:
     """
     if not isinstance(prompt_template, str):
         raise UserError(f"the skill's file gives {prompt_template!r} as prompt_template, which is no text")
+    if prompt_template != prompt_template.encode(errors="replace").decode():
+        raise UserError("--prompt_template holds bytes that are no text in the terminal's encoding")
     before, *after = prompt_template.replace("\\n", "\n").split("{user}")
     if len(after) != 1:
         raise UserError(f"--prompt_template {prompt_template!r} must have one {{user}}, where the question goes")
@@ -155,11 +173,20 @@ def _bytes_of(token: str, is_byte_level: bool) -> bytes:
     return bytes.fromhex(lone[1]) if lone else token.replace("\u2581", " ").encode()
 
 
+def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids that stand for no text: those with a name of their own such as eos, and all that are marked special.
+
+    The marked ones are more where a template ends a turn by another token than eos, as those of Qwen2's bases do.
+    """
+    marked = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return marked | set(tokenizer.all_special_ids)
+
+
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """UTF-8 bytes each id stands for, (vocabulary,) int64; 0 for control tokens."""
     sizes = np.zeros(len(tokenizer), dtype=np.int64)
     is_byte_level = _is_byte_level(tokenizer)
     for token, token_id in tokenizer.get_vocab().items():
         sizes[token_id] = len(_bytes_of(token, is_byte_level))
-    sizes[tokenizer.all_special_ids] = 0
+    sizes[sorted(control_ids(tokenizer))] = 0
     return sizes

@@ -61,9 +61,20 @@ def open_base(base: Path, device: torch.device | str = "cpu") -> tuple[nn.Module
     model, missing = load_pretrained(AutoModelForCausalLM, base, "causal language model")
     if missing:
         raise UserError(f"--base {base} lacks {', '.join(missing[:3])}: it is no causal language model")
+    if _looks_ahead(model.eval()):
+        raise UserError(f"--base {base} sees the tokens that it would have to predict: it is no causal language model")
     weights = fingerprint(model.named_parameters(), model.config)
     record = {"stage": PRETRAINED, "config": {"vocab_size": model.config.vocab_size}, "fingerprint": weights}
-    return model.to(device).eval(), record
+    return model.to(device), record
+
+
+@torch.no_grad()
+def _looks_ahead(model: nn.Module) -> bool:
+    """Whether a later token moves earlier logits, beyond rounding: so it is in masked language models."""
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    ids[1, -1] = 1
+    one, other = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return bool((one - other).abs().max() > 1e-5 * one.abs().max())
 
 
 def load_pretrained(kind: Any, base: Path, called: str, **settings: Any) -> tuple[nn.Module, list[str]]:

@@ -7,12 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, sqrt
-from typing import Literal
+from typing import Literal, get_args
 
 from core.errors import UserError
 from core.options import option, require
 
 SHORTHANDS = ("square", "all-linear")
+Init = Literal["minimind", "kaiming", "gaussian", "pissa"]
 
 
 @dataclass
@@ -38,22 +39,32 @@ class LoRAConfig:
     use_rslora: bool = option(False, "scale by alpha / sqrt(rank)")
     use_dora: bool = option(False, "learn each output's magnitude apart from its direction (DoRA)")
     lora_dropout: float = option(0.0, "probability that an input of the update is left out in training")
-    init_lora_weights: Literal["minimind", "kaiming", "gaussian", "pissa"] = option(
+    init_lora_weights: Init = option(
         "minimind", "A starts from N(0, 0.02), U(+-1/sqrt(inputs)) or N(0, 1/rank) and B at 0; pissa: from W's SVD"
     )
 
     def __post_init__(self):
-        self.target_modules = _names(self.target_modules)
-        self.exclude_modules = _names(self.exclude_modules)
+        self.target_modules = _names(self.target_modules or ())
+        self.exclude_modules = _names(self.exclude_modules or ())
+        shorthand = self.exclude_modules if self.exclude_modules in SHORTHANDS else ""
+        require(not shorthand, f"exclude_modules={shorthand} is no name of a module; it is for target_modules")
         layers = self.layers_to_transform
         self.layers_to_transform = (layers,) if isinstance(layers, int) else tuple(layers or ())
         self.rank_pattern = _pattern("rank_pattern", self.rank_pattern, int)
         self.alpha_pattern = _pattern("alpha_pattern", self.alpha_pattern, float)
         for rank in (self.rank, *self.rank_pattern.values()):
-            require(rank >= 1, f"rank={rank} must be at least 1")
+            whole = isinstance(rank, int) and not isinstance(rank, bool)
+            require(whole and rank >= 1, f"rank={rank} must be at least 1, a whole number")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
-            require(alpha is None or 0 < alpha < inf, f"alpha={alpha} must be a positive number")
-        require(0 <= self.lora_dropout < 1, f"lora_dropout={self.lora_dropout} must lie in [0, 1)")
+            positive = isinstance(alpha, int | float) and 0 < alpha < inf
+            require(alpha is None or positive, f"alpha={alpha} must be a positive number")
+        scaled = self.alpha is not None or bool(self.alpha_pattern)
+        require(scaled or not self.use_rslora, "use_rslora changes what alpha is divided by: give an alpha")
+        dropout = self.lora_dropout
+        in_range = isinstance(dropout, int | float) and 0 <= dropout < 1
+        require(in_range, f"lora_dropout={dropout} must lie in [0, 1)")
+        init = self.init_lora_weights
+        require(init in get_args(Init), f"init_lora_weights={init!r} must be one of {', '.join(get_args(Init))}")
         pissa_dora = self.use_dora and self.init_lora_weights == "pissa"
         require(not pissa_dora, "use_dora and init_lora_weights=pissa exclude each other: choose one")
 
@@ -77,10 +88,11 @@ def _names(words: str | Sequence[str]) -> str | tuple[str, ...]:
 def _pattern(name: str, words: Mapping[str, float] | Sequence[str], number: type) -> dict[str, float]:
     """``key=value`` words, or a dict already, as a dict."""
     if isinstance(words, Mapping):
-        return {key: number(value) for key, value in words.items()}
+        words = [f"{key}={value}" for key, value in words.items()]
     found = {}
     for word in words:
         key, _, value = word.rpartition("=")
+        require(key not in found, f"{name} has {key!r} twice: keep one of them")
         try:
             found[key] = number(value)
         except ValueError:

@@ -55,8 +55,7 @@ class SkillLibrary:
         """
         weights = {skills: 1.0} if isinstance(skills, str) else dict(skills or {})
         loras = self._mixed(weights)
-        if any(True for _ in merged(self.model)):
-            raise UserError("a LoRA is merged into this model; call unmerge_lora(model) first")
+        self._refuse_merged()
         remove_lora(self.model)
         attach(self.model, loras)
         self.active = weights
@@ -69,7 +68,11 @@ class SkillLibrary:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model is the base alone; afterwards it carries again what it did."""
+        """Inside, the model is the base alone; afterwards it carries again what it did.
+
+        Raises ``UserError`` while a LoRA is merged into the model.
+        """
+        self._refuse_merged()
         removed, active = remove_lora(self.model), self.active
         try:
             yield
@@ -95,6 +98,10 @@ class SkillLibrary:
         if name not in self._skills:
             raise UserError(f"there is no skill {name!r} in the library; there are {', '.join(self._skills) or 'none'}")
         return self._skills[name]
+
+    def _refuse_merged(self) -> None:
+        if any(True for _ in merged(self.model)):
+            raise UserError("a LoRA is merged into this model; call unmerge_lora(model) first")
 
     def _refuse_active(self, name: str) -> None:
         if name in self.active:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -26,15 +27,17 @@ def factors_of(loras: Mapping[str, LoRA], name: str) -> Factors:
 def mixed(parts: Sequence[tuple[Factors, float]]) -> Factors:
     """The sum of weight times update, exactly: the ranks of a target add up. A negative weight subtracts.
 
-    Raises ``UserError`` for weights that are not finite.
+    Raises ``UserError`` for weights that are no numbers, or so large that a product is not finite.
     """
-    if wrong := [weight for _, weight in parts if not math.isfinite(weight)]:
+    if wrong := [weight for _, weight in parts if not isinstance(weight, Real) or not math.isfinite(weight)]:
         raise UserError(f"a skill's weight must be a number, not {wrong[0]}")
     targets = dict.fromkeys(target for factors, _ in parts for target in factors)
     sums = {}
     for target in targets:
         there = [(*factors[target], weight) for factors, weight in parts if target in factors]
         sums[target] = torch.cat([A for A, _, _ in there]), torch.cat([weight * B for _, B, weight in there], dim=1)
+        if not sums[target][1].isfinite().all():
+            raise UserError(f"the weights {', '.join(f'{weight:g}' for _, weight in parts)} are too large for {target}")
     return sums
 
 

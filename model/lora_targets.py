@@ -137,13 +137,18 @@ def _endings(names: list[str]) -> str:
 
 
 def apply_call(model: nn.Module, meta: dict) -> str:
-    """The ``apply_lora`` call that prepares a bare ``model`` for a file with this ``_meta``, as short as it can be."""
+    """The ``apply_lora`` call that prepares a bare ``model`` for a file with this ``_meta``, as short as it can be.
+
+    Empty where there is none: sums of skills may have a rank beyond what can be trained.
+    """
     arguments = f"rank={meta['rank']}"
     if meta["alpha"] != meta["rank"]:
         arguments += f", alpha={meta['alpha']:g}"
     wanted = set(meta["targets"])
     endings = tuple(sorted({name.rpartition(".")[2] for name in wanted}))
     found, head = dict(linears(model)), output_head(model)
+    if any(rank > min(features(found[name])) for name, rank in meta["ranks"].items()):
+        return ""
     choices = ("square", "all-linear", endings)
     fitting = [t for t in choices if {name for name in found if _is_target(name, found[name], head, t)} == wanted]
     targets = fitting[0] if fitting else "|".join(map(re.escape, sorted(wanted)))

@@ -236,8 +236,8 @@ def load_lora(model: nn.Module, path: str | PathLike, *, allow_base_mismatch: bo
     loras = {name: linear.lora for name, linear in adapted(model)}
     own = {f"{name}.lora.{key}": tensor for name, lora in loras.items() for key, tensor in lora.state_dict().items()}
     if own.keys() != tensors.keys() or {name: lora.rank for name, lora in loras.items()} != meta["ranks"]:
-        call = apply_call(model, meta)
-        raise UserError(f"{path} does not fit the LoRA on this model; use attach_lora, or prepare it with {call}")
+        prepared = f", or prepare it with {call}" if (call := apply_call(model, meta)) else ""
+        raise UserError(f"{path} does not fit the LoRA on this model; use attach_lora{prepared}")
     copy_strictly(own, tensors, path)
     _note_unknown_base(meta, path)
     for name, lora in loras.items():

@@ -1,6 +1,7 @@
 """A frozen base in 4 bits (QLoRA, Dettmers et al. 2023): NF4 with double quantisation, by bitsandbytes, an extra."""
 
 import logging
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from model.model_lora import attach, base_fingerprint, lora_parameters, remove_l
 def quantize(model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> None:
     """Replace every Linear but the output head by one of 4 bits, in place; embeddings and norms stay as they are.
 
+    So do Linears whose weight something else reads as numbers: those of a class of its own (PyTorch's attention has
+    such), and those that a Hugging Face model keeps in fp32 (T5's ``wo``).
+
     ``compute_dtype``: of the products, for which a weight is spread out again. Prints what a parameter costs now.
     Skills name the base as it was before.
     Raises ``UserError`` without bitsandbytes, and for a model that carries a LoRA or has no Linear.
@@ -26,8 +30,8 @@ def quantize(model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> No
         raise UserError("4 bits need bitsandbytes: pip install -r requirements-4bit.txt") from error
     if any(True for _ in adapted(model)):
         raise UserError("quantize the base first and apply LoRA then; call remove_lora(model) first")
-    head = output_head(model)
-    chosen = [(name, linear) for name, linear in linears(model) if linear is not head and isinstance(linear, nn.Linear)]
+    kept = {id(output_head(model)), *_kept(model)}
+    chosen = [(name, linear) for name, linear in linears(model) if type(linear) is nn.Linear and id(linear) not in kept]
     if not chosen:
         raise UserError("this model has no Linear to quantise")
     model.known_as = base_fingerprint(model)
@@ -82,6 +86,14 @@ def bits_per_parameter(model: nn.Module) -> tuple[float, float]:
         return sum(8 * tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     return bits(small) / small_count, (bits(small) + bits(others)) / (small_count + other_count)
+
+
+def _kept(model: nn.Module) -> Iterator[int]:
+    """The ids of the modules that Hugging Face's classes within ``model`` want in fp32."""
+    for module in model.modules():
+        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            for word in getattr(module, attribute, None) or ():
+                yield from (id(part) for name, part in module.named_modules() if f".{word}." in f".{name}.")
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -15,6 +15,7 @@ from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 
 FORMAT = 1
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what a file may hold
 # The config values that change the arithmetic but no shape, ours and (where a config has none of them) Hugging Face's.
 ARITHMETIC = ("n_heads", "n_kv_heads", "norm_eps", "rope_theta")
 THEIR_ARITHMETIC = ("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "layer_norm_eps", "rope_parameters")
@@ -27,7 +28,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """The flat ``{name: tensor}`` of a ``.pth`` file, on the CPU, with nothing in the file executed.
 
     Refused with one ``UserError``: a file that is missing, no zip archive, damaged (checksums), holds anything but
-    dense tensors, or numbers that are not finite.
+    dense tensors, floating point of another type than ``FLOATS``, or numbers that are not finite in fp32.
     """
     path = Path(path)
     if not path.is_file():
@@ -49,10 +50,13 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not tensors:
         raise UserError(f"{path} holds no weights but {type(tensors).__name__}; expected a state dict")
     for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        is_dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+        if not isinstance(name, str) or not is_dense:
             raise UserError(f"{path} holds {name!r}, which is no dense tensor; expected a plain state dict")
+        if tensor.is_floating_point() and tensor.dtype not in FLOATS:
+            raise UserError(f"{path} holds {name} as {tensor.dtype}; convert it to float32")
         # The extremes of a tensor with a NaN are NaN; isfinite of the whole tensor would need much time and memory.
-        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).float().isfinite().all():
             raise UserError(f"{path} holds NaN or infinity in {name}; go back to an earlier file")
     return tensors
 

@@ -52,10 +52,13 @@ def main(argv: list[str] | None = None) -> Path:
     print(f"base: {base}")
     if options.load_in_4bit:
         quantize(model)
-    library = SkillLibrary(model)
+    library, templates = SkillLibrary(model), {}
     for name in weights:
         path = skill_file(options, name, model.config.hidden_size)
-        library.add(name, path, allow_base_mismatch=options.allow_base_mismatch)
+        meta = library.add(name, path, allow_base_mismatch=options.allow_base_mismatch)
+        templates[meta["options"].get("prompt_template")] = name
+    if len(templates) > 1:
+        print(f"note: the skills were trained with other templates; the result is asked as {next(iter(weights))} was")
     if options.output:
         return merge_into_base(options, base, record, first, library, weights)
     return fuse(options, base, first, library, weights)

@@ -155,16 +155,16 @@ def predict(options: Options, runtime) -> None:
     if not path.is_file():
         raise UserError(f"there is no skill file {path}; train it with --data_path")
     _, meta = read_lora(path)
-    if not meta["head"] or not isinstance(labels := meta.get("labels"), list):
-        raise UserError(f"{path} is no classifier's skill: it has no head and labels")
+    labels, max_seq_len = meta.get("labels"), meta["options"].get("max_seq_len")
+    if not meta["head"] or not are_names(labels) or type(max_seq_len) is not int:
+        raise UserError(f"{path} is no classifier's skill: it has no head, labels and length of rows")
     with redirect_stdout(sys.stderr):  # what is printed below can be piped
-        rows = read_labelled((options.predict,), clean=clean_unlabelled)
+        rows = read_labelled((options.predict,), "refuse", clean_unlabelled)
         model = open_classifier(options.base, labels).to(runtime.device).eval()
         check_lora(model.base_model, path)
         tokenizer = opened_tokenizer(options, model)
         if reading_fingerprint(tokenizer) != meta.get("tokenizer"):
             raise UserError(f"{path} was trained with another tokenizer; name that one with --tokenizer_path")
-        max_seq_len = int(meta["options"].get("max_seq_len", options.max_seq_len))
         samples = LabelledSamples(rows, labels, tokenizer, max_seq_len, pairs=bool(meta.get("pairs")))
         load_head(model, meta["head"], path)
         if meta["options"].get("load_in_4bit"):
@@ -178,6 +178,12 @@ def predict(options: Options, runtime) -> None:
         print(json.dumps({"label": labels[best], "probability": round(float(probabilities[best]), 4)}))
 
 
+def are_names(labels) -> bool:
+    """Whether these are two or more different labels, as a skill file holds them."""
+    are_texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    return are_texts and len(set(labels)) == len(labels) >= 2
+
+
 def opened_tokenizer(options: Options, model):
     """The base's, or that of --tokenizer_path; what it pads with, the model knows. Raises ``UserError``."""
     from dataset.tokenizer import read_tokenizer
@@ -187,6 +193,9 @@ def opened_tokenizer(options: Options, model):
         raise UserError(
             f"--base {options.base} knows {size} tokens, the tokenizer has {len(tokenizer)}: it is another's"
         )
+    config = model.config
+    if config.is_encoder_decoder and config.eos_token_id not in tokenizer("a").input_ids:
+        raise UserError(f"the tokenizer of {options.base} does not end a text, where this kind of model decides")
     if tokenizer.pad_token_id is None:
         require(tokenizer.eos_token_id is not None, f"the tokenizer of {options.base} has neither padding nor an end")
         tokenizer.pad_token = tokenizer.eos_token

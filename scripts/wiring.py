@@ -12,7 +12,7 @@ from core.errors import UserError
 from core.files import sha256_file
 from core.paths import cache_dir, checkpoints_dir, metrics_path
 from dataset.batches import MICRO_TOKENS, Batch, Batches, PretrainDataset, Samples, validation_batches
-from dataset.tokenizer import tokenizer_fingerprint, tokenizer_of
+from dataset.tokenizer import control_ids, tokenizer_fingerprint, tokenizer_of
 from model.bases import choose_base, open_base
 from model.LMConfig import check_length
 from model.loss import loss_sum, nats_of
@@ -102,7 +102,7 @@ class Validation:
             name: validation_batches(held_out, options.batch_size, options.val_tokens)
             for name, held_out in samples.items()
         }
-        self.nats = nats_of(set(tokenizer.all_special_ids))
+        self.nats = nats_of(control_ids(tokenizer))
 
     def __call__(self) -> Metrics:
         found = {

@@ -1,5 +1,6 @@
 """A conversation with one model whose skills come and go."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
 from core.paths import lora_path, lora_paths, skill_of, skill_weights, weights_text
-from dataset.chat import encode_chat
+from dataset.chat import encode_chat, ends_of_answer
+from dataset.tokenizer import use_template
 from model.generation import Sampling, generate
 from model.LMConfig import context_of
 from model.lora_library import SkillLibrary
@@ -21,7 +23,8 @@ class ChatSession:
     """History, active skill and random state of a chat. The base's weights are never written.
 
     ``history_cnt`` earlier messages go with each question. ``continues``: the base is no chat model, so a prompt is
-    continued as plain text, without template and history. ``skill`` names what is active, empty for the base.
+    continued as plain text, without template and history. A skill trained with a ``--prompt_template`` is asked with
+    it (of a mix the first), unless the session ``keeps_template``. ``skill`` names what is active, empty for the base.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class ChatSession:
         continues: bool,
         out_dir: Path,
         allow_base_mismatch: bool = False,
+        keeps_template: bool = False,
     ):
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.history_cnt, self.continues, self.out_dir = history_cnt, continues, out_dir
@@ -42,6 +46,8 @@ class ChatSession:
         self.rng = torch.Generator().manual_seed(seed)
         self.messages: list[dict] = []
         self.library = SkillLibrary(model)
+        self._template, self._keeps_template = tokenizer.chat_template, keeps_template
+        self._templates: dict[str, str | None] = {}  # of what was read into the library
         self.weights: dict[str, float] = {}
         self.tokens = 0  # of the last answer
 
@@ -57,7 +63,7 @@ class ChatSession:
         decoder = DecodeStream(skip_special_tokens=True)
         answer, self.tokens = "", 0
         try:
-            for token in generate(self.model, ids, self.sampling, {self.tokenizer.eos_token_id}, self.rng):
+            for token in generate(self.model, ids, self.sampling, self._stop(), self.rng):
                 self.tokens += 1
                 if piece := decoder.step(self.tokenizer.backend_tokenizer, token):
                     answer += piece
@@ -72,7 +78,14 @@ class ChatSession:
         Raises ``UserError`` with the reason, or with the names there are; the active skill stays as it is.
         """
         weights = skill_weights((name or "").split())
-        self.library.use({self._loaded(skill): weight for skill, weight in weights.items()})
+        chosen = {self._loaded(skill): weight for skill, weight in weights.items()}
+        before, template = self.tokenizer.chat_template, self._templates.get(next(iter(chosen), ""))
+        try:
+            self._ask_with(template)
+            self.library.use(chosen)
+        except UserError as error:
+            self.tokenizer.chat_template = before
+            raise UserError(re.sub(r"@\d+", "", str(error))) from error  # its sentences name the library's keys
         for stale in [key for key in self.library if key not in self.library.active and _skill(key) in weights]:
             self.library.remove(stale)
         self.weights = weights
@@ -85,7 +98,8 @@ class ChatSession:
             raise UserError(f"there is no skill file {path}; skills here: {there}")
         key = f"{skill_of(path)}@{path.stat().st_mtime_ns}"
         if key not in self.library:
-            self.library.add(key, path, allow_base_mismatch=self.allow_base_mismatch)
+            meta = self.library.add(key, path, allow_base_mismatch=self.allow_base_mismatch)
+            self._templates[key] = meta["options"].get("prompt_template")
         return key
 
     def skills(self) -> Iterator[tuple[str, str | None]]:
@@ -103,6 +117,17 @@ class ChatSession:
     def reset(self) -> None:
         """Forget what was said."""
         self.messages.clear()
+
+    def _ask_with(self, prompt_template: str | None) -> None:
+        self.tokenizer.chat_template = self._template
+        if prompt_template is not None and not self._keeps_template:
+            use_template(self.tokenizer, prompt_template)
+
+    def _stop(self) -> set[int]:
+        """The ids that end an answer: those of the template, and those that the model's makers name."""
+        named = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        named = named if isinstance(named, list) else [named] * (named is not None)
+        return {self.tokenizer.eos_token_id, *named} | (set() if self.continues else ends_of_answer(self.tokenizer))
 
     def _prompt(self, text: str) -> list[int]:
         if self.continues:

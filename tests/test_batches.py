@@ -393,6 +393,6 @@ def test_the_split_takes_its_share_and_at_least_one_row(make, tokenizer, tmp_pat
     assert sizes[0.0] == (2000, 0) and sizes[1e-9] == (1999, 1)
     assert 20 <= sizes[0.02][1] <= 60 and 920 <= sizes[0.5][1] <= 1080
     lone = write(tmp_path / "lone.jsonl", [{"text": "the same"}] * 5)
-    with pytest.raises(UserError, match=r"--val_ratio 0\.02 leaves no row to train on"):
+    with pytest.raises(UserError, match=r"share of 0\.02 leaves no row to train on"):
         make(PretrainDataset, lone, 64, val_ratio=0.02)
     assert len(make(PretrainDataset, lone, 64).train.rows) == 5

@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
     pipeline,
 )
 
@@ -102,6 +104,9 @@ def test_json_and_tsv_say_the_same(tmp_path):
         "text_pair": "b\u2028c",
     }
     assert len(read_labelled((tmp_path / "a.tsv", tmp_path / "c.jsonl"))) == 4
+    (tmp_path / "e.tsv").write_text("text\ngood\n\nbad\n\n")
+    with pytest.raises(UserError, match=r"e\.tsv:3: .*; mend them$"):  # answers would be of other rows
+        read_labelled((tmp_path / "e.tsv",), "refuse", clean_unlabelled)
 
 
 @pytest.mark.parametrize(
@@ -328,6 +333,28 @@ def test_a_row_is_answered_as_the_classifier_was_trained(bases, data, tmp_path):
         train_classifier([*argv, *flags(predict=dev, tokenizer_path=bases / "bert"), "--base", str(other)])
     with pytest.raises(UserError, match="--predict reads rows as the skill was trained to: leave out --bad_rows"):
         train_classifier([*argv, *flags(predict=dev, bad_rows="skip")])
+    tensors = torch.load(path)
+    for damaged in ({"labels": [["0"], ["1"]]}, {"labels": ["0", "0"]}, {"options": {"max_seq_len": "x"}}):
+        packed = json.dumps(json.loads(bytes(tensors["_meta"].tolist())) | damaged).encode()
+        torch.save(tensors | {"_meta": torch.frombuffer(bytearray(packed), dtype=torch.uint8)}, path)
+        with pytest.raises(UserError, match="no classifier's skill: it has no head, labels and length of rows"):
+            train_classifier([*argv, *flags(predict=dev)])
+
+
+def test_a_decision_at_the_end_of_the_text_needs_a_tokenizer_that_ends_it(data, tmp_path):
+    """T5 and BART read the class there; T5 keeps ``wo`` out of 4 bits."""
+    train, dev = data
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
+    torch.manual_seed(0)
+    T5ForConditionalGeneration(T5Config(**sizes, eos_token_id=3, decoder_start_token_id=0)).save_pretrained(tmp_path)
+    tokenizer = bert_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    learn = flags(base=tmp_path, out_dir=tmp_path / "out", data_path=train, val_path=dev, **SMALL | {"epochs": 1})
+    assert train_classifier([*learn, "--target_modules", "q", "v"]).is_file()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="does not end a text, where this kind of model decides"):
+        train_classifier([*learn, "--target_modules", "q", "v"])
 
 
 def test_a_decoder_is_a_classifier_too(data, tmp_path, capsys):

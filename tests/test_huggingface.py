@@ -11,6 +11,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -23,12 +25,13 @@ import train_full_sft
 import train_lora
 from core.errors import UserError
 from core.paths import TOKENIZER_DIR, lora_path
-from dataset.chat import encode_chat
+from dataset.chat import encode_chat, ends_of_answer
 from dataset.tokenizer import foreign_tokenizer, token_bytes
 from model.bases import choose_base, is_pretrained, open_base
 from model.generation import Sampling
 from model.LMConfig import check_length
 from model.model_lora import read_lora
+from scripts.merge_lora import main as merge_lora
 from serving.session import ChatSession
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -107,6 +110,51 @@ def test_a_model_without_a_chat_template_is_asked_in_the_words_of_the_flag(folde
     assert "skill: y" in capsys.readouterr().err, "the skill says how it was asked"
 
 
+def test_a_skill_is_asked_in_its_own_words_and_ends_where_it_learned_to(folders, trained, tmp_path, capsys):
+    """A base whose template ends a turn otherwise than its tokenizer ends a text, as Qwen2's and Gemma's do."""
+    base, out = shutil.copytree(folders / "llama", tmp_path / "base"), tmp_path / "out"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(base)
+    turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert ends_of_answer(tokenizer) == {tokenizer.eos_token_id, turn} and tokenizer.eos_token_id != turn
+    argv = flags(base=base, out_dir=out, data_path=trained.chats, general_data=trained.chats, **SMALL)
+    train_lora.main([*argv, "--lora_name", "own"])
+    train_lora.main([*argv, "--lora_name", "asked", "--prompt_template", TEMPLATE])
+    model, _ = open_base(base)
+    settings = {"seed": 0, "history_cnt": 0, "continues": False, "out_dir": out}
+    session = ChatSession(model, foreign_tokenizer(base), Sampling(), **settings)
+    model.generation_config.eos_token_id = [7, 8]
+    assert session._stop() == {tokenizer.eos_token_id, turn, 7, 8}
+    before = session.tokenizer.chat_template
+    questions = {}
+    for skill in ("asked", "own", None, "asked=0.5 own=0.5"):
+        session.use_skill(skill)
+        questions[skill] = session.tokenizer.decode(session._prompt("hi"))
+    assert questions["asked"] == questions["asked=0.5 own=0.5"] == "Human: hi\n\nAssistant: "
+    assert questions["own"] == questions[None] != questions["asked"]
+    session.use_skill("own")
+    with pytest.raises(UserError, match="no skill file"):
+        session.use_skill("nobody")
+    assert session.tokenizer.chat_template == before
+    kept = ChatSession(model, foreign_tokenizer(base, "Q: {user}"), Sampling(), **settings, keeps_template=True)
+    kept.use_skill("asked")
+    assert kept.tokenizer.decode(kept._prompt("hi")) == "Q: hi"
+    merge_lora(["own", "asked", *flags(base=base, out_dir=out, lora_name="both")])
+    assert (
+        "note: the skills were trained with other templates; the result is asked as own was" in capsys.readouterr().out
+    )
+
+
+def test_a_model_that_sees_what_it_should_predict_is_refused(folders, tmp_path):
+    BertForMaskedLM(BertConfig(**SIZES | {"num_key_value_heads": 4})).save_pretrained(tmp_path / "masked")
+    with pytest.raises(UserError, match="masked sees the tokens that it would have to predict"):
+        open_base(tmp_path / "masked")
+    config = BertConfig(**SIZES | {"num_key_value_heads": 4}, is_decoder=True)
+    BertLMHeadModel(config).save_pretrained(tmp_path / "causal")
+    assert open_base(tmp_path / "causal")[1]["stage"]
+
+
 def test_the_template_of_the_flag(folders):
     tokenizer = foreign_tokenizer(folders / "bare", "说: \"{user}\"\\n'👋': ")
     turns = [*QUESTION, {"role": "assistant", "content": "I am."}]
@@ -117,6 +165,8 @@ def test_the_template_of_the_flag(folders):
     for wrong in ("Q:", "{user}{user}"):
         with pytest.raises(UserError, match=r"must have one \{user\}"):
             foreign_tokenizer(folders / "bare", wrong)
+    with pytest.raises(UserError, match="no text in the terminal's encoding"):
+        foreign_tokenizer(folders / "bare", "\udc80 {user}")
 
 
 def test_what_is_no_base_is_named(folders, tmp_path, trained):

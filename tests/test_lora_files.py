@@ -12,6 +12,8 @@ from torch import nn
 from benchmarks.seeded_model import fill
 from core.errors import UserError
 from model.LMConfig import LMConfig
+from model.lora_library import SkillLibrary
+from model.lora_targets import adapted
 from model.model import MiniMindLM
 from model.model_lora import (
     META_KEY,
@@ -22,6 +24,7 @@ from model.model_lora import (
     lora_parameters,
     remove_lora,
     save_lora,
+    write_lora,
 )
 from model.weights import fingerprint, save_base
 
@@ -288,6 +291,22 @@ def test_attaching_takes_no_longer_name_that_ends_alike(tmp_path):
     message = refusal(load_lora, model, tmp_path / "x.pth")
     assert eval(re.search(r"apply_lora\(model, .*\)$", message)[0], {"apply_lora": apply_lora, "model": model}) == ["0"]
     load_lora(model, tmp_path / "x.pth")
+
+
+def test_a_rank_that_cannot_be_trained_is_not_advised(sharp_model, tmp_path):
+    add_lora(sharp_model, rank=40)
+    save_lora(sharp_model, tmp_path / "x.pth")
+    library = SkillLibrary(sharp_model)
+    remove_lora(sharp_model)
+    for name in "ab":
+        library.add(name, tmp_path / "x.pth")
+    factors = library.factors({"a": 1.0, "b": 0.5})
+    tensors = {f"{n}.lora.{key}.weight": t for n, pair in factors.items() for key, t in zip("AB", pair, strict=True)}
+    write_lora(tmp_path / "sum.pth", tensors, dict.fromkeys(factors, 1.0), base_fingerprint(sharp_model), {})
+    add_lora(sharp_model)
+    assert refusal(load_lora, sharp_model, tmp_path / "sum.pth").endswith("on this model; use attach_lora")
+    attach_lora(sharp_model, tmp_path / "sum.pth")
+    assert {linear.lora.rank for _, linear in adapted(sharp_model)} == {80}
 
 
 # MiniMind's own lines

@@ -108,6 +108,10 @@ def test_disabled_is_the_base_alone_even_after_an_error(sharp_model, library):
         assert torch.equal(logits_of(sharp_model), base)
         raise ZeroDivisionError
     assert torch.equal(logits_of(sharp_model), skilled)
+    merge_lora(sharp_model)
+    with pytest.raises(UserError, match=r"call unmerge_lora\(model\) first"), library.disabled():
+        pass
+    unmerge_lora(sharp_model)
     with library.disabled():
         library.use("a")
     assert torch.equal(logits_of(sharp_model), skilled) and library.active == {"wide": 1.0}
@@ -121,6 +125,8 @@ def test_what_is_refused_changes_nothing(sharp_model, files, library, tmp_path):
         (lambda: library.use({"a": 1.0, "nobody": 1.0}), "no skill 'nobody'"),
         (lambda: library.use({"a": math.nan}), "must be a number, not nan"),
         (lambda: library.use({"a": 0.5, "dora": 0.5}), "dora is a DoRA"),
+        (lambda: library.use({"a": "x"}), "a skill's weight must be a number, not x"),
+        (lambda: library.use({"a": 1e39}), "the weights 1e\\+39 are too large for layers.0.attention.wq"),
         (lambda: library.remove("a"), "'a' is active"),
         (lambda: library.remove("nobody"), "no skill 'nobody'"),
         (lambda: library.add("a", files["b"]), "'a' is active"),

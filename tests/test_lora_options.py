@@ -217,6 +217,18 @@ def test_a_file_gives_every_kind_back(sharp_model, tmp_path, options):
         ({"layers_to_transform": [0, 7]}, r"layers_to_transform \[7\] match no target; there are layers 0, 1"),
         ({"rank_pattern": {"wq": 65}}, "rank=65 exceeds the 64 features of layers.0.attention.wq"),
         ({"use_dora": True, "init_lora_weights": "pissa"}, "exclude each other"),
+        ({"rank": 2.5}, "rank=2.5 must be at least 1, a whole number"),
+        ({"rank": True}, "rank=True must be at least 1, a whole number"),
+        ({"alpha": "x"}, "alpha=x must be a positive number"),
+        ({"lora_dropout": "a"}, "lora_dropout=a must lie in"),
+        ({"rank_pattern": {"wq": 2.7}}, "rank_pattern 'wq=2.7' must be NAME=NUMBER"),
+        ({"rank_pattern": {"(": 2}}, r"'\(' is no regular expression"),
+        ({"rank_pattern": ["wo=4", "wo=8"]}, "rank_pattern has 'wo' twice"),
+        ({"target_modules": None}, r"target_modules=\(\) matches no Linear"),
+        ({"exclude_modules": "square"}, "exclude_modules=square is no name of a module"),
+        ({"init_lora_weights": "none"}, "init_lora_weights='none' must be one of minimind, kaiming, gaussian, pissa"),
+        ({"init_lora_weights": True}, "init_lora_weights=True must be one of"),
+        ({"use_rslora": True}, "use_rslora changes what alpha is divided by: give an alpha"),
     ],
 )
 def test_impossible_options_are_refused_and_change_nothing(tiny_model, options, said):

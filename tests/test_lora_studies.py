@@ -24,6 +24,17 @@ def test_the_best_rate_is_found_from_anywhere_without_trying_all(lowest):
         assert tried <= set(between), "nothing beyond the neighbours of the way there"
 
 
+def test_a_study_without_base_or_data_names_what_is_missing(trained, tmp_path):
+    base = next(iter(trained.out.glob("full_sft_*.pth")))
+    for words, said in (
+        ([str(tmp_path / "no.pth"), str(trained.chats)], "no.pth is no base of ours with its .json"),
+        ([str(base), str(tmp_path / "no.jsonl")], "no.jsonl does not exist"),
+    ):
+        for study in (qlora, rank_study):
+            with pytest.raises(UserError, match=said):
+                study.main(["--base", words[0], "--data", words[1]])
+
+
 def test_the_rank_study_goes_on_where_it_stopped(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rank_study, "TARGETS", {"square": ("square",)})
     monkeypatch.setattr(rank_study, "RANKS", (1, 4))

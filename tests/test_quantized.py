@@ -8,7 +8,14 @@ import pytest
 import torch
 from conftest import IDS, SMALL, flags, logits_of, strengthen
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import eval_model
 import train_lora
@@ -31,6 +38,8 @@ from model.model_lora import (
 from model.quantized import bits_per_parameter, dequantize, quantize
 from model.weights import load_base
 from scripts.merge_lora import main as merge
+
+EMBEDDED = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
 
 pytest.importorskip("bitsandbytes", reason="pip install -r requirements-4bit.txt")
 
@@ -113,6 +122,29 @@ def test_a_quantised_base_computes_as_its_weights_say_and_never_changes(sharp_mo
     assert all(p.grad is not None and p.grad.any() for p in lora_parameters(sharp_model))
     remove_lora(sharp_model)
     assert torch.equal(logits_of(sharp_model.eval()), base), "an evaluation repacked the weights"
+
+
+@pytest.mark.parametrize("feed_forward", ["relu", "gated-gelu"])
+def test_what_others_read_as_numbers_stays_numbers(feed_forward):
+    """T5 casts its activations to the type of ``wo``, and PyTorch's attention multiplies by ``out_proj`` itself."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4, "vocab_size": 320}
+    t5 = T5ForConditionalGeneration(T5Config(**sizes, feed_forward_proj=feed_forward, decoder_start_token_id=0)).eval()
+    attention = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).eval()
+    calls = {t5: lambda model: model(input_ids=IDS, labels=IDS).logits, attention: lambda model: model(EMBEDDED)}
+    for model, call in calls.items():
+        with torch.no_grad():
+            exact = call(model)
+            quantize(model)
+            twin = copy.deepcopy(model)
+            dequantize(twin)
+            assert 0 < (call(model) - exact).abs().max() < 0.5 * exact.abs().max()
+            torch.testing.assert_close(call(twin), call(model), atol=1e-5, rtol=1e-5)
+    kept = [name for name, module in t5.named_modules() if isinstance(module, nn.Linear) and not is_quantized(module)]
+    assert {name for name in kept if name != "lm_head"} == {
+        "decoder.block.0.layer.2.DenseReluDense.wo",
+        "encoder.block.0.layer.1.DenseReluDense.wo",
+    }
 
 
 def test_the_compute_dtype_is_that_of_the_products_and_a_bias_comes_back():

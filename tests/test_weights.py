@@ -146,6 +146,18 @@ def test_numbers_that_are_not_finite_are_refused(base, value):
     assert "NaN or infinity in norm.weight" in refusal(rewritten(base, lambda t: t["norm.weight"].fill_(value)))
 
 
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda weight: weight.double().fill_(1e300), "NaN or infinity in norm.weight"),
+        (lambda weight: weight.to(torch.float8_e4m3fn), "holds norm.weight as torch.float8_e4m3fn; convert it"),
+        (lambda weight: weight.to("meta"), "holds 'norm.weight', which is no dense tensor"),
+    ],
+)
+def test_numbers_that_fp32_cannot_hold_are_refused(base, change, said):
+    assert said in refusal(rewritten(base, lambda t: t.update({"norm.weight": change(t["norm.weight"])})))
+
+
 class Touch:
     """Unpickling this makes a file."""
 
