@@ -20,7 +20,7 @@ from core.files import sha256_file
 from core.options import option, parse, require
 
 TASKS = ("cola", "mrpc", "rte")
-# On all Linears, and rates around the best of a first look: query and value alone learned less of CoLA.
+# On all Linears, where a skill learns most for its parameters: results/rank_study.json.
 LORA = ["--rank", "8", "--target_modules", "all-linear"]
 METHODS = {"full": ["--full"], "lora": LORA, "qlora": [*LORA, "--load_in_4bit"]}
 # Of each method a grid of three learning rates is scored, and then two more beside the best, each nearer by STEP: on a

@@ -52,11 +52,11 @@ def main(argv: list[str] | None = None) -> Path:
     print(f"base: {base}")
     if options.load_in_4bit:
         quantize(model)
-    library, templates = SkillLibrary(model), {}
+    library, templates = SkillLibrary(model), set()
     for name in weights:
         path = skill_file(options, name, model.config.hidden_size)
         meta = library.add(name, path, allow_base_mismatch=options.allow_base_mismatch)
-        templates[meta["options"].get("prompt_template")] = name
+        templates.add(meta["options"].get("prompt_template"))
     if len(templates) > 1:
         print(f"note: the skills were trained with other templates; the result is asked as {next(iter(weights))} was")
     if options.output:

@@ -88,6 +88,7 @@ class ChatSession:
             raise UserError(re.sub(r"@\d+", "", str(error))) from error  # its sentences name the library's keys
         for stale in [key for key in self.library if key not in self.library.active and _skill(key) in weights]:
             self.library.remove(stale)
+            del self._templates[stale]
         self.weights = weights
 
     def _loaded(self, name: str) -> str:

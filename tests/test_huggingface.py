@@ -110,7 +110,9 @@ def test_a_model_without_a_chat_template_is_asked_in_the_words_of_the_flag(folde
     assert "skill: y" in capsys.readouterr().err, "the skill says how it was asked"
 
 
-def test_a_skill_is_asked_in_its_own_words_and_ends_where_it_learned_to(folders, trained, tmp_path, capsys):
+def test_a_skill_is_asked_in_its_own_words_and_ends_where_it_learned_to(
+    folders, trained, tmp_path, capsys, monkeypatch
+):
     """A base whose template ends a turn otherwise than its tokenizer ends a text, as Qwen2's and Gemma's do."""
     base, out = shutil.copytree(folders / "llama", tmp_path / "base"), tmp_path / "out"
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -140,6 +142,18 @@ def test_a_skill_is_asked_in_its_own_words_and_ends_where_it_learned_to(folders,
     kept = ChatSession(model, foreign_tokenizer(base, "Q: {user}"), Sampling(), **settings, keeps_template=True)
     kept.use_skill("asked")
     assert kept.tokenizer.decode(kept._prompt("hi")) == "Q: hi"
+    seen = []
+    monkeypatch.setattr("serving.terminal.answer", lambda session, text: seen.append(session))
+    chat = flags(base=base, out_dir=out, lora_name="asked", prompt="hi", device="cpu")
+    eval_model.main(chat)
+    eval_model.main([*chat, "--prompt_template", "Q: {user}"])
+    assert [one.tokenizer.decode(one._prompt("hi")) for one in seen] == [questions["asked"], "Q: hi"]
+    seen[0].use_skill(None)
+    assert seen[0].tokenizer.decode(seen[0]._prompt("hi")) == questions[None], "the base has words of its own"
+    train_lora.main([*argv, "--lora_name", "dora", "--use_dora"])
+    with pytest.raises(UserError, match="skill dora is a DoRA, which"):
+        session.use_skill("dora=0.5 own=0.5")
+    assert token_bytes(tokenizer)[turn] == 0
     merge_lora(["own", "asked", *flags(base=base, out_dir=out, lora_name="both")])
     assert (
         "note: the skills were trained with other templates; the result is asked as own was" in capsys.readouterr().out

@@ -151,6 +151,14 @@ def test_the_best_rate_of_the_tuning_is_scored_on_the_dev_rows(tmp_path, monkeyp
         glue.main(argv)
 
 
+def test_an_encoder_without_weights_is_named(tmp_path):
+    for task in glue.TASKS:
+        for part in ("train", "dev"):
+            write_rows(tmp_path / f"{task}_{part}.jsonl", [{"text": "a", "label": 1}])
+    with pytest.raises(UserError, match=r"nowhere has no model\.safetensors"):
+        glue.main(["--data", str(tmp_path), "--base", "nowhere", "--result", str(tmp_path / "glue.json")])
+
+
 def test_every_run_has_a_name_of_its_own():
     runs = [
         glue.Run("cola", "lora", phase, rate, seed) for phase in ("tune", "final") for rate in (1, 2) for seed in (0, 1)
