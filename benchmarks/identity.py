@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> dict:
     from dataset.tokenizer import foreign_tokenizer
     from model.bases import open_base
     from model.generation import Sampling
+    from model.model_lora import read_lora
     from serving.session import ChatSession
 
     base = smollm2(options.out_dir / "smollm2")
@@ -99,6 +100,7 @@ def main(argv: list[str] | None = None) -> dict:
         "skill_off_is_bit_equal": is_off,
         "answers": {question: [answer, after["answers"][question]] for question, answer in before["answers"].items()},
         "skill_file_bytes": skill.stat().st_size,
+        "trained": {name: read_lora(skill)[1][name] for name in ("base", "data", "options")},
         **measured_on(("torch", "transformers")),
     }
     print(f"bits per byte rise by {figures['rise']:+.4f}; off is bit-equal: {figures['skill_off_is_bit_equal']}")

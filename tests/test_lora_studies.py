@@ -121,7 +121,7 @@ def test_scores_count_and_pair_as_they_should():
     assert found["plus_minus"] == pytest.approx(2.447 * (1 / 3 / 9) ** 0.5), "one task's seeds have variance 1"
 
 
-def test_the_best_rate_of_the_tuning_is_scored_on_the_dev_rows(tmp_path, monkeypatch, capsys):
+def test_the_best_of_the_tuning_is_scored_on_the_dev_rows(tmp_path, monkeypatch, capsys):
     """Only the runs themselves are left out: what they would score is a function of the run."""
     for task in glue.TASKS:
         for part in ("train", "dev"):
@@ -140,7 +140,8 @@ def test_the_best_rate_of_the_tuning_is_scored_on_the_dev_rows(tmp_path, monkeyp
     monkeypatch.setattr(glue, "costs", lambda methods, rounds, dry_run: dict.fromkeys(methods, cost))
     argv = ["--data", str(tmp_path), "--base", str(tmp_path), "--result", str(tmp_path / "glue.json"), "--jobs", "1"]
     found = glue.main(argv)
-    assert found["learning_rates"] == {f"{task} {method}": best[method] for task in glue.TASKS for method in best}
+    chosen = {name: (one["batch_size"], one["epochs"], one["learning_rate"]) for name, one in found["best"].items()}
+    assert chosen == {f"{task} {method}": (*glue.LONG, best[method]) for task in glue.TASKS for method in best}
     assert len(ran) == 27 + 18 + 27 and {one.seed for one in ran[45:]} == set(glue.SEEDS)
     assert found["minus_full"]["lora"]["mean"] == pytest.approx(2.0)
     assert found["minus_full"]["qlora"]["mean"] == 0.0
@@ -161,7 +162,11 @@ def test_an_encoder_without_weights_is_named(tmp_path):
 
 def test_every_run_has_a_name_of_its_own():
     runs = [
-        glue.Run("cola", "lora", phase, rate, seed) for phase in ("tune", "final") for rate in (1, 2) for seed in (0, 1)
+        glue.Run("cola", "lora", phase, *size, rate, seed)
+        for phase in ("tune", "final")
+        for size in (glue.SHORT, glue.LONG)
+        for rate in (1, 2)
+        for seed in (0, 1)
     ]
     assert len({run.key for run in runs}) == len(runs)
 
