@@ -2,8 +2,9 @@
 
     python scripts/run_tests.py [pytest arguments]
 
-Arguments go to pytest. --use_this_python runs in the Python that started it and installs nothing. This file parses
-on any Python 3, so that an old one can say what is wrong.
+Arguments go to pytest, which uses up to four cores (-n 0: one process, as --pdb needs it). --use_this_python runs in
+the Python that started it and installs nothing. This file parses on any Python 3, so that an old one can say what is
+wrong.
 """
 
 import os
@@ -25,8 +26,10 @@ def main(argv=None):
     os.chdir(ROOT)
     # On a build server a reference tool that is missing must fail its test, not skip it.
     variables = {"REQUIRE_ORACLES": "1"} if os.environ.get("CI") else {}
+    variables["OMP_NUM_THREADS"] = "1"  # the models are small: a core is better used by another test
+    pytest = ["pytest", "--numprocesses", "auto", "--maxprocesses", "4", "--dist", "worksteal"]
     failure = 0
-    for stage in (["ruff", "check"], ["ruff", "format", "--check"], ["pytest"] + pytest_arguments):
+    for stage in (["ruff", "check"], ["ruff", "format", "--check"], pytest + pytest_arguments):
         print("== " + " ".join(stage))
         code = run([python, "-m"] + stage, variables)
         if code == 130:
