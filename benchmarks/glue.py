@@ -23,8 +23,8 @@ TASKS = ("cola", "mrpc", "rte")
 # On all Linears, where a skill learns most for its parameters: results/rank_study.json.
 LORA = ["--rank", "8", "--target_modules", "all-linear"]
 METHODS = {"full": ["--full"], "lora": LORA, "qlora": [*LORA, "--load_in_4bit"]}
-# Rows of an optimizer step and epochs. LoRA needs more steps than full fine-tuning, which may overfit in as many: each
-# method gets both.
+# Rows of an optimizer step and epochs: how many steps are too few or too many is another number for each task and
+# method, so all are scored in both.
 SHORT, LONG = (16, 3), (8, 5)
 # Of each method three learning rates are scored in SHORT, and then LONG at the best of them and at one lower by STEP,
 # as fewer rows of a step make its direction less sure.

@@ -8,6 +8,8 @@ from conftest import write_rows
 
 from benchmarks import glue, identity, lora_life, qlora, rank_study, studies
 from core.errors import UserError
+from core.options import parse
+from scripts import train_lora_classifier
 
 
 @pytest.mark.parametrize("lowest", range(len(rank_study.RATES)))
@@ -142,6 +144,8 @@ def test_the_best_of_the_tuning_is_scored_on_the_dev_rows(tmp_path, monkeypatch,
     found = glue.main(argv)
     chosen = {name: (one["batch_size"], one["epochs"], one["learning_rate"]) for name, one in found["best"].items()}
     assert chosen == {f"{task} {method}": (*glue.LONG, best[method]) for task in glue.TASKS for method in best}
+    longer = [one for one in ran[27:45] if (one.task, one.method) == ("cola", "full")]
+    assert {(one.batch_size, one.epochs, one.learning_rate) for one in longer} == {(8, 5, 1.5e-4), (8, 5, 8.7e-5)}
     assert len(ran) == 27 + 18 + 27 and {one.seed for one in ran[45:]} == set(glue.SEEDS)
     assert found["minus_full"]["lora"]["mean"] == pytest.approx(2.0)
     assert found["minus_full"]["qlora"]["mean"] == 0.0
@@ -150,6 +154,33 @@ def test_the_best_of_the_tuning_is_scored_on_the_dev_rows(tmp_path, monkeypatch,
     write_rows(tmp_path / "rte_dev.jsonl", [{"text": "b", "label": 1}])
     with pytest.raises(UserError, match="name another file with --result"):
         glue.main(argv)
+
+
+@pytest.mark.parametrize("phase, held_out", [("tune", ()), ("final", ("rte_dev.jsonl",))])
+def test_a_run_is_trained_as_its_name_says(tmp_path, monkeypatch, phase, held_out):
+    """The words for the training script, read by its own parser; its scores come from the file of its metrics."""
+    for part in ("train", "dev"):
+        write_rows(tmp_path / f"rte_{part}.jsonl", [{"text": "a", "label": 1}])
+    monkeypatch.setattr(glue, "TASKS", ("rte",))
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    seen = []
+
+    def said_by(script, flags, called, jobs):
+        seen.append(parse(train_lora_classifier.Options, list(map(str, flags))))
+        metrics = seen[0].out_dir / "metrics" / "x.jsonl"
+        metrics.parent.mkdir(parents=True)
+        write_rows(metrics, [{"step": 1}, {"summary": {"final": {"accuracy": 0.5}, "steps": 7, "seconds": 90}}])
+
+    monkeypatch.setattr(glue, "said_by", said_by)
+    options = glue.Options(data=tmp_path, base=tmp_path, out_dir=tmp_path / "out")
+    one = glue.Run("rte", "qlora", phase, 8, 5, 8.7e-4, 3)
+    assert glue.train(one, options) == {"accuracy": 0.5, "steps": 7, "minutes": 1.5}
+    (used,) = seen
+    assert (used.batch_size, used.epochs, used.learning_rate, used.seed) == (8, 5, 8.7e-4, 3)
+    assert used.load_in_4bit and used.target_modules == "all-linear" and used.rank == 8
+    assert [path.name for path in used.data_path] == ["rte_train.jsonl"]
+    assert tuple(path.name for path in used.val_path) == held_out
+    assert not used.out_dir.exists(), "what was scored is deleted"
 
 
 def test_an_encoder_without_weights_is_named(tmp_path):
