@@ -107,8 +107,8 @@ def main(argv: list[str] | None = None) -> None:
         answer(session, options.prompt)
 
 
-def skill_base(options: Options) -> str | None:
-    """The fingerprint of the base that the asked-for skill was trained on, if it and no ``--base`` is named."""
+def skill_base(options: Options) -> dict | None:
+    """What the asked-for skill's file says of its base, if it and no ``--base`` is named."""
     from model.model_lora import read_lora
 
     if options.lora_name is None or options.base is not None:
@@ -119,7 +119,7 @@ def skill_base(options: Options) -> str | None:
         raise UserError(
             f"there is no skill file {missing}; train it with train_lora.py --lora_name {options.lora_name}"
         )
-    return read_lora(found[-1])[1]["base"].get("fingerprint")
+    return read_lora(found[-1])[1]["base"]
 
 
 def skill_template(options: Options, dim: int) -> str | None:

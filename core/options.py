@@ -58,9 +58,12 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')}; see --help")
 
 
-class _StoreTuple(argparse.Action):
+class _Extend(argparse.Action):
+    """The values of a flag that takes several, also where it is given more than once."""
+
     def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, tuple(values))
+        earlier = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, (*(() if earlier is self.default else earlier), *values))
 
 
 def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -> None:
@@ -79,7 +82,7 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: A
         kind = {int: "N", float: "X", str: "TEXT", Path: "PATH"}[hint]
         settings["metavar"] = field.name if _is_positional(field) else kind
     if several:
-        settings |= {"nargs": "+", "action": _StoreTuple}
+        settings |= {"nargs": "+", "action": _Extend}
     assert optional or field.default is not None, f"--{field.name} defaults to None without saying so"
     parser.add_argument(field.name if _is_positional(field) else f"--{field.name}", **settings)
 

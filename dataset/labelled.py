@@ -18,8 +18,16 @@ from dataset.rows import SHOWN_BAD_ROWS, content, keys_of, read_rows, settle_bad
 from dataset.tokenized import digest
 
 TABLES = (".tsv", ".tsv.gz")
-# What a column may be called, GLUE's own names among them.
-TEXT, PAIR = ("text", "sentence", "sentence1"), ("text_pair", "sentence2")
+# What the columns of one text, or of two, may be called: ours first, then those of GLUE's tasks.
+COLUMNS = (
+    ("text", "text_pair"),
+    ("text",),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("sentence",),
+)
 
 
 def clean_labelled(row: Any, labels: Sequence[str] = ()) -> dict:
@@ -29,21 +37,23 @@ def clean_labelled(row: Any, labels: Sequence[str] = ()) -> dict:
     """
     clean = clean_unlabelled(row)
     label = row.get("label")
-    if isinstance(label, bool) or not isinstance(label, int | str) or not str(label).strip():
+    named = isinstance(label, int | str) and not isinstance(label, bool) and str(label).strip()
+    if not named or re.fullmatch(r"[+-]?\d*\.\d+(e[+-]?\d+)?", named, re.IGNORECASE):  # a measure, as STS-B's
         raise BadRow(f'"label" {label!r} is neither a whole number nor a name')
-    if labels and str(label).strip() not in labels:
+    if labels and named not in labels:
         raise BadRow(f'"label" {label!r} is none of those to learn, which are {", ".join(labels)}')
-    return {**clean, "label": str(label).strip()}
+    return {**clean, "label": named}
 
 
 def clean_unlabelled(row: Any) -> dict:
     """``{"text": str, "text_pair": str or None}`` or ``BadRow``."""
     if not isinstance(row, dict):
         raise BadRow(f'a row must be an object such as {{"text": ...}}, not {type(row).__name__}')
-    text, pair = (next((row[key] for key in names if key in row), None) for names in (TEXT, PAIR))
-    if text is None:
+    names = next((names for names in COLUMNS if all(row.get(name) is not None for name in names)), None)
+    if names is None:
         raise BadRow(f'no "text" among its keys {keys_of(row)}')
-    return {"text": content(text, '"text"'), "text_pair": None if pair is None else content(pair, '"text_pair"')}
+    texts = [content(row[name], f'"{name}"') for name in names]
+    return {"text": texts[0], "text_pair": texts[1] if len(texts) == 2 else None}
 
 
 def read_labelled(

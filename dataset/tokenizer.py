@@ -145,6 +145,15 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def check_trained_with(tokenizer: PreTrainedTokenizerBase, meta: dict, skill: str) -> None:
+    """Raise ``UserError`` if the ``_meta`` of a skill's file names another tokenizer, or another template of it."""
+    if meta.get("tokenizer") not in (None, tokenizer_fingerprint(tokenizer)):
+        raise UserError(
+            f"skill {skill} was trained with another tokenizer or chat template; name that one with --tokenizer_path"
+            " or pass --allow_base_mismatch"
+        )
+
+
 def reading_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hex SHA-256 over everything that decides how a classifier's rows are framed and cut, the ids included."""
     frame = json.loads(tokenizer.backend_tokenizer.to_str())["post_processor"]

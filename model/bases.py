@@ -2,13 +2,15 @@
 
 import contextlib
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging as library_logging
 
 from core.errors import UserError, reason_of
@@ -19,28 +21,33 @@ PRETRAINED = "pretrained elsewhere"  # the stage in the record of a Hugging Face
 
 
 def choose_base(
-    out_dir: str | Path, named: Path | None = None, skill_base: str | None = None, stages: Iterable[str] = STAGES
+    out_dir: str | Path, named: Path | None = None, skill_base: dict | None = None, stages: Iterable[str] = STAGES
 ) -> Path:
-    """The base to use: the one ``named``; else the file whose fingerprint is ``skill_base``; else the newest file.
+    """The base to use: the one ``named``; else the file that is ``skill_base``, a skill's ``_meta["base"]``; else the
+    newest file.
 
     The newest of the latest of ``stages`` that there is in ``out_dir``. Raises ``UserError`` when there is none.
     """
     if named is not None:
         if not named.is_file() and not is_pretrained(named):
-            raise UserError(f"--base {named} does not exist")
+            wrong = "is a folder without config.json" if named.is_dir() else "does not exist"
+            raise UserError(f"--base {named} {wrong}; name a base file, a Hugging Face folder or owner/model")
         return named
-    folder = Path(out_dir)
-    if skill_base is not None:
+    folder, wanted = Path(out_dir), (skill_base or {}).get("fingerprint")
+    if wanted is not None:
         for path in sorted(folder.glob("*.pth")):
             with contextlib.suppress(UserError):  # a broken record of another base is no reason to stop
-                if read_record(path).get("fingerprint") == skill_base:
+                if read_record(path).get("fingerprint") == wanted:
                     return path
     for stage in reversed(list(stages)):
         files = (path for path in folder.glob(f"{stage}_*.pth") if path.is_file())  # a link may lead nowhere
         found = sorted(files, key=lambda path: path.stat().st_mtime_ns)
         if found:
             return found[-1]
-    raise UserError(f"no base model {' or '.join(f'{s}_*.pth' for s in stages)} in {folder}; train one or pass --base")
+    there = f"no base model {' or '.join(f'{s}_*.pth' for s in stages)} in {folder}"
+    if file := (skill_base or {}).get("file"):
+        raise UserError(f"there is {there}; the skill was trained on {file}: name that one with --base")
+    raise UserError(f"{there}; train one or pass --base")
 
 
 def is_pretrained(base: Path) -> bool:
@@ -88,6 +95,25 @@ def load_pretrained(kind: Any, base: Path, called: str, **settings: Any) -> tupl
     except Exception as error:  # a file, the network or the library's own checks: many kinds
         raise UserError(f"--base {base} is no {called} that can be loaded ({reason_of(error)})") from error
     return model, sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+
+
+def save_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a Hugging Face folder, in place of one that may be there, which stays until the new one is whole.
+
+    Raises ``UserError`` when the disk refuses.
+    """
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)  # of one that was killed
+        unfinished.mkdir(parents=True)
+        with quiet_library():
+            model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or reason_of(error)
+        raise UserError(f"cannot write {folder}: {reason}; make room there or choose another folder") from error
 
 
 @contextlib.contextmanager

@@ -1,17 +1,16 @@
 """Text classifiers on Hugging Face bases: a pretrained body, and a head that is new and trained whole."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
 from core.errors import UserError, reason_of
 from core.paths import pretrained_name
-from model.bases import is_pretrained, load_pretrained, quiet_library
+from model.bases import is_pretrained, load_pretrained
 from model.kernels import IGNORED
 from model.LMConfig import check_length, context_of
 from model.weights import copy_strictly, fingerprint
@@ -86,17 +85,6 @@ def load_head(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     Raises ``UserError`` where it does not fit.
     """
     copy_strictly(head_state(model), tensors, path)
-
-
-def save_classifier(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A Hugging Face folder, in place of one that may be there, which stays until the new one is whole."""
-    unfinished = folder.with_name(f".{folder.name}")  # no skill's name begins so
-    shutil.rmtree(unfinished, ignore_errors=True)
-    with quiet_library():
-        model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
 
 
 def class_loss_sum(model: nn.Module, batch) -> Tensor:

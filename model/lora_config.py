@@ -77,6 +77,7 @@ def _names(words: str | Sequence[str]) -> str | tuple[str, ...]:
     """A shorthand or a regular expression as a string, names as a tuple."""
     if not isinstance(words, str):
         words = tuple(words)
+        require(all(isinstance(word, str) for word in words), f"{words} are no names of modules: they must be texts")
         if len(words) != 1 or (words[0] not in SHORTHANDS and re.fullmatch(r"[\w.]*", words[0])):
             return words
         (words,) = words

@@ -76,6 +76,10 @@ class LoRA(nn.Module):
         """The weight (outputs, inputs), fp32 or fp64, that computes alone what ``weight`` and this compute together."""
         return weight + self.scaling * (self.B.weight.to(weight) @ self.A.weight.to(weight))
 
+    def is_zero(self) -> bool:
+        """Whether the update is none, as before training."""
+        return not self.B.weight.any()
+
     def output_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter is not self.A.weight]
 
@@ -144,6 +148,9 @@ class PiSSA(LoRA):
 
     def merged(self, weight: Tensor) -> Tensor:
         return super().merged(weight) - self.scaling * (self.B0.to(weight) @ self.A0.to(weight))
+
+    def is_zero(self) -> bool:
+        return torch.equal(self.A.weight, self.A0) and torch.equal(self.B.weight, self.B0)
 
     def exported(self) -> dict[str, Tensor]:
         return {

@@ -9,8 +9,9 @@ from torch import nn
 
 from core.errors import UserError
 from model.lora_layers import LoRA, lora_of
+from model.lora_merge import unmerge_lora
 from model.lora_mix import Factors, factors_of, mixed
-from model.lora_targets import merged
+from model.lora_targets import check_receptive, merged
 from model.model_lora import adapters_in, attach, remove_lora
 
 
@@ -55,7 +56,7 @@ class SkillLibrary:
         """
         weights = {skills: 1.0} if isinstance(skills, str) else dict(skills or {})
         loras = self._mixed(weights)
-        self._refuse_merged()
+        check_receptive(self.model)
         remove_lora(self.model)
         attach(self.model, loras)
         self.active = weights
@@ -72,11 +73,13 @@ class SkillLibrary:
 
         Raises ``UserError`` while a LoRA is merged into the model.
         """
-        self._refuse_merged()
+        check_receptive(self.model)
         removed, active = remove_lora(self.model), self.active
         try:
             yield
-        finally:  # whatever was used meanwhile
+        finally:  # whatever was used or merged meanwhile
+            if any(True for _ in merged(self.model)):
+                unmerge_lora(self.model)
             remove_lora(self.model)
             attach(self.model, removed)
             self.active = active
@@ -98,10 +101,6 @@ class SkillLibrary:
         if name not in self._skills:
             raise UserError(f"there is no skill {name!r} in the library; there are {', '.join(self._skills) or 'none'}")
         return self._skills[name]
-
-    def _refuse_merged(self) -> None:
-        if any(True for _ in merged(self.model)):
-            raise UserError("a LoRA is merged into this model; call unmerge_lora(model) first")
 
     def _refuse_active(self, name: str) -> None:
         if name in self.active:

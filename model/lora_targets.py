@@ -31,6 +31,17 @@ def merged(model: nn.Module) -> Iterator[tuple[str, Linear]]:
     return ((name, module) for name, module in model.named_modules() if hasattr(module, "unmerged"))
 
 
+def check_receptive(model: nn.Module) -> None:
+    """Raise ``UserError`` for a model that no LoRA can be put on or saved from: a wrapper of one, whose modules have
+    other names than the model's own (``torch.compile``'s, DistributedDataParallel), and while one is merged into it.
+    """
+    children = [name for name, _ in model.named_children()]
+    if children in (["_orig_mod"], ["module"]):
+        raise UserError(f"{type(model).__name__} wraps the model that has the names; pass that one, its .{children[0]}")
+    if any(True for _ in merged(model)):
+        raise UserError("a LoRA is merged into this model; call unmerge_lora(model) first")
+
+
 def linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
     """Every Linear of the base whose weight is its own: a tied head would drag the embedding along."""
     others = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -38,7 +49,7 @@ def linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
     return (
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in others
+        if name and isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in others
     )
 
 

@@ -24,7 +24,7 @@ from core.errors import UserError
 from core.files import atomic_write
 from model.lora_config import LoRAConfig
 from model.lora_layers import DoRA, LoRA, PiSSA, features, lora_of
-from model.lora_targets import adapted, apply_call, choose_targets, linears, merged
+from model.lora_targets import adapted, apply_call, check_receptive, choose_targets, linears, output_head
 from model.weights import arithmetic, copy_strictly, fingerprint, read_tensors, short
 
 FORMAT = 1
@@ -45,12 +45,12 @@ def apply_lora(
     ``target_modules``: "square" (as many inputs as outputs), "all-linear", a regular expression for whole module
     names, or a list of names or name endings. A Linear tied to an embedding is never a target. ``alpha`` None means
     a scale of 1. ``options``: the others of ``LoRAConfig``. The new parameters are fp32 on the Linear's device.
-    Raises ``UserError`` if LoRA is already applied or merged, for impossible options, and where nothing matches.
+    Raises ``UserError`` if LoRA is already applied, for impossible options, where nothing matches, and as
+    ``check_receptive`` does.
     """
     if any(True for _ in adapted(model)):
         raise UserError("LoRA is already applied to this model; call remove_lora(model) first")
-    if any(True for _ in merged(model)):
-        raise UserError("a LoRA is merged into this model; call unmerge_lora(model) first")
+    check_receptive(model)
     config = LoRAConfig(rank, alpha, target_modules, **options)
     adapters = {}
     for target in choose_targets(model, config):
@@ -106,10 +106,11 @@ def save_lora(
     Prints which updates are still zero: such a Linear's ``forward`` never ran in training (some modules, PyTorch's
     MultiheadAttention for one, use its weight alone).
     """
+    check_receptive(model)
     loras = {name: linear.lora for name, linear in adapted(model)}
     if not loras:
         raise UserError("there is no LoRA on this model to save; call apply_lora(model) first")
-    if idle := [name for name, lora in loras.items() if not lora.B.weight.any()]:
+    if idle := [name for name, lora in loras.items() if lora.is_zero()]:
         print(f"note: {len(idle)} of {len(loras)} updates are zero, nothing was learned there: {', '.join(idle[:5])}")
     tensors = {
         f"{name}.lora.{key}": tensor.detach().float().cpu()
@@ -201,11 +202,12 @@ def check_lora(
 ) -> tuple[dict[str, Tensor], dict]:
     """``read_lora``, once it is sure that the file fits ``model``; nothing is changed.
 
-    Raises ``UserError`` if the file was trained on another base (unless ``allow_base_mismatch``), or if the model lacks
-    a target or has it in another size; every such target is named.
+    Raises ``UserError`` if the file was trained on another base (unless ``allow_base_mismatch``), if the model lacks
+    a target or has it in another size, every one of which is named, and as ``check_receptive`` does.
     """
+    check_receptive(model)
     tensors, meta = read_lora(path)
-    if meta["head"] and not hasattr(model, "known_as"):
+    if meta["head"] and output_head(model) is not None:
         raise UserError(f"{path} is a text classifier's; ask it with scripts/train_lora_classifier.py --predict")
     trained_on = meta["base"].get("fingerprint")
     if trained_on is not None and trained_on != (present := base_fingerprint(model)) and not allow_base_mismatch:

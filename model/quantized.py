@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from model.lora_layers import dense_weight, is_quantized
-from model.lora_targets import adapted, linears, output_head
+from model.lora_targets import adapted, check_receptive, linears, output_head
 from model.model_lora import attach, base_fingerprint, lora_parameters, remove_lora
 
 
@@ -20,7 +20,8 @@ def quantize(model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> No
 
     ``compute_dtype``: of the products, for which a weight is spread out again. Prints what a parameter costs now.
     Skills name the base as it was before.
-    Raises ``UserError`` without bitsandbytes, and for a model that carries a LoRA or has no Linear.
+    Raises ``UserError`` without bitsandbytes, for a model that carries a LoRA or has no Linear left, and as
+    ``check_receptive`` does.
     """
     # It advises to install a package that would fetch compiled code from the hub.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -28,12 +29,13 @@ def quantize(model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> No
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError as error:
         raise UserError("4 bits need bitsandbytes: pip install -r requirements-4bit.txt") from error
+    check_receptive(model)
     if any(True for _ in adapted(model)):
         raise UserError("quantize the base first and apply LoRA then; call remove_lora(model) first")
     kept = {id(output_head(model)), *_kept(model)}
     chosen = [(name, linear) for name, linear in linears(model) if type(linear) is nn.Linear and id(linear) not in kept]
     if not chosen:
-        raise UserError("this model has no Linear to quantise")
+        raise UserError("no Linear here can go into 4 bits (GPT-2's Conv1D cannot); leave out --load_in_4bit")
     model.known_as = base_fingerprint(model)
     for name, linear in chosen:
         settings = {"compute_dtype": compute_dtype, "quant_type": "nf4", "device": "meta"}

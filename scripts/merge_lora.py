@@ -1,6 +1,5 @@
 """Fuse skills: python scripts/merge_lora.py medical=0.7 identity --output out/full_sft_medic_512.pth"""
 
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ class Options:
     load_in_4bit: bool = option(False, "into the base as its 4 bits stand for it, as QLoRA skills were trained")
     lora_name: str | None = option(None, "new skill: the weighted sum, exact unless --rank cuts it")
     rank: int = option(0, "largest rank of the new skill, by singular values; 0: the sum of all ranks")
+    tokenizer_path: Path | None = option(None, "tokenizer of a Hugging Face base (default: the base's own)")
     allow_base_mismatch: bool = option(False, "use a skill on a base it was not trained on")
 
     def __post_init__(self):
@@ -32,8 +32,9 @@ class Options:
         require((self.output is None) != (self.lora_name is None), "choose --output (a base) or --lora_name (a skill)")
         require(self.rank >= 0, f"--rank {self.rank} must not be negative")
         require(not (self.rank and self.output), "--rank cuts a skill: give --lora_name instead of --output")
-        of_base = self.load_in_4bit or self.dtype != "float32"
-        require(not (of_base and self.lora_name), "--dtype and --load_in_4bit are for --output, not for --lora_name")
+        of_base = self.load_in_4bit or self.dtype != "float32" or self.tokenizer_path is not None
+        wrong = "--dtype, --load_in_4bit and --tokenizer_path are for --output, not for --lora_name"
+        require(not (of_base and self.lora_name), wrong)
         if self.lora_name is not None:
             skill_name(self.lora_name)
 
@@ -47,18 +48,20 @@ def main(argv: list[str] | None = None) -> Path:
 
     weights = skill_weights(options.skills)
     first = read_lora(skill_file(options, next(iter(weights))))[1]
-    base = choose_base(options.out_dir, options.base, None if options.base else first["base"].get("fingerprint"))
+    base = choose_base(options.out_dir, options.base, first["base"])
     model, record = open_base(base)
     print(f"base: {base}")
     if options.load_in_4bit:
         quantize(model)
-    library, templates = SkillLibrary(model), set()
+    library, tokenizers = SkillLibrary(model), set()
     for name in weights:
         path = skill_file(options, name, model.config.hidden_size)
         meta = library.add(name, path, allow_base_mismatch=options.allow_base_mismatch)
-        templates.add(meta["options"].get("prompt_template"))
-    if len(templates) > 1:
-        print(f"note: the skills were trained with other templates; the result is asked as {next(iter(weights))} was")
+        tokenizers.add(meta.get("tokenizer"))
+        if options.output and meta["options"].get("load_in_4bit") and not options.load_in_4bit:
+            print(f"note: {name} was trained on 4 bits; --load_in_4bit merges into the weights that it has seen")
+    if len(tokenizers - {None}) > 1:
+        print(f"note: the skills were trained with other tokenizers or templates; {next(iter(weights))}'s is taken")
     if options.output:
         return merge_into_base(options, base, record, first, library, weights)
     return fuse(options, base, first, library, weights)
@@ -80,8 +83,8 @@ def merge_into_base(options: Options, base: Path, record: dict, first: dict, lib
     """Write the base with the skills in its weights, and say how far its logits are from the attached skills'."""
     import torch
 
-    from dataset.tokenizer import tokenizer_of
-    from model.bases import quiet_library
+    from dataset.tokenizer import check_trained_with, tokenizer_of
+    from model.bases import save_folder
     from model.LMConfig import context_of
     from model.lora_merge import merge_lora
     from model.model import MiniMindLM
@@ -90,10 +93,17 @@ def merge_into_base(options: Options, base: Path, record: dict, first: dict, lib
 
     model, output = library.model, options.output
     ours = isinstance(model, MiniMindLM)
-    if ours and output.suffix != ".pth":
-        raise UserError(f"--output {output} must end in .pth")
-    if output.exists():
-        raise UserError(f"--output {output} exists; choose another or delete it")
+    ending = "end in .pth" if ours else "be a folder, not a .pth file"
+    require((output.suffix == ".pth") == ours, f"--output {output} must {ending}")
+    for path in (output, output.with_suffix(".json")) if ours else (output,):
+        require(not path.exists(), f"--output: {path} exists; choose another or delete it")
+    if ours:
+        require(options.tokenizer_path is None, f"--tokenizer_path is for Hugging Face bases, and {base} is none")
+    else:
+        template = first["options"].get("prompt_template")
+        tokenizer = tokenizer_of(record, base, options.tokenizer_path, options.out_dir, template)
+        if not options.allow_base_mismatch:
+            check_trained_with(tokenizer, first, next(iter(weights)))
     ids = torch.arange(min(64, context_of(model.config)))[None] * 31 % record["config"]["vocab_size"]
 
     @torch.no_grad()
@@ -111,14 +121,7 @@ def merge_into_base(options: Options, base: Path, record: dict, first: dict, lib
         fused = {"base": {"file": base.name, "fingerprint": record["fingerprint"]}, "skills": weights}
         save_base(output, model, {**record, "merged": fused})
     else:
-        template = first["options"].get("prompt_template")
-        tokenizer = tokenizer_of(record, base, None, options.out_dir, template)
-        unfinished = output.with_name(output.name + ".part")  # a kill leaves no half of a model under the name
-        shutil.rmtree(unfinished, ignore_errors=True)
-        with quiet_library():
-            model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        unfinished.rename(output)
+        save_folder(model, tokenizer, output)
     print(f"saved {output}")
     return output
 

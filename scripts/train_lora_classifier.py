@@ -75,7 +75,8 @@ def train(options: Options, runtime) -> Path:
     from dataset.batches import validation_batches
     from dataset.labelled import LabelledSamples, clean_labelled, has_pairs, labels_of, read_labelled, split_labelled
     from dataset.tokenizer import reading_fingerprint
-    from model.classifier import check_row_length, class_loss_sum, head_state, open_classifier, save_classifier
+    from model.bases import save_folder
+    from model.classifier import check_row_length, class_loss_sum, head_state, open_classifier
     from model.lora_targets import table_of
     from model.model_lora import apply_lora, base_fingerprint, save_lora
     from model.quantized import quantize
@@ -128,7 +129,7 @@ def train(options: Options, runtime) -> Path:
         if memory.get("val"):
             memory["val"].setdefault("step", step)  # a stop in between saves later weights than were scored
         if options.full:
-            save_classifier(model, tokenizer, path)
+            save_folder(model, tokenizer, path)
         else:
             save_lora(body, path, {**record, "metrics": {"step": step, **memory}}, head_state(model))
 
@@ -153,7 +154,7 @@ def predict(options: Options, runtime) -> None:
 
     path = lora_path(options.out_dir, options.lora_name, read_config(options.base).hidden_size)
     if not path.is_file():
-        raise UserError(f"there is no skill file {path}; train it with --data_path")
+        raise UserError(f"there is no skill file {path}; train it with --data_path, without --full")
     _, meta = read_lora(path)
     labels, max_seq_len = meta.get("labels"), meta["options"].get("max_seq_len")
     if not meta["head"] or not are_names(labels) or type(max_seq_len) is not int:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from core.errors import UserError
 from core.paths import lora_path, lora_paths, skill_of, skill_weights, weights_text
 from dataset.chat import encode_chat, ends_of_answer
-from dataset.tokenizer import use_template
+from dataset.tokenizer import check_trained_with, use_template
 from model.generation import Sampling, generate
 from model.LMConfig import context_of
 from model.lora_library import SkillLibrary
@@ -77,11 +77,10 @@ class ChatSession:
 
         Raises ``UserError`` with the reason, or with the names there are; the active skill stays as it is.
         """
-        weights = skill_weights((name or "").split())
-        chosen = {self._loaded(skill): weight for skill, weight in weights.items()}
-        before, template = self.tokenizer.chat_template, self._templates.get(next(iter(chosen), ""))
+        weights, before = skill_weights((name or "").split()), self.tokenizer.chat_template
         try:
-            self._ask_with(template)
+            chosen = {self._loaded(skill): weight for skill, weight in weights.items()}
+            self._ask_with(self._templates.get(next(iter(chosen), "")))
             self.library.use(chosen)
         except UserError as error:
             self.tokenizer.chat_template = before
@@ -100,7 +99,15 @@ class ChatSession:
         key = f"{skill_of(path)}@{path.stat().st_mtime_ns}"
         if key not in self.library:
             meta = self.library.add(key, path, allow_base_mismatch=self.allow_base_mismatch)
-            self._templates[key] = meta["options"].get("prompt_template")
+            template = meta["options"].get("prompt_template")
+            try:
+                self._ask_with(template)
+                if not (self._keeps_template or self.allow_base_mismatch):
+                    check_trained_with(self.tokenizer, meta, name)
+            except UserError:
+                self.library.remove(key)
+                raise
+            self._templates[key] = template
         return key
 
     def skills(self) -> Iterator[tuple[str, str | None]]:

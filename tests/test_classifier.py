@@ -32,17 +32,14 @@ from dataset.labelled import LabelledSamples, clean_unlabelled, labels_of, read_
 from model.bases import open_base
 from model.classifier import check_row_length, class_loss_sum, head_state, open_classifier
 from model.model_lora import apply_lora, check_lora, lora_parameters, read_lora, save_lora
+from model.quantized import quantize
 from scripts.train_lora_classifier import main as train_classifier
 from trainer.evaluation import score, scores_of
 
 WORDS = ["good", "fine", "great", "bad", "poor", "awful", "the", "film", "was", "and", "story", "very"]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-SIZES |= {
-    "vocab_size": 32,
-    "max_position_embeddings": 64,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
+SIZES |= {"vocab_size": 32, "max_position_embeddings": 64}
+SIZES |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SMALL = {"device": "cpu", "epochs": 6, "batch_size": 8, "learning_rate": 0.01, "max_seq_len": 32}
 
 
@@ -96,7 +93,9 @@ def test_json_and_tsv_say_the_same(tmp_path):
     (tmp_path / "b.tsv.gz").write_bytes(gzip.compress(glue.encode()))
     write_rows(tmp_path / "c.jsonl", rows)
     (tmp_path / "d.json").write_text(json.dumps([{"sentence": "x", "label": "yes"}]))
-    for name in ("a.tsv", "b.tsv.gz", "c.jsonl"):
+    qnli = {"index": 0, "question": 'a "quoted', "sentence": "b\u2028c", "label": 1}
+    write_rows(tmp_path / "glue.jsonl", [qnli, {"premise": "d", "hypothesis": "e", "label": 0}])
+    for name in ("glue.jsonl", "a.tsv", "b.tsv.gz", "c.jsonl"):
         assert read_labelled((tmp_path / name,)) == wanted, name
     assert read_labelled((tmp_path / "d.json",)) == [{"text": "x", "text_pair": None, "label": "yes"}]
     assert read_labelled((tmp_path / "c.jsonl",), clean=clean_unlabelled)[0] == {
@@ -114,6 +113,8 @@ def test_json_and_tsv_say_the_same(tmp_path):
     [
         ('{"text": "a"}', r':1: "label" None is neither a whole number nor a name'),
         ('{"text": "a", "label": 0.5}', r":1: .label. 0.5 is neither"),
+        ('{"text": "a", "label": "-3.8e1"}', r":1: .label. '-3.8e1' is neither"),
+        ('{"question": "a", "label": 1}', r""":1: no "text" among its keys"""),
         ('{"text": "a", "label": true}', r":1: .label. True is neither"),
         ('{"text": " ", "label": 1}', r':1: "text" is empty'),
         ('{"words": "a", "label": 1}', r""":1: no "text" among its keys \('words', 'label'\)"""),
@@ -374,9 +375,11 @@ def test_a_decoder_is_a_classifier_too(data, tmp_path, capsys):
     answers = [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()]
     right = np.mean([answer == str(row["label"]) for answer, row in zip(answers, reviews(80, 1), strict=True)])
     assert right == read_lora(path)[1]["metrics"]["val"]["accuracy"] > 0.8
-    chat, _ = open_base(tmp_path / "base")
-    with pytest.raises(UserError, match=r"is a text classifier's; ask it with scripts/train_lora_classifier\.py"):
-        check_lora(chat, path)
+    chat, small = (open_base(tmp_path / "base")[0] for _ in range(2))
+    quantize(small)
+    for model in (chat, small):
+        with pytest.raises(UserError, match=r"is a text classifier's; ask it with scripts/train_lora_classifier\.py"):
+            check_lora(model, path)
     meta = read_lora(path)[1]
     apply_lora(chat, 2)
     save_lora(chat, tmp_path / "again.pth", meta)

@@ -45,6 +45,8 @@ def test_the_dataclass_is_the_only_source_of_defaults():
 def test_every_type_parses_and_booleans_are_real_booleans():
     argv = ["--count", "-4", "--rate", "1e-3", "--name=y z", "--no-fast", "--kind", "b", "--files", "p", "q"]
     assert parse(Example, argv) == Example(-4, 1e-3, "y z", False, "b", (Path("p"), Path("q")))
+    again = parse(Example, ["--files", "f", "--count", "1", "--files", "g", "h"])
+    assert again.files == (Path("f"), Path("g"), Path("h")), "a flag given twice forgets nothing"
 
 
 @pytest.mark.parametrize(

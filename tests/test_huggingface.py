@@ -155,9 +155,36 @@ def test_a_skill_is_asked_in_its_own_words_and_ends_where_it_learned_to(
         session.use_skill("dora=0.5 own=0.5")
     assert token_bytes(tokenizer)[turn] == 0
     merge_lora(["own", "asked", *flags(base=base, out_dir=out, lora_name="both")])
-    assert (
-        "note: the skills were trained with other templates; the result is asked as own was" in capsys.readouterr().out
-    )
+    assert "note: the skills were trained with other tokenizers or templates; own's is taken" in capsys.readouterr().out
+
+
+def test_a_skill_is_read_by_the_tokenizer_of_its_training_only(folders, trained, tmp_path, capsys):
+    base, out, other = folders / "llama", tmp_path / "out", tmp_path / "other"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    text = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = [word for word, n in sorted(text["model"]["vocab"].items(), key=lambda item: item[1]) if n >= 3]
+    text["model"]["vocab"] |= {word: 3 + n for n, word in enumerate(reversed(words))}
+    tokenizer.save_pretrained(other)
+    (other / "tokenizer.json").write_text(json.dumps(text), encoding="utf-8")
+    argv = flags(base=base, out_dir=out, data_path=trained.chats, general_data=trained.chats, **SMALL)
+    train_lora.main([*argv, *flags(lora_name="strange", tokenizer_path=other)])
+    chat = flags(base=base, out_dir=out, lora_name="strange", prompt="hi", device="cpu", max_new_tokens=2)
+    merge = ["strange", *flags(base=base, out_dir=out, output=tmp_path / "merged")]
+    for action in (lambda: eval_model.main(chat), lambda: merge_lora(merge)):
+        with pytest.raises(UserError, match="skill strange was trained with another tokenizer"):
+            action()
+    assert not (tmp_path / "merged").exists()
+    model, _ = open_base(base)
+    settings = {"seed": 0, "history_cnt": 0, "continues": False, "out_dir": out}
+    session = ChatSession(model, foreign_tokenizer(base), Sampling(), **settings)
+    for _ in range(2):  # nothing of it stays
+        with pytest.raises(UserError, match="another tokenizer"):
+            session.use_skill("strange")
+    assert not list(session.library) and not session.skill
+    eval_model.main([*chat, *flags(tokenizer_path=other)])
+    eval_model.main([*chat, "--allow_base_mismatch"])
+    merge_lora([*merge, *flags(tokenizer_path=other)])
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").encode("hi") == foreign_tokenizer(other).encode("hi")
 
 
 def test_a_model_that_sees_what_it_should_predict_is_refused(folders, tmp_path):
@@ -189,8 +216,12 @@ def test_what_is_no_base_is_named(folders, tmp_path, trained):
     shutil.copytree(folders / "encoder", tmp_path / "encoder", dirs_exist_ok=True)
     shutil.copytree(folders / "llama", tmp_path / "broken", dirs_exist_ok=True)
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(UserError, match="empty does not exist"):
+    with pytest.raises(UserError, match=r"empty is a folder without config\.json"):
         choose_base(trained.out, tmp_path / "empty")
+    with pytest.raises(UserError, match="nothing does not exist"):
+        choose_base(trained.out, tmp_path / "nothing")
+    with pytest.raises(UserError, match="the skill was trained on llama: name that one with --base"):
+        choose_base(tmp_path, None, {"file": "llama", "fingerprint": "0123"})
     for name in ("encoder", "broken"):
         with pytest.raises(UserError, match=f"--base .*{name} ") as caught:
             open_base(tmp_path / name)

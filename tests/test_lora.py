@@ -160,9 +160,10 @@ def test_a_bf16_base_with_fp32_lora(sharp_model):
     assert {parameter.grad.dtype for parameter in lora_parameters(sharp_model)} == {torch.float32}
 
 
-def test_a_linear_whose_forward_never_runs_is_reported(tmp_path, capsys):
+@pytest.mark.parametrize("init", ["minimind", "pissa"])
+def test_a_linear_whose_forward_never_runs_is_reported(tmp_path, capsys, init):
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2), "head": nn.Linear(16, 16)})
-    assert apply_lora(model, 2) == ["attention.out_proj", "head"]
+    assert apply_lora(model, 2, init_lora_weights=init) == ["attention.out_proj", "head"]
     optimizer = torch.optim.SGD(lora_parameters(model), lr=0.1)
     x = torch.randn(5, 1, 16)
     model["head"](model["attention"](x, x, x)[0]).sum().backward()

@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 from conftest import logits_of, strengthen
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from core.errors import UserError
@@ -117,6 +118,15 @@ def test_disabled_is_the_base_alone_even_after_an_error(sharp_model, library):
     assert torch.equal(logits_of(sharp_model), skilled) and library.active == {"wide": 1.0}
 
 
+def test_disabled_undoes_what_was_merged_inside(sharp_model, library):
+    library.use("a")
+    before = logits_of(sharp_model)
+    with library.disabled():
+        library.use("b")
+        merge_lora(sharp_model)
+    assert torch.equal(logits_of(sharp_model), before) and library.active == {"a": 1.0}
+
+
 def test_what_is_refused_changes_nothing(sharp_model, files, library, tmp_path):
     library.use("a")
     before = logits_of(sharp_model)
@@ -165,9 +175,15 @@ def test_merged_equals_attached_and_is_undone_bit_for_bit(sharp_model, files, na
     assert list(sharp_model.state_dict()) == keys
     assert not any("forward" in vars(module) for module in sharp_model.modules())
     torch.testing.assert_close(logits_of(sharp_model), attached, atol=1e-5, rtol=1e-5)
-    for action in (merge_lora, apply_lora, SkillLibrary(sharp_model).use):
+    for action in (
+        lambda: merge_lora(sharp_model),
+        lambda: apply_lora(sharp_model),
+        lambda: attach_lora(sharp_model, files["b"], allow_base_mismatch=True),
+        lambda: save_lora(sharp_model, files["b"]),
+        lambda: SkillLibrary(sharp_model).use(None),
+    ):
         with pytest.raises(UserError, match=r"merged into this model; call unmerge_lora\(model\) first"):
-            action(None if getattr(action, "__self__", None) else sharp_model)
+            action()
     unmerge_lora(sharp_model)
     assert torch.equal(logits_of(sharp_model), attached)
     remove_lora(sharp_model)
@@ -185,6 +201,31 @@ def test_a_bf16_base_is_merged_in_fp32_and_rounded_once(sharp_model, files):
     expected = linear.lora.merged(linear.weight.float()).bfloat16()
     merge_lora(sharp_model)
     assert torch.equal(linear.weight, expected)
+
+
+def test_a_weight_that_two_linears_share_is_adapted_but_not_merged():
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    model[2].weight = model[0].weight
+    mark = sha256(model)
+    apply_lora(model, 2, target_modules=["0", "1"])
+    strengthen(model, 0)
+    with pytest.raises(UserError, match="0 shares its weight with another module"):
+        merge_lora(model)
+    remove_lora(model)
+    assert sha256(model) == mark
+    apply_lora(model, 2, target_modules=["1"])
+    merge_lora(model)
+
+
+def test_a_wrapper_of_the_model_is_refused_by_name(sharp_model, files, tmp_path):
+    wrapper = torch.compile(sharp_model, backend="eager")
+    for action in (lambda: attach_lora(wrapper, files["a"]), lambda: apply_lora(wrapper, 4)):
+        with pytest.raises(UserError, match="OptimizedModule wraps the model that has the names; pass that one"):
+            action()
+    apply_lora(wrapper._orig_mod, 4)
+    with pytest.raises(UserError, match="OptimizedModule"):
+        save_lora(wrapper, tmp_path / "x.pth")
+    assert not (tmp_path / "x.pth").exists()
 
 
 def test_a_merge_that_would_not_be_finite_changes_nothing(sharp_model, files):

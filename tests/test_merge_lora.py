@@ -12,6 +12,7 @@ import eval_model
 from core.errors import UserError
 from core.files import sha256_file
 from core.paths import TOKENIZER_DIR
+from dataset.tokenizer import load_tokenizer, template_of, tokenizer_fingerprint
 from model.lora_library import SkillLibrary
 from model.model_lora import apply_lora, attach_lora, read_lora, remove_lora, save_lora
 from model.weights import load_base
@@ -32,12 +33,16 @@ def out(trained, tmp_path):
     return folder
 
 
-def write_skills(model, folder, names, dim):
+def write_skills(model, folder, names, dim, meta=()):
     """Skills of other ranks and targets for a bare ``model``, which stays so."""
     for seed, name in enumerate(names):
         apply_lora(model, 4 + 2 * seed, 3.0, "all-linear" if seed else "square")
         strengthen(model, seed)
-        save_lora(model, folder / "lora" / f"lora_{name}_{dim}.pth", META | {"base": {"file": f"full_sft_{dim}.pth"}})
+        save_lora(
+            model,
+            folder / "lora" / f"lora_{name}_{dim}.pth",
+            META | {"base": {"file": f"full_sft_{dim}.pth"}} | dict(meta),
+        )
         remove_lora(model)
 
 
@@ -68,6 +73,13 @@ def test_a_merged_base_computes_what_the_skills_did(out, capsys, words, weights,
     eval_model.main(flags(out_dir=out, base=output, prompt="hi", device="cpu", max_new_tokens=3))
     with pytest.raises(UserError, match="exists; choose another"):
         main([*words, *flags(out_dir=out, output=output)])
+
+
+def test_a_record_of_something_else_beside_the_output_stays(out):
+    (out / "data.json").write_text("mine")
+    with pytest.raises(UserError, match=r"data\.json exists; choose another"):
+        main(["a", *flags(out_dir=out, output=out / "data.pth")])
+    assert (out / "data.json").read_text() == "mine" and not (out / "data.pth").exists()
 
 
 @pytest.mark.parametrize("rank", [0, 3])
@@ -105,16 +117,24 @@ def test_a_hugging_face_base_is_merged_into_a_folder_that_its_library_loads(out,
     model = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=64, vocab_size=6400)).eval()
     model.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(TOKENIZER_DIR).save_pretrained(tmp_path / "base")
-    write_skills(model, out, ("llama",), 32)
+    tokenizer = load_tokenizer(TOKENIZER_DIR)
+    tokenizer.chat_template = template_of(META["options"]["prompt_template"])
+    write_skills(model, out, ("llama",), 32, {"tokenizer": tokenizer_fingerprint(tokenizer)})
     attach_lora(model, out / "lora" / "lora_llama_32.pth")
-    (left := tmp_path / "merged.part").mkdir()
-    (left / "added_tokens.json").write_bytes(b"of a merge that was killed")
-    folder = main(["llama", *flags(out_dir=out, base=tmp_path / "base", output=tmp_path / "merged")])
+    for name in (".merged.unfinished", "merged.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "added_tokens.json").write_bytes(b"{}")
+    argv = ["llama", *flags(out_dir=out, base=tmp_path / "base")]
+    for output, said in (("x.pth", "must be a folder"), ("base/config.json/x", "cannot write .*config.json/x: ")):
+        with pytest.raises(UserError, match=said):
+            main([*argv, *flags(output=tmp_path / output)])
+    folder = main([*argv, *flags(output=tmp_path / "merged")])
     assert not (folder / "added_tokens.json").exists(), "nothing is left of a merge that was killed"
+    assert (tmp_path / "merged.part" / "added_tokens.json").exists(), "which is no folder of ours"
     merged = AutoModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(logits_of(merged.eval()), logits_of(model), atol=1e-5, rtol=0)
     assert AutoTokenizer.from_pretrained(folder).chat_template
-    assert merged.config.use_cache and not list(tmp_path.glob("*.part"))
+    assert merged.config.use_cache and not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize(
@@ -126,8 +146,10 @@ def test_a_hugging_face_base_is_merged_into_a_folder_that_its_library_loads(out,
         ("a=0.5 lora_a --lora_name c", "skill a is named twice; give it one weight"),
         ("a=nan --lora_name c", "a skill's weight must be a number, not nan"),
         ("a --output x.pth --rank 2", "--rank cuts a skill"),
-        ("a --lora_name c --dtype bfloat16", "--dtype and --load_in_4bit are for --output"),
-        ("a --lora_name c --load_in_4bit", "--dtype and --load_in_4bit are for --output"),
+        ("a --lora_name c --dtype bfloat16", "--dtype, --load_in_4bit and --tokenizer_path are for --output"),
+        ("a --lora_name c --load_in_4bit", "--dtype, --load_in_4bit and --tokenizer_path are for --output"),
+        ("a --lora_name c --tokenizer_path x", "--dtype, --load_in_4bit and --tokenizer_path are for --output"),
+        ("a --output x.pth --tokenizer_path x", "--tokenizer_path is for Hugging Face bases, and"),
         ("a --lora_name c --rank -1", "--rank -1 must not be negative"),
         ("a=1e300 --lora_name c", "the weights 1e+300 are too large for layers.0.attention.wq"),
         ("nobody --lora_name c", "skills here: a, b"),

@@ -183,7 +183,10 @@ def test_wrong_order_is_named(sharp_model):
     apply_lora(sharp_model, 4)
     with pytest.raises(UserError, match="quantize the base first"):
         quantize(sharp_model)
-    with pytest.raises(UserError, match="no Linear to quantise"):
+    merge_lora(sharp_model)
+    with pytest.raises(UserError, match="a LoRA is merged into this model"):
+        quantize(sharp_model)
+    with pytest.raises(UserError, match="no Linear here can go into 4 bits"):
         quantize(nn.Sequential(nn.Embedding(3, 4)))
 
 
@@ -199,7 +202,10 @@ def test_the_doors_train_chat_and_merge_in_four_bits(trained, tmp_path, capsys):
     words = {"out_dir": out, "base": base, "lora_name": "q", "prompt": "hi", "temperature": 0, "device": "cpu"}
     eval_model.main([*flags(**words, max_new_tokens=8), "--load_in_4bit"])
     said = capsys.readouterr().out
+    merge(["q", *flags(out_dir=out, base=base, output=tmp_path / "other_64.pth")])
+    assert "note: q was trained on 4 bits; --load_in_4bit merges into" in capsys.readouterr().out
     merged = merge(["q", *flags(out_dir=out, base=base, output=tmp_path / "merged_64.pth"), "--load_in_4bit"])
+    assert "note" not in capsys.readouterr().out
     model, _ = load_base(base)
     quantize(model)
     attach_lora(model, path)
