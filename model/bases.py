@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging as library_logging
@@ -111,7 +110,7 @@ def save_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pa
         tokenizer.save_pretrained(unfinished)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # the disk's refusals, some in the library's own kind
         reason = getattr(error, "strerror", None) or reason_of(error)
         raise UserError(f"cannot write {folder}: {reason}; make room there or choose another folder") from error
 
