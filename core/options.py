@@ -58,12 +58,11 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')}; see --help")
 
 
-class _Extend(argparse.Action):
-    """The values of a flag that takes several, also where it is given more than once."""
-
+class _StoreTuple(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
-        earlier = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, (*(() if earlier is self.default else earlier), *values))
+        if getattr(namespace, self.dest) is not self.default:  # whether to add or to replace can only be guessed
+            parser.error(f"{option_string} is given twice: write all its values after one")
+        setattr(namespace, self.dest, tuple(values))
 
 
 def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -> None:
@@ -82,7 +81,7 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: A
         kind = {int: "N", float: "X", str: "TEXT", Path: "PATH"}[hint]
         settings["metavar"] = field.name if _is_positional(field) else kind
     if several:
-        settings |= {"nargs": "+", "action": _Extend}
+        settings |= {"nargs": "+", "action": _StoreTuple}
     assert optional or field.default is not None, f"--{field.name} defaults to None without saying so"
     parser.add_argument(field.name if _is_positional(field) else f"--{field.name}", **settings)
 

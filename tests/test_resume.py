@@ -77,13 +77,13 @@ def left_in(out: Path) -> list:
 
 
 def door_and_flags(name: str, trained, **more) -> tuple:
-    if name == "pretrain":
-        return train_pretrain, flags(data_path=trained.texts, **(SHAPE | SHORT | more))
-    chats = flags(data_path=trained.chats, **(SHORT | more))
-    if name == "full_sft":
-        return train_full_sft, [*chats, "--base", str(trained.out / "pretrain_64.pth")]
-    base = flags(base=trained.out / "full_sft_64.pth", general_data=trained.chats, lora_name="x")
-    return train_lora, [*chats, *base]
+    chat_base, chats = trained.out / "full_sft_64.pth", trained.chats
+    door, settings = {
+        "pretrain": (train_pretrain, {"data_path": trained.texts} | SHAPE),
+        "full_sft": (train_full_sft, {"data_path": chats, "base": trained.out / "pretrain_64.pth"}),
+        "lora": (train_lora, {"data_path": chats, "general_data": chats, "base": chat_base, "lora_name": "x"}),
+    }[name]
+    return door, flags(**(settings | SHORT | more))
 
 
 @pytest.mark.parametrize(
@@ -153,10 +153,10 @@ def run(finished, trained, tmp_path):
     """A copy of ``finished``, and a function that runs its door again on it."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)
-    door, argv = door_and_flags("pretrain", trained, batch_size=4, epochs=2)
 
     def again(*words: str, **more: object) -> None:
-        door.main([*argv, "--out_dir", str(out), *words, *flags(**more)])
+        door, argv = door_and_flags("pretrain", trained, **({"batch_size": 4, "epochs": 2, "out_dir": out} | more))
+        door.main([*argv, *words])
 
     again.out = out
     return again
@@ -249,7 +249,8 @@ def test_every_change_that_matters_is_refused_in_one_sentence(run, trained, tmp_
 def test_a_skill_is_stopped_without_another_validation_and_resumed_with_the_same_general_data(
     trained, tmp_path, monkeypatch
 ):
-    door, argv = door_and_flags("lora", trained, batch_size=8, out_dir=tmp_path / "out")
+    settings = {"batch_size": 8, "out_dir": tmp_path / "out"}
+    door, argv = door_and_flags("lora", trained, **settings)
     validations = []
     monkeypatch.setattr("scripts.wiring.evaluate", lambda *a, **k: validations.append(None) or evaluate(*a, **k))
     cut_short(monkeypatch, 5, signal.SIGTERM)
@@ -259,7 +260,7 @@ def test_a_skill_is_stopped_without_another_validation_and_resumed_with_the_same
     other = tmp_path / trained.chats.name
     other.write_bytes(trained.chats.read_bytes().partition(b"\n")[2])
     with pytest.raises(UserError, match="general data file 1 changed since step 5;"):
-        door.main([*argv, "--resume", "--general_data", str(other)])
+        door.main([*door_and_flags("lora", trained, **settings, general_data=other)[1], "--resume"])
 
 
 def test_what_may_change_may_change(run, trained, tmp_path):

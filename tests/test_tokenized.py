@@ -87,10 +87,11 @@ def small_blocks(monkeypatch):
 
 
 def tables(folder, paths, kind, tokenizer, workers):
-    """The bytes of everything in the cache, made by so many processes."""
+    """The bytes of every table in the cache, made by so many processes."""
     cache = folder / f"cache-{workers}"
     tokenize_files(paths, kind, tokenizer, cache, "skip", workers)
-    return {path.name: path.read_bytes() for path in cache.glob("*")}
+    # The memory of hashes is written for files of some age only: on a slow machine.
+    return {path.name: path.read_bytes() for path in cache.glob("*") if path.name != "sha256.json"}
 
 
 @pytest.mark.parametrize("name", FORMATS)

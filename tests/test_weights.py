@@ -290,7 +290,7 @@ def out_dir(tmp_path, tiny_model):
 
 def test_the_named_base_wins(out_dir):
     named = out_dir / "pretrain_128.pth"
-    skill_base = json.loads((out_dir / "full_sft_64.json").read_text(encoding="utf-8"))["fingerprint"]
+    skill_base = json.loads((out_dir / "full_sft_64.json").read_text(encoding="utf-8"))
     assert choose_base(out_dir, named, skill_base) == named
     with pytest.raises(UserError, match=r"--base .*nothing\.pth does not exist"):
         choose_base(out_dir, out_dir / "nothing.pth", skill_base)
@@ -298,13 +298,13 @@ def test_the_named_base_wins(out_dir):
 
 def test_then_the_base_that_the_skill_names(out_dir):
     for name in ("full_sft_128", "pretrain_64"):
-        skill_base = json.loads((out_dir / f"{name}.json").read_text(encoding="utf-8"))["fingerprint"]
+        skill_base = json.loads((out_dir / f"{name}.json").read_text(encoding="utf-8"))
         assert choose_base(out_dir, skill_base=skill_base) == out_dir / f"{name}.pth"
 
 
 def test_then_the_newest_of_the_latest_stage(out_dir):
     assert choose_base(out_dir).name == "full_sft_64.pth"
-    assert choose_base(out_dir, skill_base="of no base here").name == "full_sft_64.pth"
+    assert choose_base(out_dir, skill_base={"fingerprint": "of no base here"}).name == "full_sft_64.pth"
     assert choose_base(out_dir, stages=("pretrain",)).name == "pretrain_64.pth"
     os.utime(out_dir / "full_sft_128.pth", (9000, 9000))
     assert choose_base(out_dir).name == "full_sft_128.pth"
@@ -342,7 +342,7 @@ def test_a_record_that_describes_no_model_is_one_sentence(base, config):
 def test_a_broken_record_of_another_base_is_no_reason_to_stop(base):
     (base.parent / "a.json").write_text("{")
     (base.parent / "a.pth").write_text("x")
-    wanted = json.loads(base.with_suffix(".json").read_text(encoding="utf-8"))["fingerprint"]
+    wanted = json.loads(base.with_suffix(".json").read_text(encoding="utf-8"))
     assert choose_base(base.parent, skill_base=wanted) == base
 
 
