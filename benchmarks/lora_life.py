@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> dict:
     options = parse(Options, argv)
     from benchmarks.result_file import measured_on, write_results
 
-    figures = {"one_linear": [one_linear(size, rank) for size in SIZES for rank in RANKS]}
+    figures: dict = {"rounds": options.rounds}
+    figures["one_linear"] = [one_linear(size, rank) for size in SIZES for rank in RANKS]
     show(figures["one_linear"])
     figures["model"] = [on_the_model(targets, options.rounds) for targets in ("square", "all-linear")]
     show(figures["model"])
