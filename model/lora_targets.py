@@ -23,12 +23,12 @@ class Target:
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, Linear]]:
     """The Linears that carry a LoRA, with their names."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(getattr(module, "lora", None), LoRA))
+    return ((name, module) for name, module in model.named_modules() if isinstance(module._modules.get("lora"), LoRA))
 
 
 def merged(model: nn.Module) -> Iterator[tuple[str, Linear]]:
     """The Linears into which a LoRA is merged, with their names."""
-    return ((name, module) for name, module in model.named_modules() if hasattr(module, "unmerged"))
+    return ((name, module) for name, module in model.named_modules() if "unmerged" in vars(module))
 
 
 def check_receptive(model: nn.Module) -> None:

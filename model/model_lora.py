@@ -69,16 +69,15 @@ def attach(model: nn.Module, adapters: Mapping[str, LoRA]) -> None:
     """Put each adapter on the Linear of that name, which carries none, on its device and in its mode."""
     for name, lora in adapters.items():
         linear = model.get_submodule(name)
-        linear.lora = lora.to(linear.weight.device).train(linear.training)
+        if (lora.A.weight.device, lora.training) != (linear.weight.device, linear.training):  # rare, and slow to ask
+            lora.to(linear.weight.device).train(linear.training)
+        linear.lora = lora
         # A bound method, no closure: deepcopy re-binds it, and `del` brings back the class's own.
         linear.forward = MethodType(lora.forward_of_linear, linear)
 
 
 def remove_lora(model: nn.Module) -> dict[str, LoRA]:
-    """Undo ``apply_lora``: the base computes bit for bit what it did before, and stays frozen.
-
-    Returns what was removed, as ``attach`` takes it.
-    """
+    """Undo ``apply_lora`` and return what ``attach`` takes: the base is bit for bit as before, and stays frozen."""
     removed = {}
     for name, linear in list(adapted(model)):
         removed[name] = linear.lora
