@@ -84,6 +84,16 @@ def test_the_library_computes_what_the_file_says(sharp_model, files, library):
         remove_lora(sharp_model)
 
 
+def test_a_skill_takes_the_mode_and_device_that_the_model_has_by_then(sharp_model, library):
+    library.use("dora")
+    assert not any(module.training for module in sharp_model.modules())
+    library.use(None)
+    sharp_model.train().to("meta")  # the second device that every machine has
+    library.use("dora")
+    assert all(module.training for module in sharp_model.modules())
+    assert all(parameter.is_meta for parameter in sharp_model.parameters())
+
+
 def test_a_mix_is_the_exact_weighted_sum(sharp_model, library):
     weights = {"a": 0.75, "b": -0.5, "wide": 1.5, "pissa": 0.3}
     expected = copy.deepcopy(sharp_model).double()
