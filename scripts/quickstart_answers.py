@@ -40,7 +40,11 @@ def read_probes(skill: str, path: Path) -> list[Probe]:
 
 
 def ask_all(base: Path, skills: dict[str, Path]) -> list[Probe]:
-    """Put every skill's probes to the base and, swapping live, to every skill; answers are greedy."""
+    """Put every skill's probes to the base and, swapping live, to every skill.
+
+    Answers are drawn as ``eval_model.py`` draws them by default, each from the same seed: a skill whose right word is
+    the likeliest of many unlikely ones has not taken.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, _ = load_base(base, device)
     tokenizer = load_tokenizer(TOKENIZER_DIR)
@@ -48,8 +52,8 @@ def ask_all(base: Path, skills: dict[str, Path]) -> list[Probe]:
 
     def answer(question: str) -> str:
         ids, _ = encode_chat(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
-        sampling = Sampling(temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
-        new_ids = generate(model, ids, sampling, {tokenizer.eos_token_id}, torch.Generator())
+        rng = torch.Generator().manual_seed(0)
+        new_ids = generate(model, ids, Sampling(max_new_tokens=MAX_NEW_TOKENS), {tokenizer.eos_token_id}, rng)
         return tokenizer.decode(list(new_ids), skip_special_tokens=True).strip()
 
     _ask("base", probes, answer)

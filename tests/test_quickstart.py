@@ -6,10 +6,13 @@ The doors here are tiny scripts run as real child processes; the real ones have 
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from core.paths import TOKENIZER_DIR
+from dataset.tokenizer import load_tokenizer
 from scripts.quickstart_answers import Probe, columns, read_probes, report
 from scripts.quickstart_stages import SKILLS, Stage, how_to_go_on, plan, run_stage
 
@@ -110,6 +113,25 @@ def test_the_bundled_questions_are_twenty_and_held_out(skill):
     trained = (ROOT / "dataset" / f"lora_{skill}.jsonl").read_text(encoding="utf-8")
     asked = {message["content"] for line in trained.splitlines() for message in json.loads(line)["conversations"]}
     assert not asked & {probe.question for probe in probes}
+
+
+def test_the_bundled_base_meets_every_token_that_the_skills_answer_with():
+    """LoRA leaves the embedding alone, where all tokens that were never trained look alike."""
+
+    def counted(*parts, ours=lambda message: True):
+        counts = Counter()
+        for part in parts:
+            for line in (ROOT / "dataset" / part).read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                texts = [row["text"]] if "text" in row else [m["content"] for m in row["conversations"] if ours(m)]
+                counts.update(id for ids in tokenizer(texts).input_ids for id in ids)
+        return counts
+
+    tokenizer = load_tokenizer(TOKENIZER_DIR)
+    known = counted("pretrain_mini.jsonl", "sft_mini.jsonl")
+    wanted = counted(*(f"lora_{skill}.jsonl" for skill in SKILLS), ours=lambda m: m["role"] == "assistant")
+    assert len(wanted) > 100
+    assert not [tokenizer.decode([id]) for id in wanted if known[id] < 15]
 
 
 @pytest.mark.parametrize(("own", "base", "passed"), [(8, 2, True), (7, 2, False), (8, 3, False), (10, 0, True)])
