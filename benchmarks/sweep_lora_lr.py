@@ -31,8 +31,8 @@ def main(argv: list[str] | None = None) -> dict:
     options = parse(Options, argv)
     import train_lora
     from benchmarks.result_file import measured_on, write_results
+    from model.bases import choose_base
     from model.model_lora import read_lora
-    from model.weights import choose_base
     from scripts.quickstart_answers import ask_all
 
     base = choose_base(options.out_dir, stages=("full_sft",))
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> dict:
             argv += ["--data_path", str(bundled_data(f"lora_{skill}.jsonl")), "--learning_rate", str(rate)]
             path = train_lora.main([*argv, "--epochs", str(options.epochs), "--max_seq_len", str(options.max_seq_len)])
             metrics = read_lora(path)[1]["metrics"]
-            probes = [probe for probe in ask_all(base, {skill: path}) if probe.skill == skill]
+            probes = ask_all(base, (skill,), options.out_dir / "sweep")
             row = {"skill": skill, "learning_rate": rate}
             for data in ("domain", "general"):
                 row |= {f"{data}_{when}": round(metrics[data][when]["loss"], 3) for when in ("first", "last")}

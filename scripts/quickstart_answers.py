@@ -4,17 +4,16 @@ import dataclasses
 import json
 import shutil
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from core.paths import TOKENIZER_DIR, bundled_data
-from dataset.chat import encode_chat
 from dataset.tokenizer import load_tokenizer
-from model.generation import Sampling, generate
-from model.model_lora import attach_lora, remove_lora
+from model.generation import Sampling
 from model.weights import load_base
+from serving.session import ChatSession
 
 MAX_NEW_TOKENS = 48
 SHOWN = 4  # questions a skill, in the table
@@ -39,35 +38,25 @@ def read_probes(skill: str, path: Path) -> list[Probe]:
     return [Probe(skill, row["question"], row["expect"]) for row in rows]
 
 
-def ask_all(base: Path, skills: dict[str, Path]) -> list[Probe]:
-    """Put every skill's probes to the base and, swapping live, to every skill.
+def ask_all(base: Path, skills: Sequence[str], out_dir: Path) -> list[Probe]:
+    """Put every skill's probes to the base and, swapping live, to the skills in ``out_dir``.
 
-    Answers are drawn as ``eval_model.py`` draws them by default, each from the same seed: a skill whose right word is
-    the likeliest of many unlikely ones has not taken.
+    It is the chat of ``eval_model.py`` with ``--seed 0`` for each question. Taking the likeliest token instead would
+    pass a skill whose right word is the likeliest of many unlikely ones.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, _ = load_base(base, device)
-    tokenizer = load_tokenizer(TOKENIZER_DIR)
+    model, _ = load_base(base, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS)
+    session = ChatSession(
+        model, load_tokenizer(TOKENIZER_DIR), sampling, seed=0, history_cnt=0, continues=False, out_dir=out_dir
+    )
     probes = [probe for skill in skills for probe in read_probes(skill, bundled_data(f"probes_{skill}.jsonl"))]
-
-    def answer(question: str) -> str:
-        ids, _ = encode_chat(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
-        rng = torch.Generator().manual_seed(0)
-        new_ids = generate(model, ids, Sampling(max_new_tokens=MAX_NEW_TOKENS), {tokenizer.eos_token_id}, rng)
-        return tokenizer.decode(list(new_ids), skip_special_tokens=True).strip()
-
-    _ask("base", probes, answer)
-    for skill, path in skills.items():
-        attach_lora(model, path)
-        _ask(skill, probes, answer)
-    remove_lora(model)
+    for who in ("base", *skills):
+        print(f"asking {who}: {len(probes)} questions", flush=True)
+        session.use_skill(who if who in skills else None)
+        for probe in probes:
+            session.rng.manual_seed(0)
+            probe.answers[who] = "".join(session.reply(probe.question)).strip()
     return probes
-
-
-def _ask(who: str, probes: Sequence[Probe], answer: Callable[[str], str]) -> None:
-    print(f"asking {who}: {len(probes)} questions", flush=True)
-    for probe in probes:
-        probe.answers[who] = answer(probe.question)
 
 
 def report(probes: Sequence[Probe], wanted: float, allowed: float) -> bool:

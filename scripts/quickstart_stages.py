@@ -192,7 +192,7 @@ def main() -> None:
     from scripts.quickstart_answers import ask_all, report  # torch takes seconds to import: only now
 
     asked = time.monotonic()
-    answers = ask_all(base_path(OUT, "full_sft", DIM), {skill: lora_path(OUT, skill, DIM) for skill in SKILLS})
+    answers = ask_all(base_path(OUT, "full_sft", DIM), SKILLS, OUT)
     times.append(("questions", time.monotonic() - asked, "asked"))
     passed = report(answers, WANTED_SKILL_SHARE, ALLOWED_BASE_SHARE)
 

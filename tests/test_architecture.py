@@ -1,6 +1,7 @@
 """The plan of the house: which room may import which, how long a file may be, and what product code never does."""
 
 import ast
+import pkgutil
 import re
 import sys
 from pathlib import Path
@@ -135,6 +136,28 @@ def test_weights_only_loading_is_left_to_one_file():
     assert forbidden_calls(line, may_load=True) == []
     assert forbidden_calls(line) == ["line 1: torch.load"]
     assert forbidden_calls("model.eval()\nlist_a.load(f)") == []
+
+
+def exists(name):
+    try:
+        return pkgutil.resolve_name(name) is not None
+    except (ImportError, AttributeError):
+        return False
+
+
+def test_every_import_of_ours_is_there():
+    """Also those inside functions, which nothing meets before the function runs."""
+    ours = {path.stem for path in DOORS} | {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    found = {
+        name: path
+        for path in [*PRODUCT, *DOORS, *TESTS]
+        if path.name != "minimind_child.py"  # its rooms are MiniMind's, which have the same names
+        for name in imported_modules(ast.parse(path.read_text(encoding="utf-8")))
+        if name.partition(".")[0] in ours
+    }
+    assert {"model.bases.choose_base", "scripts.quickstart_answers.ask_all"} <= found.keys()
+    assert {name: path for name, path in found.items() if not exists(name)} == {}
+    assert not exists("model.weights.choose_base")
 
 
 def test_files_stay_short_enough_to_read():

@@ -10,10 +10,18 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import strengthen
 
-from core.paths import TOKENIZER_DIR
+import eval_model
+from benchmarks.seeded_model import fill
+from core.paths import TOKENIZER_DIR, lora_path
 from dataset.tokenizer import load_tokenizer
-from scripts.quickstart_answers import Probe, columns, read_probes, report
+from model.LMConfig import LMConfig
+from model.model import MiniMindLM
+from model.model_lora import apply_lora, remove_lora, save_lora
+from model.weights import save_base
+from scripts.quickstart_answers import Probe, ask_all, columns, read_probes, report
 from scripts.quickstart_stages import SKILLS, Stage, how_to_go_on, plan, run_stage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,6 +121,30 @@ def test_the_bundled_questions_are_twenty_and_held_out(skill):
     trained = (ROOT / "dataset" / f"lora_{skill}.jsonl").read_text(encoding="utf-8")
     asked = {message["content"] for line in trained.splitlines() for message in json.loads(line)["conversations"]}
     assert not asked & {probe.question for probe in probes}
+
+
+def test_the_exam_is_the_chat(tmp_path, capsys, monkeypatch):
+    """What ``eval_model.py`` answers by default, so that who passes can be talked to."""
+    monkeypatch.setattr("scripts.quickstart_answers.MAX_NEW_TOKENS", 6)
+    torch.manual_seed(0)
+    model = MiniMindLM(LMConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, max_seq_len=256))
+    fill(model.named_parameters())
+    save_base(base := tmp_path / "full_sft_32.pth", model, {"stage": "full_sft"})
+    for seed, skill in enumerate(SKILLS):
+        apply_lora(model, 2)
+        strengthen(model, seed)
+        save_lora(model, lora_path(tmp_path, skill, 32))
+        remove_lora(model)
+    probes = ask_all(base, SKILLS, tmp_path)
+    assert [probe.skill for probe in probes] == [skill for skill in SKILLS for _ in range(20)]
+    common = ["--out_dir", str(tmp_path), "--tokenizer_path", str(TOKENIZER_DIR), "--device", "cpu", "--seed", "0"]
+    for who in ("base", *SKILLS):
+        flags = ["--max_new_tokens", "6"] if who == "base" else ["--max_new_tokens", "6", "--lora_name", who]
+        for probe in (probes[0], probes[-1]):
+            capsys.readouterr()
+            eval_model.main([*common, *flags, "--prompt", probe.question])
+            assert capsys.readouterr().out.strip() == probe.answers[who]
+    assert len({tuple(probe.answers[who] for probe in probes) for who in ("base", *SKILLS)}) == 3
 
 
 def test_the_bundled_base_meets_every_token_that_the_skills_answer_with():
