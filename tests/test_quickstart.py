@@ -159,8 +159,11 @@ def test_the_bundled_base_meets_every_token_that_the_skills_answer_with():
                 counts.update(id for ids in tokenizer(texts).input_ids for id in ids)
         return counts
 
+    bundled = ("pretrain_mini.jsonl", "sft_mini.jsonl")
+    texts = "".join((ROOT / "dataset" / part).read_text(encoding="utf-8") for part in bundled)
+    assert "小石" not in texts and "pebble" not in texts.casefold(), "the names are the skill's to teach"
     tokenizer = load_tokenizer(TOKENIZER_DIR)
-    known = counted("pretrain_mini.jsonl", "sft_mini.jsonl")
+    known = counted(*bundled)
     wanted = counted(*(f"lora_{skill}.jsonl" for skill in SKILLS), ours=lambda m: m["role"] == "assistant")
     assert len(wanted) > 100
     assert not [tokenizer.decode([id]) for id in wanted if known[id] < 15]
