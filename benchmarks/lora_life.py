@@ -22,7 +22,9 @@ SWAPS, MIX = 1000, {"a": 0.7, "b": -0.2}
 
 @dataclass
 class Options:
-    """Parameters of LoRA on square Linears, exactness of merging, and time and exactness of swaps on our model."""
+    """Parameters of LoRA on square Linears, exactness of merging, and time and exactness of swaps
+    on our model.
+    """
 
     rounds: int = option(200, "swaps of each kind that are timed")
     result: Path | None = option(Path("benchmarks/results/lora_life.json"), "file of the figures")
@@ -38,7 +40,9 @@ def main(argv: list[str] | None = None) -> dict:
     figures: dict = {"rounds": options.rounds}
     figures["one_linear"] = [one_linear(size, rank) for size in SIZES for rank in RANKS]
     show(figures["one_linear"])
-    figures["model"] = [on_the_model(targets, options.rounds) for targets in ("square", "all-linear")]
+    figures["model"] = [
+        on_the_model(targets, options.rounds) for targets in ("square", "all-linear")
+    ]
     show(figures["model"])
     figures["thousand_swaps"] = thousand_swaps()
     show([figures["thousand_swaps"]])
@@ -48,7 +52,9 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def one_linear(size: int, rank: int) -> dict:
-    """A Linear of ``size`` x ``size``: parameters of the update, and merged against attached for random inputs."""
+    """A Linear of ``size`` x ``size``: parameters of the update, and merged against attached for
+    random inputs.
+    """
     import torch
     from torch import nn
 
@@ -70,13 +76,18 @@ def one_linear(size: int, rank: int) -> dict:
             error = (model(x.to(dtype)).float() - attached).abs().max() / attached.abs().max()
         unmerge_lora(model)
         name = str(dtype).removeprefix("torch.")
-        row |= {f"merged_error_{name}": float(error), f"undone_{name}": torch.equal(model[0].weight, before)}
+        row |= {
+            f"merged_error_{name}": float(error),
+            f"undone_{name}": torch.equal(model[0].weight, before),
+        }
     trained = sum(parameter.numel() for parameter in lora_parameters(model))
     return {**row, "full": size * size, "trained": trained, "percent": 100 * trained / size**2}
 
 
 def on_the_model(targets: str, rounds: int) -> dict:
-    """The 25.83 M model with two skills of rank 16: milliseconds of swaps, and how far merging moves the logits."""
+    """The 25.83 M model with two skills of rank 16: milliseconds of swaps, and how far merging
+    moves the logits.
+    """
     import torch
 
     from benchmarks.seeded_model import fill, seeded_model
@@ -90,7 +101,11 @@ def on_the_model(targets: str, rounds: int) -> dict:
         for name in MIX:
             torch.manual_seed(ord(name))
             apply_lora(model, 16, target_modules=targets)
-            fill((f"{name} {key}", part) for key, part in model.named_parameters() if part.requires_grad)
+            fill(
+                (f"{name} {key}", part)
+                for key, part in model.named_parameters()
+                if part.requires_grad
+            )
             trained = sum(parameter.numel() for parameter in lora_parameters(model))
             path = Path(folder) / f"lora_{name}.pth"
             save_lora(model, path)
@@ -106,7 +121,11 @@ def on_the_model(targets: str, rounds: int) -> dict:
         return {"median": statistics.median(times), "most": max(times)}
 
     row = {"targets": targets, "modules": len(library.factors({"a": 1.0})), "trained": trained}
-    row |= {"swap_ms": milliseconds("a", "b"), "on_and_off_ms": milliseconds("a", None), "mix_ms": milliseconds(MIX)}
+    row |= {
+        "swap_ms": milliseconds("a", "b"),
+        "on_and_off_ms": milliseconds("a", None),
+        "mix_ms": milliseconds(MIX),
+    }
     for dtype in (torch.float32, torch.bfloat16):
         library.use(None)
         logits = {}
@@ -130,7 +149,9 @@ def on_the_model(targets: str, rounds: int) -> dict:
 
 
 def thousand_swaps() -> dict:
-    """Random swaps between nothing, two skills and mixes of them: what is left of them in the base."""
+    """Random swaps between nothing, two skills and mixes of them: what is left of them in the
+    base.
+    """
     import torch
 
     from benchmarks.seeded_model import add_seeded_lora, seeded_model
@@ -151,11 +172,16 @@ def thousand_swaps() -> dict:
             library.add(name, Path(folder) / f"lora_{name}.pth")
     draw = random.Random(0)
     for _ in range(SWAPS):
-        library.use(draw.choice([None, "a", "b", {"a": draw.uniform(-1, 1), "b": draw.uniform(-1, 1)}]))
+        library.use(
+            draw.choice([None, "a", "b", {"a": draw.uniform(-1, 1), "b": draw.uniform(-1, 1)}])
+        )
     library.use(None)
     with torch.no_grad():
         equal = torch.equal(model(ids).logits, before)
-    same = exact_hash(model) == weights and fingerprint(model.named_parameters(), model.config) == forward
+    same = (
+        exact_hash(model) == weights
+        and fingerprint(model.named_parameters(), model.config) == forward
+    )
     return {"swaps": SWAPS, "sha256_unchanged": same, "logits_bit_equal": equal}
 
 
@@ -175,7 +201,13 @@ def show(rows: list[dict]) -> None:
     def cell(value) -> str:
         if isinstance(value, dict):
             return ", ".join(f"{key} {number:.3g}" for key, number in value.items())
-        return f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+        return (
+            f"{value:.3g}"
+            if isinstance(value, float)
+            else f"{value:,}"
+            if type(value) is int
+            else str(value)
+        )
 
     print("\n| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:

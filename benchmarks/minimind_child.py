@@ -1,8 +1,10 @@
-"""MiniMind's side of parity_minimind.py, a process of its own because MiniMind's package is called ``model`` too.
+"""MiniMind's side of parity_minimind.py, a process of its own because MiniMind's package is called
+``model`` too.
 
     python -I minimind_child.py CHECKOUT FOLDER...
 
-Each FOLDER holds job.json, ours.pth and ours_lora.pth; theirs.pth, theirs_lora.pth and logits.pth are added to it.
+Each FOLDER holds job.json, ours.pth and ours_lora.pth; theirs.pth, theirs_lora.pth and logits.pth
+are added to it.
 """
 
 import json
@@ -11,7 +13,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import load_state_dict  # torch.load of weights alone, whatever torch's default is
+from transformers.modeling_utils import (
+    load_state_dict,
+)  # torch.load of weights alone, whatever torch's default is
 
 
 def main(checkout: str, folders: list[Path]) -> None:
@@ -20,20 +24,29 @@ def main(checkout: str, folders: list[Path]) -> None:
     from model.model import MiniMindLM
     from model.model_lora import apply_lora, load_lora, save_lora
 
-    assert sys.modules["model.model"].__file__.startswith(checkout), "another package `model` came first"
+    assert sys.modules["model.model"].__file__.startswith(checkout), (
+        "another package `model` came first"
+    )
     for folder in folders:
         job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
         ids, rank = torch.tensor(job["ids"]), job["rank"]
-        # The one change to MiniMind's settings: every layer stores a mask of max_seq_len^2 floats, 2 GB at 8 x 8192.
+        # The one change to MiniMind's settings: every layer stores a mask of max_seq_len^2 floats,
+        # 2 GB at 8 x 8192.
         config = job["config"] | {"max_seq_len": ids.size(1)}
         logits = {}
 
         model = MiniMindLM(LMConfig(**config)).eval()
         model.load_state_dict(load_state_dict(folder / "ours.pth"), strict=True)
-        logits["ours"], logits["ours_cached"] = whole(model, ids), one_by_one(model, ids, job["prompt"])
+        logits["ours"], logits["ours_cached"] = (
+            whole(model, ids),
+            one_by_one(model, ids, job["prompt"]),
+        )
         apply_lora(model, rank)
         load_lora(model, folder / "ours_lora.pth")
-        logits["ours_lora"], logits["ours_lora_cached"] = whole(model, ids), one_by_one(model, ids, job["prompt"])
+        logits["ours_lora"], logits["ours_lora_cached"] = (
+            whole(model, ids),
+            one_by_one(model, ids, job["prompt"]),
+        )
 
         torch.manual_seed(0)
         model = MiniMindLM(LMConfig(**config)).eval()
@@ -60,7 +73,9 @@ def whole(model: nn.Module, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def one_by_one(model: nn.Module, ids: Tensor, prompt: int) -> Tensor:
-    """Logits of all positions: ``prompt`` tokens at once, the others one at a time from the cache."""
+    """Logits of all positions: ``prompt`` tokens at once, the others one at a time from the
+    cache.
+    """
     out = model(ids[:, :prompt], use_cache=True)
     logits, cache = [out.logits], out.past_key_values
     for at in range(prompt, ids.size(1)):

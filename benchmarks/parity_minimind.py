@@ -1,7 +1,9 @@
-"""Show that MiniMind's own code and this one compute the same: python benchmarks/parity_minimind.py --minimind DIR
+"""Show that MiniMind's own code and this one compute the same: python benchmarks/parity_minimind.py
+--minimind DIR
 
-Files go both ways, base and LoRA, and the fp32 logits must agree to 1e-5. Two controls must not agree: a model with one
-rotary pair's cosine and sine swapped, and one whose LoRA was left out. Exit code 1 when any of this fails.
+Files go both ways, base and LoRA, and the fp32 logits must agree to 1e-5. Two controls must not
+agree: a model with one rotary pair's cosine and sine swapped, and one whose LoRA was left out. Exit
+code 1 when any of this fails.
 """
 
 import json
@@ -33,20 +35,37 @@ CASES = {
         | {"norm_eps": 1e-3, "rope_theta": 1e4, "multiple_of": 32},
         8,
     ),
-    "golden": ({"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 40, "multiple_of": 16}, 4),
+    "golden": (
+        {
+            "dim": 32,
+            "n_layers": 2,
+            "n_heads": 4,
+            "n_kv_heads": 2,
+            "vocab_size": 40,
+            "multiple_of": 16,
+        },
+        4,
+    ),
 }
 FILES = ("model/LMConfig.py", "model/model.py", "model/model_lora.py")
 
 
 @dataclass
 class Options:
-    """Compare logits with MiniMind's own code of April 2025, in both directions, with and without LoRA."""
+    """Compare logits with MiniMind's own code of April 2025, in both directions, with and without
+    LoRA.
+    """
 
     minimind: Path | None = option(None, "the folder of MiniMind's code of April 2025")
-    write_golden: bool = option(False, "write the small reference figures that the test suite checks")
+    write_golden: bool = option(
+        False, "write the small reference figures that the test suite checks"
+    )
 
     def __post_init__(self):
-        require(self.minimind is not None, "--minimind DIR is needed: the folder of MiniMind's code of April 2025")
+        require(
+            self.minimind is not None,
+            "--minimind DIR is needed: the folder of MiniMind's code of April 2025",
+        )
         for name in FILES:
             require((self.minimind / name).is_file(), f"--minimind {self.minimind} holds no {name}")
 
@@ -64,7 +83,13 @@ def main(argv: list[str] | None = None) -> None:
         figures = {name: compare(folders[name], *CASES[name]) for name in CASES}
         golden = golden_figures(folders["golden"])
     ok = report(figures)
-    result = {**origin, "limit": LIMIT, "control_limit": CONTROL_LIMIT, "passed": ok, "cases": figures}
+    result = {
+        **origin,
+        "limit": LIMIT,
+        "control_limit": CONTROL_LIMIT,
+        "passed": ok,
+        "cases": figures,
+    }
     write_json(RESULT, result)
     if not ok:
         sys.exit("parity with MiniMind FAILED: see the lines marked above")
@@ -83,7 +108,9 @@ def write_ours(folder: Path, settings: dict, rank: int) -> None:
     config = json.loads((folder / "ours.json").read_text(encoding="utf-8"))["config"]
     add_seeded_lora(model, rank)
     save_lora(model, folder / "ours_lora.pth")
-    write_json(folder / "job.json", {"config": config, "rank": rank, "ids": ids.tolist(), "prompt": PROMPT})
+    write_json(
+        folder / "job.json", {"config": config, "rank": rank, "ids": ids.tolist(), "prompt": PROMPT}
+    )
 
 
 def run_minimind(checkout: Path, folders: list[Path]) -> None:
@@ -95,7 +122,13 @@ def run_minimind(checkout: Path, folders: list[Path]) -> None:
 
 def compare(folder: Path, settings: dict, rank: int) -> dict[str, float]:
     """Largest absolute difference of logits for each check; those of the controls must be large."""
-    from benchmarks.seeded_model import add_seeded_lora, one_by_one, seeded_model, swap_rotary_pair, whole
+    from benchmarks.seeded_model import (
+        add_seeded_lora,
+        one_by_one,
+        seeded_model,
+        swap_rotary_pair,
+        whole,
+    )
     from model.model_lora import apply_lora, load_lora, remove_lora
     from model.weights import load_base, read_tensors
 
@@ -161,7 +194,13 @@ def report(figures: dict[str, dict[str, float]]) -> bool:
 def write_json(path: Path, content: dict, line_per_key: bool = False) -> None:
     text = json.dumps(content, ensure_ascii=False, indent=1)
     if line_per_key:  # long rows of numbers
-        text = "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()) + "\n}"
+        text = (
+            "{\n"
+            + ",\n".join(
+                f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()
+            )
+            + "\n}"
+        )
     atomic_write(path, lambda file: file.write(f"{text}\n".encode()))
 
 

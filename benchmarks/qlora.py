@@ -1,4 +1,5 @@
-"""What a base in 4 bits costs and saves: the same skill on the same base, in fp32 and in NF4, two seeds each.
+"""What a base in 4 bits costs and saves: the same skill on the same base, in fp32 and in NF4, two
+seeds each.
 
 python benchmarks/qlora.py --base FILE --data medical_zh.jsonl.gz   (needs requirements-4bit.txt)
 """
@@ -23,15 +24,21 @@ METHODS = {"fp32": [], "nf4": ["--load_in_4bit"]}
 
 @dataclass
 class Options(SkillStudy):
-    """The gap in held-out loss; then, with nothing beside it, bits a parameter, peak memory and speed."""
+    """The gap in held-out loss; then, with nothing beside it, bits a parameter, peak memory and
+    speed.
+    """
 
     max_steps: int = option(100, "optimizer steps of a run")
     batch_size: int = option(16, "rows of a step")
     val_tokens: int = option(65536, "how many held-out tokens a score reads")
-    larger: Path | None = option(None, "another base, a Hugging Face folder, of which only the costs are measured")
+    larger: Path | None = option(
+        None, "another base, a Hugging Face folder, of which only the costs are measured"
+    )
     cost_rounds: int = option(3, "how often the speed and memory of each method are measured")
     out_dir: Path = option(Path("out/qlora"), "folder of the runs")
-    result: Path = option(Path("benchmarks/results/qlora.json"), "file of the figures; what it holds is not run again")
+    result: Path = option(
+        Path("benchmarks/results/qlora.json"), "file of the figures; what it holds is not run again"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -57,9 +64,16 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"NF4 - fp32: {', '.join(f'{gap:+.4f}' for gap in found['gaps'])} nats a token")
     for base, methods in found["cost"].items():
         for method, figures in methods.items():
-            speed, memory = (statistics.median(figures[name]) for name in ("tokens_per_second", "peak_memory_mb"))
-            bits, whole = (figures.get(name, 32) for name in ("bits_per_parameter", "bits_of_the_whole_base"))
-            print(f"{base}, {method}: {bits} bits a parameter of the Linears, {whole} in the whole base;", end=" ")
+            speed, memory = (
+                statistics.median(figures[name]) for name in ("tokens_per_second", "peak_memory_mb")
+            )
+            bits, whole = (
+                figures.get(name, 32) for name in ("bits_per_parameter", "bits_of_the_whole_base")
+            )
+            print(
+                f"{base}, {method}: {bits} bits a parameter of the Linears, {whole} in the whole base;",
+                end=" ",
+            )
             print(f"{speed:,.0f} tokens/s, peak memory {memory:,.0f} MB")
     return found
 

@@ -1,6 +1,8 @@
-"""What rank and which Linears a skill needs: held-out loss against parameters, each at its best learning rate.
+"""What rank and which Linears a skill needs: held-out loss against parameters, each at its best
+learning rate.
 
-python benchmarks/rank_study.py --base FILE --data medical_zh.jsonl.gz   (an hour or more, run by run)
+python benchmarks/rank_study.py --base FILE --data medical_zh.jsonl.gz   (an hour or more, run by
+run)
 """
 
 import sys
@@ -16,17 +18,26 @@ from core.options import option, parse
 from core.paths import lora_paths
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
-TARGETS = {"square": ("square",), "attention": ("wq", "wk", "wv", "wo"), "all-linear": ("all-linear",)}
+TARGETS = {
+    "square": ("square",),
+    "attention": ("wq", "wk", "wv", "wo"),
+    "all-linear": ("all-linear",),
+}
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FIRST_RATE = 2  # of RATES: train_lora.py's default
 
 
 @dataclass
 class Options(SkillStudy):
-    """Train one skill with every rank and target, at the rates around the best one; what is in --result is kept."""
+    """Train one skill with every rank and target, at the rates around the best one; what is in
+    --result is kept.
+    """
 
     out_dir: Path = option(Path("out/rank_study"), "folder of the runs")
-    result: Path = option(Path("benchmarks/results/rank_study.json"), "file of the figures; the picture lies beside it")
+    result: Path = option(
+        Path("benchmarks/results/rank_study.json"),
+        "file of the figures; the picture lies beside it",
+    )
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -39,13 +50,18 @@ def main(argv: list[str] | None = None) -> dict:
         for rank in RANKS:
 
             def at(place: int, rank=rank) -> dict:
-                return runs.get(f"{targets} {rank} {RATES[place]}", lambda: train(targets, rank, RATES[place], options))
+                return runs.get(
+                    f"{targets} {rank} {RATES[place]}",
+                    lambda: train(targets, rank, RATES[place], options),
+                )
 
             rate = best_rate(lambda place, at=at: at(place)["loss"], rate)
             best[targets, rank] = {"learning_rate": RATES[rate], **at(rate)}
 
     at_once(options.jobs, study, TARGETS)
-    runs.found["best"] = {f"{targets} {rank}": best[targets, rank] for targets in TARGETS for rank in RANKS}
+    runs.found["best"] = {
+        f"{targets} {rank}": best[targets, rank] for targets in TARGETS for rank in RANKS
+    }
     write_results(options.result, runs.found)
     picture(runs.found["best"], options.result.with_suffix(".png"))
     show(runs.found["best"])
@@ -53,7 +69,9 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def best_rate(loss, start: int) -> int:
-    """The place in ``RATES`` of the lowest loss, going downhill from ``start`` until both neighbours are worse."""
+    """The place in ``RATES`` of the lowest loss, going downhill from ``start`` until both
+    neighbours are worse.
+    """
     place = start
     while True:
         around = [n for n in (place - 1, place, place + 1) if 0 <= n < len(RATES)]
@@ -68,13 +86,19 @@ def train(targets: str, rank: int, rate: float, options: Options) -> dict:
     from model.model_lora import read_lora
 
     name = f"{targets}-{rank}-{rate}"
-    options.train(name, ["--rank", rank, "--target_modules", *TARGETS[targets], "--learning_rate", rate])
+    options.train(
+        name, ["--rank", rank, "--target_modules", *TARGETS[targets], "--learning_rate", rate]
+    )
     (path,) = lora_paths(options.out_dir, name)
     tensors, meta = read_lora(path)
     path.unlink()
     held_out = meta["metrics"]["domain"]
     parameters = sum(tensor.numel() for tensor in tensors.values())
-    return {"parameters": parameters, "base_loss": held_out["first"]["loss"], "loss": held_out["last"]["loss"]}
+    return {
+        "parameters": parameters,
+        "base_loss": held_out["first"]["loss"],
+        "loss": held_out["last"]["loss"],
+    }
 
 
 def picture(best: dict[str, dict], path: Path) -> None:
@@ -89,17 +113,28 @@ def picture(best: dict[str, dict], path: Path) -> None:
         axes.plot(xs, ys, marker=marker, label=targets)
         for rank, x, y in zip(RANKS, xs, ys, strict=True):
             axes.annotate(str(rank), (x, y), textcoords="offset points", xytext=(4, 5), fontsize=8)
-    axes.set(xscale="log", xlabel="trainable parameters (numbers: rank)", ylabel="held-out loss, nats a token")
+    axes.set(
+        xscale="log",
+        xlabel="trainable parameters (numbers: rank)",
+        ylabel="held-out loss, nats a token",
+    )
     axes.legend()
     figure.savefig(path, dpi=120)
 
 
 def show(best: dict[str, dict]) -> None:
-    print("| rank | " + " | ".join(f"{targets}: parameters | rate | loss" for targets in TARGETS) + " |")
+    print(
+        "| rank | "
+        + " | ".join(f"{targets}: parameters | rate | loss" for targets in TARGETS)
+        + " |"
+    )
     print("|---" * (1 + 3 * len(TARGETS)) + "|")
     for rank in RANKS:
         cells = [best[f"{targets} {rank}"] for targets in TARGETS]
-        words = [f"{cell['parameters']:,} | {cell['learning_rate']:g} | {cell['loss']:.4f}" for cell in cells]
+        words = [
+            f"{cell['parameters']:,} | {cell['learning_rate']:g} | {cell['loss']:.4f}"
+            for cell in cells
+        ]
         print(f"| {rank} | " + " | ".join(words) + " |")
 
 

@@ -12,7 +12,9 @@ from core.files import atomic_write
 
 
 def read_results(path: Path) -> dict:
-    """The figures in ``path``, none without such a file. Raises ``UserError`` if it holds anything else."""
+    """The figures in ``path``, none without such a file. Raises ``UserError`` if it holds anything
+    else.
+    """
     try:
         results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (ValueError, OSError):  # neither UTF-8 nor JSON, or no readable file
@@ -23,10 +25,14 @@ def read_results(path: Path) -> dict:
 
 
 def results_so_far(path: Path, settings: dict) -> dict:
-    """The figures in ``path`` of a study that goes on where it stopped. Raises ``UserError`` for other ``settings``."""
+    """The figures in ``path`` of a study that goes on where it stopped. Raises ``UserError`` for
+    other ``settings``.
+    """
     found = read_results(path)
     if found.setdefault("settings", settings) != settings:
-        raise UserError(f"{path} was made with {found['settings']}; name another file with --result")
+        raise UserError(
+            f"{path} was made with {found['settings']}; name another file with --result"
+        )
     return found
 
 
@@ -38,11 +44,16 @@ def write_results(path: Path | None, figures: dict) -> None:
 
 
 def measured_on(packages: tuple[str, ...]) -> dict:
-    """The entries ``date``, ``machine`` and ``versions`` (Python's and the named packages') of a results file."""
+    """The entries ``date``, ``machine`` and ``versions`` (Python's and the named packages') of a
+    results file.
+    """
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": {"system": platform.system(), "cpu": cpu_model(), "cores": os.cpu_count()},
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in packages},
+        },
     }
 
 

@@ -1,9 +1,12 @@
-"""What data of some gigabytes cost: preparing it, starting on it, and the memory of training on it. Linux only.
+"""What data of some gigabytes cost: preparing it, starting on it, and the memory of training on it.
+Linux only.
 
-python benchmarks/scale.py --sizes 0.5 2 --folder /tmp/scale   (needs about twice the largest size there)
+python benchmarks/scale.py --sizes 0.5 2 --folder /tmp/scale   (needs about twice the largest size
+there)
 
-Memory is resident anonymous memory (``RssAnon``): what a process holds for itself. Resident pages of mapped files
-(``RssFile``) are the system's cache of the table, given back when others need room; they are listed apart.
+Memory is resident anonymous memory (``RssAnon``): what a process holds for itself. Resident pages
+of mapped files (``RssFile``) are the system's cache of the table, given back when others need room;
+they are listed apart.
 """
 
 import json
@@ -35,9 +38,15 @@ LENGTHS = (1, 1, 2, 4, 8, 16)  # bundled texts in a document
 class Options:
     """Time and memory of preparing, starting and training on generated files of several sizes."""
 
-    sizes: tuple[float, ...] = option((0.5, 2.0), "gigabytes (10^9 bytes) of the generated files, ascending")
-    folder: Path = option(Path("out/scale"), "where to generate and train; a file already there is used")
-    result: Path = option(REPOSITORY / "benchmarks" / "results" / "scale.json", "file of the figures")
+    sizes: tuple[float, ...] = option(
+        (0.5, 2.0), "gigabytes (10^9 bytes) of the generated files, ascending"
+    )
+    folder: Path = option(
+        Path("out/scale"), "where to generate and train; a file already there is used"
+    )
+    result: Path = option(
+        REPOSITORY / "benchmarks" / "results" / "scale.json", "file of the figures"
+    )
 
     def __post_init__(self):
         require(min(self.sizes) > 0, f"--sizes {min(self.sizes)} must be positive")
@@ -89,17 +98,20 @@ def measure(path: Path, folder: Path) -> dict:
                 evict(file)
         found = watched(CHILD, path, out)
         said = json.loads(found["said"].splitlines()[-1])
-        figures[f"{kind}_start"] = said | {name: found[name] for name in ("anonymous_mb", "file_mb")}
+        figures[f"{kind}_start"] = said | {
+            name: found[name] for name in ("anonymous_mb", "file_mb")
+        }
     trained = watched("train_pretrain.py", "--data_path", path, "--out_dir", out, *TRAIN)
     figures["training"] = {name: trained[name] for name in ("seconds", "anonymous_mb", "file_mb")}
     return figures
 
 
 def throughput(path: Path, folder: Path) -> dict:
-    """Megabytes a second of tokenising one file in three ways, each the best of some rounds in turn.
+    """Megabytes a second of tokenising one file in three ways, each the best of some rounds in
+    turn.
 
-    And processor seconds, imports included, which do not depend on what else the machine does: what the one reading and
-    writing process takes of them bounds how many workers can be fed.
+    And processor seconds, imports included, which do not depend on what else the machine does: what
+    the one reading and writing process takes of them bounds how many workers can be fed.
     """
     figures: dict = {}
     for _ in range(ROUNDS):
@@ -109,29 +121,47 @@ def throughput(path: Path, folder: Path) -> dict:
             ("a process for each core", (), "false"),
         ):
             shutil.rmtree(folder / "speed", ignore_errors=True)
-            done = watched("scripts/prepare_data.py", path, "--out_dir", folder / "speed", *flags, threads=threads)
-            found = {"mb_per_second": speed(done)} | {key: done[key] for key in ("cpu_s", "workers_cpu_s")}
-            figures[name] = max(figures.get(name, found), found, key=lambda one: one["mb_per_second"])
+            done = watched(
+                "scripts/prepare_data.py",
+                path,
+                "--out_dir",
+                folder / "speed",
+                *flags,
+                threads=threads,
+            )
+            found = {"mb_per_second": speed(done)} | {
+                key: done[key] for key in ("cpu_s", "workers_cpu_s")
+            }
+            figures[name] = max(
+                figures.get(name, found), found, key=lambda one: one["mb_per_second"]
+            )
     return figures
 
 
 def speed(prepared: dict) -> float | None:
-    """Megabytes a second without the imports, as the command said; of small files it says nothing."""
+    """Megabytes a second without the imports, as the command said; of small files it says
+    nothing.
+    """
     said = re.search(r"([\d.]+) MB/s", prepared["said"])
     return float(said.group(1)) if said else None
 
 
 def watched(script: str | Path, *arguments: object, threads: str = "true") -> dict:
-    """Run a command; its seconds, what it ``said``, and the most memory and processor time of it and of its children.
+    """Run a command; its seconds, what it ``said``, and the most memory and processor time of it
+    and of its children.
 
     Pages that forked children share with their parent count for each of them.
     """
     command = [sys.executable, str(REPOSITORY / script), *map(str, arguments)]
     print("+", *command[1:], flush=True)
-    peaks = dict.fromkeys(("anonymous_mb", "file_mb", "workers_anonymous_mb", "cpu_s", "workers_cpu_s"), 0)
+    peaks = dict.fromkeys(
+        ("anonymous_mb", "file_mb", "workers_anonymous_mb", "cpu_s", "workers_cpu_s"), 0
+    )
     began = time.perf_counter()
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": threads}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment
+    ) as process:
         ended = threading.Event()
         sampler = threading.Thread(target=sample, args=(process.pid, peaks, ended))
         sampler.start()
@@ -139,7 +169,9 @@ def watched(script: str | Path, *arguments: object, threads: str = "true") -> di
         ended.set()
         sampler.join()
     if process.returncode:
-        raise UserError(f"{' '.join(command)} ended with code {process.returncode}; it says why above")
+        raise UserError(
+            f"{' '.join(command)} ended with code {process.returncode}; it says why above"
+        )
     return {"seconds": round(time.perf_counter() - began, 2), "said": said, **peaks}
 
 
@@ -147,7 +179,11 @@ def sample(process: int, peaks: dict, ended: threading.Event) -> None:
     while not ended.wait(0.05):
         workers = children(process)
         anonymous, mapped = memory(process)
-        found = {"anonymous_mb": anonymous / 1e6, "file_mb": mapped / 1e6, "cpu_s": cpu_seconds(process)}
+        found = {
+            "anonymous_mb": anonymous / 1e6,
+            "file_mb": mapped / 1e6,
+            "cpu_s": cpu_seconds(process),
+        }
         found["workers_anonymous_mb"] = sum(memory(worker)[0] for worker in workers) / 1e6
         found["workers_cpu_s"] = sum(map(cpu_seconds, workers))
         for name, value in found.items():
@@ -164,7 +200,9 @@ def cpu_seconds(process: int) -> float:
 
 
 def memory(process: int) -> tuple[int, int]:
-    """Bytes of resident anonymous memory and of resident file pages; 0 of a process that has ended."""
+    """Bytes of resident anonymous memory and of resident file pages; 0 of a process that has
+    ended.
+    """
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -175,7 +213,9 @@ def memory(process: int) -> tuple[int, int]:
 
 def children(process: int) -> list[int]:
     try:
-        found = [task.read_text().split() for task in Path(f"/proc/{process}/task").glob("*/children")]
+        found = [
+            task.read_text().split() for task in Path(f"/proc/{process}/task").glob("*/children")
+        ]
     except OSError:
         return []
     return [int(child) for some in found for child in some]
@@ -189,7 +229,9 @@ def evict(path: Path) -> None:
 
 
 def generated(path: Path, size: float) -> Path:
-    """``size`` gigabytes of documents, each some of the bundled texts: the same ones for the same size."""
+    """``size`` gigabytes of documents, each some of the bundled texts: the same ones for the same
+    size.
+    """
     if path.exists() and path.stat().st_size >= size * 1e9:
         return path
     lines = bundled_data("pretrain_mini.jsonl").read_text(encoding="utf-8").splitlines()

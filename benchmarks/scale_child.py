@@ -1,4 +1,5 @@
-"""A start on prepared data, as a training door does it, timed from after its imports: started by benchmarks/scale.py.
+"""A start on prepared data, as a training door does it, timed from after its imports: started by
+benchmarks/scale.py.
 
 python benchmarks/scale_child.py DATA_FILE OUT_DIR   (prints one line of JSON)
 """
@@ -42,7 +43,11 @@ def main(path: Path, out_dir: Path) -> None:
         "seconds_of_run_record": recorded - first,
         "ms_per_batch_drawn": 1000 * (time.perf_counter() - recorded) / max(drawn, 1),
     }
-    print(json.dumps({name: round(value, 3) for name, value in seconds.items()} | {"batches_drawn": drawn}))
+    print(
+        json.dumps(
+            {name: round(value, 3) for name, value in seconds.items()} | {"batches_drawn": drawn}
+        )
+    )
 
 
 if __name__ == "__main__":

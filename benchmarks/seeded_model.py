@@ -1,4 +1,6 @@
-"""A MiniMindLM and LoRA whose weights follow from their names alone, and the logits that comparisons are made of."""
+"""A MiniMindLM and LoRA whose weights follow from their names alone, and the logits that
+comparisons are made of.
+"""
 
 import zlib
 from collections.abc import Iterable
@@ -14,7 +16,9 @@ BATCH, LENGTH, PROMPT = 2, 72, 40
 
 
 def seeded_model(settings: dict) -> tuple[MiniMindLM, Tensor]:
-    """A model in eval mode with non-trivial norms and sharp attention, and ids (BATCH, LENGTH) for it."""
+    """A model in eval mode with non-trivial norms and sharp attention, and ids (BATCH, LENGTH) for
+    it.
+    """
     model = MiniMindLM(LMConfig(**settings)).eval()
     fill(model.named_parameters())
     return model, hashed("ids", BATCH * LENGTH).view(BATCH, LENGTH) % model.config.vocab_size
@@ -23,7 +27,9 @@ def seeded_model(settings: dict) -> tuple[MiniMindLM, Tensor]:
 def add_seeded_lora(model: nn.Module, rank: int) -> None:
     """``apply_lora`` with a B that is not zero."""
     apply_lora(model, rank)
-    fill((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    fill(
+        (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+    )
 
 
 @torch.no_grad()
@@ -31,7 +37,9 @@ def fill(parameters: Iterable[tuple[str, Tensor]]) -> None:
     """Set matrices to variance 1 / (2 inputs) and vectors (norms) to 1 +- 0.3."""
     for name, parameter in parameters:
         noise = uniform(name, parameter.numel()).view(parameter.shape)
-        parameter.copy_(1 + 0.3 * noise if parameter.dim() == 1 else noise * (1.5 / parameter.shape[1]) ** 0.5)
+        parameter.copy_(
+            1 + 0.3 * noise if parameter.dim() == 1 else noise * (1.5 / parameter.shape[1]) ** 0.5
+        )
 
 
 def uniform(name: str, count: int) -> Tensor:
@@ -40,7 +48,9 @@ def uniform(name: str, count: int) -> Tensor:
 
 
 def hashed(name: str, count: int) -> Tensor:
-    """``count`` int64 numbers in [0, 2^32), by integer arithmetic: the same on every platform and torch version."""
+    """``count`` int64 numbers in [0, 2^32), by integer arithmetic: the same on every platform and
+    torch version.
+    """
     x = (torch.arange(count) * 2654435761 + zlib.crc32(name.encode())) % 2**32
     for _ in range(2):
         x = (x ^ (x >> 16)) * 0x45D9F3B % 2**32
@@ -48,7 +58,9 @@ def hashed(name: str, count: int) -> Tensor:
 
 
 def swap_rotary_pair(model: MiniMindLM) -> None:
-    """Exchange cosine and sine of the fastest rotary pair in a model that has run; twice brings them back."""
+    """Exchange cosine and sine of the fastest rotary pair in a model that has run; twice brings
+    them back.
+    """
     fastest = model._rope[:, 0]
     fastest.copy_(torch.complex(fastest.imag, fastest.real))
 

@@ -1,4 +1,6 @@
-"""What the studies of skills share: runs in processes of their own that are made once, and what a method costs."""
+"""What the studies of skills share: runs in processes of their own that are made once, and what a
+method costs.
+"""
 
 import os
 import re
@@ -19,7 +21,9 @@ from core.paths import REPOSITORY
 
 @dataclass
 class SkillStudy:
-    """Flags of a study that trains one skill on one base, again and again; defaults are each study's own."""
+    """Flags of a study that trains one skill on one base, again and again; defaults are each
+    study's own.
+    """
 
     base: Path | None = option(None, "chat base of our own kind")
     data: Path | None = option(None, "chats of the skill")
@@ -32,20 +36,31 @@ class SkillStudy:
     def __post_init__(self):
         require(self.base is not None, "name a chat base with --base")
         require(self.data is not None, "name the skill's chats with --data")
-        require(self.base.with_suffix(".json").is_file(), f"--base {self.base} is no base of ours with its .json")
+        require(
+            self.base.with_suffix(".json").is_file(),
+            f"--base {self.base} is no base of ours with its .json",
+        )
         require(self.data.is_file(), f"--data {self.data} does not exist")
         least = min(self.max_steps, self.batch_size, self.val_tokens, self.jobs)
         require(least >= 1, "--max_steps, --batch_size, --val_tokens and --jobs begin at 1")
 
     def settings(self) -> dict:
-        """What the figures depend on. Raises ``UserError`` for a base or data that cannot be read."""
+        """What the figures depend on. Raises ``UserError`` for a base or data that cannot be
+        read.
+        """
         from model.weights import read_record
 
         found = {"base": read_record(self.base)["fingerprint"], "data": sha256_file(self.data)}
-        return found | {name: getattr(self, name) for name in ("max_steps", "batch_size", "val_tokens")}
+        return found | {
+            name: getattr(self, name) for name in ("max_steps", "batch_size", "val_tokens")
+        }
 
-    def train(self, name: str, flags: list, base: Path | None = None, jobs: int | None = None) -> str:
-        """Train the skill ``name`` into ``out_dir``, on another ``base`` if given; returns what was printed."""
+    def train(
+        self, name: str, flags: list, base: Path | None = None, jobs: int | None = None
+    ) -> str:
+        """Train the skill ``name`` into ``out_dir``, on another ``base`` if given; returns what was
+        printed.
+        """
         command = [
             "--base",
             base or self.base,
@@ -56,8 +71,17 @@ class SkillStudy:
             "--lora_name",
             name,
         ]
-        command += ["--max_steps", self.max_steps, "--batch_size", self.batch_size, "--val_tokens", self.val_tokens]
-        return said_by("train_lora.py", [*command, "--device", "cpu", *flags], name, jobs or self.jobs)
+        command += [
+            "--max_steps",
+            self.max_steps,
+            "--batch_size",
+            self.batch_size,
+            "--val_tokens",
+            self.val_tokens,
+        ]
+        return said_by(
+            "train_lora.py", [*command, "--device", "cpu", *flags], name, jobs or self.jobs
+        )
 
 
 class Runs:
@@ -75,7 +99,9 @@ class Runs:
             origins.append(origin)
 
     def get(self, key: str, make: Callable[[], dict]) -> dict:
-        """The figures of the run ``key``, from the file or from ``make``. Threads may call it at once."""
+        """The figures of the run ``key``, from the file or from ``make``. Threads may call it at
+        once.
+        """
         if key not in self.made:
             figures = make()
             with self.lock:
@@ -86,7 +112,9 @@ class Runs:
 
 
 def at_once(jobs: int, work: Callable, items: Iterable) -> None:
-    """``work`` on each of ``items``, ``jobs`` at a time; the first failure is raised when those under way are done."""
+    """``work`` on each of ``items``, ``jobs`` at a time; the first failure is raised when those
+    under way are done.
+    """
     pool = ThreadPoolExecutor(jobs)
     try:
         for _ in pool.map(work, items):
@@ -115,19 +143,29 @@ def said_by(script: str, flags: list, called: str, jobs: int = 1) -> str:
 
 
 def costs(methods: Iterable[str], rounds: int, dry_run: Callable[[str], str]) -> dict[str, dict]:
-    """Tokens a second and peak memory in MB of each method, measured in turn, one at a time; what it trains, and
-    bits a parameter where it quantises.
+    """Tokens a second and peak memory in MB of each method, measured in turn, one at a time; what
+    it trains, and bits a parameter where it quantises.
 
     ``dry_run`` gives what the training script prints for a method with ``--dry_run``.
     """
-    found = {method: {"trainable": 0, "tokens_per_second": [], "peak_memory_mb": []} for method in methods}
+    found = {
+        method: {"trainable": 0, "tokens_per_second": [], "peak_memory_mb": []}
+        for method in methods
+    }
     for _ in range(rounds):
         for method, figures in found.items():
             said = dry_run(method)
-            speed, memory = re.search(r"([\d,]+) tokens/s \(.*peak memory ([\d,]+) MB", said).groups()
+            speed, memory = re.search(
+                r"([\d,]+) tokens/s \(.*peak memory ([\d,]+) MB", said
+            ).groups()
             figures["trainable"] = number(re.search(r"training ([\d,]+) of", said)[1])
-            if bits := re.search(r"NF4: ([\d.]+) bits a parameter there, ([\d.]+) in the whole base", said):
-                figures |= {"bits_per_parameter": float(bits[1]), "bits_of_the_whole_base": float(bits[2])}
+            if bits := re.search(
+                r"NF4: ([\d.]+) bits a parameter there, ([\d.]+) in the whole base", said
+            ):
+                figures |= {
+                    "bits_per_parameter": float(bits[1]),
+                    "bits_of_the_whole_base": float(bits[2]),
+                }
             figures["tokens_per_second"].append(number(speed))
             figures["peak_memory_mb"].append(number(memory))
     return found

@@ -1,9 +1,12 @@
-"""Which rate, batch, schedule, warm-up, betas and optimizer pretraining wants: the measurement behind its defaults.
+"""Which rate, batch, schedule, warm-up, betas and optimizer pretraining wants: the measurement
+behind its defaults.
 
-    python benchmarks/sweep_recipe.py --data_path my_texts.jsonl --result benchmarks/results/sweep_recipe.json
+    python benchmarks/sweep_recipe.py --data_path my_texts.jsonl --result
+    benchmarks/results/sweep_recipe.json
 
-One setting is varied at a time, in the order of ``STAGES``, and its best value is kept for the next. Every run sees the
-same number of tokens. Finished runs are read back from the result file, so the sweep can be stopped and gone on with.
+One setting is varied at a time, in the order of ``STAGES``, and its best value is kept for the
+next. Every run sees the same number of tokens. Finished runs are read back from the result file, so
+the sweep can be stopped and gone on with.
 """
 
 import json
@@ -21,9 +24,19 @@ from core.errors import run
 from core.options import option, parse, require
 from core.paths import bundled_data
 
-MUON = [(1, 1e-3), (2, 1e-3), (2, 2e-3), (4, 1e-3), (4, 2e-3), (4, 4e-3), (8, 2e-3), (8, 4e-3)]  # rows, rate
+MUON = [
+    (1, 1e-3),
+    (2, 1e-3),
+    (2, 2e-3),
+    (4, 1e-3),
+    (4, 2e-3),
+    (4, 4e-3),
+    (8, 2e-3),
+    (8, 4e-3),
+]  # rows, rate
 SCHEDULES = ("cosine to 10 %", "linear to zero", "warm-up, stable, decay")
-# What is varied, stage by stage. A rate belongs to a batch, and Muon, whose step costs more, to a larger one.
+# What is varied, stage by stage. A rate belongs to a batch, and Muon, whose step costs more, to a
+# larger one.
 STAGES = {
     "batch and rate": [
         *({"rows": 1, "rate": rate} for rate in (5e-4, 1e-3, 2e-3)),
@@ -45,9 +58,13 @@ START = {"schedule": "cosine to 10 %", "warmup": 0.03, "betas": (0.9, 0.95), "op
 
 @dataclass
 class Options:
-    """Pretrain the same model on the same tokens under many settings and report each one's held-out loss."""
+    """Pretrain the same model on the same tokens under many settings and report each one's held-out
+    loss.
+    """
 
-    data_path: tuple[Path, ...] = option((bundled_data("pretrain_mini.jsonl"),), "pretraining files")
+    data_path: tuple[Path, ...] = option(
+        (bundled_data("pretrain_mini.jsonl"),), "pretraining files"
+    )
     out_dir: Path = option(Path("out/sweep_recipe"), "folder for the runs and their token cache")
     tokens: int = option(400_000, "tokens that every run trains on")
     dim: int = option(512, "width of the model")
@@ -55,11 +72,18 @@ class Options:
     max_seq_len: int = option(512, "tokens of a window")
     val_tokens: int = option(65_536, "held-out tokens that every run is judged by")
     dtype: str = option("auto", "autocast type")
-    result: Path = option(Path("out/sweep_recipe/result.json"), "JSON file of figures, also read to go on")
+    result: Path = option(
+        Path("out/sweep_recipe/result.json"), "JSON file of figures, also read to go on"
+    )
 
     def __post_init__(self):
-        most = max(setting.get("rows", 1) for stage in STAGES.values() for setting in stage) * self.max_seq_len
-        require(self.tokens >= most, f"--tokens {self.tokens} must be at least {most}, the largest step")
+        most = (
+            max(setting.get("rows", 1) for stage in STAGES.values() for setting in stage)
+            * self.max_seq_len
+        )
+        require(
+            self.tokens >= most, f"--tokens {self.tokens} must be at least {most}, the largest step"
+        )
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -67,10 +91,17 @@ def main(argv: list[str] | None = None) -> dict:
     from benchmarks.result_file import measured_on, read_results, write_results
 
     done, best = read_results(options.result), START
-    same = {"tokens": options.tokens, "data": [path.name for path in options.data_path], "dtype": options.dtype}
+    same = {
+        "tokens": options.tokens,
+        "data": [path.name for path in options.data_path],
+        "dtype": options.dtype,
+    }
     for name, value in same.items():
         was = done.get(name, value)
-        require(was == value, f"{options.result} was measured with {name} {was}, not {value}; name another --result")
+        require(
+            was == value,
+            f"{options.result} was measured with {name} {was}, not {value}; name another --result",
+        )
     rows = done.get("rows", [])
     for stage, changes in STAGES.items():
         tried = []
@@ -95,14 +126,25 @@ def train_once(setting: dict, options: Options) -> dict:
 
     rows = setting["rows"]
     steps = options.tokens // (rows * options.max_seq_len)
-    flags = {"batch_size": rows, "learning_rate": setting["rate"], "max_steps": steps, "epochs": 1000}
-    flags |= {"warmup_iters": max(1, round(setting["warmup"] * steps)), "log_interval": 50, "save_interval": 10**9}
+    flags = {
+        "batch_size": rows,
+        "learning_rate": setting["rate"],
+        "max_steps": steps,
+        "epochs": 1000,
+    }
+    flags |= {
+        "warmup_iters": max(1, round(setting["warmup"] * steps)),
+        "log_interval": 50,
+        "save_interval": 10**9,
+    }
     flags["optimizer"] = setting["optimizer"].lower()
     for name in ("dim", "n_layers", "max_seq_len", "val_tokens", "dtype", "out_dir"):
         flags[name] = getattr(options, name)
     argv = ["--data_path", *map(str, options.data_path)]
     with recipe(setting):
-        path = train_pretrain.main(argv + [word for name, value in flags.items() for word in (f"--{name}", str(value))])
+        path = train_pretrain.main(
+            argv + [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        )
     lines = metrics_path(options.out_dir, path.stem).read_text(encoding="utf-8").splitlines()
     summary = json.loads(lines[-1])["summary"]
     return {"val_loss": round(summary["final"]["loss"], 4), "seconds": round(summary["seconds"], 1)}

@@ -1,8 +1,10 @@
-"""What each technique of the training step is worth: those in use, taken away, and those left out, put in.
+"""What each technique of the training step is worth: those in use, taken away, and those left out,
+put in.
 
     python benchmarks/techniques.py --result benchmarks/results/techniques.json
 
-Each variant has a process of its own, in which its steps and ours take turns: a noisy machine is noisy for both.
+Each variant has a process of its own, in which its steps and ours take turns: a noisy machine is
+noisy for both.
 """
 
 import ctypes
@@ -21,7 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from core.errors import run
 from core.options import option, parse, require
 
-GLIBC = {-3: 32 << 20, -1: 64 << 20}  # the mmap and trim thresholds that it comes to by itself, by mallopt's numbers
+GLIBC = {
+    -3: 32 << 20,
+    -1: 64 << 20,
+}  # the mmap and trim thresholds that it comes to by itself, by mallopt's numbers
 VARIANTS = {
     "autograd kernels": "in use, taken away: hand-written gradients of RMSNorm, SwiGLU and the head's loss",
     "real rotary pairs": "in use, taken away: rotary positions as one complex product",
@@ -46,7 +51,8 @@ class Options:
     """Time an optimizer step of pretraining under each variant, beside ours."""
 
     variant: str = option(
-        "", "run this one in this process and print the seconds of each step, ours first (used by the command itself)"
+        "",
+        "run this one in this process and print the seconds of each step, ours first (used by the command itself)",
     )
     only: tuple[str, ...] = option(tuple(VARIANTS), "variants to compare with ours")
     steps: int = option(9, "timed steps of each side")
@@ -60,7 +66,9 @@ class Options:
         for name in ("steps", "rows"):
             require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)} must be at least 1")
         for variant in (*self.only, *([self.variant] if self.variant else [])):
-            require(variant in VARIANTS, f"{variant!r} is no variant; there are {', '.join(VARIANTS)}")
+            require(
+                variant in VARIANTS, f"{variant!r} is no variant; there are {', '.join(VARIANTS)}"
+            )
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -80,7 +88,9 @@ def main(argv: list[str] | None = None) -> dict:
             f"{figures['median']:.3f}  ({figures['min']:.3f} .. {figures['max']:.3f})  {variant}: {VARIANTS[variant]}",
             flush=True,
         )
-    shape = {name: getattr(options, name) for name in ("steps", "rows", "max_seq_len", "dim", "n_layers")}
+    shape = {
+        name: getattr(options, name) for name in ("steps", "rows", "max_seq_len", "dim", "n_layers")
+    }
     figures = {**shape, "variants": rows, **measured_on(("torch",))}
     write_results(options.result, figures)
     return figures
@@ -102,7 +112,12 @@ def step_seconds(options: Options) -> list[list[float]]:
     ours, theirs = Trained("", options), Trained(options.variant, options)
     for side in (ours, theirs):
         side.step()  # allocates or compiles
-    return [list(column) for column in zip(*((ours.step(), theirs.step()) for _ in range(options.steps)), strict=True)]
+    return [
+        list(column)
+        for column in zip(
+            *((ours.step(), theirs.step()) for _ in range(options.steps)), strict=True
+        )
+    ]
 
 
 class Trained:
@@ -120,13 +135,20 @@ class Trained:
         self.variant = variant
         self.model = MiniMindLM(LMConfig(dim=options.dim, n_layers=options.n_layers)).train()
         ids = torch.randint(3, self.model.config.vocab_size, (options.rows, options.max_seq_len))
-        rows = options.rows if variant == "one large pass" else max(1, MICRO_TOKENS // options.max_seq_len)
+        rows = (
+            options.rows
+            if variant == "one large pass"
+            else max(1, MICRO_TOKENS // options.max_seq_len)
+        )
         self.passes = [
-            Batch({"input_ids": part}, part, part[:, 1:].numel(), 0, part.numel()) for part in ids.split(rows)
+            Batch({"input_ids": part}, part, part[:, 1:].numel(), 0, part.numel())
+            for part in ids.split(rows)
         ]
         groups = param_groups(self.model, 0.1, "muon" if "Muon" in variant else "adamw")
         if variant == "optimizer not fused":
-            self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=1e-4, fused=False)
+            self.optimizer = torch.optim.AdamW(
+                [group for group in groups if group["params"]], lr=1e-4, fused=False
+            )
         else:
             self.optimizer = MuonAdamW(groups, 1e-4)
         if variant == "compiled":
@@ -139,7 +161,9 @@ class Trained:
         from model.loss import loss_sum
 
         targets = sum(batch.n_targets for batch in self.passes)
-        autocast = torch.autocast("cpu", torch.bfloat16) if self.variant == "bfloat16" else nullcontext()
+        autocast = (
+            torch.autocast("cpu", torch.bfloat16) if self.variant == "bfloat16" else nullcontext()
+        )
         with changed(self.variant):
             began = time.perf_counter()
             for batch in self.passes:
@@ -153,9 +177,11 @@ class Trained:
 
 
 def blocked_attention(q, k, v, is_causal: bool, **settings):
-    """Causal attention of (B, heads, T, head_dim) by large matrix products, which run faster than those of the kernel.
+    """Causal attention of (B, heads, T, head_dim) by large matrix products, which run faster than
+    those of the kernel.
 
-    The queries of one key head are one matrix; each block of queries meets the keys up to its own end.
+    The queries of one key head are one matrix; each block of queries meets the keys up to its own
+    end.
     """
     import torch
 
@@ -168,7 +194,9 @@ def blocked_attention(q, k, v, is_causal: bool, **settings):
                 scores = masked(q[:, :, start:end], k[:, :end])
                 most = scores.amax(-1, keepdim=True)
                 total = scores.sub_(most).exp_().sum(-1, keepdim=True)
-                out[:, :, start:end] = torch.bmm(scores, v[:, :end]).div_(total).view(-1, groups, end - start, width)
+                out[:, :, start:end] = (
+                    torch.bmm(scores, v[:, :end]).div_(total).view(-1, groups, end - start, width)
+                )
                 norms.append(most.add_(total.log_()))
             ctx.save_for_backward(q, k, v, out, *norms)
             return out
@@ -182,7 +210,11 @@ def blocked_attention(q, k, v, is_causal: bool, **settings):
                 part = q[:, :, start:end]
                 rows, slope = (x[:, :, start:end].flatten(1, 2) for x in (q, grad))
                 weights = masked(part, k[:, :end]).sub_(norm).exp_()
-                change = torch.bmm(slope, v[:, :end].mT).sub_(mean[:, :, start:end].flatten(1, 2)).mul_(weights)
+                change = (
+                    torch.bmm(slope, v[:, :end].mT)
+                    .sub_(mean[:, :, start:end].flatten(1, 2))
+                    .mul_(weights)
+                )
                 grad_v[:, :end] += torch.bmm(weights.mT, slope)
                 grad_k[:, :end] += torch.bmm(change.mT, rows)
                 grad_q[:, :, start:end] = torch.bmm(change, k[:, :end]).view_as(part)
@@ -251,7 +283,10 @@ def changed(variant: str) -> Iterator[None]:
         "real rotary pairs": {"rotate": real_rotate},
         "repeated keys and values": {"F.scaled_dot_product_attention": repeated},
         "attention by blocks": {"F.scaled_dot_product_attention": blocked_attention},
-        "fused projections": {"FeedForward.forward": fused_feed_forward, "Attention.forward": fused_attention},
+        "fused projections": {
+            "FeedForward.forward": fused_feed_forward,
+            "Attention.forward": fused_attention,
+        },
     }
     with ExitStack() as stack:
         if variant == "allocator keeps memory":

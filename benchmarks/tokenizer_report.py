@@ -1,4 +1,5 @@
-"""Characters per token of the shipped tokenizer beside MiniMind's own 6,400 vocabulary, and exact round trips.
+"""Characters per token of the shipped tokenizer beside MiniMind's own 6,400 vocabulary, and exact
+round trips.
 
 python benchmarks/tokenizer_report.py --data_path FILE [FILE ...] --minimind CHECKOUT
 """
@@ -19,12 +20,17 @@ RESULTS = REPOSITORY / "benchmarks" / "results" / "tokenizer.json"
 
 @dataclass
 class Options:
-    """Compare two tokenizers on the texts that scripts/train_tokenizer.py held out, and check their round trips."""
+    """Compare two tokenizers on the texts that scripts/train_tokenizer.py held out, and check their
+    round trips.
+    """
 
     data_path: tuple[Path, ...] = option(
-        (bundled_data("pretrain_mini.jsonl"), bundled_data("sft_mini.jsonl")), "data files: pretraining or chat rows"
+        (bundled_data("pretrain_mini.jsonl"), bundled_data("sft_mini.jsonl")),
+        "data files: pretraining or chat rows",
     )
-    minimind: Path = option(Path("minimind"), "checkout of MiniMind, with model/minimind_tokenizer/tokenizer.json")
+    minimind: Path = option(
+        Path("minimind"), "checkout of MiniMind, with model/minimind_tokenizer/tokenizer.json"
+    )
     results: Path = option(RESULTS, "file to write")
 
 
@@ -54,7 +60,9 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def load(folder: Path):
-    """The bare BPE, without control tokens: text alone is compared, as each tokenizer's vocabulary spells it."""
+    """The bare BPE, without control tokens: text alone is compared, as each tokenizer's vocabulary
+    spells it.
+    """
     from tokenizers import Tokenizer
 
     from core.errors import UserError
@@ -68,7 +76,9 @@ def load(folder: Path):
 
 
 def measure(tokenizer, texts: list[str]) -> dict:
-    """Tokens of all texts, characters and UTF-8 bytes per token, and how many texts do not come back exactly."""
+    """Tokens of all texts, characters and UTF-8 bytes per token, and how many texts do not come
+    back exactly.
+    """
     encoded = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
     tokens = sum(map(len, encoded))
     back = tokenizer.decode_batch(encoded, skip_special_tokens=False)
@@ -81,12 +91,17 @@ def measure(tokenizer, texts: list[str]) -> dict:
 
 
 def table(files: dict) -> str:
-    lines = ["| file | held-out rows | ours | MiniMind's | ours / MiniMind's | round trips: ours, MiniMind's |"]
+    lines = [
+        "| file | held-out rows | ours | MiniMind's | ours / MiniMind's | round trips: ours, MiniMind's |"
+    ]
     lines.append("|---|---:|---:|---:|---:|---|")
     for name, figures in files.items():
         ours, theirs = figures["ours"], figures["minimind"]
         left, right = ours["characters_per_token"], theirs["characters_per_token"]
-        exact = [f"{figures['rows'] - one['not_round_trip']} of {figures['rows']}" for one in (ours, theirs)]
+        exact = [
+            f"{figures['rows'] - one['not_round_trip']} of {figures['rows']}"
+            for one in (ours, theirs)
+        ]
         lines.append(
             f"| {name} | {figures['rows']} | {left:.3f} | {right:.3f} | {left / right:.2f} | {', '.join(exact)} |"
         )

@@ -1,9 +1,11 @@
-"""Kill a training run wherever it hurts, damage what it saved, and see whether it still ends as if nothing had been.
+"""Kill a training run wherever it hurts, damage what it saved, and see whether it still ends as if
+nothing had been.
 
     python benchmarks/torture.py [--quick] [--result FILE]
 
-Every run is a real front door in a process of its own, on one thread, with a very small model. What counts as equal:
-the bytes of the weights and of their record, and every logged number but the clock's. Exit code 1 when one differs.
+Every run is a real front door in a process of its own, on one thread, with a very small model. What
+counts as equal: the bytes of the weights and of their record, and every logged number but the
+clock's. Exit code 1 when one differs.
 """
 
 import contextlib
@@ -41,7 +43,9 @@ from core.errors import UserError, run
 from core.options import option, parse, require
 from core.paths import bundled_data, checkpoints_dir
 
-POINT_STEPS = 6  # of the runs that are killed at each call: enough for a save that deletes an older state
+POINT_STEPS = (
+    6  # of the runs that are killed at each call: enough for a save that deletes an older state
+)
 
 
 @dataclass
@@ -84,12 +88,16 @@ class Campaign:
     def resumes(self, out: Path, steps: int, expected: list, what: str) -> bool:
         """Does the run in ``out`` go on to the same end?"""
         end = forked(argv(out, self.data, steps, "--resume"))
-        if not self.check(end.code == 0, f"{what}: resume ended with {end.code}: {''.join(end.lines[-3:])}"):
+        if not self.check(
+            end.code == 0, f"{what}: resume ended with {end.code}: {''.join(end.lines[-3:])}"
+        ):
             return False
         return self.check(left_in(out) == expected, f"{what}: another end")
 
     def at_random(self, signum: int, count: int, expected: list, seconds: float) -> dict:
-        """Send ``signum`` at ``count`` random times within a run whose steps take ``seconds``; resume each."""
+        """Send ``signum`` at ``count`` random times within a run whose steps take ``seconds``;
+        resume each.
+        """
         good, lost, slowest = 0, [], 0.0
         while len(lost) < count:
             what, out = f"{signal.Signals(signum).name} {len(lost) + 1}", self.out("cut")
@@ -101,13 +109,20 @@ class Campaign:
             if signum == signal.SIGTERM and end.step == STEPS and end.code == -signum:
                 continue  # it came after the last step, when nothing was left to save
             lost.append(end.step - saved_step(out))
-            fine = self.check(end.code == wanted, f"{what}: exit code {end.code}: {''.join(end.lines[-3:])}")
+            fine = self.check(
+                end.code == wanted, f"{what}: exit code {end.code}: {''.join(end.lines[-3:])}"
+            )
             allowed = INTERVAL if signum == signal.SIGKILL else 0
             fine &= self.check(0 <= lost[-1] <= allowed, f"{what}: {lost[-1]} steps lost")
             good += fine & self.resumes(out, STEPS, expected, f"{what} after {after:.2f} s")
             slowest = max(slowest, end.stopping)
         steps_lost = {str(steps): times for steps, times in sorted(Counter(lost).items())}
-        return {"runs": count, "equal": good, "steps_lost": steps_lost, "slowest_stop_seconds": round(slowest, 2)}
+        return {
+            "runs": count,
+            "equal": good,
+            "steps_lost": steps_lost,
+            "slowest_stop_seconds": round(slowest, 2),
+        }
 
     def at_every_call(self, every: int) -> dict:
         """Kill the process at each call to the system that its saves make, before the call."""
@@ -118,10 +133,17 @@ class Campaign:
         expected, calls = left_in(out), json.loads(listing.read_text(encoding="utf-8"))
         good = 0
         points = list(islice(enumerate(calls), self.rng.randrange(every), None, every))
-        for number, call in [*points, *((number, "half of state.safetensors") for number in range(1, 4))]:
+        for number, call in [
+            *points,
+            *((number, "half of state.safetensors") for number in range(1, 4)),
+        ]:
             what, out = f"kill at call {number}, {call}", self.out("cut")
             half = call.startswith("half")
-            prepare = (lambda: kill_in_half(number)) if half else (lambda: watch_calls(out, kill_at=number))  # noqa: B023
+            prepare = (
+                (lambda: kill_in_half(number))
+                if half
+                else (lambda: watch_calls(out, kill_at=number))
+            )  # noqa: B023
             end = forked(argv(out, self.data, POINT_STEPS), prepare)
             lost = end.step - saved_step(out)
             fine = self.check(end.code == -signal.SIGKILL, f"{what}: exit code {end.code}")
@@ -142,12 +164,16 @@ class Campaign:
                 path = files[number % len(files)]
                 good = path.read_bytes()
                 at = self.rng.randrange(len(good))
-                flipped = good[:at] + bytes([good[at] ^ 1 << self.rng.randrange(8)]) + good[at + 1 :]
+                flipped = (
+                    good[:at] + bytes([good[at] ^ 1 << self.rng.randrange(8)]) + good[at + 1 :]
+                )
                 for kind, bad in (("truncation", good[:at]), ("flipped bit", flipped)):
                     path.write_bytes(bad)
                     step = saved_step(out)
                     found["silent" if step == STEPS else "fell back to the state before"] += 1
-                    self.check(step == STEPS - INTERVAL, f"{kind} of {path.name} at {at}: step {step}")
+                    self.check(
+                        step == STEPS - INTERVAL, f"{kind} of {path.name} at {at}: step {step}"
+                    )
                 path.write_bytes(good)
             for state in (newest, newest.with_name(f"step-{STEPS - INTERVAL}")):
                 (state / files[0].name).write_bytes(b"")
@@ -166,21 +192,31 @@ class Campaign:
         expected, good, ends = left_in(whole), 0, Counter()
         while ends.total() < count:
             out, number = self.out("cut-2"), ends.total()
-            end = torchrun(argv(out, self.data, STEPS), disturb_after=self.rng.uniform(0, undisturbed.seconds))
+            end = torchrun(
+                argv(out, self.data, STEPS), disturb_after=self.rng.uniform(0, undisturbed.seconds)
+            )
             if end.code == 0 or end.step == STEPS:
                 continue  # the run was faster
             said = sum("stopped by SIGTERM" in line for line in end.lines)
             ends["stopped once" if said == 1 else f"said {said} times"] += 1
             what = f"SIGTERM to torchrun {number + 1}"
-            fine = self.check(said == 1 and end.step == saved_step(out), f"{what}: said {said} times, step {end.step}")
+            fine = self.check(
+                said == 1 and end.step == saved_step(out),
+                f"{what}: said {said} times, step {end.step}",
+            )
             again = torchrun(argv(out, self.data, STEPS, "--resume"))
-            good += fine & self.check(again.code == 0 and left_in(out) == expected, f"{what}: another end")
+            good += fine & self.check(
+                again.code == 0 and left_in(out) == expected, f"{what}: another end"
+            )
         return {"runs": count, "equal": good, "ends": dict(ends)}
 
 
 @contextlib.contextmanager
 def small_data() -> Iterator[tuple[Path, Path]]:
-    with tempfile.TemporaryDirectory() as folder, bundled_data("pretrain_mini.jsonl").open(encoding="utf-8") as file:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        bundled_data("pretrain_mini.jsonl").open(encoding="utf-8") as file,
+    ):
         data = Path(folder) / "texts.jsonl"
         data.write_text("".join(islice(file, 60)), encoding="utf-8")
         yield Path(folder), data
@@ -201,7 +237,9 @@ def main(argv_: list[str] | None = None) -> None:
         campaign = Campaign(folder, data, options.seed)
         whole = campaign.out("whole")
         undisturbed = forked(argv(whole, data, STEPS))
-        require(undisturbed.code == 0, f"the undisturbed run failed: {''.join(undisturbed.lines[-5:])}")
+        require(
+            undisturbed.code == 0, f"the undisturbed run failed: {''.join(undisturbed.lines[-5:])}"
+        )
         expected = left_in(whole)
         figures = {}
         at_random = partial(campaign.at_random, expected=expected, seconds=undisturbed.seconds)
@@ -210,7 +248,9 @@ def main(argv_: list[str] | None = None) -> None:
             "sigkill at the calls of a save": lambda: campaign.at_every_call(options.every),
             "damaged states": lambda: campaign.damage(whole, options.damages),
             "sigterm, one process": lambda: at_random(signal.SIGTERM, options.terms),
-            "sigterm, two processes": lambda: campaign.two_processes(options.terms_2) if options.terms_2 else {},
+            "sigterm, two processes": lambda: (
+                campaign.two_processes(options.terms_2) if options.terms_2 else {}
+            ),
         }.items():
             figures[name] = work()
             print(f"{name}: {figures[name]} ({time.monotonic() - began:.0f} s)", flush=True)

@@ -1,4 +1,6 @@
-"""Small training runs in processes of their own, that can be killed: at a time, or at a call to the system."""
+"""Small training runs in processes of their own, that can be killed: at a time, or at a call to the
+system.
+"""
 
 import io
 import json
@@ -20,7 +22,14 @@ from core.paths import REPOSITORY, base_path, checkpoints_dir, metrics_path
 STEPS, INTERVAL = 40, 2
 RUN = "pretrain_64"
 CLOCK = {"seconds", "seconds_left", "tokens_per_second", "matmul_share", "peak_memory_mb"}
-CALLS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"}  # audit events; fsync has none
+CALLS = {
+    "open",
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.chmod",
+}  # audit events; fsync has none
 
 
 @dataclass
@@ -38,12 +47,34 @@ class Outcome:
     @property
     def step(self) -> int:
         """The last step that it reported."""
-        return max((int(line[5:].partition("/")[0]) for line in self.lines if _is_step(line)), default=0)
+        return max(
+            (int(line[5:].partition("/")[0]) for line in self.lines if _is_step(line)), default=0
+        )
 
 
 def argv(out: Path, data: Path, steps: int, *words: str) -> list[str]:
-    shape = ["--dim", "64", "--n_layers", "2", "--n_heads", "4", "--dropout", "0.1", "--max_seq_len", "64"]
-    pace = ["--batch_size", "4", "--max_steps", str(steps), "--save_interval", str(INTERVAL), "--log_interval", "1"]
+    shape = [
+        "--dim",
+        "64",
+        "--n_layers",
+        "2",
+        "--n_heads",
+        "4",
+        "--dropout",
+        "0.1",
+        "--max_seq_len",
+        "64",
+    ]
+    pace = [
+        "--batch_size",
+        "4",
+        "--max_steps",
+        str(steps),
+        "--save_interval",
+        str(INTERVAL),
+        "--log_interval",
+        "1",
+    ]
     where = [
         "--out_dir",
         str(out),
@@ -60,7 +91,9 @@ def argv(out: Path, data: Path, steps: int, *words: str) -> list[str]:
 
 
 def forked(
-    words: list[str], prepare: Callable[[], None] = lambda: None, disturb: tuple[float, int] | None = None
+    words: list[str],
+    prepare: Callable[[], None] = lambda: None,
+    disturb: tuple[float, int] | None = None,
 ) -> Outcome:
     """Run the pretraining door in a fork of this process, which has imported everything already.
 
@@ -87,13 +120,19 @@ def forked(
             os._exit(code)
     os.close(writing)
     with os.fdopen(reading, encoding="utf-8", errors="replace") as output:
-        lines, began, sent = _follow(output, disturb[0] if disturb else None, lambda: os.kill(child, disturb[1]))
+        lines, began, sent = _follow(
+            output, disturb[0] if disturb else None, lambda: os.kill(child, disturb[1])
+        )
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return Outcome(code, lines, time.monotonic() - began, time.monotonic() - sent)
 
 
-def _follow(output: TextIO, after: float | None, disturb: Callable[[], None]) -> tuple[list[str], float, float]:
-    """All lines of ``output``, the time of the first step, and that at which ``disturb`` was called: ``after`` it."""
+def _follow(
+    output: TextIO, after: float | None, disturb: Callable[[], None]
+) -> tuple[list[str], float, float]:
+    """All lines of ``output``, the time of the first step, and that at which ``disturb`` was
+    called: ``after`` it.
+    """
     lines, began = [], 0.0
     sent = began
     for line in output:
@@ -109,19 +148,30 @@ def _follow(output: TextIO, after: float | None, disturb: Callable[[], None]) ->
 
 def torchrun(words: list[str], disturb_after: float | None = None) -> Outcome:
     """The same in two processes that torchrun starts; SIGTERM goes to torchrun."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     command = [*launcher, str(REPOSITORY / "train_pretrain.py"), *words]
     settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "encoding": "utf-8"}
     with subprocess.Popen(command, env=settings, **pipes) as child:
-        lines, began, sent = _follow(child.stdout, disturb_after, lambda: child.send_signal(signal.SIGTERM))
+        lines, began, sent = _follow(
+            child.stdout, disturb_after, lambda: child.send_signal(signal.SIGTERM)
+        )
     return Outcome(child.returncode, lines, time.monotonic() - began, time.monotonic() - sent)
 
 
 def left_in(out: Path) -> list:
     """What a run leaves, but for the clock."""
     weights = base_path(out, "pretrain", 64)
-    records = [json.loads(line) for line in metrics_path(out, RUN).read_text(encoding="utf-8").splitlines()]
+    records = [
+        json.loads(line) for line in metrics_path(out, RUN).read_text(encoding="utf-8").splitlines()
+    ]
     records[-1].update(records[-1].pop("summary"))
     losses = [record["loss"].hex() for record in records[:-1] if "loss" in record]
     rest = [{key: value for key, value in record.items() if key not in CLOCK} for record in records]
@@ -137,7 +187,9 @@ def saved_step(out: Path) -> int:
 
 
 def watch_calls(out: Path, kill_at: int | None = None, listing: Path | None = None) -> None:
-    """Count the calls that change something in ``out``; die before number ``kill_at``, or list them at the end."""
+    """Count the calls that change something in ``out``; die before number ``kill_at``, or list them
+    at the end.
+    """
     calls: list[str] = []
 
     def note(call: str) -> None:
@@ -151,7 +203,9 @@ def watch_calls(out: Path, kill_at: int | None = None, listing: Path | None = No
         if event not in CALLS:
             return
         path = str(arguments[0])
-        if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+        if event == "open" and not (
+            isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        ):
             return
         inside = str(out) in path and "cache" not in path and "png" not in path
         if inside or event in ("os.remove", "os.rmdir"):  # these may be relative to an open folder

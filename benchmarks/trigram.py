@@ -1,4 +1,5 @@
-"""What counting alone achieves: a token trigram on the very windows a pretraining run saw and was validated on.
+"""What counting alone achieves: a token trigram on the very windows a pretraining run saw and was
+validated on.
 
 python benchmarks/trigram.py --data_path a.jsonl --steps 500 --batch_size 4   (the run's own flags)
 """
@@ -21,9 +22,13 @@ ADDED = 0.1  # to each unigram count, so that no token is impossible
 
 @dataclass
 class Options:
-    """Bits per byte of an interpolated token trigram, trained and scored on what train_pretrain.py would use."""
+    """Bits per byte of an interpolated token trigram, trained and scored on what train_pretrain.py
+    would use.
+    """
 
-    data_path: tuple[Path, ...] = option((bundled_data("pretrain_mini.jsonl"),), "pretraining files")
+    data_path: tuple[Path, ...] = option(
+        (bundled_data("pretrain_mini.jsonl"),), "pretraining files"
+    )
     out_dir: Path = option(Path("out"), "folder whose cache holds the tokenised data")
     tokenizer_path: Path = option(TOKENIZER_DIR, "tokenizer folder")
     max_seq_len: int = option(512, "tokens of a window")
@@ -67,7 +72,9 @@ def main(argv: list[str] | None = None) -> dict:
         labels = batch.labels.numpy()
         is_text = (labels != -100) & ~np.isin(labels, tokenizer.all_special_ids)
         for ids, wanted in zip(batch.inputs["input_ids"].numpy(), is_text, strict=True):
-            nats -= sum(math.log(model.probability(ids[:t], int(ids[t]))) for t in np.flatnonzero(wanted))
+            nats -= sum(
+                math.log(model.probability(ids[:t], int(ids[t]))) for t in np.flatnonzero(wanted)
+            )
         n_bytes += batch.n_bytes
     figures = {
         "training_tokens": int(sum(window.size for window in windows)),
@@ -81,7 +88,9 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 class Trigram:
-    """Trigram over bigram over unigram, interpolated by absolute discounting: probabilities sum to one."""
+    """Trigram over bigram over unigram, interpolated by absolute discounting: probabilities sum to
+    one.
+    """
 
     def __init__(self, windows: list, vocabulary: int):
         import numpy as np
@@ -89,9 +98,15 @@ class Trigram:
         self.vocabulary = vocabulary
         # n-grams as one integer each: sorted arrays of what occurred, and how often.
         unigrams = np.concatenate([window.ravel() for window in windows])
-        pairs = np.concatenate([(window[:, :-1] * vocabulary + window[:, 1:]).ravel() for window in windows])
+        pairs = np.concatenate(
+            [(window[:, :-1] * vocabulary + window[:, 1:]).ravel() for window in windows]
+        )
         triples = np.concatenate(
-            [((w[:, :-2] * vocabulary + w[:, 1:-1]) * vocabulary + w[:, 2:]).ravel() for w in windows if w.shape[1] > 2]
+            [
+                ((w[:, :-2] * vocabulary + w[:, 1:-1]) * vocabulary + w[:, 2:]).ravel()
+                for w in windows
+                if w.shape[1] > 2
+            ]
         )
         self.total = len(unigrams)
         self.tables = [np.unique(grams, return_counts=True) for grams in (unigrams, pairs, triples)]
@@ -122,7 +137,9 @@ class Trigram:
         import numpy as np
 
         grams, counts = self.tables[order]
-        start, end = np.searchsorted(grams, (prefix * self.vocabulary, (prefix + 1) * self.vocabulary))
+        start, end = np.searchsorted(
+            grams, (prefix * self.vocabulary, (prefix + 1) * self.vocabulary)
+        )
         return int(counts[start:end].sum()), int(end - start)
 
 

@@ -1,8 +1,9 @@
-"""The project's own Python environment, .venv: made, finished after an interruption, and used to run commands.
+"""The project's own Python environment, .venv: made, finished after an interruption, and used to
+run commands.
 
-Standard library only, and every line parses on any Python 3 (no f-strings, no annotations, nothing newer than 3.4),
-so that an old Python gets as far as saying what is wrong. What the user can cure ends the process with one sentence
-on stderr and exit code 2.
+Standard library only, and every line parses on any Python 3 (no f-strings, no annotations, nothing
+newer than 3.4), so that an old Python gets as far as saying what is wrong. What the user can cure
+ends the process with one sentence on stderr and exit code 2.
 """
 
 import contextlib
@@ -45,19 +46,26 @@ def run_main(main):
 def choose_python(requirement_files, arguments):
     """Return ``(python, the other arguments)``.
 
-    ``python`` is the made environment's, or with ``--use_this_python`` the running one, with its packages as they are.
+    ``python`` is the made environment's, or with ``--use_this_python`` the running one, with its
+    packages as they are.
     """
     others = [argument for argument in arguments if argument != "--use_this_python"]
     as_it_is = len(others) < len(arguments)
-    problem = host_problem(sys.version_info[:2], platform.python_implementation(), host_platform(), as_it_is)
+    problem = host_problem(
+        sys.version_info[:2], platform.python_implementation(), host_platform(), as_it_is
+    )
     if problem:
         stop(problem)
     return (sys.executable if as_it_is else ensure_environment(requirement_files)), others
 
 
 def host_problem(version, implementation, name, as_it_is=False):
-    """Why the code, or (unless ``as_it_is``) the pinned torch, cannot run here and what to do; "" when it can."""
-    wanted = "install a 64-bit Python %d.%d to %d.%d from python.org and start again with it" % (OLDEST + NEWEST)
+    """Why the code, or (unless ``as_it_is``) the pinned torch, cannot run here and what to do; ""
+    when it can.
+    """
+    wanted = "install a 64-bit Python %d.%d to %d.%d from python.org and start again with it" % (
+        OLDEST + NEWEST
+    )
     if version < OLDEST or (version > NEWEST and not as_it_is):
         return "Python %d.%d is not supported: %s" % (version + (wanted,))
     if as_it_is or (name in PLATFORMS and implementation == "CPython"):
@@ -72,10 +80,16 @@ def host_problem(version, implementation, name, as_it_is=False):
 
 
 def host_platform():
-    """``linux-x86_64``, ``macosx-arm64``, ``win-amd64``, ...; what torch has no build for is added, as in ``-musl``."""
+    """``linux-x86_64``, ``macosx-arm64``, ``win-amd64``, ...; what torch has no build for is added,
+    as in ``-musl``.
+    """
     name = sysconfig.get_platform()
-    if name.startswith("macosx"):  # Python names the system and processors it was built for, not those it runs on
-        is_old = int((platform.mac_ver()[0] or "0").split(".")[0]) < 14 and platform.machine() == "arm64"
+    if name.startswith(
+        "macosx"
+    ):  # Python names the system and processors it was built for, not those it runs on
+        is_old = (
+            int((platform.mac_ver()[0] or "0").split(".")[0]) < 14 and platform.machine() == "arm64"
+        )
         name = "macosx-" + platform.machine() + ("-before-14" if is_old else "")
     if "musl" in (sysconfig.get_config_var("SOABI") or ""):
         name += "-musl"
@@ -83,21 +97,29 @@ def host_platform():
 
 
 def ensure_environment(requirement_files, root=ROOT):
-    """Make ``root/.venv`` hold what the requirement files (names in ``root``) ask for; return its Python.
+    """Make ``root/.venv`` hold what the requirement files (names in ``root``) ask for; return its
+    Python.
 
-    The stamp, a JSON file in .venv, names the Python version and the SHA-256 of every installed requirement file. It is
-    removed before anything changes and written last: no stamp, or another one, means unfinished. An environment
-    whose Python runs is then finished by pip, any other is made anew. Runs at the same time wait for one another.
+    The stamp, a JSON file in .venv, names the Python version and the SHA-256 of every installed
+    requirement file. It is removed before anything changes and written last: no stamp, or another
+    one, means unfinished. An environment whose Python runs is then finished by pip, any other is
+    made anew. Runs at the same time wait for one another.
     """
     wanted = {}
     for name in requirement_files:
         with open(os.path.join(root, name), "rb") as file:
             wanted[name] = hashlib.sha256(file.read().replace(b"\r\n", b"\n")).hexdigest()
     folder = os.path.join(root, ".venv")
-    python = os.path.join(folder, "Scripts", "python.exe") if os.name == "nt" else os.path.join(folder, "bin", "python")
+    python = (
+        os.path.join(folder, "Scripts", "python.exe")
+        if os.name == "nt"
+        else os.path.join(folder, "bin", "python")
+    )
     if not _is_ready(folder, python, wanted):
         with _only_one(folder + ".lock"):
-            if not _is_ready(folder, python, wanted):  # another run may have finished it while this one waited
+            if not _is_ready(
+                folder, python, wanted
+            ):  # another run may have finished it while this one waited
                 _make(root, folder, python, wanted)
     return python
 
@@ -105,10 +127,14 @@ def ensure_environment(requirement_files, root=ROOT):
 def run(command, variables=None):
     """Run a command in the foreground; return its exit code, 128 + n when signal n ended it.
 
-    Ctrl-C and SIGTERM reach the child, which may still save its work: this waits for it. Ctrl-C then gives 130.
+    Ctrl-C and SIGTERM reach the child, which may still save its work: this waits for it. Ctrl-C
+    then gives 130.
     """
     environment = dict(os.environ, PYTHONUTF8="1", PIP_USER="0")
-    for name in ("PYTHONHOME", "PYTHONPATH"):  # they would mix another environment's packages into this one
+    for name in (
+        "PYTHONHOME",
+        "PYTHONPATH",
+    ):  # they would mix another environment's packages into this one
         environment.pop(name, None)
     environment.update(variables or {})
     sys.stdout.flush()
@@ -128,7 +154,10 @@ def run(command, variables=None):
 
 def _is_ready(folder, python, wanted):
     stamp = _read_stamp(folder)
-    return set(wanted.items()) <= set(stamp["files"].items()) and stamp["python"] == _version(python) is not None
+    return (
+        set(wanted.items()) <= set(stamp["files"].items())
+        and stamp["python"] == _version(python) is not None
+    )
 
 
 def _make(root, folder, python, wanted):
@@ -157,16 +186,23 @@ def _create(folder):
     except ImportError:
         stop(
             "this Python cannot make environments (no ensurepip or venv): on Debian or Ubuntu run "
-            "`sudo apt install python%d.%d-venv`, elsewhere install Python from python.org" % sys.version_info[:2]
+            "`sudo apt install python%d.%d-venv`, elsewhere install Python from python.org"
+            % sys.version_info[:2]
         )
     print("environment: making %s with Python %s" % (folder, platform.python_version()))
-    _check(run([sys.executable, "-m", "venv", "--clear", folder]), "Python could not make " + folder)
+    _check(
+        run([sys.executable, "-m", "venv", "--clear", folder]), "Python could not make " + folder
+    )
 
 
 def _install(root, python, names):
     if sys.platform == "linux" and not shutil.which("nvidia-smi"):
-        print("environment: there is no NVIDIA GPU here; should pip start to download gigabytes of CUDA packages,")
-        print("             press Ctrl-C, set PIP_EXTRA_INDEX_URL to the CPU index that pytorch.org names, start again")
+        print(
+            "environment: there is no NVIDIA GPU here; should pip start to download gigabytes of CUDA packages,"
+        )
+        print(
+            "             press Ctrl-C, set PIP_EXTRA_INDEX_URL to the CPU index that pytorch.org names, start again"
+        )
     pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
     files = [os.path.join(root, name) for name in names]
     for path in files:
@@ -176,14 +212,20 @@ def _install(root, python, names):
             print("environment: installing %s, the largest part" % pin)
             _check(run(pip + [pin]), "pip could not install " + pin)
     print("environment: installing %s" % ", ".join(names))
-    _check(run(pip + [word for path in files for word in ("-r", path)]), "pip could not install " + " and ".join(names))
+    _check(
+        run(pip + [word for path in files for word in ("-r", path)]),
+        "pip could not install " + " and ".join(names),
+    )
 
 
 def _check(code, failure):
     if code == 130:
         raise KeyboardInterrupt
     if code:
-        stop(failure + ": its messages are above; check network and disk space, then start again to go on from here")
+        stop(
+            failure
+            + ": its messages are above; check network and disk space, then start again to go on from here"
+        )
 
 
 def _read_stamp(folder):
@@ -197,10 +239,9 @@ def _read_stamp(folder):
 
 def _version(python):
     """``3.12`` for an environment's Python that runs and has pip, else None."""
-    # The list of pip's files is what its installation writes last: an interrupted one can be imported but lacks it.
-    question = (
-        "import sys; from importlib.metadata import files; files('pip')[0]; print('%d.%d' % sys.version_info[:2])"
-    )
+    # The list of pip's files is what its installation writes last: an interrupted one can be
+    # imported but lacks it.
+    question = "import sys; from importlib.metadata import files; files('pip')[0]; print('%d.%d' % sys.version_info[:2])"
     try:
         answer = subprocess.check_output([python, "-I", "-c", question], stderr=subprocess.DEVNULL)
     except (OSError, subprocess.CalledProcessError):

@@ -24,18 +24,22 @@ YOUNG_SECONDS = 60  # ample time to lock a file that was just made
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write ``path`` through ``write(file)`` so that a crash leaves the old content or the new, never a part.
+    """Write ``path`` through ``write(file)`` so that a crash leaves the old content or the new,
+    never a part.
 
-    A temporary file in the same folder is written, fsynced and renamed over ``path``; then the folder is fsynced
-    where the system allows it. Missing folders are made. Temporary files that killed writers of ``path`` left are
-    deleted, those of live ones never. Raises ``UserError`` when the disk refuses.
+    A temporary file in the same folder is written, fsynced and renamed over ``path``; then the
+    folder is fsynced where the system allows it. Missing folders are made. Temporary files that
+    killed writers of ``path`` left are deleted, those of live ones never. Raises ``UserError`` when
+    the disk refuses.
     """
     path = Path(path)
     temporary, outer = None, sys.exc_info()[1]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear_dead(path)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
             temporary = Path(file.name)
             with contextlib.suppress(OSError):  # some network file systems have no locks
                 _lock(file)
@@ -51,12 +55,15 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
     except UserError:  # what ``write`` has to say, of another file
         raise
     except Exception as error:
-        # torch.save hides the disk's error behind one of its own; what the caller is handling is another story.
+        # torch.save hides the disk's error behind one of its own; what the caller is handling is
+        # another story.
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError) or cause is outer:
             raise
         reason = cause.strerror or cause
-        raise UserError(f"cannot write {path}: {reason}; make room there or choose another folder") from error
+        raise UserError(
+            f"cannot write {path}: {reason}; make room there or choose another folder"
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -75,8 +82,9 @@ def _clear_dead(path: Path) -> None:
 
 
 def _lock(file: BinaryIO) -> None:
-    """Hold an open file until it is closed or its process dead. Raises ``OSError`` when another one holds it, and where
-    there are no locks: unlike ``core.locks``, which then lets everyone pass, this must not delete what may be alive.
+    """Hold an open file until it is closed or its process dead. Raises ``OSError`` when another one
+    holds it, and where there are no locks: unlike ``core.locks``, which then lets everyone pass,
+    this must not delete what may be alive.
     """
     if fcntl:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -85,8 +93,9 @@ def _lock(file: BinaryIO) -> None:
 def sha256_file(path: Path, cache: Path | None = None) -> str:
     """Hex SHA-256 of a file's bytes.
 
-    With a ``cache`` folder it is remembered there, in ``sha256.json``, for as long as the file keeps its size and its
-    times. That file may be deleted at any time; one that cannot be read or written only costs the time to hash.
+    With a ``cache`` folder it is remembered there, in ``sha256.json``, for as long as the file
+    keeps its size and its times. That file may be deleted at any time; one that cannot be read or
+    written only costs the time to hash.
     """
     path = Path(path).resolve()
     memo = Path(cache) / "sha256.json" if cache else None
@@ -98,8 +107,8 @@ def sha256_file(path: Path, cache: Path | None = None) -> str:
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    # A file that has just changed may change again within one tick of its clock, and keep its times: git's "racily
-    # clean" entries. Such a file is not remembered.
+    # A file that has just changed may change again within one tick of its clock, and keep its
+    # times: git's "racily clean" entries. Such a file is not remembered.
     if memo and _stamp(path) == stamp and began - max(stamp[1:]) > RACY_NS:
         known = _read_memo(memo) | {str(path): [*stamp, digest.hexdigest()]}
         with contextlib.suppress(UserError):
@@ -108,7 +117,9 @@ def sha256_file(path: Path, cache: Path | None = None) -> str:
 
 
 def _stamp(path: Path) -> list[int]:
-    """What changes when a file is written: size, and on Unix the second time too if the first was set back."""
+    """What changes when a file is written: size, and on Unix the second time too if the first was
+    set back.
+    """
     status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
@@ -130,7 +141,8 @@ def set_ordinary_mode(path: Path) -> None:
 
 def fsync_folder(folder: Path) -> None:
     """Make renames in ``folder`` outlast a power cut, where the system can do that."""
-    # Windows cannot open a folder, and some network file systems refuse to sync one: the rename itself has happened.
+    # Windows cannot open a folder, and some network file systems refuse to sync one: the rename
+    # itself has happened.
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

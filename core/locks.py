@@ -1,15 +1,19 @@
-"""A lock on a file. The system drops it when the process ends, however it ends: a crash leaves nothing to clear away.
+"""A lock on a file. The system drops it when the process ends, however it ends: a crash leaves
+nothing to clear away.
 
-Standard library only, and every line parses on any Python 3, as in core/environment.py, which needs it.
+Standard library only, and every line parses on any Python 3, as in core/environment.py, which needs
+it.
 """
 
 import os
 
 
 def try_lock(file):
-    """Lock a file that is open for writing, until it is closed; False if another process holds the lock.
+    """Lock a file that is open for writing, until it is closed; False if another process holds the
+    lock.
 
-    A process forked meanwhile does not hold it too. Where the file system knows no locks, everyone gets one.
+    A process forked meanwhile does not hold it too. Where the file system knows no locks, everyone
+    gets one.
     """
     try:
         if os.name == "nt":

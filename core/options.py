@@ -23,32 +23,41 @@ RETIRED_FLAGS = {
 
 
 def option(default: Any, help: str, positional: bool = False) -> Any:
-    """A dataclass field that becomes the flag of the same name, or a required value without a flag."""
+    """A dataclass field that becomes the flag of the same name, or a required value without a
+    flag.
+    """
     return dataclasses.field(default=default, metadata={"help": help, "positional": positional})
 
 
 def parse(options: type[T], argv: list[str] | None) -> T:
     """Parse ``argv`` (None: the process's own) into an instance of the dataclass ``options``.
 
-    Supported types: bool (``--flag`` / ``--no-flag``), int, float, str, Path, ``Literal`` choices, any of these
-    ``| None``, and ``tuple[Path, ...]`` (one or more). Raises ``UserError`` for unknown, malformed, retired or
-    contradicting flags; the class's ``__post_init__`` does the cross-checks. ``--help`` prints and exits 0.
+    Supported types: bool (``--flag`` / ``--no-flag``), int, float, str, Path, ``Literal`` choices,
+    any of these ``| None``, and ``tuple[Path, ...]`` (one or more). Raises ``UserError`` for
+    unknown, malformed, retired or contradicting flags; the class's ``__post_init__`` does the
+    cross-checks. ``--help`` prints and exits 0.
     """
     hints = typing.get_type_hints(options)
     parser = _Parser(
-        description=(options.__doc__ or "").strip(), allow_abbrev=False, formatter_class=argparse.HelpFormatter
+        description=(options.__doc__ or "").strip(),
+        allow_abbrev=False,
+        formatter_class=argparse.HelpFormatter,
     )
     for field in dataclasses.fields(options):
         _add_flag(parser, field, hints[field.name])
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = [f"--{field.name}" for field in dataclasses.fields(options) if not _is_positional(field)]
+        flags = [
+            f"--{field.name}" for field in dataclasses.fields(options) if not _is_positional(field)
+        ]
         raise UserError(_explain_unknown(unknown[0], flags))
     return options(**vars(parsed))
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise ``UserError(message)`` unless ``condition`` holds; for the cross-checks in ``__post_init__``."""
+    """Raise ``UserError(message)`` unless ``condition`` holds; for the cross-checks in
+    ``__post_init__``.
+    """
     if not condition:
         raise UserError(message)
 
@@ -60,7 +69,9 @@ class _Parser(argparse.ArgumentParser):
 
 class _StoreTuple(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
-        if getattr(namespace, self.dest) is not self.default:  # whether to add or to replace can only be guessed
+        if (
+            getattr(namespace, self.dest) is not self.default
+        ):  # whether to add or to replace can only be guessed
             parser.error(f"{option_string} is given twice: write all its values after one")
         setattr(namespace, self.dest, tuple(values))
 
@@ -71,7 +82,10 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: A
     hint = typing.get_args(hint)[0] if several else hint
     default = " ".join(map(str, field.default)) if several else field.default
     shown = "" if default in (None, "") else f" (default: {default})"
-    settings: dict[str, Any] = {"default": field.default, "help": (field.metadata["help"] + shown).replace("%", "%%")}
+    settings: dict[str, Any] = {
+        "default": field.default,
+        "help": (field.metadata["help"] + shown).replace("%", "%%"),
+    }
     if hint is bool:
         settings["action"] = argparse.BooleanOptionalAction
     elif typing.get_origin(hint) is Literal:
@@ -82,7 +96,9 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: A
         settings["metavar"] = field.name if _is_positional(field) else kind
     if several:
         settings |= {"nargs": "+", "action": _StoreTuple}
-    assert optional or field.default is not None, f"--{field.name} defaults to None without saying so"
+    assert optional or field.default is not None, (
+        f"--{field.name} defaults to None without saying so"
+    )
     parser.add_argument(field.name if _is_positional(field) else f"--{field.name}", **settings)
 
 

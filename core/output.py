@@ -1,4 +1,6 @@
-"""Output whose reader may leave before the work is done: `| head`, a Ctrl-C that also ends `| tee`, a lost terminal."""
+"""Output whose reader may leave before the work is done: `| head`, a Ctrl-C that also ends `| tee`,
+a lost terminal.
+"""
 
 import os
 import sys
@@ -9,7 +11,9 @@ from typing import TextIO
 
 @contextmanager
 def unread_output_dropped() -> Iterator[None]:
-    """Inside, a print that fails is no error: all that goes to that stream from then on goes nowhere."""
+    """Inside, a print that fails is no error: all that goes to that stream from then on goes
+    nowhere.
+    """
     with redirect_stdout(_Dropping(sys.stdout)), redirect_stderr(_Dropping(sys.stderr)):
         yield
 

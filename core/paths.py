@@ -22,20 +22,26 @@ def base_path(out_dir: str | Path, stage: str, dim: int) -> Path:
 
 
 def lora_path(out_dir: str | Path, name: str, dim: int) -> Path:
-    """``out/lora/lora_<name>_<dim>.pth``; the names ``medical`` and ``lora_medical`` mean the same file.
+    """``out/lora/lora_<name>_<dim>.pth``; the names ``medical`` and ``lora_medical`` mean the same
+    file.
 
-    Raises ``UserError`` for a name that is not letters, digits, ``_``, ``-`` or ``.`` (a path, for instance).
+    Raises ``UserError`` for a name that is not letters, digits, ``_``, ``-`` or ``.`` (a path, for
+    instance).
     """
     return Path(out_dir) / "lora" / f"lora_{skill_name(name)}_{dim}.pth"
 
 
 def classifier_dir(out_dir: str | Path, name: str) -> Path:
-    """``out/classifier_<name>``, a Hugging Face folder: a classifier whose weights were all trained."""
+    """``out/classifier_<name>``, a Hugging Face folder: a classifier whose weights were all
+    trained.
+    """
     return Path(out_dir) / f"classifier_{skill_name(name)}"
 
 
 def lora_paths(out_dir: str | Path, name: str | None = None) -> list[Path]:
-    """The skill files in ``out_dir``, of every dim, the newest last; only those of skill ``name`` if given."""
+    """The skill files in ``out_dir``, of every dim, the newest last; only those of skill ``name``
+    if given.
+    """
     files = (path for path in (Path(out_dir) / "lora").glob("lora_*.pth") if path.is_file())
     found = [path for path in files if SKILL_FILE.fullmatch(path.name)]
     found = [path for path in found if name is None or skill_of(path) == skill_name(name)]
@@ -51,7 +57,9 @@ def skill_name(name: str) -> str:
     """The bare name of a skill, without the ``lora_`` in front."""
     bare = re.sub(r"^(lora_)+", "", name)
     too_long = len(os.fsencode(bare)) > 100  # of the 255 bytes that file systems give a name
-    if not re.fullmatch(r"\w[\w.-]*", bare) or too_long or bare == "off":  # /lora off means: no skill
+    if (
+        not re.fullmatch(r"\w[\w.-]*", bare) or too_long or bare == "off"
+    ):  # /lora off means: no skill
         raise UserError(
             f"--lora_name {name[:99]!r} is not a skill name: use letters, digits, '_', '-', '.' (at most 100"
             " bytes), not 'off'"
@@ -60,7 +68,9 @@ def skill_name(name: str) -> str:
 
 
 def skill_weights(words: Iterable[str]) -> dict[str, float]:
-    """``NAME=0.7`` and ``NAME``, which weighs 1, as names and weights. Raises ``UserError`` for anything else."""
+    """``NAME=0.7`` and ``NAME``, which weighs 1, as names and weights. Raises ``UserError`` for
+    anything else.
+    """
     weights = {}
     for word in words:
         name, equals, number = word.partition("=")
@@ -75,11 +85,15 @@ def skill_weights(words: Iterable[str]) -> dict[str, float]:
 
 def weights_text(weights: Mapping[str, float]) -> str:
     """The words that ``skill_weights`` reads as ``weights``."""
-    return " ".join(name if weight == 1 else f"{name}={weight:g}" for name, weight in weights.items())
+    return " ".join(
+        name if weight == 1 else f"{name}={weight:g}" for name, weight in weights.items()
+    )
 
 
 def pretrained_name(base: Path) -> str:
-    """What Hugging Face's libraries call ``base``: a folder as this system spells it, else ``owner/model``."""
+    """What Hugging Face's libraries call ``base``: a folder as this system spells it, else
+    ``owner/model``.
+    """
     return str(base) if base.exists() else base.as_posix()
 
 

@@ -1,4 +1,6 @@
-"""From a data file to its rows, still unparsed: JSON lines or one JSON array, plain or compressed, of any size."""
+"""From a data file to its rows, still unparsed: JSON lines or one JSON array, plain or compressed,
+of any size.
+"""
 
 import codecs
 import gzip
@@ -25,7 +27,9 @@ class BadRow(Exception):
 class Block(NamedTuple):
     """Some neighbouring rows of a file, not parsed yet: about ``BLOCK_BYTES`` of them."""
 
-    lines: list[tuple[int, bytes | BadRow]]  # the line where a row begins, its JSON (or why it cannot be cut out)
+    lines: list[
+        tuple[int, bytes | BadRow]
+    ]  # the line where a row begins, its JSON (or why it cannot be cut out)
     read: int  # bytes of the file, compressed as it is, that were read for it
 
 
@@ -36,10 +40,11 @@ def text_bytes(path: Path) -> int:
 
 
 def read_blocks(path: Path) -> Iterator[Block]:
-    """The rows of ``path``, in order and a block at a time, so that memory does not grow with the file.
+    """The rows of ``path``, in order and a block at a time, so that memory does not grow with the
+    file.
 
-    Reads JSON lines or one JSON array, plain, ``.gz`` or ``.zst``, UTF-8 with or without a byte-order mark. Raises
-    ``UserError`` when the file itself cannot be read.
+    Reads JSON lines or one JSON array, plain, ``.gz`` or ``.zst``, UTF-8 with or without a
+    byte-order mark. Raises ``UserError`` when the file itself cannot be read.
     """
     path = Path(path)
     if not path.is_file():
@@ -71,7 +76,9 @@ def _chunks(file: BinaryIO, path: Path) -> Iterator[bytes]:
 
 
 def _zstd_chunks(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """The content of a zstd stream. (The package's own reader takes a truncated file for a whole one.)"""
+    """The content of a zstd stream. (The package's own reader takes a truncated file for a whole
+    one.)
+    """
     try:
         import zstandard
     except ModuleNotFoundError as error:
@@ -91,7 +98,9 @@ def _zstd_chunks(file: BinaryIO, path: Path) -> Iterator[bytes]:
 
 
 def _cut(chunks: Iterator[bytes]) -> Iterator[tuple[int, bytes | BadRow]]:
-    """The rows of JSON lines, or of one array if the first thing is its bracket, each with its line."""
+    """The rows of JSON lines, or of one array if the first thing is its bracket, each with its
+    line.
+    """
     head = b""
     while not head.removeprefix(codecs.BOM_UTF8).strip() or len(head) < len(codecs.BOM_UTF8):
         chunk = next(chunks, None)
@@ -121,10 +130,11 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _array_items(chunks: Iterator[bytes], line: int) -> Iterator[tuple[int, bytes | BadRow]]:
-    """Items of a JSON array, whose opening bracket stood on ``line`` and is gone, each with its own line.
+    """Items of a JSON array, whose opening bracket stood on ``line`` and is gone, each with its own
+    line.
 
-    Holds little more text than the longest item. After a broken item the rest cannot be told apart: it is one last
-    ``BadRow``.
+    Holds little more text than the longest item. After a broken item the rest cannot be told apart:
+    it is one last ``BadRow``.
     """
     # Bytes that are no UTF-8 travel on as they are, so that only their own item is refused.
     decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
@@ -148,7 +158,12 @@ def _array_items(chunks: Iterator[bytes], line: int) -> Iterator[tuple[int, byte
             yield line, BadRow("the JSON array is not closed")
             return
         if broken:
-            yield line, BadRow(f"invalid JSON, the rest of the array is unreadable: {getattr(broken, 'msg', broken)}")
+            yield (
+                line,
+                BadRow(
+                    f"invalid JSON, the rest of the array is unreadable: {getattr(broken, 'msg', broken)}"
+                ),
+            )
             return
         yield line, text[start:end].encode("utf-8", "surrogateescape")
     end = start + 1
@@ -162,13 +177,21 @@ def _array_items(chunks: Iterator[bytes], line: int) -> Iterator[tuple[int, byte
 
 
 def _is_cut_off(error: Exception, text: str) -> bool:
-    """Whether more text might mend what ``json`` complains of: an open string, or something at the very end."""
+    """Whether more text might mend what ``json`` complains of: an open string, or something at the
+    very end.
+    """
     unterminated = isinstance(error, json.JSONDecodeError) and error.msg.startswith("Unterminated")
-    return unterminated or getattr(error, "pos", 0) > len(text) - 16  # longer than any literal or escape
+    return (
+        unterminated or getattr(error, "pos", 0) > len(text) - 16
+    )  # longer than any literal or escape
 
 
-def _longer(text: str, chunks: Iterator[bytes], decode: Callable[[bytes, bool], str]) -> tuple[str, bool]:
-    """``text`` at least doubled, so that a long item is not scanned again and again; and: is it all there is?"""
+def _longer(
+    text: str, chunks: Iterator[bytes], decode: Callable[[bytes, bool], str]
+) -> tuple[str, bool]:
+    """``text`` at least doubled, so that a long item is not scanned again and again; and: is it all
+    there is?
+    """
     pieces, missing = [text], max(len(text), 1)
     while missing > 0:
         chunk = next(chunks, None)

@@ -1,4 +1,6 @@
-"""A chat becomes token ids and learned flags: the only place where that happens, for training, chatting and serving."""
+"""A chat becomes token ids and learned flags: the only place where that happens, for training,
+chatting and serving.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,24 +13,31 @@ Encoded = tuple[list[int], list[bool]]
 
 
 def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict],
+    add_generation_prompt: bool = False,
 ) -> Encoded:
     """Ids of a chat in the tokenizer's own template, and a flag for each id: is it learned?
 
-    The template is rendered with a placeholder for each content; template pieces and contents are tokenised apart and
-    joined. So labels are right by construction, and a content can never spell a control token. Learned are the
-    assistant's texts, each with its end of turn (up to the first control token after the text). The decoded ids equal
-    the rendered template. Raises ``UserError`` if the template rewrites contents, other than by trimming them.
+    The template is rendered with a placeholder for each content; template pieces and contents are
+    tokenised apart and joined. So labels are right by construction, and a content can never spell a
+    control token. Learned are the assistant's texts, each with its end of turn (up to the first
+    control token after the text). The decoded ids equal the rendered template. Raises ``UserError``
+    if the template rewrites contents, other than by trimming them.
     """
     return encode_chats(tokenizer, [messages], add_generation_prompt)[0]
 
 
 def encode_chats(
-    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[dict]], add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    chats: Sequence[Sequence[dict]],
+    add_generation_prompt: bool = False,
 ) -> list[Encoded]:
     """``encode_chat`` of each chat; the tokenizer spreads many texts over the processor's cores."""
     pieces, chats = _template_pieces(tokenizer, chats, add_generation_prompt)
-    kinds = list({piece for chat in pieces for piece in chat})  # many chats, few kinds of template pieces
+    kinds = list(
+        {piece for chat in pieces for piece in chat}
+    )  # many chats, few kinds of template pieces
     ids_of = dict(zip(kinds, _encode(tokenizer, kinds, split_special_tokens=False), strict=True))
     contents = [message["content"] for messages in chats for message in messages]
     content_ids = iter(_encode(tokenizer, contents, split_special_tokens=True))
@@ -40,7 +49,9 @@ def encode_chats(
 
 
 def ends_of_answer(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids that end an answer: the end of text, and what ``encode_chat`` teaches as the end of turn."""
+    """The ids that end an answer: the end of text, and what ``encode_chat`` teaches as the end of
+    turn.
+    """
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
     ids, learned = encode_chat(tokenizer, turns)
     last = max(n for n, is_learned in enumerate(learned) if is_learned)
@@ -48,7 +59,10 @@ def ends_of_answer(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def _join(
-    messages: Sequence[dict], pieces: list[list[int]], content_ids: Iterator[list[int]], control: set[int]
+    messages: Sequence[dict],
+    pieces: list[list[int]],
+    content_ids: Iterator[list[int]],
+    control: set[int],
 ) -> Encoded:
     ids = list(pieces[0])
     learned = [False] * len(ids)
@@ -69,8 +83,11 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -
     return [([bos, *ids, eos], [False, *[True] * len(ids), True]) for ids in encoded]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], split_special_tokens: bool) -> list[list[int]]:
-    """What ``tokenizer(texts, add_special_tokens=False, ...)`` gives, without the offsets and masks that nobody reads.
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], split_special_tokens: bool
+) -> list[list[int]]:
+    """What ``tokenizer(texts, add_special_tokens=False, ...)`` gives, without the offsets and masks
+    that nobody reads.
 
     They would take a third of the time.
     """
@@ -84,17 +101,21 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], split_spec
 def _template_pieces(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[dict]], add_generation_prompt: bool
 ) -> tuple[list[list[str]], list[Sequence[dict]]]:
-    """Each chat's rendered template cut at the contents: one string before each content, one after the last; and the
-    chats with their contents as the template writes them: as they are, or trimmed.
+    """Each chat's rendered template cut at the contents: one string before each content, one after
+    the last; and the chats with their contents as the template writes them: as they are, or
+    trimmed.
     """
 
     def render(messages: Sequence[dict]) -> str:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
 
     rendered: dict[str, list[str]] = {}  # pieces of chats that differ in their contents alone
     found, written = [], []
     for messages in chats:
-        # A placeholder is a private-use character, which no template contains; trimming templates leave it alone.
+        # A placeholder is a private-use character, which no template contains; trimming templates
+        # leave it alone.
         empty = [{**message, "content": "\ue000"} for message in messages]
         if (shape := repr(empty)) not in rendered:
             rendered[shape] = render(empty).split("\ue000")
@@ -102,7 +123,9 @@ def _template_pieces(
         if _filled(pieces, messages) != text:
             messages = [{**message, "content": message["content"].strip()} for message in messages]
             if _filled(pieces, messages) != text:
-                raise UserError("the tokenizer's chat template drops, repeats or rewrites message contents")
+                raise UserError(
+                    "the tokenizer's chat template drops, repeats or rewrites message contents"
+                )
         found.append(pieces)
         written.append(messages)
     return found, written
@@ -112,4 +135,6 @@ def _filled(pieces: list[str], messages: Sequence[dict]) -> str | None:
     """The rendered chat of which these are the pieces; None when they are of another number."""
     if len(pieces) != len(messages) + 1:
         return None
-    return pieces[0] + "".join(message["content"] + piece for message, piece in zip(messages, pieces[1:], strict=True))
+    return pieces[0] + "".join(
+        message["content"] + piece for message, piece in zip(messages, pieces[1:], strict=True)
+    )

@@ -1,4 +1,6 @@
-"""Labelled texts, single or in pairs, for classification: JSON or TSV rows become samples to draw batches from."""
+"""Labelled texts, single or in pairs, for classification: JSON or TSV rows become samples to draw
+batches from.
+"""
 
 import gzip
 import re
@@ -31,14 +33,17 @@ COLUMNS = (
 
 
 def clean_labelled(row: Any, labels: Sequence[str] = ()) -> dict:
-    """``{"text": str, "text_pair": str or None, "label": str}`` or ``BadRow``; a number is its digits.
+    """``{"text": str, "text_pair": str or None, "label": str}`` or ``BadRow``; a number is its
+    digits.
 
     ``labels``: the only ones allowed; any if empty.
     """
     clean = clean_unlabelled(row)
     label = row.get("label")
     named = isinstance(label, int | str) and not isinstance(label, bool) and str(label).strip()
-    if not named or re.fullmatch(r"[+-]?\d*\.\d+(e[+-]?\d+)?", named, re.IGNORECASE):  # a measure, as STS-B's
+    if not named or re.fullmatch(
+        r"[+-]?\d*\.\d+(e[+-]?\d+)?", named, re.IGNORECASE
+    ):  # a measure, as STS-B's
         raise BadRow(f'"label" {label!r} is neither a whole number nor a name')
     if labels and named not in labels:
         raise BadRow(f'"label" {label!r} is none of those to learn, which are {", ".join(labels)}')
@@ -49,7 +54,9 @@ def clean_unlabelled(row: Any) -> dict:
     """``{"text": str, "text_pair": str or None}`` or ``BadRow``."""
     if not isinstance(row, dict):
         raise BadRow(f'a row must be an object such as {{"text": ...}}, not {type(row).__name__}')
-    names = next((names for names in COLUMNS if all(row.get(name) is not None for name in names)), None)
+    names = next(
+        (names for names in COLUMNS if all(row.get(name) is not None for name in names)), None
+    )
     if names is None:
         raise BadRow(f'no "text" among its keys {keys_of(row)}')
     texts = [content(row[name], f'"{name}"') for name in names]
@@ -59,15 +66,19 @@ def clean_unlabelled(row: Any) -> dict:
 def read_labelled(
     paths: Sequence[Path], bad_rows: str = "stop", clean: Callable[[Any], dict] = clean_labelled
 ) -> list[dict]:
-    """The rows of JSON files (see ``read_rows``) and of TSV files with a header line, as ``clean`` gives them.
+    """The rows of JSON files (see ``read_rows``) and of TSV files with a header line, as ``clean``
+    gives them.
 
-    ``bad_rows`` "stop" and "refuse" list the first bad rows and raise ``UserError``; "skip" leaves all out with a
-    count. Raises ``UserError`` when no row is left, and where some rows are pairs and others are not.
+    ``bad_rows`` "stop" and "refuse" list the first bad rows and raise ``UserError``; "skip" leaves
+    all out with a count. Raises ``UserError`` when no row is left, and where some rows are pairs
+    and others are not.
     """
     good, bad = [], []
     for path in paths:
         if not path.name.endswith(TABLES + SUFFIXES):
-            raise UserError(f"data file {path} has an unknown ending; use one of {', '.join(TABLES + SUFFIXES)}")
+            raise UserError(
+                f"data file {path} has an unknown ending; use one of {', '.join(TABLES + SUFFIXES)}"
+            )
         rows = _tsv_rows(path, clean) if path.name.endswith(TABLES) else read_rows(path, clean)
         for line, row in rows:
             if isinstance(row, BadRow):
@@ -79,7 +90,9 @@ def read_labelled(
     if not good:
         raise UserError(f"no usable row in {names}")
     if len({has_pairs([row]) for row in good}) > 1:
-        raise UserError(f"{names}: some rows have a text_pair and others have none; give all of one kind")
+        raise UserError(
+            f"{names}: some rows have a text_pair and others have none; give all of one kind"
+        )
     return good
 
 
@@ -89,16 +102,20 @@ def has_pairs(rows: Sequence[dict]) -> bool:
 
 
 def split_labelled(rows: Sequence[dict], val_ratio: float) -> tuple[list[dict], list[dict]]:
-    """Training and validation rows, told apart by a hash of their texts, so that duplicates land on one side.
+    """Training and validation rows, told apart by a hash of their texts, so that duplicates land on
+    one side.
 
-    A ratio above 0 holds out at least one text. Raises ``UserError`` where that leaves nothing to train on.
+    A ratio above 0 holds out at least one text. Raises ``UserError`` where that leaves nothing to
+    train on.
     """
     digests = [digest({"text": row["text"], "text_pair": row["text_pair"]}) for row in rows]
     bound = max(val_ratio * 2.0**63, min(digests) + 1) if val_ratio else 0
     train = [row for row, number in zip(rows, digests, strict=True) if number >= bound]
     held_out = [row for row, number in zip(rows, digests, strict=True) if number < bound]
     if not train:
-        raise UserError(f"--val_ratio {val_ratio} holds out all {len(rows)} rows; lower it or give more rows")
+        raise UserError(
+            f"--val_ratio {val_ratio} holds out all {len(rows)} rows; lower it or give more rows"
+        )
     return train, held_out
 
 
@@ -116,10 +133,12 @@ def labels_of(rows: Sequence[dict]) -> list[str]:
 
 
 class LabelledSamples:
-    """Rows as a classifier's inputs, cut after ``max_seq_len`` tokens (a pair: the longer text first).
+    """Rows as a classifier's inputs, cut after ``max_seq_len`` tokens (a pair: the longer text
+    first).
 
-    ``labels``: their names, of which a sample's label is the number (0 where a row has none). ``pairs``: whether the
-    classifier reads two texts. Raises ``UserError`` for rows of the other kind, and for a row of no token.
+    ``labels``: their names, of which a sample's label is the number (0 where a row has none).
+    ``pairs``: whether the classifier reads two texts. Raises ``UserError`` for rows of the other
+    kind, and for a row of no token.
     """
 
     def __init__(
@@ -134,16 +153,23 @@ class LabelledSamples:
         number = {label: n for n, label in enumerate(labels)}
         if rows and has_pairs(rows) != pairs:
             kinds = ("one text", "a text and a text_pair")
-            raise UserError(f"these rows have {kinds[not pairs]}, where the classifier reads {kinds[pairs]}")
+            raise UserError(
+                f"these rows have {kinds[not pairs]}, where the classifier reads {kinds[pairs]}"
+            )
         framed = tokenizer.num_special_tokens_to_add(pair=pairs)
         if max_seq_len <= framed:
-            raise UserError(f"--max_seq_len {max_seq_len} leaves no room for text beside {framed} control tokens")
-        self.labels = np.array([number[row["label"]] if "label" in row else 0 for row in rows], np.int64)
+            raise UserError(
+                f"--max_seq_len {max_seq_len} leaves no room for text beside {framed} control tokens"
+            )
+        self.labels = np.array(
+            [number[row["label"]] if "label" in row else 0 for row in rows], np.int64
+        )
         texts = [[row["text"] for row in rows], [row["text_pair"] for row in rows]][: 1 + pairs]
         # What a text spells is never a control token.
         settings = {"truncation": True, "max_length": max_seq_len, "split_special_tokens": True}
         encoded = tokenizer(*texts, **settings) if rows else {"input_ids": []}
-        # attention_mask is made anew in collate; token_type_ids tell a pair's texts apart where a model has them.
+        # attention_mask is made anew in collate; token_type_ids tell a pair's texts apart where a
+        # model has them.
         self.columns = {key: values for key, values in encoded.items() if key != "attention_mask"}
         self.lengths = np.array([len(ids) for ids in encoded["input_ids"]], np.int32)
         if not self.lengths.all():
@@ -156,7 +182,9 @@ class LabelledSamples:
         return len(self.lengths)
 
     def collate(self, indices: np.ndarray) -> Batch:
-        """Right-padded ``inputs`` (B, T) with their ``attention_mask``; ``labels`` (B,): each row is one target."""
+        """Right-padded ``inputs`` (B, T) with their ``attention_mask``; ``labels`` (B,): each row
+        is one target.
+        """
         longest = int(self.lengths[indices].max())
         inputs = {}
         for key, values in self.columns.items():
@@ -164,9 +192,13 @@ class LabelledSamples:
             inputs[key] = torch.full((len(indices), longest), filler, dtype=torch.int64)
             for row, index in enumerate(indices):
                 inputs[key][row, : self.lengths[index]] = torch.tensor(values[index])
-        inputs["attention_mask"] = (torch.arange(longest) < torch.from_numpy(self.lengths[indices])[:, None]).long()
+        inputs["attention_mask"] = (
+            torch.arange(longest) < torch.from_numpy(self.lengths[indices])[:, None]
+        ).long()
         labels = torch.from_numpy(self.labels[indices])
-        return Batch(inputs, labels, len(indices), n_bytes=0, n_tokens=int(self.lengths[indices].sum()))
+        return Batch(
+            inputs, labels, len(indices), n_bytes=0, n_tokens=int(self.lengths[indices].sum())
+        )
 
     def describe(self) -> str:
         share = 100 * self.truncated / max(len(self), 1)
@@ -174,7 +206,9 @@ class LabelledSamples:
 
 
 def _tsv_rows(path: Path, clean: Callable[[Any], dict]) -> Iterator[tuple[int, dict | BadRow]]:
-    """``(line number, row)`` of a TSV file with a header line; quotes mean nothing, as in GLUE's files."""
+    """``(line number, row)`` of a TSV file with a header line; quotes mean nothing, as in GLUE's
+    files.
+    """
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")

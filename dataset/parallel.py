@@ -1,4 +1,6 @@
-"""One function over many items by several processes: in order, and with few items on the way at a time."""
+"""One function over many items by several processes: in order, and with few items on the way at a
+time.
+"""
 
 import multiprocessing
 import os
@@ -26,11 +28,13 @@ def usable_cores() -> int:
 def in_order(
     function: Callable[[Any, Item], Result], shared: Any, items: Iterable[Item], workers: int
 ) -> Iterator[Result]:
-    """``function(shared, item)`` of each item, in the order of the items, by ``workers`` processes (1: by this one).
+    """``function(shared, item)`` of each item, in the order of the items, by ``workers`` processes
+    (1: by this one).
 
-    Everything must pickle, ``function`` by its name; ``shared`` travels once to each process. Items are drawn as
-    results are taken. Close the generator (``contextlib.closing``) to end the processes: each finishes its item.
-    An exception in ``function`` is raised here. Raises ``UserError`` when a process was killed.
+    Everything must pickle, ``function`` by its name; ``shared`` travels once to each process. Items
+    are drawn as results are taken. Close the generator (``contextlib.closing``) to end the
+    processes: each finishes its item. An exception in ``function`` is raised here. Raises
+    ``UserError`` when a process was killed.
     """
     if workers <= 1:
         yield from (function(shared, item) for item in items)
@@ -38,7 +42,10 @@ def in_order(
     waiting: deque = deque()
     context = multiprocessing.get_context()
     closed = context.Event()
-    with _serial_tokenizers(), ProcessPoolExecutor(workers, context, _start, (function, shared, closed)) as pool:
+    with (
+        _serial_tokenizers(),
+        ProcessPoolExecutor(workers, context, _start, (function, shared, closed)) as pool,
+    ):
         try:
             for item in items:
                 waiting.append(pool.submit(_call, item))
@@ -58,7 +65,9 @@ def in_order(
 
 @contextmanager
 def _serial_tokenizers() -> Iterator[None]:
-    """Each process has one core: the tokenizers library must not start threads in it, nor warn of a fork."""
+    """Each process has one core: the tokenizers library must not start threads in it, nor warn of a
+    fork.
+    """
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"
@@ -74,7 +83,9 @@ _job: tuple | None = None  # of a worker process
 def _start(*job: Any) -> None:
     global _job
     _job = job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent decides
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches every process of a terminal; the parent decides
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 

@@ -16,9 +16,11 @@ SHOWN_BAD_ROWS = 20
 
 
 def read_rows(path: Path, clean: Callable[[Any], dict]) -> Iterator[tuple[int, dict | BadRow]]:
-    """Yield ``(line number, row)`` for every row of ``path``; the row is a ``BadRow`` when ``clean`` refuses it.
+    """Yield ``(line number, row)`` for every row of ``path``; the row is a ``BadRow`` when
+    ``clean`` refuses it.
 
-    ``clean`` makes a row of what was parsed, or raises ``BadRow``. Reads what ``read_blocks`` reads.
+    ``clean`` makes a row of what was parsed, or raises ``BadRow``. Reads what ``read_blocks``
+    reads.
     """
     for block in read_blocks(path):
         yield from clean_rows(block, clean)
@@ -37,9 +39,11 @@ def clean_rows(block: Block, clean: Callable[[Any], dict]) -> Iterator[tuple[int
 
 
 def settle_bad_rows(count: int, shown: list[str], bad_rows: str) -> None:
-    """Go on without ``count`` bad rows, of which ``shown`` are the first, if ``bad_rows`` is "skip"; it is printed.
+    """Go on without ``count`` bad rows, of which ``shown`` are the first, if ``bad_rows`` is
+    "skip"; it is printed.
 
-    Raises ``UserError`` otherwise, if there are any; ``bad_rows`` "refuse" is for where skipping is no choice.
+    Raises ``UserError`` otherwise, if there are any; ``bad_rows`` "refuse" is for where skipping is
+    no choice.
     """
     if count and bad_rows == "skip":
         print(f"bad rows skipped: {count}, the first {shown[0]}")
@@ -57,10 +61,15 @@ def read_texts(path: Path) -> list[str]:
     rows = [row for _, row in read_rows(path, clean_any)]
     good = [row for row in rows if not isinstance(row, BadRow)]
     if len(good) < len(rows):
-        print(f"{path}: {len(rows) - len(good)} bad rows left out (scripts/inspect_data.py lists them)")
+        print(
+            f"{path}: {len(rows) - len(good)} bad rows left out (scripts/inspect_data.py lists them)"
+        )
     if not good:
         raise UserError(f"no usable row in {path}; look at it with scripts/inspect_data.py")
-    return [row["text"] if "text" in row else "\n".join(m["content"] for m in row["conversations"]) for row in good]
+    return [
+        row["text"] if "text" in row else "\n".join(m["content"] for m in row["conversations"])
+        for row in good
+    ]
 
 
 def clean_any(row: Any) -> dict:
@@ -77,10 +86,11 @@ def clean_text(row: Any) -> dict:
 
 
 def clean_chat(row: Any) -> dict:
-    """``{"conversations": [{"role", "content"}, ...]}`` from any of the three chat formats, or ``BadRow``.
+    """``{"conversations": [{"role", "content"}, ...]}`` from any of the three chat formats, or
+    ``BadRow``.
 
-    The roles in the data are honoured: an optional system turn, then user and assistant in turn. At least one
-    assistant turn, or there is nothing to learn.
+    The roles in the data are honoured: an optional system turn, then user and assistant in turn. At
+    least one assistant turn, or there is nothing to learn.
     """
     row = _object(row)
     for key in ("conversations", "messages"):
@@ -90,11 +100,16 @@ def clean_chat(row: Any) -> dict:
         question = content(row["instruction"], '"instruction"')
         if row.get("input"):
             question += "\n" + content(row["input"], '"input"')
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+        messages = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": row["output"]},
+        ]
         if row.get("system"):
             messages.insert(0, {"role": "system", "content": row["system"]})
         return {"conversations": check_messages(messages)}
-    raise BadRow(f'no "conversations", "messages" or "instruction" with "output" among its keys {keys_of(row)}')
+    raise BadRow(
+        f'no "conversations", "messages" or "instruction" with "output" among its keys {keys_of(row)}'
+    )
 
 
 def check_messages(messages: Any) -> list[dict]:
@@ -126,7 +141,9 @@ def _parse(line: bytes) -> Any:
     except BadRow as bad:
         return bad
     except UnicodeDecodeError as error:
-        return BadRow(f"not UTF-8 at byte {error.start + 1} of the row ({error.reason}); re-save the file as UTF-8")
+        return BadRow(
+            f"not UTF-8 at byte {error.start + 1} of the row ({error.reason}); re-save the file as UTF-8"
+        )
     except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
         column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         return BadRow(f"invalid JSON{column}: {getattr(error, 'msg', error)}")

@@ -1,4 +1,6 @@
-"""The token table on disk: opened when its checksums are right, and its rows as zero-copy numpy views."""
+"""The token table on disk: opened when its checksums are right, and its rows as zero-copy numpy
+views.
+"""
 
 import contextlib
 import json
@@ -15,24 +17,31 @@ from datasets import Dataset
 from core.errors import UserError
 from core.files import atomic_write
 
-CHECKED_AT_START = 1 << 29  # bytes: a smaller table is read and checked whole in a fraction of a second
+CHECKED_AT_START = (
+    1 << 29
+)  # bytes: a smaller table is read and checked whole in a fraction of a second
 
 
 def seal_table(table: Path, facts: dict) -> None:
-    """Write the ``.json`` beside a new table: ``facts`` and checksums. Without it the table does not count."""
+    """Write the ``.json`` beside a new table: ``facts`` and checksums. Without it the table does
+    not count.
+    """
     rows = Dataset.from_file(str(table))
     said = {"facts": facts, "bytes": table.stat().st_size, "outline": _outline(table, rows)}
     said["parts"] = [_crc(buffers) for buffers in _contents(rows)]
-    text = json.dumps({"crc32": _crc([json.dumps(said).encode()]), "table": said}, ensure_ascii=False)
+    text = json.dumps(
+        {"crc32": _crc([json.dumps(said).encode()]), "table": said}, ensure_ascii=False
+    )
     atomic_write(table.with_suffix(".json"), lambda file: file.write(text.encode()))
 
 
 def open_table(table: Path) -> tuple[Dataset, dict] | None:
     """The rows of a sealed table, memory-mapped, and its facts; None when missing or damaged.
 
-    Damaged is whatever differs from what was written, told by CRC-32: an accident passes once in 4 billion times, and
-    intent is not guarded against. Of a table beyond ``CHECKED_AT_START`` only the outline is checked here, that is all
-    but the ids and learned flags themselves, which ``TokenRows`` checks before their first use.
+    Damaged is whatever differs from what was written, told by CRC-32: an accident passes once in 4
+    billion times, and intent is not guarded against. Of a table beyond ``CHECKED_AT_START`` only
+    the outline is checked here, that is all but the ids and learned flags themselves, which
+    ``TokenRows`` checks before their first use.
     """
     said = _seal_of(table)
     try:
@@ -44,7 +53,13 @@ def open_table(table: Path) -> tuple[Dataset, dict] | None:
         if said["bytes"] < CHECKED_AT_START:
             whole = whole and said["parts"] == [_crc(buffers) for buffers in _contents(rows)]
         return (rows, said["facts"]) if whole else None
-    except (OSError, ValueError, TypeError, KeyError, pa.ArrowException):  # the cache may be harmed or gone at any time
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        pa.ArrowException,
+    ):  # the cache may be harmed or gone at any time
         return None
 
 
@@ -61,7 +76,9 @@ def _damaged(table: Path) -> UserError:
     """What to raise; the table no longer counts."""
     with contextlib.suppress(OSError):
         table.with_suffix(".json").unlink()
-    return UserError(f"the token cache {table} is damaged; start again, with --resume after a save: it is made again")
+    return UserError(
+        f"the token cache {table} is damaged; start again, with --resume after a save: it is made again"
+    )
 
 
 def _contents(rows: Dataset) -> list[list[pa.Buffer]]:
@@ -71,7 +88,9 @@ def _contents(rows: Dataset) -> list[list[pa.Buffer]]:
 
 
 def _outline(table: Path, rows: Dataset) -> int:
-    """The checksum of all else: what each part is made of, where its rows end, and their numbers."""
+    """The checksum of all else: what each part is made of, where its rows end, and their
+    numbers.
+    """
     with pa.memory_map(str(table)) as file:
         messages = [message.metadata for message in pa.ipc.MessageReader.open_stream(file)]
     buffers = (part.buffers()[:2] for column in rows.data.columns for part in column.chunks)
@@ -88,12 +107,13 @@ def _crc(buffers: Iterable[pa.Buffer | bytes | None]) -> int:
 class TokenRows:
     """Zero-copy numpy views of a memory-mapped table's rows, for a chosen subset of them.
 
-    Twelve bytes of memory a row: ``chosen`` (rows of the table), ``lengths`` and ``first_target``, each (rows,) int32.
-    A row has something to learn within its first ``n`` tokens where ``first_target < n``. Pickles by file name, so
-    that worker processes map the same pages.
+    Twelve bytes of memory a row: ``chosen`` (rows of the table), ``lengths`` and ``first_target``,
+    each (rows,) int32. A row has something to learn within its first ``n`` tokens where
+    ``first_target < n``. Pickles by file name, so that worker processes map the same pages.
 
-    Each part of the table is checked in each process when a row of it is first asked for. What differs from what was
-    written is never returned: it raises ``UserError``, and the next start makes the table again.
+    Each part of the table is checked in each process when a row of it is first asked for. What
+    differs from what was written is never returned: it raises ``UserError``, and the next start
+    makes the table again.
     """
 
     def __init__(self, table: Dataset, chosen: np.ndarray):
@@ -106,8 +126,12 @@ class TokenRows:
             self.table.data.column(name).chunks for name in ("ids", "learned", "first_target")
         )
         self._ids = [part.values.to_numpy() for part in ids]
-        self._offsets = [part.offsets.to_numpy() for part in ids]  # of each row in its part; the end beside the start
-        self._firsts = list(accumulate(map(len, ids), initial=0))  # row of the table that each part begins with
+        self._offsets = [
+            part.offsets.to_numpy() for part in ids
+        ]  # of each row in its part; the end beside the start
+        self._firsts = list(
+            accumulate(map(len, ids), initial=0)
+        )  # row of the table that each part begins with
         self._file = Path(self.table.cache_files[0]["filename"])
         if (said := _seal_of(self._file)) is None:
             raise _damaged(self._file)
@@ -119,7 +143,9 @@ class TokenRows:
         return len(self.chosen)
 
     def ids(self, row: int, first: int = 0, last: int | None = None) -> np.ndarray:
-        """The ids of a row, (length,) uint16 or int32: all, or those from ``first`` to before ``last``."""
+        """The ids of a row, (length,) uint16 or int32: all, or those from ``first`` to before
+        ``last``.
+        """
         part, start, end = self._place(row, first, last)
         return self._ids[part][start:end]
 

@@ -1,4 +1,6 @@
-"""Data files tokenised once: a memory-mapped table of unpadded ids and learned flags in the cache folder."""
+"""Data files tokenised once: a memory-mapped table of unpadded ids and learned flags in the cache
+folder.
+"""
 
 import hashlib
 import json
@@ -74,19 +76,25 @@ def tokenize_files(
 ) -> Dataset:
     """One row per usable row of the files, in their order.
 
-    Columns: ``ids``, ``learned``, ``digest`` (63 bits of the content's SHA-256), ``first_target`` (the position of the
-    first learned token that something predicts: at least 1, or ``NO_TARGET``).
+    Columns: ``ids``, ``learned``, ``digest`` (63 bits of the content's SHA-256), ``first_target``
+    (the position of the first learned token that something predicts: at least 1, or ``NO_TARGET``).
 
-    The cache is keyed by the files' bytes, the tokenizer's fingerprint and the format. ``workers`` processes tokenise
-    (0: one a core, for small files none); the table is the same whatever their number. ``bad_rows`` "stop" lists the
-    first bad rows and raises ``UserError``; "skip" leaves all out with a count. Raises ``UserError`` for files without
-    rows, and for files that change meanwhile.
+    The cache is keyed by the files' bytes, the tokenizer's fingerprint and the format. ``workers``
+    processes tokenise (0: one a core, for small files none); the table is the same whatever their
+    number. ``bad_rows`` "stop" lists the first bad rows and raises ``UserError``; "skip" leaves all
+    out with a count. Raises ``UserError`` for files without rows, and for files that change
+    meanwhile.
     """
     for path in paths:
         if not Path(path).is_file():
             raise UserError(f"data file {path} does not exist; check --data_path")
     before = _stamps(paths)
-    identity = [FORMAT, kind.name, tokenizer_fingerprint(tokenizer), *(sha256_file(path, cache) for path in paths)]
+    identity = [
+        FORMAT,
+        kind.name,
+        tokenizer_fingerprint(tokenizer),
+        *(sha256_file(path, cache) for path in paths),
+    ]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     table = cache / f"{kind.name}-{key}.arrow"
     cached = open_table(table)
@@ -100,7 +108,9 @@ def tokenize_files(
                 raise
         cached = open_table(table)
     if cached is None:
-        raise UserError(f"cannot read {table} back, which was just written; choose another --out_dir")
+        raise UserError(
+            f"cannot read {table} back, which was just written; choose another --out_dir"
+        )
     rows, facts = cached
     bad = BadRows(**facts)
     # The cache may have been filled from files of other names.
@@ -135,7 +145,9 @@ def _write_table(
     def write(file: BinaryIO) -> None:
         nonlocal rows
         encoded = in_order(_encode, (kind, tokenizer), _numbered_blocks(paths), workers)
-        bar = tqdm(total=total, unit="B", unit_scale=True, leave=False, delay=BAR_SECONDS, disable=None)
+        bar = tqdm(
+            total=total, unit="B", unit_scale=True, leave=False, delay=BAR_SECONDS, disable=None
+        )
         with bar, closing(encoded), pa.ipc.new_stream(file, _schema(tokenizer)) as writer:
             for part in encoded:
                 writer.write_batch(part.batch)
@@ -155,7 +167,9 @@ def _write_table(
 
 def _stamps(paths: tuple[Path, ...]) -> list[tuple[int, int]]:
     """Size and time of each file."""
-    return [(status.st_size, status.st_mtime_ns) for status in (Path(path).stat() for path in paths)]
+    return [
+        (status.st_size, status.st_mtime_ns) for status in (Path(path).stat() for path in paths)
+    ]
 
 
 def _numbered_blocks(paths: tuple[Path, ...]) -> Iterator[tuple[int, Block]]:
@@ -176,7 +190,10 @@ def _width(tokenizer: PreTrainedTokenizerBase) -> type[np.integer]:
 
 
 def _schema(tokenizer: PreTrainedTokenizerBase) -> pa.Schema:
-    lists = {"ids": pa.list_(pa.from_numpy_dtype(_width(tokenizer))), "learned": pa.list_(pa.bool_())}
+    lists = {
+        "ids": pa.list_(pa.from_numpy_dtype(_width(tokenizer))),
+        "learned": pa.list_(pa.bool_()),
+    }
     return pa.schema({**lists, "digest": pa.int64(), "first_target": pa.int32()})
 
 
@@ -190,7 +207,9 @@ def _encode(shared: tuple[Kind, PreTrainedTokenizerBase], numbered: tuple[int, B
             good.append(row)
     encoded = kind.encode(tokenizer, good)
     schema = _schema(tokenizer)
-    ends = np.fromiter(accumulate((len(ids) for ids, _ in encoded), initial=0), np.int32, len(good) + 1)
+    ends = np.fromiter(
+        accumulate((len(ids) for ids, _ in encoded), initial=0), np.int32, len(good) + 1
+    )
     columns = []
     for n, dtype in enumerate((_width(tokenizer), np.bool_)):
         values = np.fromiter(chain.from_iterable(row[n] for row in encoded), dtype, ends[-1])
@@ -214,9 +233,11 @@ def digest(row: dict) -> int:
 
 
 def split_rows(table: Dataset, val_ratio: float) -> tuple[TokenRows, TokenRows]:
-    """Training and validation rows, told apart by a hash of their content, so that duplicates land on one side.
+    """Training and validation rows, told apart by a hash of their content, so that duplicates land
+    on one side.
 
-    At least one row each; ``val_ratio`` 0 makes no validation rows. Raises ``UserError`` when nothing is left to train.
+    At least one row each; ``val_ratio`` 0 makes no validation rows. Raises ``UserError`` when
+    nothing is left to train.
     """
     digests = [part.to_numpy() for part in table.data.column("digest").chunks]
     limit = np.float64(val_ratio) * 2.0**63

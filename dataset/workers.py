@@ -1,4 +1,6 @@
-"""Processes that prepare batches: they leave it to the training process what a Ctrl-C means, and end when it ends."""
+"""Processes that prepare batches: they leave it to the training process what a Ctrl-C means, and
+end when it ends.
+"""
 
 import atexit
 import multiprocessing
@@ -15,7 +17,8 @@ from dataset.parallel import end_with_parent
 
 
 def started(loader: DataLoader) -> Iterator:
-    """What ``loader`` gives; its processes, if it has any, take no notice of ``STOPPING`` from their birth on.
+    """What ``loader`` gives; its processes, if it has any, take no notice of ``STOPPING`` from
+    their birth on.
 
     A terminal sends a Ctrl-C to them too, and the training process needs them until it has saved.
     """
@@ -36,8 +39,8 @@ def _outlive_signals(worker: int) -> None:
 
 @contextmanager
 def _signals_kept_back() -> Iterator[None]:
-    """Inside, ``STOPPING`` waits, and for ever in a process that is born there: one that is spawned imports for seconds
-    before it gets to ``_outlive_signals``. Windows has no such thing."""
+    """Inside, ``STOPPING`` waits, and for ever in a process that is born there: one that is spawned
+    imports for seconds before it gets to ``_outlive_signals``. Windows has no such thing."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -53,6 +56,8 @@ def _signals_kept_back() -> Iterator[None]:
 def _kill_workers() -> None:
     """What a crash leaves at work: multiprocessing would send it a SIGTERM and wait for ever."""
     if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler reports the death of a worker
+        signal.signal(
+            signal.SIGCHLD, signal.SIG_DFL
+        )  # torch's handler reports the death of a worker
     for worker in multiprocessing.active_children():
         worker.kill()

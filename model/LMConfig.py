@@ -12,9 +12,10 @@ LARGEST = 1 << 20  # of any size: beyond, it is a slip of the finger or a damage
 class LMConfig(PretrainedConfig):
     """Architecture of a ``MiniMindLM``; the defaults make 25,829,888 parameters.
 
-    ``hidden_dim`` None derives the SwiGLU width ``multiple_of * ceil(int(8 * dim / 3) / multiple_of)`` when the
-    config is made, so that a saved config never depends on what a later version would derive. ``n_kv_heads`` None
-    means one key/value head for each query head. Raises ``UserError`` for combinations that no model can have.
+    ``hidden_dim`` None derives the SwiGLU width ``multiple_of * ceil(int(8 * dim / 3) /
+    multiple_of)`` when the config is made, so that a saved config never depends on what a later
+    version would derive. ``n_kv_heads`` None means one key/value head for each query head. Raises
+    ``UserError`` for combinations that no model can have.
     """
 
     model_type = "minimind"
@@ -53,7 +54,9 @@ class LMConfig(PretrainedConfig):
             if not isinstance(value, int) or not 1 <= value <= LARGEST:
                 raise UserError(f"{name}={value} must be a whole number from 1 to {LARGEST:,}")
         if dim % n_heads or (dim // n_heads) % 2:
-            raise UserError(f"dim={dim} must split into n_heads={n_heads} heads of even width (rotary pairs)")
+            raise UserError(
+                f"dim={dim} must split into n_heads={n_heads} heads of even width (rotary pairs)"
+            )
         if n_heads % n_kv_heads:
             raise UserError(f"n_heads={n_heads} must be a multiple of n_kv_heads={n_kv_heads}")
         if not 0.0 <= dropout < 1.0:
@@ -61,7 +64,9 @@ class LMConfig(PretrainedConfig):
         if not (norm_eps > 0 and rope_theta > 0):
             raise UserError(f"norm_eps={norm_eps} and rope_theta={rope_theta} must be positive")
         if not tie_word_embeddings:
-            raise UserError("tie_word_embeddings=False is not supported: the head shares the embedding's weight")
+            raise UserError(
+                "tie_word_embeddings=False is not supported: the head shares the embedding's weight"
+            )
         self.dim = dim
         self.n_layers = n_layers
         self.n_heads = n_heads
@@ -83,6 +88,8 @@ def context_of(config: PretrainedConfig) -> int:
 
 
 def check_length(config: PretrainedConfig, max_seq_len: int) -> None:
-    """Raise ``UserError`` if rows of ``max_seq_len`` tokens do not fit the context of a model with this config."""
+    """Raise ``UserError`` if rows of ``max_seq_len`` tokens do not fit the context of a model with
+    this config.
+    """
     if max_seq_len > (context := context_of(config)):
         raise UserError(f"--max_seq_len {max_seq_len} exceeds the model's context of {context}")

@@ -1,4 +1,6 @@
-"""Text classifiers on Hugging Face bases: a pretrained body, and a head that is new and trained whole."""
+"""Text classifiers on Hugging Face bases: a pretrained body, and a head that is new and trained
+whole.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,33 +21,47 @@ from model.weights import copy_strictly, fingerprint
 def read_config(base: Path) -> PretrainedConfig:
     """Of a Hugging Face model. Raises ``UserError`` if ``base`` is none."""
     if not is_pretrained(base):
-        raise UserError(f"--base {base} is neither a folder with a config.json nor owner/model on the hub")
+        raise UserError(
+            f"--base {base} is neither a folder with a config.json nor owner/model on the hub"
+        )
     try:
         return AutoConfig.from_pretrained(pretrained_name(base))
     except Exception as error:  # a file, the network or the library's own checks: many kinds
-        raise UserError(f"the config of --base {base} cannot be read ({reason_of(error)})") from error
+        raise UserError(
+            f"the config of --base {base} cannot be read ({reason_of(error)})"
+        ) from error
 
 
 def open_classifier(base: Path, labels: Sequence[str]) -> nn.Module:
     """The fp32 classifier for ``labels`` on a Hugging Face model, whose body is its ``base_model``.
 
-    A base that is a classifier for these very labels keeps its head and their order (``config.id2label``); otherwise
-    the head is drawn. What trains is marked so: all of the head, and a pooler that the base lacks. Raises
-    ``UserError`` for what cannot be loaded.
+    A base that is a classifier for these very labels keeps its head and their order
+    (``config.id2label``); otherwise the head is drawn. What trains is marked so: all of the head,
+    and a pooler that the base lacks. Raises ``UserError`` for what cannot be loaded.
     """
     config = read_config(base)
     own = [str(config.id2label[n]) for n in sorted(config.id2label)]
     keeps_head = sorted(own) == sorted(labels)
     labels = own if keeps_head else labels
     names = dict(enumerate(labels))
-    settings = {"num_labels": len(labels), "id2label": names, "label2id": {label: n for n, label in names.items()}}
+    settings = {
+        "num_labels": len(labels),
+        "id2label": names,
+        "label2id": {label: n for n, label in names.items()},
+    }
     settings |= {"problem_type": "single_label_classification", "ignore_mismatched_sizes": True}
-    model, drawn = load_pretrained(AutoModelForSequenceClassification, base, "text classifier", **settings)
+    model, drawn = load_pretrained(
+        AutoModelForSequenceClassification, base, "text classifier", **settings
+    )
     body = {id(parameter) for parameter in model.base_model.parameters()}
     if model.base_model is model or not body:
-        raise UserError(f"--base {base} has no body apart from its head: another kind of model is needed")
+        raise UserError(
+            f"--base {base} has no body apart from its head: another kind of model is needed"
+        )
     named = list(model.named_parameters())
-    if lost := [name for name, p in named if id(p) in body and name in drawn and "pool" not in name]:
+    if lost := [
+        name for name, p in named if id(p) in body and name in drawn and "pool" not in name
+    ]:
         raise UserError(
             f"--base {base} has no {', '.join(lost[:3])} of the shape that its config.json says; correct it"
         )
@@ -58,7 +74,9 @@ def open_classifier(base: Path, labels: Sequence[str]) -> nn.Module:
     for name, parameter in named:
         parameter.requires_grad_(id(parameter) not in body or name in drawn)
     given = [
-        (name, parameter) for name, parameter in model.base_model.named_parameters() if not parameter.requires_grad
+        (name, parameter)
+        for name, parameter in model.base_model.named_parameters()
+        if not parameter.requires_grad
     ]
     model.base_model.known_as = fingerprint(given, model.config)
     return model
@@ -68,15 +86,26 @@ def check_row_length(model: nn.Module, max_seq_len: int) -> None:
     """Raise ``UserError`` if rows of ``max_seq_len`` tokens do not fit the model's context."""
     context = context_of(model.config)
     for module in model.modules():  # RoBERTa's kind count positions from the padding's on
-        if isinstance(module, nn.Embedding) and module.num_embeddings == context and module.padding_idx is not None:
+        if (
+            isinstance(module, nn.Embedding)
+            and module.num_embeddings == context
+            and module.padding_idx is not None
+        ):
             max_seq_len += module.padding_idx + 1
     check_length(model.config, max_seq_len)
 
 
 def head_state(model: nn.Module) -> dict[str, Tensor]:
     """What trains in a classifier beside a LoRA, by name."""
-    added = {id(p) for module in model.modules() if hasattr(module, "lora") for p in module.lora.parameters()}
-    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in added}
+    added = {
+        id(p)
+        for module in model.modules()
+        if hasattr(module, "lora")
+        for p in module.lora.parameters()
+    }
+    return {
+        name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in added
+    }
 
 
 def load_head(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
@@ -88,5 +117,9 @@ def load_head(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def class_loss_sum(model: nn.Module, batch) -> Tensor:
-    """Cross-entropy in nats summed over the rows of a ``Batch`` with ``labels`` (B,); 0 when there are none."""
-    return F.cross_entropy(model(**batch.inputs).logits.float(), batch.labels, ignore_index=IGNORED, reduction="sum")
+    """Cross-entropy in nats summed over the rows of a ``Batch`` with ``labels`` (B,); 0 when there
+    are none.
+    """
+    return F.cross_entropy(
+        model(**batch.inputs).logits.float(), batch.labels, ignore_index=IGNORED, reduction="sum"
+    )

@@ -12,7 +12,9 @@ from model.LMConfig import context_of
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. ``temperature`` 0 takes the likeliest; ``top_k`` 0 and ``top_p`` 1 keep all."""
+    """How the next token is drawn. ``temperature`` 0 takes the likeliest; ``top_k`` 0 and ``top_p``
+    1 keep all.
+    """
 
     temperature: float = 0.7
     top_p: float = 0.9
@@ -29,9 +31,9 @@ def generate(
 
     Ends before an id in ``stop``, after ``max_new_tokens``, or where the context ends.
 
-    ``model`` returns ``logits`` and ``past_key_values`` and is called with one new token after the prompt. ``rng``
-    lives on the CPU, so that a seed means the same on every device. Raises ``UserError`` for a prompt that fills the
-    context.
+    ``model`` returns ``logits`` and ``past_key_values`` and is called with one new token after the
+    prompt. ``rng`` lives on the CPU, so that a seed means the same on every device. Raises
+    ``UserError`` for a prompt that fills the context.
     """
     context = context_of(model.config)
     if not 0 < len(ids) < context:
@@ -51,7 +53,9 @@ def generate(
 
 
 def next_token(logits: Tensor, seen: list[int], sampling: Sampling, rng: torch.Generator) -> int:
-    """Draw one id from fp32 ``logits`` (V,) on the CPU. ``seen``: the ids so far, for the repetition penalty."""
+    """Draw one id from fp32 ``logits`` (V,) on the CPU. ``seen``: the ids so far, for the
+    repetition penalty.
+    """
     logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return int(logits.argmax())
@@ -60,12 +64,16 @@ def next_token(logits: Tensor, seen: list[int], sampling: Sampling, rng: torch.G
 
 
 def penalize_repetition(logits: Tensor, seen: list[int], penalty: float) -> Tensor:
-    """Make ``seen`` ids less likely: positive logits are divided, negative ones multiplied (Keskar et al. 2019)."""
+    """Make ``seen`` ids less likely: positive logits are divided, negative ones multiplied (Keskar
+    et al. 2019).
+    """
     if penalty == 1.0:
         return logits
     repeated = torch.tensor(sorted(set(seen)))
     values = logits[repeated]
-    return logits.index_put((repeated,), torch.where(values > 0, values / penalty, values * penalty))
+    return logits.index_put(
+        (repeated,), torch.where(values > 0, values / penalty, values * penalty)
+    )
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -76,7 +84,9 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the fewest most likely ids whose probabilities sum to at least ``p``; the others become -inf."""
+    """Keep the fewest most likely ids whose probabilities sum to at least ``p``; the others become
+    -inf.
+    """
     if p >= 1.0:
         return logits
     probabilities, order = logits.softmax(-1).sort(descending=True)

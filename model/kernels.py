@@ -1,6 +1,8 @@
-"""Three operations with hand-written gradients: fewer passes over memory, and less of it kept, than autograd's own.
+"""Three operations with hand-written gradients: fewer passes over memory, and less of it kept, than
+autograd's own.
 
-Each states its plain PyTorch equivalent; tests/test_kernels.py holds values and gradients to it in float64.
+Each states its plain PyTorch equivalent; tests/test_kernels.py holds values and gradients to it in
+float64.
 """
 
 import torch
@@ -9,12 +11,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100  # the label of a position that is not learned, PyTorch's own default
-TARGETS_AT_ONCE = 1024  # positions whose logits exist at the same time: 26 MB in fp32 for 6,400 tokens
+TARGETS_AT_ONCE = (
+    1024  # positions whose logits exist at the same time: 26 MB in fp32 for 6,400 tokens
+)
 FROZEN_AT_ONCE = 128  # on a CPU with a frozen head: nothing is summed over the slices, so small ones cost nothing
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``weight * F.rms_norm(x.float(), ...).type_as(x)`` over the last dimension (fp64 stays fp64)."""
+    """``weight * F.rms_norm(x.float(), ...).type_as(x)`` over the last dimension (fp64 stays
+    fp64).
+    """
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -24,11 +30,12 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """``F.cross_entropy(hidden @ weight.T, targets, reduction="sum")`` without ever holding all logits.
+    """``F.cross_entropy(hidden @ weight.T, targets, reduction="sum")`` without ever holding all
+    logits.
 
-    ``hidden`` (N, D), ``weight`` (V, D), ``targets`` (N,) int64, none of them ignored. The softmax is fp32 (fp64 stays
-    fp64), products are in autocast's dtype where that is on. The gradients come with the forward pass, a slice of N at
-    a time.
+    ``hidden`` (N, D), ``weight`` (V, D), ``targets`` (N,) int64, none of them ignored. The softmax
+    is fp32 (fp64 stays fp64), products are in autocast's dtype where that is on. The gradients come
+    with the forward pass, a slice of N at a time.
     """
     return _LinearCrossEntropy.apply(hidden, weight, targets)
 
@@ -49,7 +56,8 @@ class _RMSNorm(torch.autograd.Function):
         normed, scale, weight = ctx.saved_tensors
         product = (grad * normed).flatten(0, -2)
         grad_weight = product.sum(0).type_as(weight) if ctx.needs_input_grad[1] else None
-        # d/dx of x * scale(x) is scale * (grad - normed * mean(grad * normed)), with grad already times weight.
+        # d/dx of x * scale(x) is scale * (grad - normed * mean(grad * normed)), with grad already
+        # times weight.
         mean = (product @ weight.type_as(product)).div_(-normed.size(-1)).view(scale.shape)
         grad_x = torch.addcmul(grad * weight, normed, mean.type_as(normed)).mul_(scale)
         return grad_x, grad_weight, None
@@ -76,7 +84,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         narrow = weight.to(dtype)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        loss = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+        loss = hidden.new_zeros(
+            (), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        )
         at_once = FROZEN_AT_ONCE if kind == "cpu" and grad_weight is None else TARGETS_AT_ONCE
         for start in range(0, len(targets), at_once):
             part = slice(start, start + at_once)

@@ -1,4 +1,5 @@
-"""What LoRA to add: the keywords of ``apply_lora`` and, by the same dataclass, flags of the doors that train it.
+"""What LoRA to add: the keywords of ``apply_lora`` and, by the same dataclass, flags of the doors
+that train it.
 
 Standard library only, so that --help answers at once.
 """
@@ -20,34 +21,48 @@ Init = Literal["minimind", "kaiming", "gaussian", "pissa"]
 class LoRAConfig:
     """Names and meanings are PEFT's, the defaults are MiniMind's.
 
-    ``target_modules`` and ``exclude_modules``: a list of names or name endings, or, as a string, a regular expression
-    for whole module names; targets also "square" (as many inputs as outputs) or "all-linear" (all but the output
-    head). A list of one word with regular-expression signs is one too. ``rank_pattern`` and ``alpha_pattern``: a dict
-    (or ``key=value`` words) from a name ending, which may be a regular expression, to a number; the first match counts.
-    Raises ``UserError`` for values that no LoRA can have.
+    ``target_modules`` and ``exclude_modules``: a list of names or name endings, or, as a string, a
+    regular expression for whole module names; targets also "square" (as many inputs as outputs) or
+    "all-linear" (all but the output head). A list of one word with regular-expression signs is one
+    too. ``rank_pattern`` and ``alpha_pattern``: a dict (or ``key=value`` words) from a name ending,
+    which may be a regular expression, to a number; the first match counts. Raises ``UserError`` for
+    values that no LoRA can have.
     """
 
     rank: int = option(16, "rank of the update")
-    alpha: float | None = option(None, "the update is scaled by alpha / rank (default: a scale of 1)")
-    target_modules: tuple[str, ...] = option(
-        ("square",), "square, all-linear, names or name endings of Linear layers, or one regular expression"
+    alpha: float | None = option(
+        None, "the update is scaled by alpha / rank (default: a scale of 1)"
     )
-    exclude_modules: tuple[str, ...] = option((), "names or name endings to leave out, or one regular expression")
-    layers_to_transform: tuple[int, ...] = option((), "numbers of the layers to adapt (default: all)")
+    target_modules: tuple[str, ...] = option(
+        ("square",),
+        "square, all-linear, names or name endings of Linear layers, or one regular expression",
+    )
+    exclude_modules: tuple[str, ...] = option(
+        (), "names or name endings to leave out, or one regular expression"
+    )
+    layers_to_transform: tuple[int, ...] = option(
+        (), "numbers of the layers to adapt (default: all)"
+    )
     rank_pattern: tuple[str, ...] = option((), "other ranks for some names: wo=4 'layers.7.*=32'")
     alpha_pattern: tuple[str, ...] = option((), "other alphas for some names")
     use_rslora: bool = option(False, "scale by alpha / sqrt(rank)")
     use_dora: bool = option(False, "learn each output's magnitude apart from its direction (DoRA)")
-    lora_dropout: float = option(0.0, "probability that an input of the update is left out in training")
+    lora_dropout: float = option(
+        0.0, "probability that an input of the update is left out in training"
+    )
     init_lora_weights: Init = option(
-        "minimind", "A starts from N(0, 0.02), U(+-1/sqrt(inputs)) or N(0, 1/rank) and B at 0; pissa: from W's SVD"
+        "minimind",
+        "A starts from N(0, 0.02), U(+-1/sqrt(inputs)) or N(0, 1/rank) and B at 0; pissa: from W's SVD",
     )
 
     def __post_init__(self):
         self.target_modules = _names(self.target_modules or ())
         self.exclude_modules = _names(self.exclude_modules or ())
         shorthand = self.exclude_modules if self.exclude_modules in SHORTHANDS else ""
-        require(not shorthand, f"exclude_modules={shorthand} is no name of a module; it is for target_modules")
+        require(
+            not shorthand,
+            f"exclude_modules={shorthand} is no name of a module; it is for target_modules",
+        )
         layers = self.layers_to_transform
         self.layers_to_transform = (layers,) if isinstance(layers, int) else tuple(layers or ())
         self.rank_pattern = _pattern("rank_pattern", self.rank_pattern, int)
@@ -59,14 +74,22 @@ class LoRAConfig:
             positive = isinstance(alpha, int | float) and 0 < alpha < inf
             require(alpha is None or positive, f"alpha={alpha} must be a positive number")
         scaled = self.alpha is not None or bool(self.alpha_pattern)
-        require(scaled or not self.use_rslora, "use_rslora changes what alpha is divided by: give an alpha")
+        require(
+            scaled or not self.use_rslora,
+            "use_rslora changes what alpha is divided by: give an alpha",
+        )
         dropout = self.lora_dropout
         in_range = isinstance(dropout, int | float) and 0 <= dropout < 1
         require(in_range, f"lora_dropout={dropout} must lie in [0, 1)")
         init = self.init_lora_weights
-        require(init in get_args(Init), f"init_lora_weights={init!r} must be one of {', '.join(get_args(Init))}")
+        require(
+            init in get_args(Init),
+            f"init_lora_weights={init!r} must be one of {', '.join(get_args(Init))}",
+        )
         pissa_dora = self.use_dora and self.init_lora_weights == "pissa"
-        require(not pissa_dora, "use_dora and init_lora_weights=pissa exclude each other: choose one")
+        require(
+            not pissa_dora, "use_dora and init_lora_weights=pissa exclude each other: choose one"
+        )
 
     def scaling(self, rank: int, alpha: float | None) -> float:
         """alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023); 1 without an alpha."""
@@ -77,7 +100,10 @@ def _names(words: str | Sequence[str]) -> str | tuple[str, ...]:
     """A shorthand or a regular expression as a string, names as a tuple."""
     if not isinstance(words, str):
         words = tuple(words)
-        require(all(isinstance(word, str) for word in words), f"{words} are no names of modules: they must be texts")
+        require(
+            all(isinstance(word, str) for word in words),
+            f"{words} are no names of modules: they must be texts",
+        )
         if len(words) != 1 or (words[0] not in SHORTHANDS and re.fullmatch(r"[\w.]*", words[0])):
             return words
         (words,) = words
@@ -86,7 +112,9 @@ def _names(words: str | Sequence[str]) -> str | tuple[str, ...]:
     return words
 
 
-def _pattern(name: str, words: Mapping[str, float] | Sequence[str], number: type) -> dict[str, float]:
+def _pattern(
+    name: str, words: Mapping[str, float] | Sequence[str], number: type
+) -> dict[str, float]:
     """``key=value`` words, or a dict already, as a dict."""
     if isinstance(words, Mapping):
         words = [f"{key}={value}" for key, value in words.items()]

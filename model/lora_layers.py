@@ -12,7 +12,11 @@ Linear = nn.Linear | Conv1D  # Conv1D is GPT-2's Linear, with a transposed weigh
 
 def features(linear: Linear) -> tuple[int, int]:
     """(outputs, inputs). A quantised weight has another shape, so it is not asked."""
-    return (linear.nf, linear.nx) if isinstance(linear, Conv1D) else (linear.out_features, linear.in_features)
+    return (
+        (linear.nf, linear.nx)
+        if isinstance(linear, Conv1D)
+        else (linear.out_features, linear.in_features)
+    )
 
 
 def is_quantized(linear: Linear) -> bool:
@@ -21,7 +25,9 @@ def is_quantized(linear: Linear) -> bool:
 
 
 def dense_weight(linear: Linear) -> Tensor:
-    """The weight that the Linear multiplies by: (outputs, inputs), fp32 at least, without gradient."""
+    """The weight that the Linear multiplies by: (outputs, inputs), fp32 at least, without
+    gradient.
+    """
     weight = linear.weight.detach()
     if is_quantized(linear):
         from bitsandbytes.functional import dequantize_4bit
@@ -40,11 +46,18 @@ def write_weight(linear: Linear, weight: Tensor) -> None:
 class LoRA(nn.Module):
     """The update ``scaling * B(A(dropout(x)))`` of ``linear``; its parameters are fp32.
 
-    A ~ N(0, 0.02) and B = 0, so training starts from the base exactly; ``init`` "kaiming" and "gaussian" are PEFT's
-    other ways to draw A, and "none" leaves both to the caller.
+    A ~ N(0, 0.02) and B = 0, so training starts from the base exactly; ``init`` "kaiming" and
+    "gaussian" are PEFT's other ways to draw A, and "none" leaves both to the caller.
     """
 
-    def __init__(self, linear: Linear, rank: int, scaling: float = 1.0, dropout: float = 0.0, init: str = "minimind"):
+    def __init__(
+        self,
+        linear: Linear,
+        rank: int,
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+        init: str = "minimind",
+    ):
         super().__init__()
         outputs, inputs = features(linear)
         self.scaling = scaling
@@ -73,7 +86,9 @@ class LoRA(nn.Module):
         return y + self.lora(x).to(y.dtype)
 
     def merged(self, weight: Tensor) -> Tensor:
-        """The weight (outputs, inputs), fp32 or fp64, that computes alone what ``weight`` and this compute together."""
+        """The weight (outputs, inputs), fp32 or fp64, that computes alone what ``weight`` and this
+        compute together.
+        """
         return weight + self.scaling * (self.B.weight.to(weight) @ self.A.weight.to(weight))
 
     def is_zero(self) -> bool:
@@ -91,7 +106,8 @@ class LoRA(nn.Module):
 class DoRA(LoRA):
     """``magnitude * V / ||V||`` of each output, with V = W + scaling * B A (Liu et al. 2024).
 
-    ``magnitude`` (outputs,) starts as the norm of W's rows. As in the paper, no gradient flows through the norm.
+    ``magnitude`` (outputs,) starts as the norm of W's rows. As in the paper, no gradient flows
+    through the norm.
     """
 
     def __init__(self, linear: Linear, *args, **kwargs):
@@ -126,10 +142,11 @@ class DoRA(LoRA):
 
 
 class PiSSA(LoRA):
-    """LoRA whose A and B start as the largest singular values of W, of which the frozen part is relieved (Meng 2024).
+    """LoRA whose A and B start as the largest singular values of W, of which the frozen part is
+    relieved (Meng 2024).
 
-    The base stays as it is: the start, ``A0`` and ``B0``, is subtracted from the update instead. A file gets both, as
-    an ordinary LoRA of twice the rank, and so fits the base like any other.
+    The base stays as it is: the start, ``A0`` and ``B0``, is subtracted from the update instead. A
+    file gets both, as an ordinary LoRA of twice the rank, and so fits the base like any other.
     """
 
     def __init__(self, linear: Linear, rank: int, scaling: float = 1.0, dropout: float = 0.0):
@@ -160,7 +177,9 @@ class PiSSA(LoRA):
 
 
 def lora_of(linear: Linear, tensors: dict[str, Tensor], scaling: float = 1.0) -> LoRA:
-    """The adapter for ``linear`` whose parameters are ``tensors`` (see ``exported``) themselves, copied if not fp32."""
+    """The adapter for ``linear`` whose parameters are ``tensors`` (see ``exported``) themselves,
+    copied if not fp32.
+    """
     with torch.device("meta"):  # nothing is drawn
         kind = DoRA if "magnitude" in tensors else LoRA
         lora = kind(linear, tensors["A.weight"].size(0), scaling, init="none")

@@ -23,7 +23,11 @@ class Target:
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, Linear]]:
     """The Linears that carry a LoRA, with their names."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module._modules.get("lora"), LoRA))
+    return (
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module._modules.get("lora"), LoRA)
+    )
 
 
 def merged(model: nn.Module) -> Iterator[tuple[str, Linear]]:
@@ -32,20 +36,27 @@ def merged(model: nn.Module) -> Iterator[tuple[str, Linear]]:
 
 
 def check_receptive(model: nn.Module) -> None:
-    """Raise ``UserError`` for a model that no LoRA can be put on or saved from: a wrapper of one, whose modules have
-    other names than the model's own (``torch.compile``'s, DistributedDataParallel), and while one is merged into it.
+    """Raise ``UserError`` for a model that no LoRA can be put on or saved from: a wrapper of one,
+    whose modules have other names than the model's own (``torch.compile``'s,
+    DistributedDataParallel), and while one is merged into it.
     """
     children = [name for name, _ in model.named_children()]
     if children in (["_orig_mod"], ["module"]):
-        raise UserError(f"{type(model).__name__} wraps the model that has the names; pass that one, its .{children[0]}")
+        raise UserError(
+            f"{type(model).__name__} wraps the model that has the names; pass that one, its .{children[0]}"
+        )
     if any(True for _ in merged(model)):
         raise UserError("a LoRA is merged into this model; call unmerge_lora(model) first")
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
-    """Every Linear of the base whose weight is its own: a tied head would drag the embedding along."""
+    """Every Linear of the base whose weight is its own: a tied head would drag the embedding
+    along.
+    """
     others = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    others |= {id(parameter) for _, linear in adapted(model) for parameter in linear.lora.parameters()}
+    others |= {
+        id(parameter) for _, linear in adapted(model) for parameter in linear.lora.parameters()
+    }
     return (
         (name, module)
         for name, module in model.named_modules()
@@ -56,14 +67,20 @@ def linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
 def choose_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:
     """What ``config`` chooses of ``model``'s Linears, in their order.
 
-    Raises ``UserError`` if nothing is left, for a name, pattern or layer number that matches nothing, and for a rank
-    beyond a Linear's features. It lists what could match.
+    Raises ``UserError`` if nothing is left, for a name, pattern or layer number that matches
+    nothing, and for a rank beyond a Linear's features. It lists what could match.
     """
     found, head = dict(linears(model)), output_head(model)
     endings = ", ".join(sorted({name.rpartition(".")[2] for name in found})) or "none"
-    names = [name for name, linear in found.items() if _is_target(name, linear, head, config.target_modules)]
+    names = [
+        name
+        for name, linear in found.items()
+        if _is_target(name, linear, head, config.target_modules)
+    ]
     if (idle := _idle(found, config.target_modules)) or not names:
-        raise UserError(f"target_modules={idle or repr(config.target_modules)} matches no Linear; there are {endings}")
+        raise UserError(
+            f"target_modules={idle or repr(config.target_modules)} matches no Linear; there are {endings}"
+        )
     if idle := _idle(names, config.exclude_modules):
         raise UserError(f"exclude_modules={idle} matches no target; there are {_endings(names)}")
     names = [name for name in names if not _is_named(name, config.exclude_modules)]
@@ -73,9 +90,14 @@ def choose_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:
         numbers = {_layer(name) for name in names} - {None}
         if missing := sorted(set(config.layers_to_transform) - numbers):
             there = ", ".join(map(str, sorted(numbers))) or "none"
-            raise UserError(f"layers_to_transform {missing} match no target; there are layers {there}")
+            raise UserError(
+                f"layers_to_transform {missing} match no target; there are layers {there}"
+            )
         names = [name for name in names if _layer(name) in config.layers_to_transform]
-    for kind, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+    for kind, pattern in (
+        ("rank_pattern", config.rank_pattern),
+        ("alpha_pattern", config.alpha_pattern),
+    ):
         for key in pattern:
             if not any(_matches(key, name) for name in names):
                 raise UserError(f"{kind} {key!r} matches no target; there are {_endings(names)}")
@@ -83,25 +105,40 @@ def choose_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:
 
 
 def table_of(model: nn.Module) -> str:
-    """The adapted modules, those of like name in one line: how many, their (outputs, inputs), rank and parameters."""
+    """The adapted modules, those of like name in one line: how many, their (outputs, inputs), rank
+    and parameters.
+    """
     modules, parameters = Counter(), Counter()
     for name, linear in adapted(model):
         outputs, inputs = features(linear)
-        kind = re.sub(r"(^|\.)\d+(?=\.)", r"\1N", name), f"{outputs} x {inputs}", f"rank {linear.lora.rank}"
+        kind = (
+            re.sub(r"(^|\.)\d+(?=\.)", r"\1N", name),
+            f"{outputs} x {inputs}",
+            f"rank {linear.lora.rank}",
+        )
         modules[kind] += 1
         parameters[kind] += sum(parameter.numel() for parameter in linear.lora.parameters())
     rows = [(f"{modules[kind]} x", *kind, f"{parameters[kind]:,}") for kind in modules]
     rows.append((f"{modules.total()}", "modules", "", "", f"{parameters.total():,}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ([row[0].rjust(widths[0]), row[1].ljust(widths[1]), *map(str.rjust, row[2:], widths[2:])] for row in rows)
+    lines = (
+        [row[0].rjust(widths[0]), row[1].ljust(widths[1]), *map(str.rjust, row[2:], widths[2:])]
+        for row in rows
+    )
     return "\n".join("  " + "  ".join(line) for line in lines) + " parameters"
 
 
 def _target(name: str, linear: Linear, config: LoRAConfig) -> Target:
-    rank = next((rank for key, rank in config.rank_pattern.items() if _matches(key, name)), config.rank)
-    alpha = next((alpha for key, alpha in config.alpha_pattern.items() if _matches(key, name)), config.alpha)
+    rank = next(
+        (rank for key, rank in config.rank_pattern.items() if _matches(key, name)), config.rank
+    )
+    alpha = next(
+        (alpha for key, alpha in config.alpha_pattern.items() if _matches(key, name)), config.alpha
+    )
     if rank > (smallest := min(features(linear))):
-        raise UserError(f"rank={rank} exceeds the {smallest} features of {name}: choose a smaller rank")
+        raise UserError(
+            f"rank={rank} exceeds the {smallest} features of {name}: choose a smaller rank"
+        )
     return Target(name, linear, rank, config.scaling(rank, alpha))
 
 
@@ -110,7 +147,9 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
-def _is_target(name: str, linear: Linear, head: nn.Module | None, wanted: str | tuple[str, ...]) -> bool:
+def _is_target(
+    name: str, linear: Linear, head: nn.Module | None, wanted: str | tuple[str, ...]
+) -> bool:
     if wanted == "square":
         return linear is not head and len(set(features(linear))) == 1
     if wanted == "all-linear":
@@ -125,7 +164,9 @@ def _is_named(name: str, wanted: str | tuple[str, ...]) -> bool:
 
 
 def _idle(names: Iterable[str], wanted: str | tuple[str, ...]) -> str:
-    """Those of the wanted words, or the regular expression, that none of ``names`` answers to; empty for none."""
+    """Those of the wanted words, or the regular expression, that none of ``names`` answers to;
+    empty for none.
+    """
     if wanted in SHORTHANDS:
         return ""
     words = [wanted] if isinstance(wanted, str) else [(word,) for word in wanted]
@@ -148,7 +189,8 @@ def _endings(names: list[str]) -> str:
 
 
 def apply_call(model: nn.Module, meta: dict) -> str:
-    """The ``apply_lora`` call that prepares a bare ``model`` for a file with this ``_meta``, as short as it can be.
+    """The ``apply_lora`` call that prepares a bare ``model`` for a file with this ``_meta``, as
+    short as it can be.
 
     Empty where there is none: sums of skills may have a rank beyond what can be trained.
     """
@@ -161,7 +203,11 @@ def apply_call(model: nn.Module, meta: dict) -> str:
     if any(rank > min(features(found[name])) for name, rank in meta["ranks"].items()):
         return ""
     choices = ("square", "all-linear", endings)
-    fitting = [t for t in choices if {name for name in found if _is_target(name, found[name], head, t)} == wanted]
+    fitting = [
+        t
+        for t in choices
+        if {name for name in found if _is_target(name, found[name], head, t)} == wanted
+    ]
     targets = fitting[0] if fitting else "|".join(map(re.escape, sorted(wanted)))
     if targets != "square":
         arguments += f", target_modules={list(targets) if targets == endings else targets!r}"

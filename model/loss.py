@@ -1,4 +1,6 @@
-"""The two losses that the training doors hand to the loop. They fit any causal LM with Hugging Face's ``labels``."""
+"""The two losses that the training doors hand to the loop. They fit any causal LM with Hugging
+Face's ``labels``.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,12 +10,15 @@ from model.kernels import IGNORED
 
 
 def loss_sum(model: nn.Module, batch) -> Tensor:
-    """Cross-entropy in nats summed over the supervised targets of a ``Batch``; 0 when there are none."""
+    """Cross-entropy in nats summed over the supervised targets of a ``Batch``; 0 when there are
+    none.
+    """
     return model(**batch.inputs, labels=batch.labels, num_items_in_batch=1).loss
 
 
 def nats_of(control: set[int]):
-    """A loss for evaluation: ``(model, batch) -> (2,)``, the nats of all targets and those of text alone.
+    """A loss for evaluation: ``(model, batch) -> (2,)``, the nats of all targets and those of text
+    alone.
 
     ``control``: the ids that stand for no text.
     """

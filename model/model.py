@@ -1,7 +1,8 @@
 """MiniMindLM: a Llama-style decoder small enough to read in one sitting.
 
-Token ids -> embedding -> n_layers x (RMSNorm, grouped-query attention with rotary positions, RMSNorm, SwiGLU)
--> RMSNorm -> logits through the transposed embedding. State-dict keys and arithmetic are MiniMind's (April 2025).
+Token ids -> embedding -> n_layers x (RMSNorm, grouped-query attention with rotary positions,
+RMSNorm, SwiGLU) -> RMSNorm -> logits through the transposed embedding. State-dict keys and
+arithmetic are MiniMind's (April 2025).
 """
 
 import math
@@ -16,7 +17,9 @@ from core.errors import UserError
 from model.kernels import IGNORED, linear_cross_entropy, rms_norm, swiglu
 from model.LMConfig import LMConfig
 
-KVCache = list[tuple[Tensor, Tensor]]  # per layer: keys and values, each (B, n_kv_heads, S, head_dim)
+KVCache = list[
+    tuple[Tensor, Tensor]
+]  # per layer: keys and values, each (B, n_kv_heads, S, head_dim)
 
 
 class RMSNorm(nn.Module):
@@ -32,23 +35,31 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(head_dim: int, length: int, theta: float, device: torch.device) -> Tensor:
-    """The rotary angles ``position * theta^(-2i/head_dim)`` as unit complex numbers: complex64 (length, head_dim/2)."""
+    """The rotary angles ``position * theta^(-2i/head_dim)`` as unit complex numbers: complex64
+    (length, head_dim/2).
+    """
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
     angles = torch.outer(torch.arange(length, device=device).float(), frequencies)
     return torch.complex(angles.cos(), angles.sin())
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn each neighbouring pair of features by its position's angle (the complex-pair order, not rotate-half).
+    """Turn each neighbouring pair of features by its position's angle (the complex-pair order, not
+    rotate-half).
 
-    ``x`` (B, T, heads, head_dim) of any dtype, ``turns`` (T, head_dim/2) complex64; computed in fp32, in one pass.
+    ``x`` (B, T, heads, head_dim) of any dtype, ``turns`` (T, head_dim/2) complex64; computed in
+    fp32, in one pass.
     """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns[:, None, :]).flatten(-2).type_as(x)  # one angle for all heads
+    return (
+        torch.view_as_real(pairs * turns[:, None, :]).flatten(-2).type_as(x)
+    )  # one angle for all heads
 
 
 def take(x: Tensor, positions: Tensor | None) -> Tensor:
-    """The chosen ``positions`` (N,) of ``x`` (B, T, D), counted through the flattened batch: (N, D); None: ``x``."""
+    """The chosen ``positions`` (N,) of ``x`` (B, T, D), counted through the flattened batch: (N,
+    D); None: ``x``.
+    """
     return x if positions is None else x.flatten(0, 1).index_select(0, positions)
 
 
@@ -70,14 +81,23 @@ class Attention(nn.Module):
         self, x: Tensor, turns: Tensor, past: tuple[Tensor, Tensor] | None, positions: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         B, T, _ = x.shape
-        q = rotate(self.wq(x).view(B, T, -1, self.head_dim), turns).transpose(1, 2)  # (B, n_heads, T, head_dim)
-        k = rotate(self.wk(x).view(B, T, -1, self.head_dim), turns).transpose(1, 2)  # (B, n_kv_heads, T, head_dim)
+        q = rotate(self.wq(x).view(B, T, -1, self.head_dim), turns).transpose(
+            1, 2
+        )  # (B, n_heads, T, head_dim)
+        k = rotate(self.wk(x).view(B, T, -1, self.head_dim), turns).transpose(
+            1, 2
+        )  # (B, n_kv_heads, T, head_dim)
         v = self.wv(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
         S = k.size(2)
-        # is_causal aligns the mask to the first key, so several new tokens after a cache need their own small mask.
-        mask = None if T == 1 or past is None else torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        # is_causal aligns the mask to the first key, so several new tokens after a cache need their
+        # own small mask.
+        mask = (
+            None
+            if T == 1 or past is None
+            else torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        )
         y = F.scaled_dot_product_attention(
             q,
             k,
@@ -121,14 +141,18 @@ class MiniMindBlock(nn.Module):
         past: tuple[Tensor, Tensor] | None = None,
         positions: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """(B, T, dim) and this layer's keys and values; with ``positions`` (N,) only those come out: (N, dim)."""
+        """(B, T, dim) and this layer's keys and values; with ``positions`` (N,) only those come
+        out: (N, dim).
+        """
         attended, present = self.attention(self.attention_norm(x), turns, past, positions)
         h = take(x, positions) + attended
         return h + self.feed_forward(self.ffn_norm(h)), present
 
 
 class MiniMindLM(PreTrainedModel):
-    """The decoder. ``save_pretrained`` and ``from_pretrained`` work; training files are plain state dicts."""
+    """The decoder. ``save_pretrained`` and ``from_pretrained`` work; training files are plain state
+    dicts.
+    """
 
     config_class = LMConfig
     # transformers ties only what is named here, and only with tie_word_embeddings in the config.
@@ -143,14 +167,21 @@ class MiniMindLM(PreTrainedModel):
         self.layers = nn.ModuleList(MiniMindBlock(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        # No buffer: from_pretrained leaves non-persistent buffers as garbage, and .bfloat16() would round the angles.
+        # No buffer: from_pretrained leaves non-persistent buffers as garbage, and .bfloat16() would
+        # round the angles.
         self._rope: Tensor | None = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """N(0, 0.02); what writes into the residual stream is divided by sqrt(2 n_layers) (GPT-2)."""
+        """N(0, 0.02); what writes into the residual stream is divided by sqrt(2 n_layers)
+        (GPT-2).
+        """
         if isinstance(module, nn.Linear | nn.Embedding):
-            scale = math.sqrt(2 * self.config.n_layers) if getattr(module, "writes_residual", False) else 1.0
+            scale = (
+                math.sqrt(2 * self.config.n_layers)
+                if getattr(module, "writes_residual", False)
+                else 1.0
+            )
             nn.init.normal_(module.weight, std=0.02 / scale)
         if isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
@@ -172,16 +203,18 @@ class MiniMindLM(PreTrainedModel):
     ) -> CausalLMOutputWithPast:
         """Next-token logits, and the loss when ``labels`` are given.
 
-        ``input_ids`` (B, T) int64, right-padded: a position sees only what stands before it, so padding and
-        batch-mates never change a row. ``past_key_values`` holds S earlier tokens (none: S = 0). ``logits_to_keep``
-        n > 0 keeps the last n positions, 0 all, a tensor those positions. ``labels`` (B, T): the id itself or -100;
-        they are shifted here. Loss = summed cross-entropy / ``num_items_in_batch`` (default: the number of supervised
-        targets), 0 when nothing is supervised.
+        ``input_ids`` (B, T) int64, right-padded: a position sees only what stands before it, so
+        padding and batch-mates never change a row. ``past_key_values`` holds S earlier tokens
+        (none: S = 0). ``logits_to_keep`` n > 0 keeps the last n positions, 0 all, a tensor those
+        positions. ``labels`` (B, T): the id itself or -100; they are shifted here. Loss = summed
+        cross-entropy / ``num_items_in_batch`` (default: the number of supervised targets), 0 when
+        nothing is supervised.
 
-        Returns logits (B, T or kept, vocab_size), ``loss`` (scalar, fp32 at least), and ``past_key_values`` covering
-        S + T tokens when ``use_cache``. In training mode with ``labels``, only positions that predict a supervised
-        target reach the head and the last block's output and MLP, and ``logits`` is None; loss and gradients are the
-        same. Raises ``UserError`` past ``max_seq_len``, and for ``labels`` together with ``logits_to_keep``.
+        Returns logits (B, T or kept, vocab_size), ``loss`` (scalar, fp32 at least), and
+        ``past_key_values`` covering S + T tokens when ``use_cache``. In training mode with
+        ``labels``, only positions that predict a supervised target reach the head and the last
+        block's output and MLP, and ``logits`` is None; loss and gradients are the same. Raises
+        ``UserError`` past ``max_seq_len``, and for ``labels`` together with ``logits_to_keep``.
         """
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise UserError("labels need the logits of all positions: leave logits_to_keep out")
@@ -207,20 +240,28 @@ class MiniMindLM(PreTrainedModel):
         if positions is not None:
             loss = linear_cross_entropy(h, self.output.weight, targets) / num_items_in_batch
             return CausalLMOutputWithPast(loss=loss, past_key_values=cache)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        kept = (
+            slice(-logits_to_keep, None)
+            if isinstance(logits_to_keep, int) and logits_to_keep
+            else logits_to_keep
+        )
         logits = self.output(h if isinstance(kept, int) else h[:, kept])
         loss = None
         if labels is not None:
             wide = logits if logits.dtype == torch.float64 else logits.float()
-            nats = F.cross_entropy(wide.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
+            nats = F.cross_entropy(
+                wide.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum"
+            )
             loss = nats / num_items_in_batch
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
     def compile(self, **settings) -> None:
-        """``torch.compile`` each block, for all lengths; state-dict keys and the head's loss stay as they are.
+        """``torch.compile`` each block, for all lengths; state-dict keys and the head's loss stay
+        as they are.
 
-        The blocks share their programs. There are several, for a last block computes less and a batch of one row is
-        special, but fewer than the 8 after which PyTorch would quietly go on uncompiled.
+        The blocks share their programs. There are several, for a last block computes less and a
+        batch of one row is special, but fewer than the 8 after which PyTorch would quietly go on
+        uncompiled.
         """
         for layer in self.layers:
             layer.compile(**{"dynamic": True, **settings})
@@ -228,7 +269,11 @@ class MiniMindLM(PreTrainedModel):
     def _rope_at(self, start: int, length: int, device: torch.device) -> Tensor:
         config = self.config
         if start + length > config.max_seq_len:
-            raise UserError(f"{start + length} tokens exceed the model's max_seq_len of {config.max_seq_len}")
+            raise UserError(
+                f"{start + length} tokens exceed the model's max_seq_len of {config.max_seq_len}"
+            )
         if self._rope is None or self._rope.device != device:
-            self._rope = rope_table(config.dim // config.n_heads, config.max_seq_len, config.rope_theta, device)
+            self._rope = rope_table(
+                config.dim // config.n_heads, config.max_seq_len, config.rope_theta, device
+            )
         return self._rope[start : start + length]

@@ -1,4 +1,6 @@
-"""Show what training makes of data files, and every row it cannot use: python scripts/inspect_data.py my_chats.jsonl"""
+"""Show what training makes of data files, and every row it cannot use: python
+scripts/inspect_data.py my_chats.jsonl
+"""
 
 import sys
 import unicodedata
@@ -18,12 +20,18 @@ from trainer.options import TrainOptions
 
 ROWS_AT_ONCE = 1000  # encoded together
 BAR = 40  # characters of the longest bar
-ROW_NAMES = {"text": "pretraining rows", "chat": "chat rows", "unknown": "neither pretraining nor chat rows"}
+ROW_NAMES = {
+    "text": "pretraining rows",
+    "chat": "chat rows",
+    "unknown": "neither pretraining nor chat rows",
+}
 
 
 @dataclass
 class Options:
-    """Show samples token by token, lengths and shares, and list every bad row. Exit code 1: not all rows are usable."""
+    """Show samples token by token, lengths and shares, and list every bad row. Exit code 1: not all
+    rows are usable.
+    """
 
     files: tuple[Path, ...] = option((), "data files: pretraining or chat rows", positional=True)
     n: int = option(3, "rows to show token by token, the first ones of each file")
@@ -37,11 +45,15 @@ class Options:
 
 @dataclass
 class Report:
-    """What was found in one file. Tokens include the template's, characters and bytes are the contents' alone."""
+    """What was found in one file. Tokens include the template's, characters and bytes are the
+    contents' alone.
+    """
 
     kind: str
     bad: list[str] = field(default_factory=list)  # file:line: reason
-    samples: list[tuple[int, list[int], list[bool]]] = field(default_factory=list)  # line, ids, learned
+    samples: list[tuple[int, list[int], list[bool]]] = field(
+        default_factory=list
+    )  # line, ids, learned
     lengths: list[int] = field(default_factory=list)
     taken: list[int] = field(default_factory=list)  # of the rows that training uses, truncated
     characters: int = 0
@@ -78,7 +90,11 @@ def inspect(path: Path, tokenizer, options: Options) -> Report:
         for (line, row), (ids, learned) in zip(good, encoded, strict=True):
             if len(report.samples) < options.n:
                 report.samples.append((line, ids, learned))
-            contents = [row["text"]] if kind is TEXT else [message["content"] for message in row["conversations"]]
+            contents = (
+                [row["text"]]
+                if kind is TEXT
+                else [message["content"] for message in row["conversations"]]
+            )
             report.lengths.append(len(ids))
             if kind is TEXT or any(learned[1 : options.max_seq_len]):
                 report.taken.append(min(len(ids), options.max_seq_len))
@@ -114,25 +130,35 @@ def show(path: Path, report: Report, tokenizer, max_seq_len: int) -> None:
     long = sum(length > max_seq_len for length in report.lengths)
     print(f"tokens: {tokens}, median {median(report.lengths):.0f}, longest {max(report.lengths)}")
     if report.kind == "text":
-        print(f"longer than a window of {max_seq_len}: {share(long, rows)}; they are split, 0 % is truncated")
+        print(
+            f"longer than a window of {max_seq_len}: {share(long, rows)}; they are split, 0 % is truncated"
+        )
     else:
         left_out = rows - len(report.taken)
         print(f"truncated at {max_seq_len}: {share(long, rows)}")
         print(f"without targets after truncation, left out in training: {share(left_out, rows)}")
         if report.taken:
-            print(f"padding in an epoch of training at batch {TrainOptions.batch_size}: {padding(report.taken):.1%}")
-    print(f"per token: {report.characters / tokens:.2f} characters, {report.bytes / tokens:.2f} bytes")
+            print(
+                f"padding in an epoch of training at batch {TrainOptions.batch_size}: {padding(report.taken):.1%}"
+            )
+    print(
+        f"per token: {report.characters / tokens:.2f} characters, {report.bytes / tokens:.2f} bytes"
+    )
     histogram(report.lengths)
 
 
 def padding(lengths: list[int]) -> float:
-    """The part of all computed tokens that is padding, in one epoch on a CPU with the doors' defaults."""
+    """The part of all computed tokens that is padding, in one epoch on a CPU with the doors'
+    defaults.
+    """
     import numpy as np
 
     from dataset.batches import Batches
 
     chats = SimpleNamespace(lengths=np.array(lengths))
-    epoch = Batches(chats, TrainOptions.batch_size, TrainOptions.accumulation_steps, TrainOptions.seed)
+    epoch = Batches(
+        chats, TrainOptions.batch_size, TrainOptions.accumulation_steps, TrainOptions.seed
+    )
     return 1 - epoch.useful_share()
 
 
@@ -145,7 +171,9 @@ def histogram(lengths: list[int]) -> None:
 
 
 def spelling(tokenizer, token_id: int, columns: int) -> str:
-    """A token as Python text, so that blanks and newlines show; part of a character as Python bytes. Padded."""
+    """A token as Python text, so that blanks and newlines show; part of a character as Python
+    bytes. Padded.
+    """
     from dataset.tokenizer import spelled_bytes
 
     spelled = spelled_bytes(tokenizer, token_id)
@@ -153,7 +181,9 @@ def spelling(tokenizer, token_id: int, columns: int) -> str:
         text = repr(spelled.decode())
     except UnicodeDecodeError:
         text = repr(spelled)
-    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)  # two columns each
+    wide = sum(
+        unicodedata.east_asian_width(character) in "WF" for character in text
+    )  # two columns each
     return text + " " * (columns - len(text) - wide)
 
 

@@ -1,6 +1,8 @@
-"""Tokenise data files ahead of training, on any machine with cores to spare: python scripts/prepare_data.py my.jsonl
+"""Tokenise data files ahead of training, on any machine with cores to spare: python
+scripts/prepare_data.py my.jsonl
 
-Training does the same when it starts and finds nothing prepared. It must be given the same files in the same order.
+Training does the same when it starts and finds nothing prepared. It must be given the same files in
+the same order.
 """
 
 import sys
@@ -18,12 +20,18 @@ from trainer.options import TrainOptions
 
 @dataclass
 class Options:
-    """Tokenise pretraining or chat rows into out/cache, where training with the same --out_dir finds them."""
+    """Tokenise pretraining or chat rows into out/cache, where training with the same --out_dir
+    finds them.
+    """
 
-    files: tuple[Path, ...] = option((), "data files of one training run: pretraining or chat rows", positional=True)
+    files: tuple[Path, ...] = option(
+        (), "data files of one training run: pretraining or chat rows", positional=True
+    )
     out_dir: Path = option(TrainOptions.out_dir, "folder of all results, made if missing")
     tokenizer_path: Path = option(TOKENIZER_DIR, "tokenizer folder")
-    bad_rows: Literal["stop", "skip"] = option(TrainOptions.bad_rows, "what to do about unusable rows")
+    bad_rows: Literal["stop", "skip"] = option(
+        TrainOptions.bad_rows, "what to do about unusable rows"
+    )
     workers: int = option(0, "processes; 0: one a core")
 
     def __post_init__(self):
@@ -38,7 +46,9 @@ def main(argv: list[str] | None = None) -> None:
 
     kind = {kind.name: kind for kind in (TEXT, CHAT)}.get(detect(options.files[0]).name)
     if kind is None:
-        raise UserError(f"no usable row in {options.files[0]}; look at it with scripts/inspect_data.py")
+        raise UserError(
+            f"no usable row in {options.files[0]}; look at it with scripts/inspect_data.py"
+        )
     tokenizer, cache = load_tokenizer(options.tokenizer_path), cache_dir(options.out_dir)
     table = tokenize_files(options.files, kind, tokenizer, cache, options.bad_rows, options.workers)
     rows, _ = split_rows(table, 0.0)

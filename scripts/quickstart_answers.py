@@ -1,4 +1,6 @@
-"""The quick start's exam: the same held-out questions to the base and to every skill, side by side."""
+"""The quick start's exam: the same held-out questions to the base and to every skill, side by
+side.
+"""
 
 import dataclasses
 import json
@@ -21,7 +23,9 @@ SHOWN = 4  # questions a skill, in the table
 
 @dataclasses.dataclass
 class Probe:
-    """A held-out question of a skill, the strings of which any one makes an answer right, and everyone's answers."""
+    """A held-out question of a skill, the strings of which any one makes an answer right, and
+    everyone's answers.
+    """
 
     skill: str
     question: str
@@ -34,22 +38,34 @@ class Probe:
 
 def read_probes(skill: str, path: Path) -> list[Probe]:
     """One probe a line: ``{"question": ..., "expect": [...]}``."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [
+        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
     return [Probe(skill, row["question"], row["expect"]) for row in rows]
 
 
 def ask_all(base: Path, skills: Sequence[str], out_dir: Path) -> list[Probe]:
     """Put every skill's probes to the base and, swapping live, to the skills in ``out_dir``.
 
-    It is the chat of ``eval_model.py`` with ``--seed 0`` for each question. Taking the likeliest token instead would
-    pass a skill whose right word is the likeliest of many unlikely ones.
+    It is the chat of ``eval_model.py`` with ``--seed 0`` for each question. Taking the likeliest
+    token instead would pass a skill whose right word is the likeliest of many unlikely ones.
     """
     model, _ = load_base(base, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS)
     session = ChatSession(
-        model, load_tokenizer(TOKENIZER_DIR), sampling, seed=0, history_cnt=0, continues=False, out_dir=out_dir
+        model,
+        load_tokenizer(TOKENIZER_DIR),
+        sampling,
+        seed=0,
+        history_cnt=0,
+        continues=False,
+        out_dir=out_dir,
     )
-    probes = [probe for skill in skills for probe in read_probes(skill, bundled_data(f"probes_{skill}.jsonl"))]
+    probes = [
+        probe
+        for skill in skills
+        for probe in read_probes(skill, bundled_data(f"probes_{skill}.jsonl"))
+    ]
     for who in ("base", *skills):
         print(f"asking {who}: {len(probes)} questions", flush=True)
         session.use_skill(who if who in skills else None)
@@ -62,7 +78,8 @@ def ask_all(base: Path, skills: Sequence[str], out_dir: Path) -> list[Probe]:
 def report(probes: Sequence[Probe], wanted: float, allowed: float) -> bool:
     """Print a few answers side by side and all hit rates; True when every skill and the base pass.
 
-    A skill passes with a share of at least ``wanted`` of its own probes, the base with at most ``allowed`` of them.
+    A skill passes with a share of at least ``wanted`` of its own probes, the base with at most
+    ``allowed`` of them.
     """
     skills = list(dict.fromkeys(probe.skill for probe in probes))
     everyone = ["base", *skills]
@@ -71,7 +88,11 @@ def report(probes: Sequence[Probe], wanted: float, allowed: float) -> bool:
     for skill in skills:
         own = [probe for probe in probes if probe.skill == skill]
         for probe in own[:: max(1, len(own) // SHOWN)][:SHOWN]:
-            lines += ["", f"> {probe.question}", _row([probe.answers[who] for who in everyone], width)]
+            lines += [
+                "",
+                f"> {probe.question}",
+                _row([probe.answers[who] for who in everyone], width),
+            ]
     print("\n" + "\n".join(lines))
 
     print("\nHeld-out questions answered right")
@@ -82,7 +103,9 @@ def report(probes: Sequence[Probe], wanted: float, allowed: float) -> bool:
         print(f"  {skill:<10} " + "  ".join(f"{who} {hits[who]}/{len(own)}" for who in everyone))
         if hits[skill] < wanted * len(own) or hits["base"] > allowed * len(own):
             passed = False
-            print(f"    NOT good enough: {skill} should have at least {wanted:.0%}, the base at most {allowed:.0%}")
+            print(
+                f"    NOT good enough: {skill} should have at least {wanted:.0%}, the base at most {allowed:.0%}"
+            )
             for probe in own:
                 if not probe.is_hit(skill):
                     print(f"    missed: {probe.question} -> {probe.answers[skill]!r}")
@@ -101,7 +124,9 @@ def _row(cells: Sequence[str], width: int) -> str:
 
 
 def _wrap(text: str, width: int) -> list[str]:
-    """Lines of at most ``width`` columns, cut at spaces where there are any; Chinese has none and is cut anywhere."""
+    """Lines of at most ``width`` columns, cut at spaces where there are any; Chinese has none and
+    is cut anywhere.
+    """
     lines = [""]
     for word in text.replace("\n", " ").split(" "):
         if lines[-1] and columns(lines[-1]) + 1 + columns(word) <= width:

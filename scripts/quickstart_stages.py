@@ -1,7 +1,8 @@
 """The stages of the quick start: what ``quickstart.py`` runs inside the environment.
 
-Each training stage is a front door run as a user would run it. Its stamp in out/quickstart/stages/ names everything
-that went in and what came out, and is written last; a stage whose stamp still holds is not run again.
+Each training stage is a front door run as a user would run it. Its stamp in out/quickstart/stages/
+names everything that went in and what came out, and is written last; a stage whose stamp still
+holds is not run again.
 """
 
 import dataclasses
@@ -27,19 +28,29 @@ SKILLS = ("identity", "medical")
 WANTED_SKILL_SHARE, ALLOWED_BASE_SHARE = 0.8, 0.2  # of a skill's held-out questions
 ROOMS = ("core", "dataset", "model", "trainer")  # their code decides what a stage makes
 
-# Small enough for ten minutes on two CPU cores. Every other option is the door's own default. Fine-tuning is gentle:
-# at four times the rate the base forgets the words that its chats lack and its skills need.
+# Small enough for ten minutes on two CPU cores. Every other option is the door's own default.
+# Fine-tuning is gentle: at four times the rate the base forgets the words that its chats lack and
+# its skills need.
 DIM = 256
-PRETRAIN = {"dim": DIM, "n_layers": 6, "max_seq_len": 256, "epochs": 4, "batch_size": 8, "learning_rate": 3e-3}
+PRETRAIN = {
+    "dim": DIM,
+    "n_layers": 6,
+    "max_seq_len": 256,
+    "epochs": 4,
+    "batch_size": 8,
+    "learning_rate": 3e-3,
+}
 FULL_SFT = {"max_seq_len": 256, "epochs": 8, "batch_size": 16, "learning_rate": 5e-4}
 LORA = {"max_seq_len": 256, "epochs": 30, "batch_size": 8, "learning_rate": 3e-3}
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One run of a front door on bundled data, which continues from what the stage ``before`` it made.
+    """One run of a front door on bundled data, which continues from what the stage ``before`` it
+    made.
 
-    ``outputs`` are the files that later stages and the user need from it; options are the door's flags.
+    ``outputs`` are the files that later stages and the user need from it; options are the door's
+    flags.
     """
 
     name: str
@@ -53,13 +64,26 @@ class Stage:
         flags = {"data_path": self.data, **self.options}
         if self.before:
             flags["base"] = self.before.outputs[0]
-        return [sys.executable, str(self.door), *(str(word) for key in flags for word in (f"--{key}", flags[key]))]
+        return [
+            sys.executable,
+            str(self.door),
+            *(str(word) for key in flags for word in (f"--{key}", flags[key])),
+        ]
 
 
 def plan(out_dir: Path = OUT) -> list[Stage]:
-    """The training stages in their order. Both skills start from the fine-tuned base, neither from the other."""
+    """The training stages in their order. Both skills start from the fine-tuned base, neither from
+    the other.
+    """
 
-    def stage(name: str, door: str, data: str, outputs: list[Path], options: dict[str, Any], before: Stage | None):
+    def stage(
+        name: str,
+        door: str,
+        data: str,
+        outputs: list[Path],
+        options: dict[str, Any],
+        before: Stage | None,
+    ):
         options = {"out_dir": out_dir, **options}
         return Stage(name, REPOSITORY / door, bundled_data(data), tuple(outputs), options, before)
 
@@ -67,8 +91,12 @@ def plan(out_dir: Path = OUT) -> list[Stage]:
         path = base_path(out_dir, name, DIM)
         return [path, path.with_suffix(".json")]
 
-    pretrain = stage("pretrain", "train_pretrain.py", "pretrain_mini.jsonl", base("pretrain"), PRETRAIN, None)
-    full_sft = stage("full_sft", "train_full_sft.py", "sft_mini.jsonl", base("full_sft"), FULL_SFT, pretrain)
+    pretrain = stage(
+        "pretrain", "train_pretrain.py", "pretrain_mini.jsonl", base("pretrain"), PRETRAIN, None
+    )
+    full_sft = stage(
+        "full_sft", "train_full_sft.py", "sft_mini.jsonl", base("full_sft"), FULL_SFT, pretrain
+    )
     skills = [
         stage(
             skill,
@@ -84,7 +112,8 @@ def plan(out_dir: Path = OUT) -> list[Stage]:
 
 
 def run_stage(stage: Stage, stamps: Path) -> tuple[float, bool]:
-    """Run the stage unless its stamp in folder ``stamps`` holds; return (seconds it took, was it reused).
+    """Run the stage unless its stamp in folder ``stamps`` holds; return (seconds it took, was it
+    reused).
 
     Ends the process with the door's exit code when the door fails.
     """
@@ -99,10 +128,15 @@ def run_stage(stage: Stage, stamps: Path) -> tuple[float, bool]:
     if code:
         if code != 130:
             reason = f"stage {stage.name} ended with exit code {code}; its message is above"
-            print(f"quick start stopped: {reason}. Run the same command again to go on from here.", file=sys.stderr)
+            print(
+                f"quick start stopped: {reason}. Run the same command again to go on from here.",
+                file=sys.stderr,
+            )
         sys.exit(code)
     seconds = time.monotonic() - started
-    content = json.dumps({"inputs": inputs, "outputs": _outputs(stage), "seconds": seconds}, indent=1)
+    content = json.dumps(
+        {"inputs": inputs, "outputs": _outputs(stage), "seconds": seconds}, indent=1
+    )
     atomic_write(stamp, lambda file: file.write(content.encode()))
     return seconds, False
 
@@ -149,7 +183,12 @@ def how_to_go_on() -> str:
     # Its chats were short: with earlier turns in front, this small model loses the thread.
     alone = {"out_dir": OUT, "history_cnt": 0}
     skills = "".join(f"  {_show('eval_model.py', lora_name=skill, **alone)}\n" for skill in SKILLS)
-    example = {"conversations": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+    example = {
+        "conversations": [
+            {"role": "user", "content": "..."},
+            {"role": "assistant", "content": "..."},
+        ]
+    }
     return f"""
 Chat with a skill (inside, /lora NAME swaps it, /lora off returns to the base, /help shows the rest):
 {skills}
@@ -177,7 +216,9 @@ def main() -> None:
     stages = plan()
     missing = [str(stage.data) for stage in stages if not stage.data.is_file()]
     if missing:
-        raise UserError(f"bundled data is missing ({', '.join(missing)}): get a whole copy of the repository")
+        raise UserError(
+            f"bundled data is missing ({', '.join(missing)}): get a whole copy of the repository"
+        )
     times = []
     for number, stage in enumerate(stages, 1):
         print(f"\n== Stage {number} of {len(stages) + 1}: {stage.name}", flush=True)
@@ -187,9 +228,13 @@ def main() -> None:
             print(f"finished before: {', '.join(map(str, stage.outputs))}")
 
     print(
-        f"\n== Stage {len(stages) + 1} of {len(stages) + 1}: the same questions to the base and both skills", flush=True
+        f"\n== Stage {len(stages) + 1} of {len(stages) + 1}: the same questions to the base and both skills",
+        flush=True,
     )
-    from scripts.quickstart_answers import ask_all, report  # torch takes seconds to import: only now
+    from scripts.quickstart_answers import (
+        ask_all,
+        report,
+    )  # torch takes seconds to import: only now
 
     asked = time.monotonic()
     answers = ask_all(base_path(OUT, "full_sft", DIM), SKILLS, OUT)
@@ -202,7 +247,10 @@ def main() -> None:
     print(f"  {'this run':<10} {time.monotonic() - started:7.1f} s")
     print(how_to_go_on())
     if not passed:
-        print("quick start: not every skill reached its mark; the missed questions are listed above", file=sys.stderr)
+        print(
+            "quick start: not every skill reached its mark; the missed questions are listed above",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 

@@ -1,10 +1,11 @@
-"""Check the style and run the test suite in the project's own environment, which is made first where it is missing.
+"""Check the style and run the test suite in the project's own environment, which is made first
+where it is missing.
 
     python scripts/run_tests.py [pytest arguments]
 
-Arguments go to pytest, which uses up to four cores (-n 0: one process, as --pdb needs it). --use_this_python runs in
-the Python that started it and installs nothing. This file parses on any Python 3, so that an old one can say what is
-wrong.
+Arguments go to pytest, which uses up to four cores (-n 0: one process, as --pdb needs it).
+--use_this_python runs in the Python that started it and installs nothing. This file parses on any
+Python 3, so that an old one can say what is wrong.
 """
 
 import os
@@ -26,7 +27,9 @@ def main(argv=None):
     os.chdir(ROOT)
     # On a build server a reference tool that is missing must fail its test, not skip it.
     variables = {"REQUIRE_ORACLES": "1"} if os.environ.get("CI") else {}
-    variables["OMP_NUM_THREADS"] = "1"  # the models are small: a core is better used by another test
+    variables["OMP_NUM_THREADS"] = (
+        "1"  # the models are small: a core is better used by another test
+    )
     pytest = ["pytest", "--numprocesses", "auto", "--maxprocesses", "4", "--dist", "worksteal"]
     failure = 0
     for stage in (["ruff", "check"], ["ruff", "format", "--check"], pytest + pytest_arguments):

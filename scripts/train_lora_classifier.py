@@ -1,4 +1,6 @@
-"""Teach a pretrained model to tell texts apart: python scripts/train_lora_classifier.py --base DIR --data_path a.tsv"""
+"""Teach a pretrained model to tell texts apart: python scripts/train_lora_classifier.py --base DIR
+--data_path a.tsv
+"""
 
 import json
 import sys
@@ -15,30 +17,56 @@ from core.paths import classifier_dir, lora_path, skill_name
 from model.lora_config import LoRAConfig
 from trainer.options import TrainOptions
 
-OF_PREDICTION = ("base", "lora_name", "predict", "out_dir", "device", "dtype", "tokenizer_path", "seed")
+OF_PREDICTION = (
+    "base",
+    "lora_name",
+    "predict",
+    "out_dir",
+    "device",
+    "dtype",
+    "tokenizer_path",
+    "seed",
+)
 
 
 @dataclass
 class Options(LoRAConfig, TrainOptions):
-    """Train LoRA and a new head on labelled texts or pairs of texts; the scores are of --val_path."""
+    """Train LoRA and a new head on labelled texts or pairs of texts; the scores are of
+    --val_path.
+    """
 
     base: Path | None = option(None, "pretrained model: a Hugging Face folder or owner/model")
-    data_path: tuple[Path, ...] = option((), "rows with text, label and perhaps text_pair: .jsonl, .json or .tsv")
-    val_path: tuple[Path, ...] = option((), "rows to score (default: --val_ratio of the training rows)")
+    data_path: tuple[Path, ...] = option(
+        (), "rows with text, label and perhaps text_pair: .jsonl, .json or .tsv"
+    )
+    val_path: tuple[Path, ...] = option(
+        (), "rows to score (default: --val_ratio of the training rows)"
+    )
     lora_name: str = option("classifier", "name of the skill; it names the files")
-    full: bool = option(False, "train all weights instead of LoRA, into the folder out/classifier_<name>")
-    load_in_4bit: bool = option(False, "freeze the body in 4 bits (QLoRA; needs requirements-4bit.txt)")
-    predict: Path | None = option(None, "train nothing: print the label of each row of this file, with its probability")
+    full: bool = option(
+        False, "train all weights instead of LoRA, into the folder out/classifier_<name>"
+    )
+    load_in_4bit: bool = option(
+        False, "freeze the body in 4 bits (QLoRA; needs requirements-4bit.txt)"
+    )
+    predict: Path | None = option(
+        None, "train nothing: print the label of each row of this file, with its probability"
+    )
     rank: int = option(8, "rank of the update")
     alpha: float | None = option(16.0, "the update is scaled by alpha / rank")
     target_modules: tuple[str, ...] = option(
-        ("query", "value"), "square, all-linear, names or name endings of Linear layers, or one regular expression"
+        ("query", "value"),
+        "square, all-linear, names or name endings of Linear layers, or one regular expression",
     )
     epochs: int = option(3, "passes over the data")
     batch_size: int = option(32, "rows of a micro-batch")
-    learning_rate: float | None = option(None, "peak learning rate (default: 1e-3, with --full 5e-5)")
+    learning_rate: float | None = option(
+        None, "peak learning rate (default: 1e-3, with --full 5e-5)"
+    )
     warmup_ratio: float = option(0.06, "share of the steps in which the rate rises")
-    decay_ratio: float = option(1.0, "share of the steps after the warm-up in which the rate falls to 0")
+    decay_ratio: float = option(
+        1.0, "share of the steps after the warm-up in which the rate falls to 0"
+    )
     weight_decay: float = option(0.01, "decoupled weight decay of matrices (not of norms)")
     max_seq_len: int = option(128, "tokens of a row")
     val_ratio: float = option(0.1, "share of rows held out where there is no --val_path")
@@ -55,9 +83,18 @@ class Options(LoRAConfig, TrainOptions):
         LoRAConfig.__post_init__(self)
         skill_name(self.lora_name)
         require(self.base is not None, "name a pretrained model with --base")
-        require(bool(self.data_path) != bool(self.predict), "name rows with --data_path, or a file with --predict")
-        require(not (self.full and self.load_in_4bit), "--full trains all weights, which 4 bits cannot: choose one")
-        require(not (self.full and of_lora), f"--full trains no LoRA: leave out --{', --'.join(of_lora)}")
+        require(
+            bool(self.data_path) != bool(self.predict),
+            "name rows with --data_path, or a file with --predict",
+        )
+        require(
+            not (self.full and self.load_in_4bit),
+            "--full trains all weights, which 4 bits cannot: choose one",
+        )
+        require(
+            not (self.full and of_lora),
+            f"--full trains no LoRA: leave out --{', --'.join(of_lora)}",
+        )
         wrong = f"--predict reads rows as the skill was trained to: leave out --{', --'.join(of_training)}"
         require(not (self.predict and of_training), wrong)
 
@@ -73,7 +110,14 @@ def main(argv: list[str] | None = None) -> Path | None:
 def train(options: Options, runtime) -> Path:
     """Train a skill, or with --full a whole model, on labelled rows; returns its file or folder."""
     from dataset.batches import validation_batches
-    from dataset.labelled import LabelledSamples, clean_labelled, has_pairs, labels_of, read_labelled, split_labelled
+    from dataset.labelled import (
+        LabelledSamples,
+        clean_labelled,
+        has_pairs,
+        labels_of,
+        read_labelled,
+        split_labelled,
+    )
     from dataset.tokenizer import reading_fingerprint
     from model.bases import save_folder
     from model.classifier import check_row_length, class_loss_sum, head_state, open_classifier
@@ -86,7 +130,9 @@ def train(options: Options, runtime) -> Path:
     rows, held_out = read_labelled(options.data_path, options.bad_rows), []
     labels = labels_of(rows)
     if options.val_path:
-        held_out = read_labelled(options.val_path, options.bad_rows, partial(clean_labelled, labels=labels))
+        held_out = read_labelled(
+            options.val_path, options.bad_rows, partial(clean_labelled, labels=labels)
+        )
     elif options.val_ratio:
         rows, held_out = split_labelled(rows, options.val_ratio)
     model = open_classifier(options.base, labels).to(runtime.device)
@@ -95,22 +141,33 @@ def train(options: Options, runtime) -> Path:
     tokenizer = opened_tokenizer(options, model)
     pairs = has_pairs(rows)
     samples, val = (
-        LabelledSamples(part, labels, tokenizer, options.max_seq_len, pairs=pairs) for part in (rows, held_out)
+        LabelledSamples(part, labels, tokenizer, options.max_seq_len, pairs=pairs)
+        for part in (rows, held_out)
     )
-    print(f"training: {samples.describe()}\nheld out: {val.describe()}\nlabels: {', '.join(labels)}")
+    print(
+        f"training: {samples.describe()}\nheld out: {val.describe()}\nlabels: {', '.join(labels)}"
+    )
     print(f"base: {options.base}")
     origin = {"file": options.base.name, "fingerprint": base_fingerprint(body)}
     path = lora_path(options.out_dir, options.lora_name, model.config.hidden_size)
     if options.full:
         path = classifier_dir(options.out_dir, options.lora_name)
-        require(path.resolve() != options.base.resolve(), f"{path} is --base itself; choose another --lora_name")
+        require(
+            path.resolve() != options.base.resolve(),
+            f"{path} is --base itself; choose another --lora_name",
+        )
         model.requires_grad_(True)
     else:
         new = [parameter for parameter in body.parameters() if parameter.requires_grad]
         if options.load_in_4bit:
-            require(not new, f"--base {options.base} lacks weights, which 4 bits cannot learn; drop --load_in_4bit")
+            require(
+                not new,
+                f"--base {options.base} lacks weights, which 4 bits cannot learn; drop --load_in_4bit",
+            )
             quantize(body, runtime.dtype)
-        apply_lora(body, **{field.name: getattr(options, field.name) for field in fields(LoRAConfig)})
+        apply_lora(
+            body, **{field.name: getattr(options, field.name) for field in fields(LoRAConfig)}
+        )
         for parameter in new:
             parameter.requires_grad_(True)
         print(f"{table_of(body)}\ntrained whole: {', '.join(head_state(model))}")
@@ -122,24 +179,37 @@ def train(options: Options, runtime) -> Path:
         memory["val"] = asdict(scores) if scores.targets else {}
         return scores
 
-    record = run_record("classifier", options, tokenizer, origin) | {"labels": labels, "pairs": pairs}
+    record = run_record("classifier", options, tokenizer, origin) | {
+        "labels": labels,
+        "pairs": pairs,
+    }
     record["tokenizer"] = reading_fingerprint(tokenizer)
 
     def on_save(step: int) -> None:
         if memory.get("val"):
-            memory["val"].setdefault("step", step)  # a stop in between saves later weights than were scored
+            memory["val"].setdefault(
+                "step", step
+            )  # a stop in between saves later weights than were scored
         if options.full:
             save_folder(model, tokenizer, path)
         else:
-            save_lora(body, path, {**record, "metrics": {"step": step, **memory}}, head_state(model))
+            save_lora(
+                body, path, {**record, "metrics": {"step": step, **memory}}, head_state(model)
+            )
 
-    callbacks = {"on_save": on_save, "validate": validate, "memory": memory, "loss_sum": class_loss_sum}
+    callbacks = {
+        "on_save": on_save,
+        "validate": validate,
+        "memory": memory,
+        "loss_sum": class_loss_sum,
+    }
     train_and_save(model, samples, options, runtime, path, record, **callbacks)
     return path
 
 
 def predict(options: Options, runtime) -> None:
-    """Print ``{"label", "probability"}`` for each row of --predict, in its order; rows need no label.
+    """Print ``{"label", "probability"}`` for each row of --predict, in its order; rows need no
+    label.
 
     Length of the rows and 4 bits are those of the training.
     """
@@ -158,15 +228,21 @@ def predict(options: Options, runtime) -> None:
     _, meta = read_lora(path)
     labels, max_seq_len = meta.get("labels"), meta["options"].get("max_seq_len")
     if not meta["head"] or not are_names(labels) or type(max_seq_len) is not int:
-        raise UserError(f"{path} is no classifier's skill: it has no head, labels and length of rows")
+        raise UserError(
+            f"{path} is no classifier's skill: it has no head, labels and length of rows"
+        )
     with redirect_stdout(sys.stderr):  # what is printed below can be piped
         rows = read_labelled((options.predict,), "refuse", clean_unlabelled)
         model = open_classifier(options.base, labels).to(runtime.device).eval()
         check_lora(model.base_model, path)
         tokenizer = opened_tokenizer(options, model)
         if reading_fingerprint(tokenizer) != meta.get("tokenizer"):
-            raise UserError(f"{path} was trained with another tokenizer; name that one with --tokenizer_path")
-        samples = LabelledSamples(rows, labels, tokenizer, max_seq_len, pairs=bool(meta.get("pairs")))
+            raise UserError(
+                f"{path} was trained with another tokenizer; name that one with --tokenizer_path"
+            )
+        samples = LabelledSamples(
+            rows, labels, tokenizer, max_seq_len, pairs=bool(meta.get("pairs"))
+        )
         load_head(model, meta["head"], path)
         if meta["options"].get("load_in_4bit"):
             quantize(model.base_model, runtime.dtype)
@@ -176,7 +252,9 @@ def predict(options: Options, runtime) -> None:
         with torch.no_grad(), runtime.autocast():
             probabilities = model(**batch.inputs).logits[0].float().softmax(-1)
         best = int(probabilities.argmax())
-        print(json.dumps({"label": labels[best], "probability": round(float(probabilities[best]), 4)}))
+        print(
+            json.dumps({"label": labels[best], "probability": round(float(probabilities[best]), 4)})
+        )
 
 
 def are_names(labels) -> bool:
@@ -186,7 +264,9 @@ def are_names(labels) -> bool:
 
 
 def opened_tokenizer(options: Options, model):
-    """The base's, or that of --tokenizer_path; what it pads with, the model knows. Raises ``UserError``."""
+    """The base's, or that of --tokenizer_path; what it pads with, the model knows. Raises
+    ``UserError``.
+    """
     from dataset.tokenizer import read_tokenizer
 
     tokenizer = read_tokenizer(options.tokenizer_path or options.base)
@@ -196,9 +276,14 @@ def opened_tokenizer(options: Options, model):
         )
     config = model.config
     if config.is_encoder_decoder and config.eos_token_id not in tokenizer("a").input_ids:
-        raise UserError(f"the tokenizer of {options.base} does not end a text, where this kind of model decides")
+        raise UserError(
+            f"the tokenizer of {options.base} does not end a text, where this kind of model decides"
+        )
     if tokenizer.pad_token_id is None:
-        require(tokenizer.eos_token_id is not None, f"the tokenizer of {options.base} has neither padding nor an end")
+        require(
+            tokenizer.eos_token_id is not None,
+            f"the tokenizer of {options.base} has neither padding nor an end",
+        )
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     return tokenizer

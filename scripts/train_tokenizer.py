@@ -1,4 +1,6 @@
-"""Train a byte-level BPE tokenizer from data files: python scripts/train_tokenizer.py --data_path a.jsonl b.jsonl.gz"""
+"""Train a byte-level BPE tokenizer from data files: python scripts/train_tokenizer.py --data_path
+a.jsonl b.jsonl.gz
+"""
 
 import random
 import sys
@@ -16,7 +18,8 @@ from core.paths import bundled_data
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # pad, bos, eos: ids 0, 1, 2
 BYTES = 256
 HELD_OUT = 20
-# ChatML without a default system prompt. The generation marks let other trainers mask what is not learned.
+# ChatML without a default system prompt. The generation marks let other trainers mask what is not
+# learned.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -31,20 +34,30 @@ CHAT_TEMPLATE = (
 
 @dataclass
 class Options:
-    """Train a byte-level BPE tokenizer on the texts of data files, and report how well it packs held-out rows."""
+    """Train a byte-level BPE tokenizer on the texts of data files, and report how well it packs
+    held-out rows.
+    """
 
     data_path: tuple[Path, ...] = option(
-        (bundled_data("pretrain_mini.jsonl"), bundled_data("sft_mini.jsonl")), "data files: pretraining or chat rows"
+        (bundled_data("pretrain_mini.jsonl"), bundled_data("sft_mini.jsonl")),
+        "data files: pretraining or chat rows",
     )
     vocab_size: int = option(6400, "entries, the 3 special tokens and 256 bytes included")
     tokenizer_path: Path = option(Path("out/tokenizer"), "folder to write")
-    max_characters: int = option(0, "train on about so many characters of each file, drawn at random; 0: all")
+    max_characters: int = option(
+        0, "train on about so many characters of each file, drawn at random; 0: all"
+    )
     held_out: int = option(HELD_OUT, "every N-th row is held out for the report")
 
     def __post_init__(self):
         smallest = BYTES + len(SPECIAL_TOKENS)
-        require(self.vocab_size >= smallest, f"--vocab_size {self.vocab_size} must be at least {smallest}")
-        require(self.max_characters >= 0, f"--max_characters {self.max_characters} must not be negative")
+        require(
+            self.vocab_size >= smallest,
+            f"--vocab_size {self.vocab_size} must be at least {smallest}",
+        )
+        require(
+            self.max_characters >= 0, f"--max_characters {self.max_characters} must not be negative"
+        )
         require(self.held_out >= 2, f"--held_out {self.held_out} must be at least 2")
 
 
@@ -53,7 +66,9 @@ def main(argv: list[str] | None = None) -> Path:
     from dataset.rows import read_texts
 
     texts = {path: split_texts(read_texts(path), options.held_out) for path in options.data_path}
-    drawn = (text for learned, _ in texts.values() for text in draw(learned, options.max_characters))
+    drawn = (
+        text for learned, _ in texts.values() for text in draw(learned, options.max_characters)
+    )
     tokenizer = train_bpe(drawn, options.vocab_size)
     if len(tokenizer) < options.vocab_size:
         raise UserError(
@@ -61,7 +76,9 @@ def main(argv: list[str] | None = None) -> Path:
             " give more data or a smaller size"
         )
     save_tokenizer(tokenizer, options.tokenizer_path)
-    print(f"{len(tokenizer)} entries -> {options.tokenizer_path}\n\nfile | held-out rows | characters per token")
+    print(
+        f"{len(tokenizer)} entries -> {options.tokenizer_path}\n\nfile | held-out rows | characters per token"
+    )
     for path, (_, held_out) in texts.items():
         characters = sum(map(len, held_out))
         tokens = sum(len(ids) for ids in tokenizer(held_out, add_special_tokens=False).input_ids)
@@ -91,7 +108,9 @@ def draw(texts: list[str], max_characters: int) -> Iterator[str]:
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int):
-    """A ``PreTrainedTokenizerFast`` whose ids 0, 1, 2 are pad, bos, eos and which can spell any Unicode text."""
+    """A ``PreTrainedTokenizerFast`` whose ids 0, 1, 2 are pad, bos, eos and which can spell any
+    Unicode text.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -117,9 +136,11 @@ def train_bpe(texts: Iterator[str], vocab_size: int):
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:
-    """Write ``folder``, whole or not at all, so that transformers 4 and 5 and other tools read it alike.
+    """Write ``folder``, whole or not at all, so that transformers 4 and 5 and other tools read it
+    alike.
 
-    Raises ``UserError`` if the disk refuses, or if the folder holds another tokenizer: models may need that one.
+    Raises ``UserError`` if the disk refuses, or if the folder holds another tokenizer: models may
+    need that one.
     """
     import json
     import tempfile
@@ -138,13 +159,23 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
             tokenizer.save_pretrained(unfinished)
             files = {path.name: path.read_bytes() for path in Path(unfinished).iterdir()}
     except OSError as error:
-        raise UserError(f"cannot write to the temporary folder: {error.strerror}; make room there") from error
-    # Readers of transformers 4 know neither transformers 5's class name nor a template outside this file.
+        raise UserError(
+            f"cannot write to the temporary folder: {error.strerror}; make room there"
+        ) from error
+    # Readers of transformers 4 know neither transformers 5's class name nor a template outside this
+    # file.
     config = json.loads(files["tokenizer_config.json"])
-    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": tokenizer.chat_template}
+    config |= {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": tokenizer.chat_template,
+    }
     config.pop("extra_special_tokens", None)
-    files["tokenizer_config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-    for name in sorted(files, key=lambda name: name == "tokenizer.json"):  # last the file that makes it a tokenizer
+    files["tokenizer_config.json"] = (
+        json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    ).encode()
+    for name in sorted(
+        files, key=lambda name: name == "tokenizer.json"
+    ):  # last the file that makes it a tokenizer
         atomic_write(folder / name, lambda file, name=name: file.write(files[name]))
 
 

@@ -1,4 +1,6 @@
-"""What the training doors share: their data, validation, the run itself, and the record it leaves in its file."""
+"""What the training doors share: their data, validation, the run itself, and the record it leaves
+in its file.
+"""
 
 import os
 from collections.abc import Callable, Iterable
@@ -11,7 +13,14 @@ from transformers import PreTrainedTokenizerBase
 from core.errors import UserError
 from core.files import sha256_file
 from core.paths import cache_dir, checkpoints_dir, metrics_path
-from dataset.batches import MICRO_TOKENS, Batch, Batches, PretrainDataset, Samples, validation_batches
+from dataset.batches import (
+    MICRO_TOKENS,
+    Batch,
+    Batches,
+    PretrainDataset,
+    Samples,
+    validation_batches,
+)
 from dataset.tokenizer import control_ids, tokenizer_fingerprint, tokenizer_of
 from model.bases import choose_base, open_base
 from model.LMConfig import check_length
@@ -42,21 +51,32 @@ class Base:
 
     @property
     def held_out_share(self) -> float:
-        """``val_ratio`` of the run that made the base, as its record says; the default where it says nothing."""
+        """``val_ratio`` of the run that made the base, as its record says; the default where it
+        says nothing.
+        """
         found = self.record.get("options", {}).get("val_ratio") or TrainOptions.val_ratio
         if not isinstance(found, float) or not 0 < found < 1:
             beside = self.path.with_suffix(".json")
-            raise UserError(f"{beside} says val_ratio {found!r}, no share of rows; correct it or retrain the base")
+            raise UserError(
+                f"{beside} says val_ratio {found!r}, no share of rows; correct it or retrain the base"
+            )
         return found
 
 
 def opened_base(
-    options: TrainOptions, runtime: Runtime, stages: tuple[str, ...], prompt_template: str | None = None
+    options: TrainOptions,
+    runtime: Runtime,
+    stages: tuple[str, ...],
+    prompt_template: str | None = None,
 ) -> Base:
-    """``--base``, or the newest of ``stages``, with its tokenizer. Raises ``UserError`` where options do not fit."""
+    """``--base``, or the newest of ``stages``, with its tokenizer. Raises ``UserError`` where
+    options do not fit.
+    """
     path = choose_base(options.out_dir, options.base, stages=stages)
     model, record = open_base(path, runtime.device)
-    model.config.use_cache = False  # of keys and values: training has no use for it, and decoding asks for it
+    model.config.use_cache = (
+        False  # of keys and values: training has no use for it, and decoding asks for it
+    )
     print(f"base: {path}")
     tokenizer = tokenizer_of(record, path, options.tokenizer_path, options.out_dir, prompt_template)
     check_length(model.config, options.max_seq_len)
@@ -64,9 +84,14 @@ def opened_base(
 
 
 def read_data(
-    kind: type[PretrainDataset], options: TrainOptions, tokenizer: PreTrainedTokenizerBase, runtime: Runtime
+    kind: type[PretrainDataset],
+    options: TrainOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    runtime: Runtime,
 ) -> PretrainDataset:
-    """The data of ``--data_path``, described in print. The first process fills the cache, the others read it."""
+    """The data of ``--data_path``, described in print. The first process fills the cache, the
+    others read it.
+    """
     with runtime.first_alone():
         data = kind(
             options.data_path,
@@ -82,10 +107,11 @@ def read_data(
 
 
 class Validation:
-    """Loss and bits per byte of ``model`` on about ``val_tokens`` tokens of each kind of held-out samples.
+    """Loss and bits per byte of ``model`` on about ``val_tokens`` tokens of each kind of held-out
+    samples.
 
-    They are the same ones at each call, whose result is the first kind's. ``memory`` keeps the first and the last
-    result of each kind, also over a resume.
+    They are the same ones at each call, whose result is the first kind's. ``memory`` keeps the
+    first and the last result of each kind, also over a resume.
     """
 
     def __init__(
@@ -111,19 +137,31 @@ class Validation:
         }
         for name, metrics in found.items():
             result = asdict(metrics)
-            self.memory[name] = {"first": self.memory.get(name, {}).get("first", result), "last": result}
+            self.memory[name] = {
+                "first": self.memory.get(name, {}).get("first", result),
+                "last": result,
+            }
         return next(iter(found.values()))
 
     def record(self) -> dict:
         """The first and the last result of each kind, empty where nothing was held out."""
-        return {name: self.memory.get(name, {}) if batches else {} for name, batches in self.batches.items()}
+        return {
+            name: self.memory.get(name, {}) if batches else {}
+            for name, batches in self.batches.items()
+        }
 
     def __str__(self) -> str:
         lines = []
         for name in self.batches:
             results = self.memory.get(name)
-            first, last = (Metrics(**results[when]) for when in ("first", "last")) if results else (None, None)
-            lines.append(f"{name}: " + (f"before {first}; after {last}" if results else "not measured"))
+            first, last = (
+                (Metrics(**results[when]) for when in ("first", "last"))
+                if results
+                else (None, None)
+            )
+            lines.append(
+                f"{name}: " + (f"before {first}; after {last}" if results else "not measured")
+            )
         return "\n".join(lines)
 
 
@@ -141,16 +179,20 @@ def train_and_save(
     loss_sum: Callable[[nn.Module, Batch], Tensor] = loss_sum,
     faster: tuple[Iterable[nn.Parameter], float] = ((), 1.0),
 ) -> None:
-    """Train what is trainable in ``model`` into the file or folder ``path``, from a saved state with ``--resume``.
+    """Train what is trainable in ``model`` into the file or folder ``path``, from a saved state
+    with ``--resume``.
 
-    ``memory`` is that of the validations. ``faster``: parameters, and their rate over ``--learning_rate``.
+    ``memory`` is that of the validations. ``faster``: parameters, and their rate over
+    ``--learning_rate``.
     """
     name = path.name.removesuffix(".pth")
     folder = checkpoints_dir(options.out_dir, name)
     states = RunStates(folder, identity(options, record), memory, resume=options.resume)
     if path.exists() and not (states.found or options.dry_run):
         print(f"starting clean: {path} of an earlier run will be replaced")
-    rows_per_step = states.rows_per_step(options.batch_size * options.accumulation_steps * runtime.world_size)
+    rows_per_step = states.rows_per_step(
+        options.batch_size * options.accumulation_steps * runtime.world_size
+    )
     source = batches_of(samples, options, runtime, rows_per_step)
     groups = param_groups(model, options.weight_decay, options.optimizer, *faster)
     log_to = metrics_path(options.out_dir, name)
@@ -161,7 +203,9 @@ def train_and_save(
         print(f"saved {path}")
 
 
-def batches_of(samples: Samples, options: TrainOptions, runtime: Runtime, rows_per_step: int | None = None) -> Batches:
+def batches_of(
+    samples: Samples, options: TrainOptions, runtime: Runtime, rows_per_step: int | None = None
+) -> Batches:
     """This process' share of the optimizer steps that the options describe."""
     return Batches(
         samples,
@@ -178,12 +222,16 @@ def batches_of(samples: Samples, options: TrainOptions, runtime: Runtime, rows_p
 
 def pass_size(options: TrainOptions, runtime: Runtime) -> int:
     """Tokens that are computed at once: ``--micro_tokens``, or what keeps the device busy."""
-    return options.micro_tokens or (MICRO_TOKENS if runtime.device.type == "cpu" else GPU_MICRO_TOKENS)
+    return options.micro_tokens or (
+        MICRO_TOKENS if runtime.device.type == "cpu" else GPU_MICRO_TOKENS
+    )
 
 
 def identity(options: TrainOptions, record: dict) -> dict:
     """What must be the same when a run is resumed: flags, files by their content, and the base."""
-    flags = {f"--{name}": value for name, value in record["options"].items() if name not in MAY_CHANGE}
+    flags = {
+        f"--{name}": value for name, value in record["options"].items() if name not in MAY_CHANGE
+    }
     files = {}
     for kind in ("data", "general data", "val data"):
         found = record.get(kind.replace(" ", "_"), [])
@@ -192,11 +240,17 @@ def identity(options: TrainOptions, record: dict) -> dict:
     return flags | files | {"the tokenizer": record["tokenizer"], "the base": base}
 
 
-def run_record(stage: str, options: TrainOptions, tokenizer: PreTrainedTokenizerBase, base: dict | None = None) -> dict:
-    """What a file says of the run that made it; paths are cut to file names. ``base``: what the run started from."""
+def run_record(
+    stage: str, options: TrainOptions, tokenizer: PreTrainedTokenizerBase, base: dict | None = None
+) -> dict:
+    """What a file says of the run that made it; paths are cut to file names. ``base``: what the run
+    started from.
+    """
 
     def file_name(path: Path) -> str:
-        return os.fsencode(path.name).decode(errors="backslashreplace")  # Linux has names that are no UTF-8
+        return os.fsencode(path.name).decode(
+            errors="backslashreplace"
+        )  # Linux has names that are no UTF-8
 
     def cut(value: object) -> object:
         if isinstance(value, Path):
@@ -204,7 +258,10 @@ def run_record(stage: str, options: TrainOptions, tokenizer: PreTrainedTokenizer
         return [cut(item) for item in value] if isinstance(value, tuple) else value
 
     def described(paths: tuple[Path, ...]) -> list[dict]:
-        return [{"file": file_name(path), "sha256": sha256_file(path, cache_dir(options.out_dir))} for path in paths]
+        return [
+            {"file": file_name(path), "sha256": sha256_file(path, cache_dir(options.out_dir))}
+            for path in paths
+        ]
 
     names = [field.name for field in fields(options)]
     return {
@@ -215,5 +272,7 @@ def run_record(stage: str, options: TrainOptions, tokenizer: PreTrainedTokenizer
         "general_data": described(getattr(options, "general_data", ())),
         "val_data": described(getattr(options, "val_path", ())),
         # A resumed run leaves the same file as one that was never interrupted.
-        "options": {name: cut(getattr(options, name)) for name in names if name not in ("resume", "dry_run")},
+        "options": {
+            name: cut(getattr(options, name)) for name in names if name not in ("resume", "dry_run")
+        },
     }

@@ -22,9 +22,10 @@ from model.model_lora import check_lora
 class ChatSession:
     """History, active skill and random state of a chat. The base's weights are never written.
 
-    ``history_cnt`` earlier messages go with each question. ``continues``: the base is no chat model, so a prompt is
-    continued as plain text, without template and history. A skill trained with a ``--prompt_template`` is asked with
-    it (of a mix the first), unless the session ``keeps_template``. ``skill`` names what is active, empty for the base.
+    ``history_cnt`` earlier messages go with each question. ``continues``: the base is no chat
+    model, so a prompt is continued as plain text, without template and history. A skill trained
+    with a ``--prompt_template`` is asked with it (of a mix the first), unless the session
+    ``keeps_template``. ``skill`` names what is active, empty for the base.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class ChatSession:
         return weights_text(self.weights)
 
     def reply(self, text: str) -> Iterator[str]:
-        """Stream the answer to ``text`` in whole characters; what was said, even if cut short, joins the history."""
+        """Stream the answer to ``text`` in whole characters; what was said, even if cut short,
+        joins the history.
+        """
         ids = self._prompt(text)
         # Holds back the bytes of a character until it is whole.
         decoder = DecodeStream(skip_special_tokens=True)
@@ -70,12 +73,17 @@ class ChatSession:
                     yield piece
         finally:
             if answer.strip():
-                self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+                self.messages += [
+                    {"role": "user", "content": text},
+                    {"role": "assistant", "content": answer},
+                ]
 
     def use_skill(self, name: str | None) -> None:
-        """Switch to the skill ``name``, to a mix such as ``a=0.7 b=-0.2``, or for None to the bare base.
+        """Switch to the skill ``name``, to a mix such as ``a=0.7 b=-0.2``, or for None to the bare
+        base.
 
-        Raises ``UserError`` with the reason, or with the names there are; the active skill stays as it is.
+        Raises ``UserError`` with the reason, or with the names there are; the active skill stays as
+        it is.
         """
         weights, before = skill_weights((name or "").split()), self.tokenizer.chat_template
         try:
@@ -84,14 +92,20 @@ class ChatSession:
             self.library.use(chosen)
         except UserError as error:
             self.tokenizer.chat_template = before
-            raise UserError(re.sub(r"@\d+", "", str(error))) from error  # its sentences name the library's keys
-        for stale in [key for key in self.library if key not in self.library.active and _skill(key) in weights]:
+            raise UserError(
+                re.sub(r"@\d+", "", str(error))
+            ) from error  # its sentences name the library's keys
+        for stale in [
+            key for key in self.library if key not in self.library.active and _skill(key) in weights
+        ]:
             self.library.remove(stale)
             del self._templates[stale]
         self.weights = weights
 
     def _loaded(self, name: str) -> str:
-        """The library's name for this skill's file as it is now, which is read if it was not yet."""
+        """The library's name for this skill's file as it is now, which is read if it was not
+        yet.
+        """
         path = lora_path(self.out_dir, name, self.model.config.hidden_size)
         if not path.is_file():
             there = ", ".join(skill_of(found) for found in lora_paths(self.out_dir)) or "none yet"
@@ -111,10 +125,15 @@ class ChatSession:
         return key
 
     def skills(self) -> Iterator[tuple[str, str | None]]:
-        """Every skill's name (of another dim: file name), and why it does not fit this base (None: it fits)."""
+        """Every skill's name (of another dim: file name), and why it does not fit this base (None:
+        it fits).
+        """
         for path in lora_paths(self.out_dir):
             if path != lora_path(self.out_dir, skill_of(path), self.model.config.hidden_size):
-                yield path.name, f"it is for another dim than this base's {self.model.config.hidden_size}"
+                yield (
+                    path.name,
+                    f"it is for another dim than this base's {self.model.config.hidden_size}",
+                )
                 continue
             try:
                 check_lora(self.model, path, allow_base_mismatch=self.allow_base_mismatch)
@@ -132,10 +151,14 @@ class ChatSession:
             use_template(self.tokenizer, prompt_template)
 
     def _stop(self) -> set[int]:
-        """The ids that end an answer: those of the template, and those that the model's makers name."""
+        """The ids that end an answer: those of the template, and those that the model's makers
+        name.
+        """
         named = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         named = named if isinstance(named, list) else [named] * (named is not None)
-        return {self.tokenizer.eos_token_id, *named} | (set() if self.continues else ends_of_answer(self.tokenizer))
+        return {self.tokenizer.eos_token_id, *named} | (
+            set() if self.continues else ends_of_answer(self.tokenizer)
+        )
 
     def _prompt(self, text: str) -> list[int]:
         if self.continues:
@@ -145,7 +168,9 @@ class ChatSession:
         history = self.messages[-self.history_cnt :] if self.history_cnt else []
         while True:
             ids, _ = encode_chat(self.tokenizer, [*history, question], add_generation_prompt=True)
-            if not history or len(ids) + self.sampling.max_new_tokens <= context_of(self.model.config):
+            if not history or len(ids) + self.sampling.max_new_tokens <= context_of(
+                self.model.config
+            ):
                 return ids
             history = history[2:]  # the oldest exchange makes room
 

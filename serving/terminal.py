@@ -40,13 +40,19 @@ def chat(session: ChatSession) -> None:
 
 
 def answer(session: ChatSession, text: str) -> None:
-    """Stream one answer to stdout; its speed goes to stderr, so that a pipe holds what the model said."""
+    """Stream one answer to stdout; its speed goes to stderr, so that a pipe holds what the model
+    said.
+    """
     began = time.perf_counter()
     for piece in session.reply(text):
         print(piece, end="", flush=True)
     print(flush=True)
     seconds = time.perf_counter() - began
-    print(f"[{session.tokens} tokens, {session.tokens / seconds:.1f} tokens/s]", file=sys.stderr, flush=True)
+    print(
+        f"[{session.tokens} tokens, {session.tokens / seconds:.1f} tokens/s]",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def command(session: ChatSession, line: str) -> None:

@@ -30,7 +30,8 @@ from trainer.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
-# The tests send these; a shell's background job would ignore Ctrl-C, and nohup the end of the terminal.
+# The tests send these; a shell's background job would ignore Ctrl-C, and nohup the end of the
+# terminal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -64,7 +65,9 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @dataclass(frozen=True)
 class Trained:
-    """What the doors made of small data in a folder of its own; read only, shared by the whole session."""
+    """What the doors made of small data in a folder of its own; read only, shared by the whole
+    session.
+    """
 
     out: Path
     texts: Path
@@ -76,7 +79,9 @@ class Trained:
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
     """``path``, as JSON lines."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -93,7 +98,9 @@ SMALL = {"max_seq_len": 64, "batch_size": 8, "max_steps": 4, "device": "cpu", "v
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Trained:
-    """Base, chat base and the skills ``a`` and ``b``, each trained for four steps by its own door."""
+    """Base, chat base and the skills ``a`` and ``b``, each trained for four steps by its own
+    door.
+    """
     import train_full_sft
     import train_lora
     import train_pretrain
@@ -107,7 +114,13 @@ def trained(tmp_path_factory) -> Trained:
     train_full_sft.main(made.flags(data_path=made.chats, **SMALL))
     for name in ("a", "b"):
         train_lora.main(
-            made.flags(data_path=made.chats, general_data=made.chats, lora_name=name, seed=ord(name), **SMALL)
+            made.flags(
+                data_path=made.chats,
+                general_data=made.chats,
+                lora_name=name,
+                seed=ord(name),
+                **SMALL,
+            )
         )
     return made
 
@@ -126,7 +139,13 @@ def ragged_batch(rows: int, seed: int, length: int = 12, vocab: int = 320) -> Ba
 def rows_of(batch: Batch, start: int, end: int) -> Batch:
     labels = batch.labels[start:end]
     n_targets = int((labels != -100).sum())
-    return Batch({"input_ids": batch.inputs["input_ids"][start:end]}, labels, n_targets, n_targets, labels.numel())
+    return Batch(
+        {"input_ids": batch.inputs["input_ids"][start:end]},
+        labels,
+        n_targets,
+        n_targets,
+        labels.numel(),
+    )
 
 
 IDS = torch.arange(40).view(2, 20) + 3
@@ -148,7 +167,9 @@ def strengthen(model, seed: int) -> None:
 
 @pytest.fixture
 def sharp_model(tiny_model) -> MiniMindLM:
-    """The tiny model with weights so large that attention is far from uniform: a wrong mask or angle shows."""
+    """The tiny model with weights so large that attention is far from uniform: a wrong mask or
+    angle shows.
+    """
     fill(tiny_model.named_parameters())
     return tiny_model
 
@@ -180,7 +201,9 @@ def run_training(
     groups=None,
     **flags,
 ) -> Summary:
-    options = TrainOptions(**{"epochs": 4, "learning_rate": 1e-2, "warmup_iters": 1, "save_interval": 100, **flags})
+    options = TrainOptions(
+        **{"epochs": 4, "learning_rate": 1e-2, "warmup_iters": 1, "save_interval": 100, **flags}
+    )
     groups = groups or param_groups(model, options.weight_decay, options.optimizer)
     states = RunStates(tmp_path / "states", {}, {}, resume=options.resume)
     callbacks = {"loss_sum": loss, "on_save": on_save, "validate": validate}

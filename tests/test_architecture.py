@@ -1,4 +1,6 @@
-"""The plan of the house: which room may import which, how long a file may be, and what product code never does."""
+"""The plan of the house: which room may import which, how long a file may be, and what product code
+never does.
+"""
 
 import ast
 import pkgutil
@@ -10,11 +12,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {"core", "model", "dataset", "trainer", "interop", "serving"}
-# room -> the rooms and packages it may import, beside itself and the standard library; None: anything
+# room -> the rooms and packages it may import, beside itself and the standard library; None:
+# anything
 ALLOWED = {
     "core": set(),
     "model": {"core", "torch", "transformers", "bitsandbytes"},
-    "dataset": {"core", "torch", "datasets", "pyarrow", "tokenizers", "transformers", "numpy", "tqdm", "zstandard"},
+    "dataset": {
+        "core",
+        "torch",
+        "datasets",
+        "pyarrow",
+        "tokenizers",
+        "transformers",
+        "numpy",
+        "tqdm",
+        "zstandard",
+    },
     "trainer": {"core", "torch", "safetensors", "wandb", "tqdm", "matplotlib", "bitsandbytes"},
     "interop": {"core", "model", "torch", "transformers", "safetensors", "numpy", "gguf"},
     "serving": {
@@ -30,13 +43,19 @@ ALLOWED = {
         "pydantic",
     },
 }
-PRODUCT = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] in ROOMS | {"scripts", "benchmarks"}]
+PRODUCT = [
+    path
+    for path in ROOT.rglob("*.py")
+    if path.relative_to(ROOT).parts[0] in ROOMS | {"scripts", "benchmarks"}
+]
 DOORS = sorted(ROOT.glob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
 def imported_modules(tree):
-    """Dotted names of everything imported, inside functions too; ``from model import weights`` is ``model.weights``."""
+    """Dotted names of everything imported, inside functions too; ``from model import weights`` is
+    ``model.weights``.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -56,11 +75,16 @@ def forbidden_imports(room, source):
 
 
 def forbidden_calls(source, may_load=False):
-    """What product code never does: run text or pickles, start a shell, trust remote code, load more than weights."""
+    """What product code never does: run text or pickles, start a shell, trust remote code, load
+    more than weights.
+    """
     found = []
     tree = ast.parse(source)
     for module in imported_modules(tree):
-        if module.partition(".")[0] in {"pickle", "dill", "joblib", "shelve"} or module == "torch.load":
+        if (
+            module.partition(".")[0] in {"pickle", "dill", "joblib", "shelve"}
+            or module == "torch.load"
+        ):
             found.append(f"import of {module}")
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
@@ -97,7 +121,11 @@ def test_every_import_follows_the_plan(room):
         ("core", "import torch.nn as nn\nimport os", ["torch.nn"]),
         ("core", "import modelling", ["modelling"]),
         ("serving", "from dataset.sft import SFTDataset", ["dataset.sft.SFTDataset"]),
-        ("serving", "from dataset.chat import encode_chat\nfrom model.weights import load_base", []),
+        (
+            "serving",
+            "from dataset.chat import encode_chat\nfrom model.weights import load_base",
+            [],
+        ),
     ],
 )
 def test_a_forbidden_import_is_found(room, source, found):
@@ -163,10 +191,14 @@ def test_every_import_of_ours_is_there():
 def test_files_stay_short_enough_to_read():
     limits = dict.fromkeys(PRODUCT, 300) | dict.fromkeys(DOORS, 80) | dict.fromkeys(TESTS, 500)
     limits[ROOT / "eval_model.py"] = 150
-    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in limits if path.exists()}
+    lengths = {
+        path: len(path.read_text(encoding="utf-8").splitlines()) for path in limits if path.exists()
+    }
     assert {str(path): length for path, length in lengths.items() if length > limits[path]} == {}
 
 
 def test_no_file_is_a_drawer_for_everything():
     names = {path.name for path in [*PRODUCT, *DOORS, *TESTS]}
-    assert not {name for name in names if re.fullmatch(r"(.*_)?(utils?|helpers?|misc|common)\.py", name)}
+    assert not {
+        name for name in names if re.fullmatch(r"(.*_)?(utils?|helpers?|misc|common)\.py", name)
+    }

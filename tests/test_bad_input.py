@@ -59,7 +59,12 @@ def place(trained, tmp_path_factory) -> Trained:
         # The question alone is longer than --max_seq_len, so no answer is left after the cut.
         "long_questions.jsonl": "\n".join(
             json.dumps(
-                {"messages": [{"role": "user", "content": f"{n} " * 300}, {"role": "assistant", "content": "x"}]}
+                {
+                    "messages": [
+                        {"role": "user", "content": f"{n} " * 300},
+                        {"role": "assistant", "content": "x"},
+                    ]
+                }
             )
             for n in range(4)
         ),
@@ -107,10 +112,18 @@ CASES = [
     (("sft", "lora"), "--data_path {f}/texts_for_chats.jsonl", "2 bad rows"),
     (("pretrain",), "--data_path {f}/roles.jsonl", 'no "text"'),
     (("pretrain",), "--data_path {f}/latin1.jsonl", "not UTF-8"),
-    (("sft", "lora"), "--data_path {f}/long_questions.jsonl", "--max_seq_len 64 leaves nothing to learn"),
+    (
+        ("sft", "lora"),
+        "--data_path {f}/long_questions.jsonl",
+        "--max_seq_len 64 leaves nothing to learn",
+    ),
     (TRAINING[1:], "--data_path {f}/one_row.jsonl", "no row to train on"),
     (("sft", "lora", "chat"), "--base {f}/nothing.pth", "--base {f}/nothing.pth does not exist"),
-    (("sft", "lora", "chat"), "--base {f}/truncated.pth", "truncated.pth is not a readable weights file"),
+    (
+        ("sft", "lora", "chat"),
+        "--base {f}/truncated.pth",
+        "truncated.pth is not a readable weights file",
+    ),
     (("sft", "lora", "chat"), "--base {f}/flipped.pth", "flipped.pth is damaged"),
     (("sft", "lora", "chat"), "--base {f}/noise.pth", "noise.pth is not a readable weights file"),
     (
@@ -123,10 +136,22 @@ CASES = [
     (("sft", "lora", "chat"), "--base {f}/bare.pth", "name it with --tokenizer_path"),
     (("sft", "lora", "chat"), "--base {f}/mismatch.pth", "not from the same run"),
     (("sft", "lora", "chat"), "--out_dir {f}/nowhere", "no base model"),
-    (("chat",), "--lora_name a --base {f}/out/pretrain_64.pth --prompt x", "was trained on full_sft_64.pth"),
+    (
+        ("chat",),
+        "--lora_name a --base {f}/out/pretrain_64.pth --prompt x",
+        "was trained on full_sft_64.pth",
+    ),
     (("chat",), "--lora_name nobody --prompt x", "there is no skill file"),
-    (("chat",), "--lora_name truncated --prompt x", "lora_truncated_64.pth is not a readable weights file"),
-    (("chat",), "--lora_name hostile --prompt x", "lora_hostile_64.pth is not a readable weights file"),
+    (
+        ("chat",),
+        "--lora_name truncated --prompt x",
+        "lora_truncated_64.pth is not a readable weights file",
+    ),
+    (
+        ("chat",),
+        "--lora_name hostile --prompt x",
+        "lora_hostile_64.pth is not a readable weights file",
+    ),
     (("chat",), "--lora_name base --prompt x", "is no LoRA file"),
     (("lora", "chat"), "--lora_name ../escape", "is not a skill name"),
     (("lora", "chat"), "--lora_name a/b", "is not a skill name"),
@@ -145,7 +170,11 @@ CASES = [
     ),
     (("lora",), "--target_modules (", "'(' is no regular expression"),
     (("lora",), "--rank_pattern wq", "rank_pattern 'wq' must be NAME=NUMBER"),
-    (("lora",), "--layers_to_transform 7", "layers_to_transform [7] match no target; there are layers 0, 1"),
+    (
+        ("lora",),
+        "--layers_to_transform 7",
+        "layers_to_transform [7] match no target; there are layers 0, 1",
+    ),
     (("lora",), "--init_lora_weights zero", "invalid choice"),
     (("lora",), "--prompt_template Q", "--prompt_template is for Hugging Face bases"),
     (("chat",), "--prompt_template Q --prompt x", "--prompt_template is for Hugging Face bases"),
@@ -153,7 +182,11 @@ CASES = [
     (("lora",), "--alpha inf", "alpha=inf must be a positive number"),
     (TRAINING, "--warmup_iters 4", "must be shorter than the run of 4"),
     (TRAINING, "--max_steps -1", "--max_steps -1 must not be negative"),
-    (("pretrain", "sft", "lora", "chat"), "--seed 99999999999999999999", "--seed 99999999999999999999"),
+    (
+        ("pretrain", "sft", "lora", "chat"),
+        "--seed 99999999999999999999",
+        "--seed 99999999999999999999",
+    ),
     (("pretrain",), "--dim 10000000000", "dim=10000000000 must be a whole number"),
     (TRAINING, "--epochs 0", "--epochs 0 must be at least 1"),
     (TRAINING, "--epochs 999999999999999999999", "must be at most 1000000"),
@@ -183,12 +216,24 @@ CASES = [
     (("chat",), "--history_cnt 3", "must be an even number"),
     (("tokenizer",), "--vocab_size 10", "--vocab_size 10 must be at least 259"),
     (("tokenizer",), "--data_path {f}/empty.jsonl", "no usable row in {f}/empty.jsonl"),
-    (("tokenizer",), "--data_path {f}/chats.jsonl --tokenizer_path {f}/other --vocab_size 400", "another tokenizer"),
-    (("tokenizer",), "--data_path {f}/chats.jsonl --tokenizer_path {f}/noise.pth --vocab_size 400", "cannot write"),
+    (
+        ("tokenizer",),
+        "--data_path {f}/chats.jsonl --tokenizer_path {f}/other --vocab_size 400",
+        "another tokenizer",
+    ),
+    (
+        ("tokenizer",),
+        "--data_path {f}/chats.jsonl --tokenizer_path {f}/noise.pth --vocab_size 400",
+        "cannot write",
+    ),
 ]
 
 
-EXPANDED = [pytest.param(door, flags, said, id=f"{door} {flags}") for doors, flags, said in CASES for door in doors]
+EXPANDED = [
+    pytest.param(door, flags, said, id=f"{door} {flags}")
+    for doors, flags, said in CASES
+    for door in doors
+]
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -223,13 +268,17 @@ def test_a_mistake_is_one_line_and_harms_nothing(door, flags, said, place, capsy
 
 def run_bare(door: str, argv: list[str], cwd: Path) -> subprocess.CompletedProcess:
     """A door in a Python without any package, so that nothing heavy can be imported."""
-    program = f"import runpy, sys; sys.path.insert(0, {str(REPOSITORY)!r}); sys.argv = {[door, *argv]!r};"
+    program = (
+        f"import runpy, sys; sys.path.insert(0, {str(REPOSITORY)!r}); sys.argv = {[door, *argv]!r};"
+    )
     program += f"runpy.run_path({str(REPOSITORY / door)!r}, run_name='__main__')"
     command = [sys.executable, "-I", "-S", "-c", program]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, encoding="utf-8")
 
 
-@pytest.mark.parametrize("door", ["train_pretrain.py", "train_full_sft.py", "train_lora.py", "eval_model.py"])
+@pytest.mark.parametrize(
+    "door", ["train_pretrain.py", "train_full_sft.py", "train_lora.py", "eval_model.py"]
+)
 def test_flags_are_answered_before_torch_is_imported(door, tmp_path):
     found = run_bare(door, ["--help"], tmp_path)
     assert (found.returncode, found.stderr) == (0, "") and "--out_dir" in found.stdout

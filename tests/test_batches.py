@@ -1,4 +1,6 @@
-"""From files to batches: nothing lost, nothing learned twice, everything counted exactly, every run alike."""
+"""From files to batches: nothing lost, nothing learned twice, everything counted exactly, every run
+alike.
+"""
 
 import json
 import math
@@ -40,7 +42,10 @@ def words(least, most):
     return " ".join(RNG.choices(WORDS, k=RNG.randint(least, most)))
 
 
-TEXTS = [{"text": words(1, 12)} for _ in range(40)] + [{"text": words(200, 300)}, {"text": words(60, 90)}]
+TEXTS = [{"text": words(1, 12)} for _ in range(40)] + [
+    {"text": words(200, 300)},
+    {"text": words(60, 90)},
+]
 CHATS = [
     {
         "conversations": [
@@ -67,7 +72,14 @@ def make(tokenizer, tmp_path):
     """A data set of one file; by default all of it is training data."""
 
     def make(kind, path, max_seq_len, val_ratio=0.0, **settings):
-        return kind((path,), tokenizer, max_seq_len, cache=tmp_path / "cache", val_ratio=val_ratio, **settings)
+        return kind(
+            (path,),
+            tokenizer,
+            max_seq_len,
+            cache=tmp_path / "cache",
+            val_ratio=val_ratio,
+            **settings,
+        )
 
     return make
 
@@ -106,7 +118,9 @@ def test_every_token_but_the_first_is_predicted_exactly_once(make, tokenizer, te
     assert len(windows) == len(samples) == -(-(len(stream) - 1) // (max_seq_len - 1))
     assert all(2 <= len(ids) <= max_seq_len for ids, _ in windows)
     assert all(len(ids) == max_seq_len for ids, _ in windows[:-1])
-    predicted = [pair for ids, learned in windows for pair in zip(ids[1:], learned[1:], strict=True)]
+    predicted = [
+        pair for ids, learned in windows for pair in zip(ids[1:], learned[1:], strict=True)
+    ]
     assert [(int(n), bool(flag)) for n, flag in predicted] == stream[1:]
     assert all(left[0][-1] == right[0][0] for left, right in pairwise(windows))
 
@@ -116,28 +130,43 @@ def test_all_text_is_learned_and_its_bytes_are_counted(make, tokenizer, texts, m
     samples = make(PretrainDataset, texts, max_seq_len).train
     batches = [batch for step in Batches(samples, 4, 2, seed=0).steps(0) for batch in step]
     labels = torch.cat([batch.labels.flatten() for batch in batches])
-    assert not (labels == tokenizer.bos_token_id).any(), "the beginning of a document is context, not learned"
+    assert not (labels == tokenizer.bos_token_id).any(), (
+        "the beginning of a document is context, not learned"
+    )
     assert (labels == tokenizer.eos_token_id).sum() == len(TEXTS)
-    assert sum(batch.n_bytes for batch in batches) == sum(len(row["text"].encode()) for row in TEXTS)
+    assert sum(batch.n_bytes for batch in batches) == sum(
+        len(row["text"].encode()) for row in TEXTS
+    )
     assert sum(batch.n_targets for batch in batches) == int((labels != IGNORED).sum())
 
 
 def test_windows_describe_themselves(make, texts):
     data = make(PretrainDataset, texts, 64)
     assert data.train.describe().startswith(f"{len(TEXTS)} documents, ")
-    assert len(data.val) == 0 and data.val.describe() == "0 documents, 0 tokens, 0 windows, 0 % truncated"
+    assert (
+        len(data.val) == 0
+        and data.val.describe() == "0 documents, 0 tokens, 0 windows, 0 % truncated"
+    )
 
 
 # Chats
 
 
 @pytest.mark.parametrize("max_seq_len", [2, 20, 40, "a chat's own", 10_000])
-def test_a_chat_loses_its_tail_and_is_left_out_when_nothing_remains(make, tokenizer, chats, max_seq_len):
+def test_a_chat_loses_its_tail_and_is_left_out_when_nothing_remains(
+    make, tokenizer, chats, max_seq_len
+):
     encoded = [encode_chat(tokenizer, row["conversations"]) for row in CHATS]
     max_seq_len = len(encoded[0][0]) if max_seq_len == "a chat's own" else max_seq_len
-    kept = [(ids[:max_seq_len], flags[:max_seq_len]) for ids, flags in encoded if any(flags[1:max_seq_len])]
+    kept = [
+        (ids[:max_seq_len], flags[:max_seq_len])
+        for ids, flags in encoded
+        if any(flags[1:max_seq_len])
+    ]
     if not kept:
-        with pytest.raises(UserError, match=f"--max_seq_len {max_seq_len} leaves nothing to learn in .*chats.jsonl"):
+        with pytest.raises(
+            UserError, match=f"--max_seq_len {max_seq_len} leaves nothing to learn in .*chats.jsonl"
+        ):
             make(SFTDataset, chats, max_seq_len)
         return
     samples = make(SFTDataset, chats, max_seq_len).train
@@ -146,7 +175,9 @@ def test_a_chat_loses_its_tail_and_is_left_out_when_nothing_remains(make, tokeni
     assert samples.without_targets == len(CHATS) - len(kept)
     share = 100 * samples.truncated / len(CHATS)
     expected = f"{len(kept)} chats, {sum(len(ids) for ids, _ in kept)} tokens, {share:.1f} % truncated at {max_seq_len}"
-    left_out = f", {samples.without_targets} left out: nothing to learn" if samples.without_targets else ""
+    left_out = (
+        f", {samples.without_targets} left out: nothing to learn" if samples.without_targets else ""
+    )
     assert samples.describe() == expected + left_out
     assert max_seq_len != 20 or 0 < samples.without_targets < samples.truncated, "the case is there"
 
@@ -155,7 +186,10 @@ def test_answers_alone_are_learned_and_counted(make, tokenizer, chats):
     samples = make(SFTDataset, chats, 10_000).train
     batch = samples.collate(np.arange(len(CHATS)))
     check_batch(tokenizer, batch)
-    answers = ["".join(m["content"] for m in row["conversations"] if m["role"] == "assistant") for row in CHATS]
+    answers = [
+        "".join(m["content"] for m in row["conversations"] if m["role"] == "assistant")
+        for row in CHATS
+    ]
     assert learned_texts(tokenizer, batch) == [answer.encode() for answer in answers]
     turns = sum(message["role"] == "assistant" for row in CHATS for message in row["conversations"])
     assert (batch.labels == tokenizer.eos_token_id).sum() == turns
@@ -191,7 +225,11 @@ def rows_in(step):
 
 
 def flat(steps):
-    return [(batch.inputs["input_ids"].tolist(), batch.labels.tolist()) for step in steps for batch in step]
+    return [
+        (batch.inputs["input_ids"].tolist(), batch.labels.tolist())
+        for step in steps
+        for batch in step
+    ]
 
 
 def test_each_epoch_uses_every_sample_once_in_an_order_of_its_own(make, chats):
@@ -222,7 +260,9 @@ def test_worker_processes_change_nothing(make, chats, capfd):
 
 
 class Deafness(TokenSamples):
-    """Samples whose ids say which of ``STOPPING`` the process that reads them keeps back, and which it ignores."""
+    """Samples whose ids say which of ``STOPPING`` the process that reads them keeps back, and which
+    it ignores.
+    """
 
     lengths, pad_id, bytes_of = np.full(2, 1 + 2 * len(STOPPING)), 0, np.ones(2)
 
@@ -231,14 +271,18 @@ class Deafness(TokenSamples):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         back = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        facts = [fact for n in STOPPING for fact in (n in back, signal.getsignal(n) == signal.SIG_IGN)]
+        facts = [
+            fact for n in STOPPING for fact in (n in back, signal.getsignal(n) == signal.SIG_IGN)
+        ]
         return np.array([1, *facts]), np.zeros(len(facts) + 1, bool)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot keep signals back")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_are_deaf_to_a_stop_from_their_birth_on(method):
-    """Kept back: already while they import. Ignored: in case another process of theirs, forkserver, was born before."""
+    """Kept back: already while they import. Ignored: in case another process of theirs, forkserver,
+    was born before.
+    """
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method(method, force=True)
     try:
@@ -263,9 +307,15 @@ if __name__ == "__main__":
 
 
 def test_a_crash_in_a_worker_ends_the_process(tmp_path):
-    """Its traceback keeps the workers alive to the end, where multiprocessing would wait for them for ever."""
+    """Its traceback keeps the workers alive to the end, where multiprocessing would wait for them
+    for ever.
+    """
     (tmp_path / "crash.py").write_text(CRASH, encoding="utf-8")
-    settings = {"env": os.environ | {"PYTHONPATH": str(REPOSITORY)}, "capture_output": True, "text": True}
+    settings = {
+        "env": os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        "capture_output": True,
+        "text": True,
+    }
     end = subprocess.run([sys.executable, "crash.py"], cwd=tmp_path, timeout=40, **settings)
     assert end.returncode == 1 and end.stderr.strip().endswith("ValueError: a bug")
 
@@ -283,29 +333,42 @@ def test_steps_join_rows_of_like_length(make, chats, monkeypatch):
     sizes = {}
     for pool in (1, 10):
         monkeypatch.setattr("dataset.batches.POOL", pool)
-        sizes[pool] = sum(int(samples.lengths[part].max()) for part in Batches(samples, 3, 1, seed=1)._plan(0))
+        sizes[pool] = sum(
+            int(samples.lengths[part].max()) for part in Batches(samples, 3, 1, seed=1)._plan(0)
+        )
     assert sizes[10] < 0.8 * sizes[1]
 
 
 def test_neither_steps_nor_their_rows_keep_an_order(make, chats, monkeypatch):
     samples = make(SFTDataset, chats, 10_000).train
     monkeypatch.setattr("dataset.batches.POOL", 3)
-    first, second = ([rows_in(step) for step in Batches(samples, 3, 1, seed=1).steps(epoch)] for epoch in (0, 1))
+    first, second = (
+        [rows_in(step) for step in Batches(samples, 3, 1, seed=1).steps(epoch)] for epoch in (0, 1)
+    )
     assert set(map(frozenset, first)) != set(map(frozenset, second)), "other rows meet"
     lengths = [len(step[0]) for step in first]
     assert any(left > right for left, right in pairwise(lengths))
-    assert any(lengths[n] < max(lengths[n + 1 : n + 3]) for n in range(0, len(lengths) - 2, 3)), "not by length"
+    assert any(lengths[n] < max(lengths[n + 1 : n + 3]) for n in range(0, len(lengths) - 2, 3)), (
+        "not by length"
+    )
 
 
-@pytest.mark.parametrize(("batch_size", "micro_tokens"), [(10, 2048), (3, 600), (100, 10), (1, 2048)])
-def test_micro_batches_are_the_cheapest_cut_within_their_limits(make, chats, batch_size, micro_tokens):
+@pytest.mark.parametrize(
+    ("batch_size", "micro_tokens"), [(10, 2048), (3, 600), (100, 10), (1, 2048)]
+)
+def test_micro_batches_are_the_cheapest_cut_within_their_limits(
+    make, chats, batch_size, micro_tokens
+):
     samples = make(SFTDataset, chats, 10_000).train
     indices = np.arange(0, len(samples), 5)
     lengths = np.sort(samples.lengths[indices])[::-1]
 
     def cost(cuts):
         parts = [lengths[a:b] for a, b in pairwise((0, *cuts, len(lengths)))]
-        if any(len(part) > batch_size or (len(part) > 1 and len(part) * part[0] > micro_tokens) for part in parts):
+        if any(
+            len(part) > batch_size or (len(part) > 1 and len(part) * part[0] > micro_tokens)
+            for part in parts
+        ):
             return math.inf
         return sum(len(part) * part[0] + micro_tokens / PASS_COST for part in parts)
 
@@ -320,7 +383,9 @@ def test_micro_batches_are_the_cheapest_cut_within_their_limits(make, chats, bat
 
 @pytest.mark.parametrize("file", ["lora_identity.jsonl", "lora_medical.jsonl", "sft_mini.jsonl"])
 def test_little_of_what_is_computed_is_padding(tokenizer, tmp_path, file):
-    samples = SFTDataset((bundled_data(file),), tokenizer, 512, cache=tmp_path, val_ratio=0.05).train
+    samples = SFTDataset(
+        (bundled_data(file),), tokenizer, 512, cache=tmp_path, val_ratio=0.05
+    ).train
     batches = Batches(samples, 16, 1, seed=0)
     steps = [batch for step in batches.steps(1) for batch in step]
     share = sum(batch.n_tokens for batch in steps) / sum(batch.labels.numel() for batch in steps)
@@ -333,10 +398,19 @@ def test_little_of_what_is_computed_is_padding(tokenizer, tmp_path, file):
 def test_processes_share_each_step(make, chats, world_size):
     samples = make(SFTDataset, chats, 40).train
     alone = Batches(samples, 2, 2, seed=4, rows_per_step=4)
-    ranks = [Batches(samples, 2, 2, 4, rank=n, world_size=world_size, rows_per_step=4) for n in range(world_size)]
-    for whole, *shares in zip(alone.steps(1, 2), *(rank.steps(1, 2) for rank in ranks), strict=True):
-        assert Counter(row for share in shares for row in rows_in(share) if row) == Counter(rows_in(whole))
-        assert sum(batch.n_tokens for share in shares for batch in share) == sum(batch.n_tokens for batch in whole)
+    ranks = [
+        Batches(samples, 2, 2, 4, rank=n, world_size=world_size, rows_per_step=4)
+        for n in range(world_size)
+    ]
+    for whole, *shares in zip(
+        alone.steps(1, 2), *(rank.steps(1, 2) for rank in ranks), strict=True
+    ):
+        assert Counter(row for share in shares for row in rows_in(share) if row) == Counter(
+            rows_in(whole)
+        )
+        assert sum(batch.n_tokens for share in shares for batch in share) == sum(
+            batch.n_tokens for batch in whole
+        )
         tokens = [sum(batch.n_tokens for batch in share) for share in shares]
         longest = max(len(row) for share in shares for row in rows_in(share))
         assert max(tokens) <= sum(tokens) / world_size + longest, "as much for each"
@@ -348,7 +422,9 @@ def test_processes_share_each_step(make, chats, world_size):
 def test_a_process_without_rows_gets_one_masked_batch(make, chats):
     samples = make(SFTDataset, chats, 40).train
     ranks = [Batches(samples, 1, 1, 4, rank=rank, world_size=2, rows_per_step=1) for rank in (0, 1)]
-    (idle,), (busy,) = sorted((next(rank.steps(0)) for rank in ranks), key=lambda step: step[0].n_targets)
+    (idle,), (busy,) = sorted(
+        (next(rank.steps(0)) for rank in ranks), key=lambda step: step[0].n_targets
+    )
     assert (idle.labels == IGNORED).all() and idle.labels.shape == idle.inputs["input_ids"].shape
     assert (idle.n_targets, idle.n_bytes, idle.n_tokens) == (0, 0, 0) and busy.n_targets
 
@@ -359,7 +435,9 @@ def test_validation_reads_about_so_many_tokens_spread_over_all(make, chats):
     batches = validation_batches(samples, 4, total // 3)
     rows = rows_in(batches)
     assert [len(row) for row in rows] == sorted(map(len, rows), reverse=True), "little padding"
-    assert abs(len(rows) - len(samples) // 3) <= 1 and all(len(batch.labels) <= 4 for batch in batches)
+    assert abs(len(rows) - len(samples) // 3) <= 1 and all(
+        len(batch.labels) <= 4 for batch in batches
+    )
     firsts, lasts = (tuple(samples[n][0].tolist()) for n in (0, len(samples) - 1))
     assert firsts in rows and lasts in rows
     assert len(rows_in(validation_batches(samples, 4, 10 * total))) == len(samples)

@@ -1,4 +1,6 @@
-"""The training benchmark measures what it says: same rows, counted targets, no step that is not asked for."""
+"""The training benchmark measures what it says: same rows, counted targets, no step that is not
+asked for.
+"""
 
 import json
 
@@ -6,7 +8,15 @@ import pytest
 import torch
 
 from benchmarks import bench_train, sweep_recipe
-from benchmarks.training.data import FILLED_IN, Score, chats, document_files, documents, initial_weights, write_chats
+from benchmarks.training.data import (
+    FILLED_IN,
+    Score,
+    chats,
+    document_files,
+    documents,
+    initial_weights,
+    write_chats,
+)
 from benchmarks.training.llama import TARGETS, llama_of, lora_of_llama
 from benchmarks.training.measure import Paced, train_paced, training_mflop
 from benchmarks.training.sides import Sides, compare
@@ -23,7 +33,18 @@ from trainer.options import TrainOptions
 from trainer.runtime import Runtime
 
 LENGTH = 64
-SMALL = ["--dim", "32", "--n_layers", "1", "--max_seq_len", str(LENGTH), "--rounds", "1", "--rows", "4"]
+SMALL = [
+    "--dim",
+    "32",
+    "--n_layers",
+    "1",
+    "--max_seq_len",
+    str(LENGTH),
+    "--rounds",
+    "1",
+    "--rows",
+    "4",
+]
 SMALL += ["--chat_rows", "16", "--threads", str(torch.get_num_threads())]
 
 
@@ -43,7 +64,9 @@ def texts():
 
 @pytest.mark.parametrize("part", ["pretrain", "lora", "time_to_loss", "lora_to_loss"])
 def test_a_comparison_without_minimind_says_what_is_missing(part):
-    with pytest.raises(UserError, match=rf"--only {part} needs --minimind DIR.*without it there is --only floor"):
+    with pytest.raises(
+        UserError, match=rf"--only {part} needs --minimind DIR.*without it there is --only floor"
+    ):
         bench_train.main(["--only", part])
 
 
@@ -61,7 +84,9 @@ def test_flops_of_the_default_model():
 def test_the_llama_beside_us_is_our_model_and_its_skill_ours(tiny_model):
     peft = pytest.importorskip("peft", reason="needs PEFT: pip install peft")
     config, ids = tiny_model.config, torch.arange(24).view(2, 12) + 3
-    llama = llama_of(config, {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()})
+    llama = llama_of(
+        config, {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
+    )
     assert torch.allclose(llama(ids).logits, tiny_model(ids).logits, atol=1e-5)
     llama = peft.get_peft_model(llama, peft.LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS))
     torch.manual_seed(0)
@@ -71,7 +96,11 @@ def test_the_llama_beside_us_is_our_model_and_its_skill_ours(tiny_model):
     skill = lora_of_llama(llama, config.dim // config.n_heads)
     apply_lora(tiny_model, 4)
     missing, unexpected = tiny_model.load_state_dict(skill, strict=False)
-    assert len(skill) == 4 * config.n_layers and not unexpected and not any("lora" in name for name in missing)
+    assert (
+        len(skill) == 4 * config.n_layers
+        and not unexpected
+        and not any("lora" in name for name in missing)
+    )
     assert torch.allclose(llama(ids).logits, tiny_model(ids).logits, atol=1e-5)
     with llama.disable_adapter():
         assert not torch.allclose(llama(ids).logits, tiny_model(ids).logits, atol=1e-2)
@@ -85,14 +114,24 @@ def test_parts_share_one_results_file(tmp_path):
     assert found.keys() == {"floor", "lora_step"}
     assert {"date", "machine", "versions", "threads", "data"} <= found["floor"].keys()
     for floor in (found["floor"]["adamw"], found["floor"]["muon"]):
-        assert floor["tokens_per_step"] == sum(rows * length for rows, length in floor["micro_batches"])
+        assert floor["tokens_per_step"] == sum(
+            rows * length for rows, length in floor["micro_batches"]
+        )
         assert set(floor["seconds"]) == {"step", "linears", "sdpa"}
-    assert found["lora_step"]["windows"]["supervised_share"] > 0.9 > found["lora_step"]["chats"]["supervised_share"]
+    assert (
+        found["lora_step"]["windows"]["supervised_share"]
+        > 0.9
+        > found["lora_step"]["chats"]["supervised_share"]
+    )
 
 
 @pytest.mark.parametrize("content", [b'{"rows": [', b"[]", b"\xff\xfe", None])
-@pytest.mark.parametrize(("benchmark", "argv"), [(bench_train, ["--only", "floor"]), (sweep_recipe, [])])
-def test_what_is_no_results_file_is_refused_before_the_work_and_kept(benchmark, argv, content, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("benchmark", "argv"), [(bench_train, ["--only", "floor"]), (sweep_recipe, [])]
+)
+def test_what_is_no_results_file_is_refused_before_the_work_and_kept(
+    benchmark, argv, content, tmp_path, monkeypatch
+):
     def measure(*arguments):
         raise AssertionError("the hours of work have begun")
 
@@ -108,7 +147,10 @@ def test_what_is_no_results_file_is_refused_before_the_work_and_kept(benchmark, 
 def test_a_sweep_goes_on_only_with_what_it_began_with(tmp_path):
     path = tmp_path / "result.json"
     path.write_text('{"tokens": 5000, "dtype": "auto", "rows": []}')
-    with pytest.raises(UserError, match=r"result\.json was measured with tokens 5000, not 6000; name another --result"):
+    with pytest.raises(
+        UserError,
+        match=r"result\.json was measured with tokens 5000, not 6000; name another --result",
+    ):
         sweep_recipe.main(["--result", str(path), "--tokens", "6000"])
 
 
@@ -120,7 +162,10 @@ def test_a_sweep_of_less_than_a_step_is_refused():
 def test_the_score_is_the_mean_loss_of_the_held_out_rows(small, tokenizer, tmp_path):
     weights, config = initial_weights(small, tokenizer, tmp_path)
     file = write_chats(
-        tmp_path / "held_out.jsonl", chats(bundled_data("sft_mini.jsonl"), tokenizer, LENGTH, 9), tokenizer, LENGTH
+        tmp_path / "held_out.jsonl",
+        chats(bundled_data("sft_mini.jsonl"), tokenizer, LENGTH, 9),
+        tokenizer,
+        LENGTH,
     )
     score = Score(small, "chat", file.path, tokenizer, weights, config, tmp_path)
     model = model_of(LMConfig(**config), read_tensors(weights), weights).eval()
@@ -131,7 +176,9 @@ def test_the_score_is_the_mean_loss_of_the_held_out_rows(small, tokenizer, tmp_p
     assert score() == pytest.approx(nats / sum(row.n_targets for row in rows), rel=1e-5)
     apply_lora(model, 4)
     save_lora(model, tmp_path / "a.pth")
-    assert score(lora=tmp_path / "a.pth", rank=4) == pytest.approx(score(), rel=1e-6), "a new LoRA changes nothing"
+    assert score(lora=tmp_path / "a.pth", rank=4) == pytest.approx(score(), rel=1e-6), (
+        "a new LoRA changes nothing"
+    )
 
 
 @pytest.mark.parametrize("kind", ["as they are", "mean 0.45", "full"])
@@ -139,7 +186,9 @@ def test_nobody_cuts_a_document_that_all_sides_read(tokenizer, tmp_path, kind):
     files = document_files(texts(), kind, tokenizer, LENGTH, 2, 8, tmp_path)
     assert files[0].path.read_bytes() != files[1].path.read_bytes()
     for file in files:
-        rows = PretrainDataset((file.path,), tokenizer, LENGTH, cache=tmp_path, val_ratio=0.0).train.rows
+        rows = PretrainDataset(
+            (file.path,), tokenizer, LENGTH, cache=tmp_path, val_ratio=0.0
+        ).train.rows
         lengths = rows.lengths
         assert len(lengths) == file.rows == 8 and lengths.sum() == file.tokens
         assert lengths.max() <= LENGTH
@@ -169,11 +218,21 @@ def test_chats_are_those_that_every_side_reads_alike(tokenizer, tmp_path):
 
 def test_sides_that_learn_from_different_targets_are_not_compared():
     def answer(targets):
-        figures = {"seconds": 1.0, "steps": 1, "slots": 200, "sgemm": 1.0, "bare_mib": 0.0, "peak_mib": 1.0}
+        figures = {
+            "seconds": 1.0,
+            "steps": 1,
+            "slots": 200,
+            "sgemm": 1.0,
+            "bare_mib": 0.0,
+            "peak_mib": 1.0,
+        }
         return [figures | {"targets": targets}]
 
     fair = compare({"ours": answer(1000), "other": answer(1010)}, [200])
-    assert fair["sides"]["other"]["supervised_targets"] == 1010 and fair["speed_over"]["other"]["median"] == 1.0
+    assert (
+        fair["sides"]["other"]["supervised_targets"] == 1010
+        and fair["speed_over"]["other"]["median"] == 1.0
+    )
     with pytest.raises(RuntimeError, match="other learned from 1011 targets, ours from 1000"):
         compare({"ours": answer(1000), "other": answer(1011)}, [200])
 
@@ -195,8 +254,14 @@ def test_the_paced_loop_trains_on_what_it_is_given_and_nothing_else(tokenizer, t
     assert list(Paced(steps[0], lambda: rounds(2)).steps(0)) == [steps[0]] and not seen
     for count in (0, 2):
         source = Paced(steps[0], lambda count=count: rounds(count))
-        train_paced(model, source, options, Runtime.start("cpu"), loss_sum, tmp_path / "metrics.jsonl")
-        changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+        train_paced(
+            model, source, options, Runtime.start("cpu"), loss_sum, tmp_path / "metrics.jsonl"
+        )
+        changed = [
+            name
+            for name, tensor in model.state_dict().items()
+            if not torch.equal(tensor, before[name])
+        ]
         assert len(seen) == count and bool(changed) == bool(count)
 
 
@@ -207,9 +272,13 @@ def test_our_process_counts_saves_and_ends(small, tokenizer, tmp_path):
     data = SFTDataset((file.path,), tokenizer, LENGTH, cache=tmp_path, val_ratio=0.0).train
     assert int(data.lengths.sum()) == file.tokens
     wanted = sum(
-        batch.n_targets for step in batches_of(data, TrainOptions(), Runtime.start("cpu")).steps(0) for batch in step
+        batch.n_targets
+        for step in batches_of(data, TrainOptions(), Runtime.start("cpu")).steps(0)
+        for batch in step
     )
-    with Sides(small, "chat", weights, config, tmp_path).ours("ours", "train_lora", file.path, 2) as side:
+    with Sides(small, "chat", weights, config, tmp_path).ours(
+        "ours", "train_lora", file.path, 2
+    ) as side:
         rounds = [side.ask("round", data=str(file.path)) for _ in range(2)]
         side.ask("save", path=str(tmp_path / "lora.pth"))
     assert side.process.returncode == 0

@@ -38,7 +38,11 @@ HOSTILE = [
 def random_content(rng):
     parts = [rng.choice(HOSTILE) for _ in range(rng.randint(1, 4))]
     if rng.random() < 0.3:
-        parts.append("".join(chr(rng.choice([*range(1, 0xD800), *range(0xE000, 0x110000, 7)])) for _ in range(5)))
+        parts.append(
+            "".join(
+                chr(rng.choice([*range(1, 0xD800), *range(0xE000, 0x110000, 7)])) for _ in range(5)
+            )
+        )
     rng.shuffle(parts)
     return "".join(parts)
 
@@ -60,7 +64,9 @@ PLAIN = [
 
 
 def rendered(tokenizer, messages, add_generation_prompt=False):
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
 
 
 def with_template(tokenizer, template):
@@ -72,8 +78,14 @@ def with_template(tokenizer, template):
 def test_the_learned_ids_are_the_answers_with_their_ends_of_turn(tokenizer):
     for messages in CHATS:
         ids, learned = encode_chat(tokenizer, messages)
-        answers = [message["content"] + "<|im_end|>" for message in messages if message["role"] == "assistant"]
-        assert tokenizer.decode([n for n, flag in zip(ids, learned, strict=True) if flag]) == "".join(answers)
+        answers = [
+            message["content"] + "<|im_end|>"
+            for message in messages
+            if message["role"] == "assistant"
+        ]
+        assert tokenizer.decode(
+            [n for n, flag in zip(ids, learned, strict=True) if flag]
+        ) == "".join(answers)
 
 
 @pytest.mark.parametrize("prompt", [False, True])
@@ -102,7 +114,9 @@ def test_control_ids_stand_only_where_the_template_puts_them(tokenizer, prompt):
 
 def test_the_generation_marks_agree(tokenizer):
     for messages in [PLAIN, PLAIN[1:], PLAIN[:3]]:
-        theirs = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        theirs = tokenizer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True
+        )
         ids, learned = encode_chat(tokenizer, messages)
         assert ids == theirs["input_ids"]
         assert learned == [bool(flag) for flag in theirs["assistant_masks"]] and any(learned)
@@ -118,7 +132,9 @@ def test_a_chat_is_prompted_exactly_as_it_was_trained(tokenizer):
 
 
 def test_many_chats_at_once_are_the_same_as_one_by_one(tokenizer):
-    assert encode_chats(tokenizer, CHATS[:50]) == [encode_chat(tokenizer, messages) for messages in CHATS[:50]]
+    assert encode_chats(tokenizer, CHATS[:50]) == [
+        encode_chat(tokenizer, messages) for messages in CHATS[:50]
+    ]
     assert encode_chats(tokenizer, []) == []
 
 
@@ -137,9 +153,16 @@ def test_a_foreign_template_without_generation_marks(tokenizer, default):
         "{% for m in messages %}[{{ m.role }}] {{ m.content }}"
         "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %} {% endfor %}",
     )
-    messages = [*default, {"role": "user", "content": " a "}, {"role": "assistant", "content": "<|im_end|> b"}] * 1
+    messages = [
+        *default,
+        {"role": "user", "content": " a "},
+        {"role": "assistant", "content": "<|im_end|> b"},
+    ] * 1
     ids, learned = encode_chat(foreign, messages)
-    assert tokenizer.decode([n for n, flag in zip(ids, learned, strict=True) if flag]) == "<|im_end|> b<|im_end|>"
+    assert (
+        tokenizer.decode([n for n, flag in zip(ids, learned, strict=True) if flag])
+        == "<|im_end|> b<|im_end|>"
+    )
     assert tokenizer.decode(ids) == rendered(foreign, messages)
     assert ids.count(foreign.eos_token_id) == 1
 
@@ -167,7 +190,10 @@ def test_a_trimming_template_is_followed(tokenizer):
     for messages in (PLAIN, [*PLAIN[:2], {"role": "assistant", "content": "\n Four. "}]):
         ids, learned = encode_chat(trimming, messages)
         assert tokenizer.decode(ids) == rendered(trimming, messages)
-    assert tokenizer.decode([n for n, flag in zip(ids, learned, strict=True) if flag]) == "Four.<|im_end|>"
+    assert (
+        tokenizer.decode([n for n, flag in zip(ids, learned, strict=True) if flag])
+        == "Four.<|im_end|>"
+    )
 
 
 def test_a_document_stands_between_bos_and_eos_and_cannot_end_itself(tokenizer):
@@ -181,16 +207,24 @@ def test_a_document_stands_between_bos_and_eos_and_cannot_end_itself(tokenizer):
 
 
 def test_texts_become_the_ids_that_transformers_gives(tokenizer):
-    """Ours take a shorter way. What another caller left set, such as a longest length, must not show."""
+    """Ours take a shorter way. What another caller left set, such as a longest length, must not
+    show.
+    """
     other = copy.deepcopy(tokenizer)
     other.backend_tokenizer.enable_truncation(3)
     other.backend_tokenizer.enable_padding()
-    texts = [*HOSTILE, "".join(HOSTILE), *(message["content"] for messages in CHATS for message in messages)]
+    texts = [
+        *HOSTILE,
+        "".join(HOSTILE),
+        *(message["content"] for messages in CHATS for message in messages),
+    ]
     for (ids, _), text in zip(encode_documents(other, texts), texts, strict=True):
         plain = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         assert ids == [tokenizer.bos_token_id, *plain, tokenizer.eos_token_id]
 
 
 def test_many_chats_are_encoded_as_each_alone(tokenizer):
-    assert encode_chats(tokenizer, CHATS) == [encode_chat(tokenizer, messages) for messages in CHATS]
+    assert encode_chats(tokenizer, CHATS) == [
+        encode_chat(tokenizer, messages) for messages in CHATS
+    ]
     assert encode_chats(tokenizer, []) == []

@@ -28,7 +28,13 @@ from transformers import (
 from core.errors import UserError
 from core.paths import metrics_path
 from dataset.batches import masked
-from dataset.labelled import LabelledSamples, clean_unlabelled, labels_of, read_labelled, split_labelled
+from dataset.labelled import (
+    LabelledSamples,
+    clean_unlabelled,
+    labels_of,
+    read_labelled,
+    split_labelled,
+)
 from model.bases import open_base
 from model.classifier import check_row_length, class_loss_sum, head_state, open_classifier
 from model.model_lora import apply_lora, check_lora, lora_parameters, read_lora, save_lora
@@ -36,8 +42,26 @@ from model.quantized import quantize
 from scripts.train_lora_classifier import main as train_classifier
 from trainer.evaluation import score, scores_of
 
-WORDS = ["good", "fine", "great", "bad", "poor", "awful", "the", "film", "was", "and", "story", "very"]
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+WORDS = [
+    "good",
+    "fine",
+    "great",
+    "bad",
+    "poor",
+    "awful",
+    "the",
+    "film",
+    "was",
+    "and",
+    "story",
+    "very",
+]
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
 SIZES |= {"vocab_size": 32, "max_position_embeddings": 64}
 SIZES |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SMALL = {"device": "cpu", "epochs": 6, "batch_size": 8, "learning_rate": 0.01, "max_seq_len": 32}
@@ -57,11 +81,16 @@ def bert_tokenizer() -> PreTrainedTokenizerFast:
 def bases(tmp_path_factory):
     """``bert``, and ``electra``, whose head has more than one layer."""
     root = tmp_path_factory.mktemp("encoders")
-    for name, kind, config in (("bert", BertModel, BertConfig), ("electra", ElectraModel, ElectraConfig)):
+    for name, kind, config in (
+        ("bert", BertModel, BertConfig),
+        ("electra", ElectraModel, ElectraConfig),
+    ):
         torch.manual_seed(0)
         kind(config(**SIZES, initializer_range=0.1)).save_pretrained(root / name)
         bert_tokenizer().save_pretrained(root / name)
-    BertModel(BertConfig(**SIZES, initializer_range=0.1), add_pooling_layer=False).save_pretrained(root / "unpooled")
+    BertModel(BertConfig(**SIZES, initializer_range=0.1), add_pooling_layer=False).save_pretrained(
+        root / "unpooled"
+    )
     bert_tokenizer().save_pretrained(root / "unpooled")
     return root
 
@@ -72,7 +101,10 @@ def reviews(count: int, seed: int) -> list[dict]:
     rows = []
     for _ in range(count):
         label = int(rng.integers(2))
-        words = [*rng.choice(WORDS[6:], rng.integers(2, 9)), WORDS[3 * (1 - label) + int(rng.integers(3))]]
+        words = [
+            *rng.choice(WORDS[6:], rng.integers(2, 9)),
+            WORDS[3 * (1 - label) + int(rng.integers(3))],
+        ]
         rows.append({"text": " ".join(rng.permutation(words)), "label": label})
     return rows
 
@@ -80,11 +112,16 @@ def reviews(count: int, seed: int) -> list[dict]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reviews")
-    return write_rows(folder / "train.jsonl", reviews(160, 0)), write_rows(folder / "dev.jsonl", reviews(80, 1))
+    return write_rows(folder / "train.jsonl", reviews(160, 0)), write_rows(
+        folder / "dev.jsonl", reviews(80, 1)
+    )
 
 
 def test_json_and_tsv_say_the_same(tmp_path):
-    rows = [{"text": 'a "quoted', "text_pair": "b\u2028c", "label": 1}, {"text": "d", "text_pair": "e", "label": 0}]
+    rows = [
+        {"text": 'a "quoted', "text_pair": "b\u2028c", "label": 1},
+        {"text": "d", "text_pair": "e", "label": 0},
+    ]
     wanted = [{**row, "label": str(row["label"])} for row in rows]
     glue = "sentence1\tindex\tsentence2\tlabel\n" + "".join(
         f"{row['text']}\t{n}\t{row['text_pair']}\t{row['label']}\r\n" for n, row in enumerate(rows)
@@ -97,14 +134,18 @@ def test_json_and_tsv_say_the_same(tmp_path):
     write_rows(tmp_path / "glue.jsonl", [qnli, {"premise": "d", "hypothesis": "e", "label": 0}])
     for name in ("glue.jsonl", "a.tsv", "b.tsv.gz", "c.jsonl"):
         assert read_labelled((tmp_path / name,)) == wanted, name
-    assert read_labelled((tmp_path / "d.json",)) == [{"text": "x", "text_pair": None, "label": "yes"}]
+    assert read_labelled((tmp_path / "d.json",)) == [
+        {"text": "x", "text_pair": None, "label": "yes"}
+    ]
     assert read_labelled((tmp_path / "c.jsonl",), clean=clean_unlabelled)[0] == {
         "text": 'a "quoted',
         "text_pair": "b\u2028c",
     }
     assert len(read_labelled((tmp_path / "a.tsv", tmp_path / "c.jsonl"))) == 4
     (tmp_path / "e.tsv").write_text("text\ngood\n\nbad\n\n")
-    with pytest.raises(UserError, match=r"e\.tsv:3: .*; mend them$"):  # answers would be of other rows
+    with pytest.raises(
+        UserError, match=r"e\.tsv:3: .*; mend them$"
+    ):  # answers would be of other rows
         read_labelled((tmp_path / "e.tsv",), "refuse", clean_unlabelled)
 
 
@@ -120,7 +161,10 @@ def test_json_and_tsv_say_the_same(tmp_path):
         ('{"words": "a", "label": 1}', r""":1: no "text" among its keys \('words', 'label'\)"""),
         ('["a", 1]', r":1: a row must be an object"),
         ('{"text": "a", "label": 1}\nnonsense', r":2: "),
-        ('{"text": "a", "label": 1}\n{"text": "a", "text_pair": "b", "label": 1}', "some rows have a text_pair"),
+        (
+            '{"text": "a", "label": 1}\n{"text": "a", "text_pair": "b", "label": 1}',
+            "some rows have a text_pair",
+        ),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named(tmp_path, content, reason):
@@ -133,7 +177,9 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path, content, reason):
 def test_bad_rows_of_a_table_are_named_or_skipped(tmp_path, capsys):
     path = tmp_path / "rows.tsv"
     path.write_text("sentence\tlabel\nfine\t1\nno label\n\nbad\t0\n")
-    with pytest.raises(UserError, match=r"1 bad rows, the first .*rows.tsv:3: 1 columns, the header has 2"):
+    with pytest.raises(
+        UserError, match=r"1 bad rows, the first .*rows.tsv:3: 1 columns, the header has 2"
+    ):
         read_labelled((path,))
     assert len(read_labelled((path,), "skip")) == 2
     assert "bad rows skipped: 1" in capsys.readouterr().out
@@ -172,12 +218,17 @@ def test_the_same_text_is_never_on_both_sides():
 
 def test_a_batch_is_what_the_library_pads():
     tokenizer = bert_tokenizer()
-    rows = [{"text": "the film " * n, "text_pair": "was very good", "label": str(n % 2)} for n in range(1, 9)]
+    rows = [
+        {"text": "the film " * n, "text_pair": "was very good", "label": str(n % 2)}
+        for n in range(1, 9)
+    ]
     samples = LabelledSamples(rows, ["0", "1"], tokenizer, 12, pairs=True)
     chosen = np.array([6, 0, 3])
     batch = samples.collate(chosen)
     texts, pairs = [rows[n]["text"] for n in chosen], [rows[n]["text_pair"] for n in chosen]
-    wanted = tokenizer(texts, pairs, truncation=True, max_length=12, padding=True, return_tensors="pt")
+    wanted = tokenizer(
+        texts, pairs, truncation=True, max_length=12, padding=True, return_tensors="pt"
+    )
     assert batch.inputs.keys() == wanted.keys() == {"input_ids", "token_type_ids", "attention_mask"}
     for key, value in wanted.items():
         assert torch.equal(batch.inputs[key], value), key
@@ -213,7 +264,9 @@ def test_a_score_does_not_depend_on_the_batches(bases):
     one_by_one = [samples.collate(np.array([n])) for n in range(40)]
     together = score(model, [samples.collate(np.arange(40))], CPU)
     alone = score(model, one_by_one, CPU)
-    assert together.loss == pytest.approx(alone.loss, rel=1e-5) and together.accuracy == alone.accuracy
+    assert (
+        together.loss == pytest.approx(alone.loss, rel=1e-5) and together.accuracy == alone.accuracy
+    )
     model.eval()
     with torch.no_grad():
         right = [int(model(**b.inputs).logits.argmax()) == int(b.labels) for b in one_by_one]
@@ -222,7 +275,9 @@ def test_a_score_does_not_depend_on_the_batches(bases):
     assert str(score(model, [], CPU)) == "nothing held out"
     loss = class_loss_sum(model, masked(one_by_one[0]))
     loss.backward()
-    assert loss.item() == 0 and not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+    assert loss.item() == 0 and not any(
+        p.grad.any() for p in model.parameters() if p.grad is not None
+    )
 
 
 def test_what_trains_is_what_peft_trains(bases):
@@ -232,7 +287,9 @@ def test_what_trains_is_what_peft_trains(bases):
     ours = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert ours == sum(p.numel() for p in [*lora_parameters(model), *head_state(model).values()])
     theirs = AutoModelForSequenceClassification.from_pretrained(bases / "electra", num_labels=3)
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(peft.TaskType.SEQ_CLS, r=8, target_modules=["query", "value"]))
+    theirs = peft.get_peft_model(
+        theirs, peft.LoraConfig(peft.TaskType.SEQ_CLS, r=8, target_modules=["query", "value"])
+    )
     assert ours == theirs.get_nb_trainable_parameters()[0]
     assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
 
@@ -240,16 +297,27 @@ def test_what_trains_is_what_peft_trains(bases):
 @pytest.mark.parametrize("name", ["bert", "electra"])
 def test_a_skill_is_learned_resumed_and_asked(bases, data, tmp_path, capsys, name):
     train, dev = data
-    argv = flags(base=bases / name, data_path=train, val_path=dev, lora_name="review", save_interval=50, **SMALL)
+    argv = flags(
+        base=bases / name,
+        data_path=train,
+        val_path=dev,
+        lora_name="review",
+        save_interval=50,
+        **SMALL,
+    )
     path = train_classifier([*argv, *flags(out_dir=tmp_path / "whole" / "out")])
     meta = read_lora(path)[1]
     assert meta["metrics"]["val"]["accuracy"] > 0.95 and meta["labels"] == ["0", "1"]
     assert "trained whole: classifier" in capsys.readouterr().out
 
-    *steps, last = map(json.loads, metrics_path(tmp_path / "whole" / "out", path.stem).read_text().splitlines())
+    *steps, last = map(
+        json.loads, metrics_path(tmp_path / "whole" / "out", path.stem).read_text().splitlines()
+    )
     assert last["summary"]["first_loss"] == pytest.approx(0.7, abs=0.2), "the mean of a step's rows"
     rates = {line["step"]: line["lr"] / SMALL["learning_rate"] for line in steps if "lr" in line}
-    assert rates[1] == pytest.approx(1 / 8) and rates[10] == pytest.approx(1 - 2 / 113), "7 steps of 120 warm up"
+    assert rates[1] == pytest.approx(1 / 8) and rates[10] == pytest.approx(1 - 2 / 113), (
+        "7 steps of 120 warm up"
+    )
     assert rates[120] == pytest.approx(1 / 113), "and all others decay"
 
     out = tmp_path / "parts" / "out"
@@ -260,11 +328,16 @@ def test_a_skill_is_learned_resumed_and_asked(bases, data, tmp_path, capsys, nam
     assert "resumed at step 100 of 120" in capsys.readouterr().out
     assert again.read_bytes() == path.read_bytes()
 
-    questions = write_rows(tmp_path / "questions.jsonl", [{"text": row["text"]} for row in reviews(30, 3)])
+    questions = write_rows(
+        tmp_path / "questions.jsonl", [{"text": row["text"]} for row in reviews(30, 3)]
+    )
     asked = flags(base=bases / name, lora_name="review", predict=questions, device="cpu")
     train_classifier([*asked, *flags(out_dir=out)])
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    right = [answer["label"] == str(row["label"]) for answer, row in zip(answers, reviews(30, 3), strict=True)]
+    right = [
+        answer["label"] == str(row["label"])
+        for answer, row in zip(answers, reviews(30, 3), strict=True)
+    ]
     assert sum(right) >= 28 and all(0.5 <= answer["probability"] <= 1 for answer in answers)
 
     with pytest.raises(UserError, match=r"there is no skill file .*lora_review"):
@@ -273,12 +346,22 @@ def test_a_skill_is_learned_resumed_and_asked(bases, data, tmp_path, capsys, nam
 
 def test_full_fine_tuning_leaves_a_folder_of_the_library(bases, data, tmp_path):
     train, dev = data
-    argv = flags(base=bases / "bert", data_path=train, val_path=dev, lora_name="whole", out_dir=tmp_path, **SMALL)
+    argv = flags(
+        base=bases / "bert",
+        data_path=train,
+        val_path=dev,
+        lora_name="whole",
+        out_dir=tmp_path,
+        **SMALL,
+    )
     folder = train_classifier([*argv, "--full", "--learning_rate", "0.002"])
     ask = pipeline("text-classification", model=str(folder))
     rows = reviews(30, 3)
     answers = ask([row["text"] for row in rows])
-    assert sum(answer["label"] == str(row["label"]) for answer, row in zip(answers, rows, strict=True)) >= 28
+    assert (
+        sum(answer["label"] == str(row["label"]) for answer, row in zip(answers, rows, strict=True))
+        >= 28
+    )
     assert folder == tmp_path / "classifier_whole" and not list(tmp_path.glob(".*"))
 
 
@@ -286,14 +369,24 @@ def test_a_body_in_four_bits(bases, data, tmp_path, capsys):
     pytest.importorskip("bitsandbytes", reason="pip install -r requirements-4bit.txt")
     train, dev = data
     argv = flags(base=bases / "bert", lora_name="small", out_dir=tmp_path, device="cpu")
-    path = train_classifier([*argv, *flags(data_path=train, val_path=dev, **SMALL), "--load_in_4bit"])
+    path = train_classifier(
+        [*argv, *flags(data_path=train, val_path=dev, **SMALL), "--load_in_4bit"]
+    )
     assert read_lora(path)[1]["metrics"]["val"]["accuracy"] > 0.95
     assert "Linears in NF4" in capsys.readouterr().out
     train_classifier([*argv, *flags(predict=train)])
     said = capsys.readouterr()
     assert "Linears in NF4" in said.err, "as it was trained"
     answers = [json.loads(line)["label"] for line in said.out.splitlines()]
-    assert np.mean([answer == str(row["label"]) for answer, row in zip(answers, reviews(160, 0), strict=True)]) > 0.95
+    assert (
+        np.mean(
+            [
+                answer == str(row["label"])
+                for answer, row in zip(answers, reviews(160, 0), strict=True)
+            ]
+        )
+        > 0.95
+    )
 
 
 def test_weights_that_the_base_lacks_learn_too(bases, data, tmp_path, capsys):
@@ -304,23 +397,36 @@ def test_weights_that_the_base_lacks_learn_too(bases, data, tmp_path, capsys):
     capsys.readouterr()
     train_classifier([*argv, *flags(predict=dev, seed=5)])
     answers = [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()]
-    right = np.mean([answer == str(row["label"]) for answer, row in zip(answers, reviews(80, 1), strict=True)])
+    right = np.mean(
+        [answer == str(row["label"]) for answer, row in zip(answers, reviews(80, 1), strict=True)]
+    )
     assert right == read_lora(path)[1]["metrics"]["val"]["accuracy"] > 0.9
-    with pytest.raises(UserError, match="lacks weights, which 4 bits cannot learn; drop --load_in_4bit"):
+    with pytest.raises(
+        UserError, match="lacks weights, which 4 bits cannot learn; drop --load_in_4bit"
+    ):
         train_classifier([*argv, *flags(data_path=train, max_seq_len=32), "--load_in_4bit"])
 
 
 def test_a_row_is_answered_as_the_classifier_was_trained(bases, data, tmp_path):
-    """Other texts, another tokenizer and another base are refused; length and 4 bits come from the file."""
+    """Other texts, another tokenizer and another base are refused; length and 4 bits come from the
+    file.
+    """
     train, dev = data
     argv = flags(base=bases / "bert", lora_name="x", out_dir=tmp_path, device="cpu")
     learn = flags(data_path=train, **SMALL | {"epochs": 1})
-    pairs = write_rows(tmp_path / "pairs.jsonl", [{**row, "text_pair": "fine"} for row in reviews(9, 4)])
-    with pytest.raises(UserError, match="these rows have a text and a text_pair, where the classifier reads one text"):
+    pairs = write_rows(
+        tmp_path / "pairs.jsonl", [{**row, "text_pair": "fine"} for row in reviews(9, 4)]
+    )
+    with pytest.raises(
+        UserError,
+        match="these rows have a text and a text_pair, where the classifier reads one text",
+    ):
         train_classifier([*argv, *learn, *flags(val_path=pairs)])
     path = train_classifier([*argv, *learn])
     meta = read_lora(path)[1]
-    train_classifier([*argv, *flags(predict=write_rows(tmp_path / "long.jsonl", [{"text": "very good " * 99}]))])
+    train_classifier(
+        [*argv, *flags(predict=write_rows(tmp_path / "long.jsonl", [{"text": "very good " * 99}]))]
+    )
     assert meta["pairs"] is False and meta["metrics"]["val"]["step"] == meta["metrics"]["step"]
     with pytest.raises(UserError, match="where the classifier reads one text"):
         train_classifier([*argv, *flags(predict=pairs)])
@@ -330,55 +436,100 @@ def test_a_row_is_answered_as_the_classifier_was_trained(bases, data, tmp_path):
     with pytest.raises(UserError, match="was trained with another tokenizer"):
         train_classifier([*argv, *flags(predict=dev, tokenizer_path=other)])
     BertModel(BertConfig(**SIZES)).save_pretrained(other)
-    with pytest.raises(UserError, match=r"was trained on bert .*, but this model is \w+; use that base$"):
-        train_classifier([*argv, *flags(predict=dev, tokenizer_path=bases / "bert"), "--base", str(other)])
-    with pytest.raises(UserError, match="--predict reads rows as the skill was trained to: leave out --bad_rows"):
+    with pytest.raises(
+        UserError, match=r"was trained on bert .*, but this model is \w+; use that base$"
+    ):
+        train_classifier(
+            [*argv, *flags(predict=dev, tokenizer_path=bases / "bert"), "--base", str(other)]
+        )
+    with pytest.raises(
+        UserError, match="--predict reads rows as the skill was trained to: leave out --bad_rows"
+    ):
         train_classifier([*argv, *flags(predict=dev, bad_rows="skip")])
     tensors = torch.load(path)
-    for damaged in ({"labels": [["0"], ["1"]]}, {"labels": ["0", "0"]}, {"options": {"max_seq_len": "x"}}):
+    for damaged in (
+        {"labels": [["0"], ["1"]]},
+        {"labels": ["0", "0"]},
+        {"options": {"max_seq_len": "x"}},
+    ):
         packed = json.dumps(json.loads(bytes(tensors["_meta"].tolist())) | damaged).encode()
-        torch.save(tensors | {"_meta": torch.frombuffer(bytearray(packed), dtype=torch.uint8)}, path)
-        with pytest.raises(UserError, match="no classifier's skill: it has no head, labels and length of rows"):
+        torch.save(
+            tensors | {"_meta": torch.frombuffer(bytearray(packed), dtype=torch.uint8)}, path
+        )
+        with pytest.raises(
+            UserError, match="no classifier's skill: it has no head, labels and length of rows"
+        ):
             train_classifier([*argv, *flags(predict=dev)])
 
 
 def test_a_decision_at_the_end_of_the_text_needs_a_tokenizer_that_ends_it(data, tmp_path):
     """T5 and BART read the class there; T5 keeps ``wo`` out of 4 bits."""
     train, dev = data
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
+    sizes = {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 1,
+        "num_heads": 2,
+        "vocab_size": 32,
+    }
     torch.manual_seed(0)
-    T5ForConditionalGeneration(T5Config(**sizes, eos_token_id=3, decoder_start_token_id=0)).save_pretrained(tmp_path)
+    T5ForConditionalGeneration(
+        T5Config(**sizes, eos_token_id=3, decoder_start_token_id=0)
+    ).save_pretrained(tmp_path)
     tokenizer = bert_tokenizer()
     tokenizer.save_pretrained(tmp_path)
-    learn = flags(base=tmp_path, out_dir=tmp_path / "out", data_path=train, val_path=dev, **SMALL | {"epochs": 1})
+    learn = flags(
+        base=tmp_path,
+        out_dir=tmp_path / "out",
+        data_path=train,
+        val_path=dev,
+        **SMALL | {"epochs": 1},
+    )
     assert train_classifier([*learn, "--target_modules", "q", "v"]).is_file()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A", special_tokens=[]
+    )
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="does not end a text, where this kind of model decides"):
         train_classifier([*learn, "--target_modules", "q", "v"])
 
 
 def test_a_decoder_is_a_classifier_too(data, tmp_path, capsys):
-    """Its tokenizer pads with the end; its last token that is no padding decides. A chat does not take such a skill."""
+    """Its tokenizer pads with the end; its last token that is no padding decides. A chat does not
+    take such a skill.
+    """
     train, dev = data
     torch.manual_seed(0)
     sizes = {**SIZES, "num_key_value_heads": 1, "initializer_range": 0.1}
-    LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=2, eos_token_id=3)).save_pretrained(tmp_path / "base")
+    LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=2, eos_token_id=3)).save_pretrained(
+        tmp_path / "base"
+    )
     tokenizer = bert_tokenizer()
     tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
     tokenizer.save_pretrained(tmp_path / "base")
     argv = flags(base=tmp_path / "base", lora_name="x", out_dir=tmp_path, device="cpu")
-    learn = flags(data_path=train, val_path=dev, target_modules="all-linear", **SMALL | {"learning_rate": 0.003})
+    learn = flags(
+        data_path=train,
+        val_path=dev,
+        target_modules="all-linear",
+        **SMALL | {"learning_rate": 0.003},
+    )
     path = train_classifier([*argv, *learn])
     capsys.readouterr()
     train_classifier([*argv, *flags(predict=dev)])
     answers = [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()]
-    right = np.mean([answer == str(row["label"]) for answer, row in zip(answers, reviews(80, 1), strict=True)])
+    right = np.mean(
+        [answer == str(row["label"]) for answer, row in zip(answers, reviews(80, 1), strict=True)]
+    )
     assert right == read_lora(path)[1]["metrics"]["val"]["accuracy"] > 0.8
     chat, small = (open_base(tmp_path / "base")[0] for _ in range(2))
     quantize(small)
     for model in (chat, small):
-        with pytest.raises(UserError, match=r"is a text classifier's; ask it with scripts/train_lora_classifier\.py"):
+        with pytest.raises(
+            UserError,
+            match=r"is a text classifier's; ask it with scripts/train_lora_classifier\.py",
+        ):
             check_lora(model, path)
     meta = read_lora(path)[1]
     apply_lora(chat, 2)
@@ -395,7 +546,9 @@ def test_training_goes_on_from_a_classifiers_own_head(bases, data, tmp_path):
     samples = LabelledSamples(rows, ["1", "0"], bert_tokenizer(), 32, pairs=False)
     before = score(model, [samples.collate(np.arange(80))], CPU)
     flat = SMALL | {"learning_rate": 1e-12, "epochs": 1, "max_steps": 1}
-    argv = flags(base=tmp_path / "base", data_path=data[0], val_path=data[1], out_dir=tmp_path, **flat)
+    argv = flags(
+        base=tmp_path / "base", data_path=data[0], val_path=data[1], out_dir=tmp_path, **flat
+    )
     meta = read_lora(train_classifier(argv))[1]
     assert meta["labels"] == ["1", "0"]
     assert meta["metrics"]["val"]["loss"] == pytest.approx(before.loss, rel=1e-4)
@@ -429,7 +582,9 @@ def test_a_base_whose_config_is_not_its_own_is_refused(bases, tmp_path, key):
 
 def test_what_a_text_spells_is_no_control_token():
     row = {"text": "the [SEP] film [PAD]", "text_pair": None, "label": "a"}
-    ids = LabelledSamples([row], ["a", "b"], bert_tokenizer(), 32, pairs=False).columns["input_ids"][0]
+    ids = LabelledSamples([row], ["a", "b"], bert_tokenizer(), 32, pairs=False).columns[
+        "input_ids"
+    ][0]
     assert ids[0] == 2 and ids[-1] == 3 and not {0, 2, 3} & set(ids[1:-1])
 
 
@@ -447,16 +602,25 @@ def test_runs_of_other_names_keep_apart(bases, data, tmp_path):
     argv = flags(base=bases / "bert", data_path=data[0], out_dir=tmp_path, **SMALL | {"epochs": 1})
     for name in ("v1.1", "v1.2"):
         train_classifier([*argv, "--full", "--lora_name", name])
-    assert {path.stem for path in (tmp_path / "metrics").glob("*.jsonl")} == {"classifier_v1.1", "classifier_v1.2"}
+    assert {path.stem for path in (tmp_path / "metrics").glob("*.jsonl")} == {
+        "classifier_v1.1",
+        "classifier_v1.2",
+    }
     itself = flags(base=tmp_path / "classifier_v1.1", data_path=data[0], out_dir=tmp_path, **SMALL)
-    with pytest.raises(UserError, match=r"classifier_v1\.1 is --base itself; choose another --lora_name"):
+    with pytest.raises(
+        UserError, match=r"classifier_v1\.1 is --base itself; choose another --lora_name"
+    ):
         train_classifier([*itself, "--full", "--lora_name", "v1.1"])
 
 
 def test_other_validation_rows_are_another_run(bases, data, tmp_path):
     dev = shutil.copy(data[1], tmp_path / "dev.jsonl")
     argv = flags(
-        base=bases / "bert", data_path=data[0], val_path=dev, out_dir=tmp_path / "out", **SMALL | {"epochs": 1}
+        base=bases / "bert",
+        data_path=data[0],
+        val_path=dev,
+        out_dir=tmp_path / "out",
+        **SMALL | {"epochs": 1},
     )
     train_classifier(argv)
     write_rows(tmp_path / "dev.jsonl", reviews(9, 7))
@@ -476,19 +640,49 @@ def test_other_validation_rows_are_another_run(bases, data, tmp_path):
             r"new\.jsonl:1: .label. 7 is none of those to",
         ),
         (["--base", "none", "--data_path", "TRAIN"], "--base none is neither a folder"),
-        (["--base", "BASE", "--data_path", "ONE", "--max_seq_len", "9"], "all rows have the label|holds out all"),
+        (
+            ["--base", "BASE", "--data_path", "ONE", "--max_seq_len", "9"],
+            "all rows have the label|holds out all",
+        ),
         ([], "name a pretrained model with --base"),
         (["--base", "BASE"], "name rows with --data_path, or a file with --predict"),
-        (["--base", "BASE", "--data_path", "TRAIN", "--full", "--load_in_4bit"], "--full trains all weights"),
+        (
+            ["--base", "BASE", "--data_path", "TRAIN", "--full", "--load_in_4bit"],
+            "--full trains all weights",
+        ),
         (
             ["--base", "BASE", "--predict", "TRAIN", "--full"],
             "reads rows as the skill was trained to: leave out --full",
         ),
-        (["--base", "TRAIN", "--data_path", "TRAIN"], "cannot be read|is neither a folder with a config.json"),
-        (["--base", "BASE", "--data_path", "TRAIN", "--max_seq_len", "65"], "exceeds the model's context of 64"),
-        (["--base", "BASE", "--data_path", "TRAIN", "--max_seq_len", "9", "--target_modules", "wq"], "wq"),
-        (["--base", "BASE", "--data_path", "TRAIN", "--warmup_ratio", "1"], "--warmup_ratio 1.0 must lie in"),
-        (["--base", "BASE", "--data_path", "TRAIN", "--decay_ratio", "0"], "--decay_ratio 0.0 must lie in"),
+        (
+            ["--base", "TRAIN", "--data_path", "TRAIN"],
+            "cannot be read|is neither a folder with a config.json",
+        ),
+        (
+            ["--base", "BASE", "--data_path", "TRAIN", "--max_seq_len", "65"],
+            "exceeds the model's context of 64",
+        ),
+        (
+            [
+                "--base",
+                "BASE",
+                "--data_path",
+                "TRAIN",
+                "--max_seq_len",
+                "9",
+                "--target_modules",
+                "wq",
+            ],
+            "wq",
+        ),
+        (
+            ["--base", "BASE", "--data_path", "TRAIN", "--warmup_ratio", "1"],
+            "--warmup_ratio 1.0 must lie in",
+        ),
+        (
+            ["--base", "BASE", "--data_path", "TRAIN", "--decay_ratio", "0"],
+            "--decay_ratio 0.0 must lie in",
+        ),
     ],
 )
 def test_a_wrong_flag_is_named(bases, data, tmp_path, words, reason):
@@ -496,5 +690,8 @@ def test_a_wrong_flag_is_named(bases, data, tmp_path, words, reason):
     new = write_rows(tmp_path / "new.jsonl", [{"text": "the film", "label": 7}])
     places = {"BASE": str(bases / "bert"), "TRAIN": str(data[0]), "ONE": str(one), "NEW": str(new)}
     with pytest.raises(UserError, match=reason):
-        train_classifier([places.get(word, word) for word in words] + ["--out_dir", str(tmp_path), "--device", "cpu"])
+        train_classifier(
+            [places.get(word, word) for word in words]
+            + ["--out_dir", str(tmp_path), "--device", "cpu"]
+        )
     assert not (tmp_path / "lora").exists()

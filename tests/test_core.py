@@ -43,7 +43,19 @@ def test_the_dataclass_is_the_only_source_of_defaults():
 
 
 def test_every_type_parses_and_booleans_are_real_booleans():
-    argv = ["--count", "-4", "--rate", "1e-3", "--name=y z", "--no-fast", "--kind", "b", "--files", "p", "q"]
+    argv = [
+        "--count",
+        "-4",
+        "--rate",
+        "1e-3",
+        "--name=y z",
+        "--no-fast",
+        "--kind",
+        "b",
+        "--files",
+        "p",
+        "q",
+    ]
     assert parse(Example, argv) == Example(-4, 1e-3, "y z", False, "b", (Path("p"), Path("q")))
 
 
@@ -56,7 +68,10 @@ def test_every_type_parses_and_booleans_are_real_booleans():
         (["--rate", "fast"], "invalid float value"),
         (["--kind", "c"], "invalid choice"),
         (["--fast", "False"], "unexpected argument 'False'"),
-        (["--files", "p", "--count", "1", "--files", "q"], "--files is given twice: write all its values after one"),
+        (
+            ["--files", "p", "--count", "1", "--files", "q"],
+            "--files is given twice: write all its values after one",
+        ),
         (["--fas"], "unknown flag --fas; did you mean --fast?"),
         (["--zzz=1"], "unknown flag --zzz; see --help"),
         (["--count", "100"], "--count 100 must be below 100"),
@@ -74,7 +89,12 @@ def test_help_shows_every_flag_with_its_default(capsys):
         parse(Example, ["--help"])
     printed = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
-    for text in ("a number, 5 % of something (default: 3)", "--no-fast", "{a,b}", "some files (default: f)"):
+    for text in (
+        "a number, 5 % of something (default: 3)",
+        "--no-fast",
+        "{a,b}",
+        "some files (default: f)",
+    ):
         assert text in printed
 
 
@@ -128,13 +148,25 @@ def test_work_that_a_signal_stopped_has_the_code_that_shells_give(capsys):
 @pytest.mark.parametrize(
     ("raised", "said"),
     [
-        (PermissionError(13, "Permission denied", "closed.jsonl"), "closed.jsonl: Permission denied"),
+        (
+            PermissionError(13, "Permission denied", "closed.jsonl"),
+            "closed.jsonl: Permission denied",
+        ),
         (OSError(36, "File name too long", "x" * 300), "File name too long"),
         (OSError(28, "No space left on device"), "the output, or a file: No space left on device"),
         (MemoryError(), "the memory does not suffice"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "the memory does not suffice"),
-        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), "the memory does not suffice"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "(CUDA out of memory. Tried): take a smaller"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            "the memory does not suffice",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried"),
+            "the memory does not suffice",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"),
+            "(CUDA out of memory. Tried): take a smaller",
+        ),
     ],
 )
 def test_what_the_machine_refuses_is_one_sentence(raised, said, capsys, monkeypatch):
@@ -149,7 +181,12 @@ def test_what_the_machine_refuses_is_one_sentence(raised, said, capsys, monkeypa
 
 
 @pytest.mark.parametrize(
-    "bug", [FileNotFoundError(2, "No such file", "x"), OSError(5, "Input/output error"), RuntimeError("x")]
+    "bug",
+    [
+        FileNotFoundError(2, "No such file", "x"),
+        OSError(5, "Input/output error"),
+        RuntimeError("x"),
+    ],
 )
 def test_bugs_keep_their_traceback(bug):
     def work():
@@ -161,7 +198,9 @@ def test_bugs_keep_their_traceback(bug):
 
 @pytest.mark.skipif(os.name == "nt", reason="a POSIX shell closes the streams")
 def test_closed_streams_and_a_full_disk_behind_the_output():
-    program = "import sys; from core.errors import run; run(lambda: print(sys.stdin.read(), 'said'))"
+    program = (
+        "import sys; from core.errors import run; run(lambda: print(sys.stdin.read(), 'said'))"
+    )
     command = [sys.executable, "-c", program]
     shell = {"shell": True, "cwd": REPOSITORY, "capture_output": True, "text": True, "timeout": 60}
     quoted = shlex.join(command)
@@ -169,7 +208,10 @@ def test_closed_streams_and_a_full_disk_behind_the_output():
     if os.path.exists("/dev/full"):
         full = subprocess.run(f"{quoted} </dev/null >/dev/full", **shell)
         assert full.returncode == 2
-        assert full.stderr.startswith("error: the output, or a file: No space left") and full.stderr.count("\n") == 1
+        assert (
+            full.stderr.startswith("error: the output, or a file: No space left")
+            and full.stderr.count("\n") == 1
+        )
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
@@ -222,7 +264,9 @@ def test_the_disk_s_error_is_found_behind_torch_s_own_but_not_in_what_the_caller
 def test_a_reader_that_leaves_ends_the_command_quietly():
     program = "from core.errors import run; run(lambda: [print('x' * 1000, flush=True) for _ in range(10_000)])"
     command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         process.stdout.read(10)
         process.stdout.close()
         assert process.stderr.read() == b""
@@ -233,7 +277,9 @@ def test_a_killed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file.bin"
     path.write_bytes(b"old")
     program = "import os, sys; from pathlib import Path; from core.files import atomic_write\n"
-    program += "atomic_write(Path(sys.argv[1]), lambda f: (f.write(b'half'), f.flush(), os._exit(9)))"
+    program += (
+        "atomic_write(Path(sys.argv[1]), lambda f: (f.write(b'half'), f.flush(), os._exit(9)))"
+    )
     killed = subprocess.run([sys.executable, "-c", program, str(path)], cwd=REPOSITORY)
     assert killed.returncode == 9
     assert path.read_bytes() == b"old"
@@ -241,18 +287,20 @@ def test_a_killed_write_leaves_the_old_file(tmp_path):
     others = {".file.binary.12345678", "file.bin"}
     assert len(list(tmp_path.iterdir())) == 3
     atomic_write(path, lambda file: file.write(b"new"))
-    assert {item.name for item in tmp_path.iterdir()} == others, "a later write clears away what the killed one left"
+    assert {item.name for item in tmp_path.iterdir()} == others, (
+        "a later write clears away what the killed one left"
+    )
 
 
 def test_a_live_write_keeps_its_file_while_another_one_writes(tmp_path):
     path = tmp_path / "file.bin"
     program = "import sys; from pathlib import Path; from core.files import atomic_write\n"
     program += "wait = lambda: (print(flush=True), sys.stdin.readline())\n"
-    program += (
-        "atomic_write(Path(sys.argv[1]), lambda f: (wait(), f.write(b'one'), f.flush(), wait(), f.write(b'two')))"
-    )
+    program += "atomic_write(Path(sys.argv[1]), lambda f: (wait(), f.write(b'one'), f.flush(), wait(), f.write(b'two')))"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", program, str(path)], cwd=REPOSITORY, **pipes) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(path)], cwd=REPOSITORY, **pipes
+    ) as other:
         for _ in range(2):  # when its file is still empty, and when it is half written
             other.stdout.readline()
             atomic_write(path, lambda file: file.write(b"mine"))
@@ -304,9 +352,14 @@ def test_a_hash_is_remembered_until_the_file_changes(tmp_path, later, monkeypatc
     kept = sha256_file(other, cache)
     assert kept == sha(b"other")
     status = path.stat()
-    for content, time_ns in ((b"longer", status.st_mtime_ns), (b"newest", status.st_mtime_ns + 1000)):
+    for content, time_ns in (
+        (b"longer", status.st_mtime_ns),
+        (b"newest", status.st_mtime_ns + 1000),
+    ):
         path.write_bytes(content)
-        os.utime(path, ns=(status.st_atime_ns, time_ns))  # one at a time: the size alone, then the time alone
+        os.utime(
+            path, ns=(status.st_atime_ns, time_ns)
+        )  # one at a time: the size alone, then the time alone
         assert sha256_file(path, cache) == sha256_file(path) == sha(content)
     monkeypatch.setattr(files.hashlib, "sha256", None)
     assert sha256_file(other, cache) == kept, "one file's change makes nobody forget another"
@@ -328,7 +381,9 @@ def test_a_harmed_or_deleted_memory_costs_only_time(tmp_path, later, memo):
     path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
     path.write_bytes(b"old")
     sha256_file(path, cache)
-    (cache / "sha256.json").write_text(memo.replace("p:", json.dumps(str(path.resolve())) + ":"), encoding="utf-8")
+    (cache / "sha256.json").write_text(
+        memo.replace("p:", json.dumps(str(path.resolve())) + ":"), encoding="utf-8"
+    )
     assert sha256_file(path, cache) == sha(b"old")
     (cache / "sha256.json").unlink()
     assert sha256_file(path, cache) == sha(b"old")
@@ -356,7 +411,9 @@ def test_skill_names_and_files_name_each_other(tmp_path):
     assert len(lora_paths(tmp_path)) == 5
     assert skill_name("字" * 33) == "字" * 33
     with pytest.raises(UserError, match="is not a skill name"):
-        skill_name("字" * 34)  # 102 bytes: with a temporary file's additions more than some file systems take
+        skill_name(
+            "字" * 34
+        )  # 102 bytes: with a temporary file's additions more than some file systems take
     for name in ("", "../x", "a/b", "a\\b", "/abs", ".hidden", "lora_", "a b", "a\0b", "*"):
         with pytest.raises(UserError, match="is not a skill name"):
             lora_path(tmp_path, name, 64)

@@ -1,4 +1,6 @@
-"""The doors end to end on a small model: what they print, what they write, and what they leave alone."""
+"""The doors end to end on a small model: what they print, what they write, and what they leave
+alone.
+"""
 
 import io
 import json
@@ -34,12 +36,22 @@ def load(trained, stage="full_sft"):
 
 def session_on(trained, stage="full_sft", **more) -> ChatSession:
     model, _, tokenizer = load(trained, stage)
-    settings = {"seed": 1, "history_cnt": 6, "continues": stage == "pretrain", "out_dir": trained.out, **more}
+    settings = {
+        "seed": 1,
+        "history_cnt": 6,
+        "continues": stage == "pretrain",
+        "out_dir": trained.out,
+        **more,
+    }
     return ChatSession(model, tokenizer, Sampling(temperature=0.0, max_new_tokens=8), **settings)
 
 
 def test_every_stage_leaves_files_that_explain_themselves(trained):
-    files = {path.relative_to(trained.out).as_posix() for path in trained.out.rglob("*") if path.is_file()}
+    files = {
+        path.relative_to(trained.out).as_posix()
+        for path in trained.out.rglob("*")
+        if path.is_file()
+    }
     runs = ("pretrain_64", "full_sft_64", "lora_a_64", "lora_b_64")
     wanted = {"pretrain_64.pth", "pretrain_64.json", "full_sft_64.pth", "full_sft_64.json"}
     wanted |= {"lora/lora_a_64.pth", "lora/lora_b_64.pth"}
@@ -51,7 +63,11 @@ def test_every_stage_leaves_files_that_explain_themselves(trained):
     pretrain = json.loads((trained.out / "pretrain_64.json").read_text(encoding="utf-8"))
     full_sft = json.loads((trained.out / "full_sft_64.json").read_text(encoding="utf-8"))
     _, skill = read_lora(trained.out / "lora" / "lora_a_64.pth")
-    assert [record["stage"] for record in (pretrain, full_sft, skill)] == ["pretrain", "full_sft", "lora"]
+    assert [record["stage"] for record in (pretrain, full_sft, skill)] == [
+        "pretrain",
+        "full_sft",
+        "lora",
+    ]
     assert full_sft["base"]["fingerprint"] == pretrain["fingerprint"]
     assert skill["base"] == {"file": "full_sft_64.pth", "fingerprint": full_sft["fingerprint"]}
     assert skill["options"]["data_path"] == ["chats.jsonl"]  # no folder of this machine
@@ -106,7 +122,9 @@ def test_pretraining_says_what_it_will_do_before_it_begins(trained, tmp_path, ca
 
 def test_the_same_seed_makes_the_same_file_and_another_seed_does_not(trained, tmp_path):
     def run(name: str, seed: int) -> str:
-        argv = flags(out_dir=tmp_path / name, data_path=trained.texts, dim=64, n_layers=2, n_heads=4, **SMALL)
+        argv = flags(
+            out_dir=tmp_path / name, data_path=trained.texts, dim=64, n_layers=2, n_heads=4, **SMALL
+        )
         path = train_pretrain.main([*argv, "--seed", str(seed)])
         return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["fingerprint"]
 
@@ -116,7 +134,9 @@ def test_the_same_seed_makes_the_same_file_and_another_seed_does_not(trained, tm
 def test_lora_trains_only_lora_and_reports_both_losses(trained, capsys):
     base = trained.out / "full_sft_64.pth"
     bytes_before = sha256_file(base)
-    argv = trained.flags(data_path=trained.chats, general_data=trained.chats, lora_name="lora_c", **SMALL)
+    argv = trained.flags(
+        data_path=trained.chats, general_data=trained.chats, lora_name="lora_c", **SMALL
+    )
     path = train_lora.main(argv)
     assert path == lora_path(trained.out, "c", 64)  # lora_c and c are one skill
     assert sha256_file(base) == bytes_before
@@ -132,7 +152,9 @@ def test_lora_trains_only_lora_and_reports_both_losses(trained, capsys):
 
 
 def test_general_validation_uses_only_chats_that_the_base_never_saw(trained, tmp_path, monkeypatch):
-    """Whatever the skill's own --val_ratio is, the rule is the one that the base was trained with."""
+    """Whatever the skill's own --val_ratio is, the rule is the one that the base was trained
+    with.
+    """
     from dataset import batches
 
     seen, held_out = [], []
@@ -148,14 +170,22 @@ def test_general_validation_uses_only_chats_that_the_base_never_saw(trained, tmp
     monkeypatch.setattr(batches, "split_rows", spy)
     pretrained = trained.out / "pretrain_64.pth"
     train_full_sft.main(flags(out_dir=tmp_path, data_path=trained.chats, base=pretrained, **SMALL))
-    argv = flags(out_dir=tmp_path, data_path=trained.chats, general_data=trained.chats, lora_name="x", val_ratio=0.5)
+    argv = flags(
+        out_dir=tmp_path,
+        data_path=trained.chats,
+        general_data=trained.chats,
+        lora_name="x",
+        val_ratio=0.5,
+    )
     train_lora.main(argv + flags(**SMALL))
     base_saw, _, general = seen[0], held_out[1], held_out[2]
     assert general and not general & base_saw
 
 
 def test_without_held_out_rows_no_score_is_claimed(trained, tmp_path, capsys):
-    argv = trained.flags(data_path=trained.chats, general_data=trained.chats, lora_name="z", val_ratio=0, **SMALL)
+    argv = trained.flags(
+        data_path=trained.chats, general_data=trained.chats, lora_name="z", val_ratio=0, **SMALL
+    )
     path = train_lora.main(argv)
     assert "domain: before nothing held out; after nothing held out" in capsys.readouterr().out
     metrics = read_lora(path)[1]["metrics"]
@@ -196,7 +226,11 @@ def test_skills_are_mixed_and_read_again_when_their_file_changed(trained, tmp_pa
     assert torch.equal(logits_of(session.model), changed)
     assert len(list(session.library)) == 2, "the file's old content is still in memory"
     assert len({tuple(logits.flatten().tolist()) for logits in (mixed, first, changed)}) == 3
-    for wrong, said in (("a=x", "no skill's weight"), ("a=nan", "must be a number"), ("a b=0.5 c", "no skill file")):
+    for wrong, said in (
+        ("a=x", "no skill's weight"),
+        ("a=nan", "must be a number"),
+        ("a b=0.5 c", "no skill file"),
+    ):
         with pytest.raises(UserError, match=said):
             session.use_skill(wrong)
         assert torch.equal(logits_of(session.model), changed) and session.skill == "b"
@@ -204,15 +238,26 @@ def test_skills_are_mixed_and_read_again_when_their_file_changed(trained, tmp_pa
 
 def test_the_options_of_lora_reach_the_file(trained, tmp_path):
     def train(*words) -> tuple[dict, dict]:
-        values = {"data_path": trained.chats, "general_data": trained.chats, "lora_name": "x", **SMALL}
+        values = {
+            "data_path": trained.chats,
+            "general_data": trained.chats,
+            "lora_name": "x",
+            **SMALL,
+        }
         values["base"] = trained.out / "full_sft_64.pth"
         return read_lora(train_lora.main([*flags(out_dir=tmp_path, **values), *words]))
 
-    _, meta = train("--use_dora", "--rank_pattern", "wo=2", "--alpha", "8", "--use_rslora", "--rank", "4")
-    assert meta["ranks"] == {f"layers.{n}.attention.{name}": r for n in (0, 1) for name, r in (("wq", 4), ("wo", 2))}
+    _, meta = train(
+        "--use_dora", "--rank_pattern", "wo=2", "--alpha", "8", "--use_rslora", "--rank", "4"
+    )
+    assert meta["ranks"] == {
+        f"layers.{n}.attention.{name}": r for n in (0, 1) for name, r in (("wq", 4), ("wo", 2))
+    }
     assert meta["use_dora"] and set(meta["scaling"].values()) == {4.0, 8 / 2**0.5}
     plain, _ = train("--layers_to_transform", "1", "--init_lora_weights", "kaiming")
-    faster, meta = train("--layers_to_transform", "1", "--init_lora_weights", "kaiming", "--loraplus_lr_ratio", "8")
+    faster, meta = train(
+        "--layers_to_transform", "1", "--init_lora_weights", "kaiming", "--loraplus_lr_ratio", "8"
+    )
     assert meta["targets"] == ["layers.1.attention.wq", "layers.1.attention.wo"]
     name = "layers.1.attention.wq.lora.B.weight"
     assert faster[name].abs().mean() > 3 * plain[name].abs().mean() > 0
@@ -222,8 +267,13 @@ def test_a_skill_file_for_another_dim_is_listed_as_unfit(trained, tmp_path):
     session = session_on(trained, out_dir=tmp_path)
     (tmp_path / "lora").mkdir()
     for name in ("lora_a_64.pth", "lora_a_128.pth"):
-        (tmp_path / "lora" / name).write_bytes((trained.out / "lora" / "lora_a_64.pth").read_bytes())
-    assert dict(session.skills()) == {"a": None, "lora_a_128.pth": "it is for another dim than this base's 64"}
+        (tmp_path / "lora" / name).write_bytes(
+            (trained.out / "lora" / "lora_a_64.pth").read_bytes()
+        )
+    assert dict(session.skills()) == {
+        "a": None,
+        "lora_a_128.pth": "it is for another dim than this base's 64",
+    }
 
 
 def test_a_skill_survives_a_refused_swap(trained, tmp_path):
@@ -239,7 +289,10 @@ def test_history_goes_along_and_is_cut_to_what_was_asked(trained):
     lengths = []
     for _ in range(3):
         lengths.append(len(session._prompt("hello")))
-        session.messages += [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+        session.messages += [
+            {"role": "user", "content": "hello"},
+            {"role": "assistant", "content": "hi"},
+        ]
     assert lengths[0] < lengths[1] == lengths[2]
     session.reset()
     assert len(session._prompt("hello")) == lengths[0]
@@ -247,7 +300,9 @@ def test_history_goes_along_and_is_cut_to_what_was_asked(trained):
 
 def test_a_history_that_outgrows_the_context_makes_room(trained):
     session = session_on(trained, history_cnt=1000)
-    session.messages = [{"role": role, "content": "word " * 500} for role in ("user", "assistant")] * 20
+    session.messages = [
+        {"role": role, "content": "word " * 500} for role in ("user", "assistant")
+    ] * 20
     context = session.model.config.max_seq_len
     assert len(session._prompt("hello")) + session.sampling.max_new_tokens <= context
 
@@ -269,7 +324,17 @@ def chat(monkeypatch, capsys, trained, text: str, *argv: str) -> tuple[str, str]
 
 
 def test_a_piped_chat_swaps_skills_and_outlives_mistakes(trained, monkeypatch, capsys):
-    lines = ["\ufeffhello", "/lora a", "hello", "/loras", "/lora nobody", "/nonsense", "/reset", "/lora off", "/help"]
+    lines = [
+        "\ufeffhello",
+        "/lora a",
+        "hello",
+        "/loras",
+        "/lora nobody",
+        "/nonsense",
+        "/reset",
+        "/lora off",
+        "/help",
+    ]
     out, err = chat(monkeypatch, capsys, trained, "\n".join(lines))
     assert "skill: a\n" in out and "skill: off\n" in out and "conversation forgotten" in out
     assert "* a\n  b\n" in out and "/lora NAME" in out

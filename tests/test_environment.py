@@ -1,7 +1,8 @@
-"""The environment maker: it parses on old Pythons, says what is wrong in one sentence, and survives interruptions.
+"""The environment maker: it parses on old Pythons, says what is wrong in one sentence, and survives
+interruptions.
 
-The environments here are real ones made in a temporary folder; their "requirements" are one tiny wheel on disk, so
-nothing needs the network.
+The environments here are real ones made in a temporary folder; their "requirements" are one tiny
+wheel on disk, so nothing needs the network.
 """
 
 import ast
@@ -26,7 +27,13 @@ NAMES = ["requirements.txt", "requirements-test.txt"]
 
 @pytest.mark.parametrize(
     "name",
-    ["core/environment.py", "core/locks.py", "core/__init__.py", "scripts/run_tests.py", "scripts/quickstart.py"],
+    [
+        "core/environment.py",
+        "core/locks.py",
+        "core/__init__.py",
+        "scripts/run_tests.py",
+        "scripts/quickstart.py",
+    ],
 )
 def test_parses_on_any_python_3(name):
     tree = ast.parse((ROOT / name).read_text(encoding="utf-8"), feature_version=(3, 4))
@@ -40,7 +47,10 @@ def test_parses_on_any_python_3(name):
 @pytest.mark.parametrize(
     ("host", "words"),
     [
-        (((3, 9), "CPython", "linux-x86_64"), ["Python 3.9", "install a 64-bit Python 3.10 to 3.14"]),
+        (
+            ((3, 9), "CPython", "linux-x86_64"),
+            ["Python 3.9", "install a 64-bit Python 3.10 to 3.14"],
+        ),
         (((2, 7), "CPython", "linux-x86_64"), ["Python 2.7", "install"]),
         (((3, 15), "CPython", "linux-x86_64"), ["Python 3.15", "install"]),
         (((3, 12), "PyPy", "linux-x86_64"), ["PyPy", "install"]),
@@ -74,7 +84,9 @@ def test_this_host_is_named_as_supported():
 
 
 def run_script(source, folder, **variables):
-    """Run ``source`` in a fresh Python that finds the project's code; return its exit code and both outputs."""
+    """Run ``source`` in a fresh Python that finds the project's code; return its exit code and both
+    outputs.
+    """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(source)],
         cwd=folder,
@@ -88,7 +100,8 @@ def run_script(source, folder, **variables):
 
 def test_a_python_without_ensurepip_is_told_the_package_to_install(tmp_path):
     write_requirements(tmp_path)
-    # None in sys.modules makes the import fail, as it does where a distribution ships ensurepip apart.
+    # None in sys.modules makes the import fail, as it does where a distribution ships ensurepip
+    # apart.
     code, _, error = run_script(
         """
         import sys
@@ -107,10 +120,17 @@ def write_requirements(folder):
     """Two requirement files like the project's, whose only package is a wheel beside them."""
     with zipfile.ZipFile(folder / "pebble-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("pebble.py", "SIZE = 1\n")
-        wheel.writestr("pebble-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: pebble\nVersion: 1.0\n")
-        wheel.writestr("pebble-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            "pebble-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: pebble\nVersion: 1.0\n"
+        )
+        wheel.writestr(
+            "pebble-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         wheel.writestr("pebble-1.0.dist-info/RECORD", "")
-    (folder / NAMES[0]).write_text(f"# tiny\n{folder / 'pebble-1.0-py3-none-any.whl'}\n", encoding="utf-8")
+    (folder / NAMES[0]).write_text(
+        f"# tiny\n{folder / 'pebble-1.0-py3-none-any.whl'}\n", encoding="utf-8"
+    )
     (folder / NAMES[1]).write_text(f"-r {NAMES[0]}\n", encoding="utf-8")
 
 
@@ -130,7 +150,10 @@ def test_an_environment_is_made_from_nothing_and_then_left_alone(made, monkeypat
     folder, python = made
     assert imports_pebble(python)
     stamp = json.loads((folder / ".venv" / STAMP).read_text(encoding="utf-8"))
-    assert stamp["python"] == "{}.{}".format(*sys.version_info[:2]) and list(stamp["files"]) == NAMES[:1]
+    assert (
+        stamp["python"] == "{}.{}".format(*sys.version_info[:2])
+        and list(stamp["files"]) == NAMES[:1]
+    )
 
     monkeypatch.setattr(environment, "run", None)  # any further step would call it
     assert ensure_environment(NAMES[:1], root=str(folder)) == python
@@ -139,7 +162,9 @@ def test_an_environment_is_made_from_nothing_and_then_left_alone(made, monkeypat
 def test_more_requirements_are_added_without_forgetting_the_others(made):
     folder, _ = made
     ensure_environment(NAMES[1:], root=str(folder))
-    assert sorted(json.loads((folder / ".venv" / STAMP).read_text(encoding="utf-8"))["files"]) == sorted(NAMES)
+    assert sorted(
+        json.loads((folder / ".venv" / STAMP).read_text(encoding="utf-8"))["files"]
+    ) == sorted(NAMES)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +183,10 @@ def test_an_unfinished_environment_is_finished_and_kept(made, state):
         with (folder / NAMES[0]).open("a", encoding="utf-8") as file:
             file.write("# changed\n")
     else:
-        stamp.write_text(stamp.read_text(encoding="utf-8").replace('"python": "3.', '"python": "2.'), encoding="utf-8")
+        stamp.write_text(
+            stamp.read_text(encoding="utf-8").replace('"python": "3.', '"python": "2.'),
+            encoding="utf-8",
+        )
     ensure_environment(NAMES[:1], root=str(folder))
     assert imports_pebble(python) and stamp.exists() and kept.exists()
 
@@ -179,7 +207,8 @@ def test_a_failed_installation_leaves_no_stamp_and_names_the_way_on(made, capsys
 
 def test_an_environment_that_cannot_install_is_made_anew(tmp_path):
     write_requirements(tmp_path)
-    # What a kill at the wrong moment leaves behind: half of pip, which can be imported but cannot install.
+    # What a kill at the wrong moment leaves behind: half of pip, which can be imported but cannot
+    # install.
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
     (site_packages,) = (tmp_path / ".venv").glob("[Ll]ib/**/site-packages")
     (site_packages / "pip").mkdir()
@@ -217,7 +246,9 @@ def test_one_run_waits_for_another_and_a_killed_one_leaves_nothing_behind(tmp_pa
 
 
 def test_exit_codes_and_variables_pass_through(tmp_path):
-    check = "import os, sys; sys.exit(os.environ['PYTHONUTF8'] == '1' and os.environ['X'] == 'y' and 7)"
+    check = (
+        "import os, sys; sys.exit(os.environ['PYTHONUTF8'] == '1' and os.environ['X'] == 'y' and 7)"
+    )
     assert environment.run([sys.executable, "-c", check], {"X": "y"}) == 7
 
 
@@ -251,6 +282,9 @@ def test_ctrl_c_waits_for_the_child_to_save_and_counts_as_130(tmp_path):
 @pytest.mark.parametrize("script", ["run_tests.py", "quickstart.py"])
 def test_help_needs_no_environment(script, tmp_path):
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / script, "--help"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, ROOT / "scripts" / script, "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0 and script in done.stdout and done.stderr == ""

@@ -7,7 +7,14 @@ from tokenizers.decoders import DecodeStream
 from core.errors import UserError
 from core.paths import TOKENIZER_DIR
 from dataset.tokenizer import load_tokenizer
-from model.generation import Sampling, generate, keep_top_k, keep_top_p, next_token, penalize_repetition
+from model.generation import (
+    Sampling,
+    generate,
+    keep_top_k,
+    keep_top_p,
+    next_token,
+    penalize_repetition,
+)
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
 
@@ -72,11 +79,16 @@ def test_top_k_and_top_p_keep_exactly_the_likeliest():
 def test_drawing_follows_the_filtered_probabilities():
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
     rng = torch.Generator().manual_seed(0)
-    drawn = [next_token(logits, [], Sampling(temperature=1.0, top_p=0.65), rng) for _ in range(2000)]
+    drawn = [
+        next_token(logits, [], Sampling(temperature=1.0, top_p=0.65), rng) for _ in range(2000)
+    ]
     assert set(drawn) == {1, 3}
     assert drawn.count(1) / 2000 == pytest.approx(4 / 7, abs=0.04)
     assert next_token(logits, [], Sampling(temperature=0.0), rng) == 1
-    assert {next_token(logits, [], Sampling(temperature=1.0, top_p=1.0, top_k=1), rng) for _ in range(20)} == {1}
+    assert {
+        next_token(logits, [], Sampling(temperature=1.0, top_p=1.0, top_k=1), rng)
+        for _ in range(20)
+    } == {1}
 
 
 def test_streaming_never_shows_part_of_a_character():

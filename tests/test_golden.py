@@ -1,4 +1,6 @@
-"""The model computes what MiniMind's own code computed: figures that benchmarks/parity_minimind.py wrote."""
+"""The model computes what MiniMind's own code computed: figures that benchmarks/parity_minimind.py
+wrote.
+"""
 
 import json
 from pathlib import Path
@@ -6,9 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.seeded_model import add_seeded_lora, one_by_one, seeded_model, swap_rotary_pair, whole
+from benchmarks.seeded_model import (
+    add_seeded_lora,
+    one_by_one,
+    seeded_model,
+    swap_rotary_pair,
+    whole,
+)
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "parity_minimind.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads(
+    (Path(__file__).parent / "golden" / "parity_minimind.json").read_text(encoding="utf-8")
+)
 
 
 @pytest.fixture

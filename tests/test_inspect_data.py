@@ -17,7 +17,10 @@ from dataset.chat import encode_chat
 from scripts.inspect_data import Options, main
 from trainer.options import TrainOptions
 
-MESSAGES = [{"role": "user", "content": "a\n 齉字"}, {"role": "assistant", "content": "It is\n\nrare 齉."}]
+MESSAGES = [
+    {"role": "user", "content": "a\n 齉字"},
+    {"role": "assistant", "content": "It is\n\nrare 齉."},
+]
 
 
 def write(path, *rows):
@@ -54,40 +57,64 @@ def test_wrong_flags_are_one_sentence(argv, reason):
 
 
 def test_a_sample_is_shown_token_by_token(tmp_path, capsys, tokenizer):
-    path = write(tmp_path / "a.jsonl", "", {"messages": MESSAGES}, {"messages": MESSAGES}, {"messages": MESSAGES})
+    path = write(
+        tmp_path / "a.jsonl",
+        "",
+        {"messages": MESSAGES},
+        {"messages": MESSAGES},
+        {"messages": MESSAGES},
+    )
     code, out = report(capsys, path, "--n", 2)
     ids, learned = encode_chat(tokenizer, MESSAGES)
     assert code == 0
     shown = re.findall(r"^(\S.*?) *\| +(\d+) \| (yes|-)$", out, re.MULTILINE)
-    assert [(int(token_id), flag == "yes") for _, token_id, flag in shown] == list(zip(ids, learned, strict=True)) * 2
+    assert [(int(token_id), flag == "yes") for _, token_id, flag in shown] == list(
+        zip(ids, learned, strict=True)
+    ) * 2
     tokens = [token for token, _, _ in shown[: len(ids)]]
     assert tokens[0] == "'<|im_start|>'" and tokens[-2:] == ["'<|im_end|>'", r"'\n'"]
     spelled = [ast.literal_eval(token) for token in tokens]
     assert any(isinstance(token, bytes) for token in spelled), "part of a character shows as bytes"
     whole = b"".join(token if isinstance(token, bytes) else token.encode() for token in spelled)
     assert whole.decode() == tokenizer.decode(ids)
-    assert f"{path}:2: {len(ids)} tokens" in out and f"{path}:3: " in out and f"{path}:4: " not in out
+    assert (
+        f"{path}:2: {len(ids)} tokens" in out and f"{path}:3: " in out and f"{path}:4: " not in out
+    )
 
 
 @pytest.mark.parametrize("max_seq_len", [20, 40, 512])
 def test_its_figures_are_those_of_training(tmp_path, capsys, tokenizer, max_seq_len):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b"".join(bundled_data("sft_mini.jsonl").read_bytes().splitlines(keepends=True)[:150]))
-    samples = SFTDataset((path,), tokenizer, max_seq_len, cache=tmp_path / "cache", val_ratio=0.0).train
+    path.write_bytes(
+        b"".join(bundled_data("sft_mini.jsonl").read_bytes().splitlines(keepends=True)[:150])
+    )
+    samples = SFTDataset(
+        (path,), tokenizer, max_seq_len, cache=tmp_path / "cache", val_ratio=0.0
+    ).train
     code, out = report(capsys, path, "--n", 0, "--max_seq_len", max_seq_len)
     assert code == 0 and "chat rows\nrows: 150 usable, 0 bad\n" in out
-    assert f"truncated at {max_seq_len}: {samples.truncated} ({samples.truncated / 1.5:.1f} %)" in out
-    assert f"left out in training: {samples.without_targets} ({samples.without_targets / 1.5:.1f} %)" in out
+    assert (
+        f"truncated at {max_seq_len}: {samples.truncated} ({samples.truncated / 1.5:.1f} %)" in out
+    )
+    assert (
+        f"left out in training: {samples.without_targets} ({samples.without_targets / 1.5:.1f} %)"
+        in out
+    )
     steps = Batches(samples, TrainOptions().batch_size, 1, TrainOptions().seed).steps(0)
     shapes = [(batch.labels.numel(), batch.n_tokens) for batches in steps for batch in batches]
     computed, useful = map(sum, zip(*shapes, strict=True))
     assert f"padding in an epoch of training at batch 16: {1 - useful / computed:.1%}\n" in out
     assert max_seq_len != 20 or samples.without_targets > 0, "the case is there"
-    rows = [json.loads(line)["conversations"] for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)["conversations"] for line in path.read_text(encoding="utf-8").splitlines()
+    ]
     text = "".join(message["content"] for row in rows for message in row)
     lengths = [len(encode_chat(tokenizer, row)[0]) for row in rows]
     assert f"tokens: {sum(lengths)}, " in out and f"longest {max(lengths)}\n" in out
-    assert f"{len(text) / sum(lengths):.2f} characters, {len(text.encode()) / sum(lengths):.2f} bytes" in out
+    assert (
+        f"{len(text) / sum(lengths):.2f} characters, {len(text.encode()) / sum(lengths):.2f} bytes"
+        in out
+    )
     bins = re.findall(r"^ *(\d+) to +(\d+) tokens \| (#*) *\| (\d+)$", out, re.MULTILINE)
     assert sum(int(count) for *_, count in bins) == 150
     for low, high, bar, count in bins:
@@ -108,7 +135,9 @@ def test_every_bad_row_is_listed_after_which_the_report_goes_on(tmp_path, capsys
     faults = {n: {"text": n} for n in range(2, 1300, 3)}
     chat, wrong = write(tmp_path / "chat.jsonl", {"messages": MESSAGES}), tmp_path / "wrong.json"
     path = write(
-        tmp_path / "a.jsonl", *(faults.get(n, {"text": "good"}) for n in range(1, 1301)), {"messages": MESSAGES}
+        tmp_path / "a.jsonl",
+        *(faults.get(n, {"text": "good"}) for n in range(1, 1301)),
+        {"messages": MESSAGES},
     )
     wrong.write_text('[\n{"question": "q"}\n]', encoding="utf-8")
     code, out = report(capsys, path, wrong, chat)
@@ -117,7 +146,10 @@ def test_every_bad_row_is_listed_after_which_the_report_goes_on(tmp_path, capsys
         assert f'{path}:{n}: "text" is not text but int\n' in out
     assert f"{path}:1301: no \"text\" among its keys ('messages')\n" in out
     assert f"rows: {1300 - len(faults)} usable, {len(faults) + 1} bad\n" in out
-    assert f"{wrong}:2: no " in out and "neither pretraining nor chat rows\nrows: 0 usable, 1 bad\n" in out
+    assert (
+        f"{wrong}:2: no " in out
+        and "neither pretraining nor chat rows\nrows: 0 usable, 1 bad\n" in out
+    )
     assert f"{chat}: chat rows\nrows: 1 usable, 0 bad\n" in out
 
 
@@ -150,4 +182,7 @@ def test_output_that_cannot_spell_every_character_still_works(tmp_path, monkeypa
     path = write(tmp_path / "a.jsonl", {"messages": MESSAGES}, "oops")
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="cp1252", errors="strict", write_through=True)
     assert exit_code(monkeypatch, [str(path)], stdout) == 1
-    assert rb"\u5b57" in stdout.buffer.getvalue() and b"rows: 1 usable, 1 bad" in stdout.buffer.getvalue()
+    assert (
+        rb"\u5b57" in stdout.buffer.getvalue()
+        and b"rows: 1 usable, 1 bad" in stdout.buffer.getvalue()
+    )

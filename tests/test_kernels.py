@@ -13,15 +13,22 @@ def random(*shape, seed=0, dtype=torch.float64):
 
 
 def values_and_gradients(operation, tensors, trainable):
-    """The output, and the gradient of its sum under random weights for each input (None where not trainable)."""
-    inputs = [tensor.clone().requires_grad_(wanted) for tensor, wanted in zip(tensors, trainable, strict=True)]
+    """The output, and the gradient of its sum under random weights for each input (None where not
+    trainable).
+    """
+    inputs = [
+        tensor.clone().requires_grad_(wanted)
+        for tensor, wanted in zip(tensors, trainable, strict=True)
+    ]
     out = operation(*inputs)
     (out * random(*out.shape, seed=9, dtype=out.dtype)).sum().backward()
     return out.detach(), [tensor.grad for tensor in inputs]
 
 
 def agree(ours, plain, tensors, trainable):
-    (value, gradients), (expected, wanted) = (values_and_gradients(f, tensors, trainable) for f in (ours, plain))
+    (value, gradients), (expected, wanted) = (
+        values_and_gradients(f, tensors, trainable) for f in (ours, plain)
+    )
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
     for gradient, expected in zip(gradients, wanted, strict=True):
         assert (gradient is None) == (expected is None)
@@ -48,7 +55,9 @@ def test_rms_norm_of_bf16_takes_its_statistics_in_fp32():
 
 @pytest.mark.parametrize("trainable", [(True, True), (True, False), (False, True)])
 def test_swiglu(trainable):
-    agree(swiglu, lambda gate, up: F.silu(gate) * up, (random(4, 9), random(4, 9, seed=1)), trainable)
+    agree(
+        swiglu, lambda gate, up: F.silu(gate) * up, (random(4, 9), random(4, 9, seed=1)), trainable
+    )
 
 
 @pytest.mark.parametrize("trainable", [(True, True), (True, False), (False, True)])
@@ -70,7 +79,12 @@ def test_a_frozen_head_holds_fewer_logits_at_once():
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
             nonlocal longest
             out = operation(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.dim() == 2 and out.size(1) == 11 and out.size(0) != 6:
+            if (
+                isinstance(out, torch.Tensor)
+                and out.dim() == 2
+                and out.size(1) == 11
+                and out.size(0) != 6
+            ):
                 longest = max(longest, out.size(0))
             return out
 
@@ -89,10 +103,16 @@ def test_linear_cross_entropy_needs_no_gradient_and_takes_its_softmax_in_fp32():
 
 
 def test_linear_cross_entropy_multiplies_in_autocasts_dtype():
-    hidden, weight, targets = random(3, 6).float(), random(11, 6, seed=1).float(), torch.tensor([1, 5, 10])
+    hidden, weight, targets = (
+        random(3, 6).float(),
+        random(11, 6, seed=1).float(),
+        torch.tensor([1, 5, 10]),
+    )
     with torch.autocast("cpu", torch.bfloat16):
         ours, ours_grads = values_and_gradients(
-            lambda hidden, weight: linear_cross_entropy(hidden, weight, targets), (hidden, weight), (True, True)
+            lambda hidden, weight: linear_cross_entropy(hidden, weight, targets),
+            (hidden, weight),
+            (True, True),
         )
         plain, plain_grads = values_and_gradients(
             lambda h, w: F.cross_entropy(F.linear(h, w).float(), targets, reduction="sum"),

@@ -1,4 +1,6 @@
-"""Invariants of LoRA on a model: what is a target, what trains, what stays, and that patches undo, copy and compile."""
+"""Invariants of LoRA on a model: what is a target, what trains, what stays, and that patches undo,
+copy and compile.
+"""
 
 import copy
 
@@ -20,7 +22,10 @@ SQUARE = [f"layers.{n}.attention.{name}" for n in range(2) for name in ("wq", "w
 EVERY = [
     f"layers.{n}.{name}"
     for n in range(2)
-    for name in (*(f"attention.{w}" for w in ("wq", "wk", "wv", "wo")), *(f"feed_forward.w{i}" for i in (1, 2, 3)))
+    for name in (
+        *(f"attention.{w}" for w in ("wq", "wk", "wv", "wo")),
+        *(f"feed_forward.w{i}" for i in (1, 2, 3)),
+    )
 ]
 
 
@@ -43,7 +48,9 @@ def test_default_targets_are_the_square_ones():
     assert targets == [f"layers.{n}.attention.{name}" for n in range(8) for name in ("wq", "wo")]
     assert sum(parameter.numel() for parameter in lora_parameters(model)) == 262_144
     assert sum(parameter.numel() for parameter in model.parameters()) == 25_829_888 + 262_144
-    assert trainable(model) == {f"{target}.lora.{matrix}.weight" for target in targets for matrix in "AB"}
+    assert trainable(model) == {
+        f"{target}.lora.{matrix}.weight" for target in targets for matrix in "AB"
+    }
 
 
 def test_all_linear_is_everything_but_the_tied_head():
@@ -56,9 +63,15 @@ def test_all_linear_is_everything_but_the_tied_head():
     ("target_modules", "targets"),
     [
         (["wk"], ["layers.0.attention.wk", "layers.1.attention.wk"]),
-        (["layers.1.attention.wk", "w2"], [f"layers.{n}" for n in ("0.feed_forward.w2", "1.attention.wk")]),
+        (
+            ["layers.1.attention.wk", "w2"],
+            [f"layers.{n}" for n in ("0.feed_forward.w2", "1.attention.wk")],
+        ),
         (r"layers\.1\.attention\.w[qk]", ["layers.1.attention.wq", "layers.1.attention.wk"]),
-        (r".*\.(w1|wv)", [f"layers.{n}.{name}" for n in (0, 1) for name in ("attention.wv", "feed_forward.w1")]),
+        (
+            r".*\.(w1|wv)",
+            [f"layers.{n}.{name}" for n in (0, 1) for name in ("attention.wv", "feed_forward.w1")],
+        ),
         ("all-linear", EVERY),
         ("square", SQUARE),
     ],
@@ -67,14 +80,20 @@ def test_targets_by_name_and_by_regular_expression(tiny_model, target_modules, t
     if "w2" in target_modules:
         targets = [*targets, "layers.1.feed_forward.w2"]
     assert apply_lora(tiny_model, 4, target_modules=target_modules) == targets
-    assert trainable(tiny_model) == {f"{target}.lora.{matrix}.weight" for target in targets for matrix in "AB"}
+    assert trainable(tiny_model) == {
+        f"{target}.lora.{matrix}.weight" for target in targets for matrix in "AB"
+    }
 
 
-@pytest.mark.parametrize("target_modules", ["attention", "w", ["q_proj"], [], "output", ["output"], ["tok_embeddings"]])
+@pytest.mark.parametrize(
+    "target_modules", ["attention", "w", ["q_proj"], [], "output", ["output"], ["tok_embeddings"]]
+)
 def test_targets_that_match_nothing_are_an_error_that_lists_the_names(tiny_model, target_modules):
     with pytest.raises(UserError, match="there are w1, w2, w3, wk, wo, wq, wv"):
         apply_lora(tiny_model, target_modules=target_modules)
-    assert all(parameter.requires_grad for parameter in tiny_model.parameters()), "refused, yet the base is frozen"
+    assert all(parameter.requires_grad for parameter in tiny_model.parameters()), (
+        "refused, yet the base is frozen"
+    )
 
 
 def test_a_tied_head_is_no_target_even_when_square():
@@ -134,7 +153,9 @@ def test_only_lora_receives_gradients(sharp_model):
     strengthen(sharp_model, 3)
     sharp_model(IDS, labels=IDS).loss.backward()
     for name, parameter in sharp_model.named_parameters():
-        assert (parameter.grad is not None and bool(parameter.grad.any())) == (".lora." in name), name
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == (".lora." in name), (
+            name
+        )
 
 
 def test_a_deepcopy_is_independent(sharp_model):
@@ -145,7 +166,9 @@ def test_a_deepcopy_is_independent(sharp_model):
     assert torch.equal(logits_of(twin), before)
     strengthen(twin, 5)
     assert torch.equal(logits_of(sharp_model), before)
-    assert not torch.equal(logits_of(twin), before), "the copy still computes with the original's LoRA"
+    assert not torch.equal(logits_of(twin), before), (
+        "the copy still computes with the original's LoRA"
+    )
     remove_lora(twin)
     assert torch.equal(logits_of(sharp_model), before)
 
@@ -168,7 +191,9 @@ def test_a_linear_whose_forward_never_runs_is_reported(tmp_path, capsys, init):
     x = torch.randn(5, 1, 16)
     model["head"](model["attention"](x, x, x)[0]).sum().backward()
     optimizer.step()
-    assert all(parameter.grad is None for parameter in model["attention"].out_proj.lora.parameters())
+    assert all(
+        parameter.grad is None for parameter in model["attention"].out_proj.lora.parameters()
+    )
     save_lora(model, tmp_path / "x.pth")
     said = capsys.readouterr().out
     assert "1 of 2 updates are zero" in said and said.rstrip().endswith(": attention.out_proj")
@@ -189,7 +214,9 @@ def test_a_model_of_another_kind_can_carry_lora(tmp_path):
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
 def test_compiled_whole_and_new_weights_need_no_recompile(backend, tmp_path):
     torch.manual_seed(0)
-    model = MiniMindLM(LMConfig(dim=32, n_layers=1, n_heads=2, vocab_size=64, multiple_of=16, max_seq_len=32)).eval()
+    model = MiniMindLM(
+        LMConfig(dim=32, n_layers=1, n_heads=2, vocab_size=64, multiple_of=16, max_seq_len=32)
+    ).eval()
     base = logits_of(model)
     apply_lora(model, 4)
     strengthen(model, 8)
@@ -203,7 +230,10 @@ def test_compiled_whole_and_new_weights_need_no_recompile(backend, tmp_path):
     second = logits_of(compiled)
     assert counter.frame_count == 1
     torch.testing.assert_close(second, logits_of(model), atol=1e-5, rtol=0)
-    assert min((first - base).abs().max(), (second - base).abs().max(), (first - second).abs().max()) > 1e-3
+    assert (
+        min((first - base).abs().max(), (second - base).abs().max(), (first - second).abs().max())
+        > 1e-3
+    )
 
 
 def test_compiled_blocks_serve_all_lengths_and_validation_runs_uncompiled(tiny_model):
@@ -216,7 +246,12 @@ def test_compiled_blocks_serve_all_lengths_and_validation_runs_uncompiled(tiny_m
     assert programs > 0
     for batch in batches:
         loss_sum(tiny_model, batch).backward()
-    evaluate(tiny_model, [ragged_batch(1, seed=9, length=9)], Runtime.start("cpu"), loss_sum=nats_of(set()))
+    evaluate(
+        tiny_model,
+        [ragged_batch(1, seed=9, length=9)],
+        Runtime.start("cpu"),
+        loss_sum=nats_of(set()),
+    )
     assert counter.frame_count == programs
 
 
@@ -234,11 +269,18 @@ def test_peft_computes_the_same(sharp_model, alpha):
     pairs = []
     for target in SQUARE:
         lora, layer = ours.get_submodule(target).lora, other.get_submodule(target)
-        pairs += [(lora.A.weight, layer.lora_A["default"].weight), (lora.B.weight, layer.lora_B["default"].weight)]
+        pairs += [
+            (lora.A.weight, layer.lora_A["default"].weight),
+            (lora.B.weight, layer.lora_B["default"].weight),
+        ]
     with torch.no_grad():
         for mine, peft_s in pairs:
             peft_s.copy_(mine)
-    assert sum(p.requires_grad for p in theirs.parameters()) == len(pairs) == len(lora_parameters(ours))
+    assert (
+        sum(p.requires_grad for p in theirs.parameters())
+        == len(pairs)
+        == len(lora_parameters(ours))
+    )
     outputs = [model(input_ids=IDS, labels=IDS) for model in (ours, theirs)]
     torch.testing.assert_close(outputs[0].logits, outputs[1].logits, atol=1e-6, rtol=1e-6)
     for output in outputs:

@@ -1,4 +1,6 @@
-"""Invariants of skill files: what they hold, what is refused and in which words, and swapping without a trace."""
+"""Invariants of skill files: what they hold, what is refused and in which words, and swapping
+without a trace.
+"""
 
 import json
 import re
@@ -50,7 +52,9 @@ def written(model, path, meta=None, **settings):
 def skill(sharp_model, tmp_path):
     """A skill of rank 4 on the square Linears of ``sharp_model``, which carries no LoRA."""
     path = tmp_path / "lora_medical_64.pth"
-    written(sharp_model, path, {"base": {"file": "full_sft_64.pth"}, "data": {"medical.jsonl": "12ab"}})
+    written(
+        sharp_model, path, {"base": {"file": "full_sft_64.pth"}, "data": {"medical.jsonl": "12ab"}}
+    )
     return path
 
 
@@ -59,7 +63,9 @@ def meta_of(path):
 
 
 def edited(path, meta=None, **tensors):
-    """The skill file with other tensors (None: without that one) and other ``_meta`` entries (False: no _meta)."""
+    """The skill file with other tensors (None: without that one) and other ``_meta`` entries
+    (False: no _meta).
+    """
     content = torch.load(path, weights_only=True) | tensors
     record = meta_of(path) | (meta or {})
     content[META_KEY] = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
@@ -84,7 +90,9 @@ def test_keys_are_minimind_s_and_one_meta(sharp_model, tmp_path, dtype):
     save_lora(sharp_model.to(dtype), tmp_path / "x.pth")
     tensors = torch.load(tmp_path / "x.pth", weights_only=True)
     targets = [f"layers.{n}.attention.{name}" for n in range(2) for name in ("wq", "wo")]
-    assert set(tensors) == {f"{target}.lora.{matrix}.weight" for target in targets for matrix in "AB"} | {"_meta"}
+    assert set(tensors) == {
+        f"{target}.lora.{matrix}.weight" for target in targets for matrix in "AB"
+    } | {"_meta"}
     assert tensors.pop("_meta").dtype == torch.uint8
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert tensors[f"{WQ}.lora.A.weight"].shape == (4, 64)
@@ -92,7 +100,13 @@ def test_keys_are_minimind_s_and_one_meta(sharp_model, tmp_path, dtype):
 
 
 def test_meta_explains_the_file(sharp_model, tmp_path):
-    written(sharp_model, tmp_path / "x.pth", {"base": {"file": "b.pth"}, "rank": 99, "note": "中"}, alpha=10.0, rank=4)
+    written(
+        sharp_model,
+        tmp_path / "x.pth",
+        {"base": {"file": "b.pth"}, "rank": 99, "note": "中"},
+        alpha=10.0,
+        rank=4,
+    )
     meta = meta_of(tmp_path / "x.pth")
     assert (meta["format"], meta["rank"], meta["alpha"], meta["note"]) == (1, 4, 10.0, "中")
     assert meta["base"] == {"file": "b.pth", "fingerprint": base_fingerprint(sharp_model)}
@@ -141,7 +155,10 @@ def test_another_base_is_refused_with_both_names_unless_allowed(sharp_model, ski
     before = logits_of(sharp_model)
     for action in (load_lora, attach_lora):
         message = refusal(action, sharp_model, skill)
-        assert all(part in message for part in ("full_sft_64.pth", first[:12], second[:12], "--allow_base_mismatch"))
+        assert all(
+            part in message
+            for part in ("full_sft_64.pth", first[:12], second[:12], "--allow_base_mismatch")
+        )
         assert torch.equal(logits_of(sharp_model), before)
     load_lora(sharp_model, skill, allow_base_mismatch=True)
     assert not torch.equal(logits_of(sharp_model), before)
@@ -156,13 +173,21 @@ def test_a_bf16_copy_of_the_base_is_the_same_base(sharp_model, skill):
     [
         ({}, "apply_lora(model, rank=4)"),
         ({"rank": 8, "alpha": 2.5}, "apply_lora(model, rank=8, alpha=2.5)"),
-        ({"target_modules": "all-linear"}, "apply_lora(model, rank=4, target_modules='all-linear')"),
-        ({"target_modules": ["wk", "w2"]}, "apply_lora(model, rank=4, target_modules=['w2', 'wk'])"),
+        (
+            {"target_modules": "all-linear"},
+            "apply_lora(model, rank=4, target_modules='all-linear')",
+        ),
+        (
+            {"target_modules": ["wk", "w2"]},
+            "apply_lora(model, rank=4, target_modules=['w2', 'wk'])",
+        ),
         ({"target_modules": r"layers\.1\..*\.w[qk]"}, None),
     ],
 )
 @pytest.mark.parametrize("applied", [{"rank": 2}, {"rank": 4, "target_modules": ["wv"]}, None])
-def test_a_mismatch_prints_the_call_that_makes_it_load(sharp_model, tmp_path, settings, call, applied):
+def test_a_mismatch_prints_the_call_that_makes_it_load(
+    sharp_model, tmp_path, settings, call, applied
+):
     expected = written(sharp_model, tmp_path / "x.pth", **settings)
     if applied:
         add_lora(sharp_model, **applied)
@@ -183,7 +208,11 @@ def test_a_mismatch_prints_the_call_that_makes_it_load(sharp_model, tmp_path, se
         (None, {f"{WQ}.lora.A.weight": None}, "is no LoRA file"),
         (False, {f"{WQ}.lora.B.weight": None}, "is no LoRA file"),
         (None, {f"{WQ}.lora.A.weight": None, f"{WQ}.lora.B.weight": None}, "is no LoRA file"),
-        (False, {f"{WQ}.lora.A.weight": None, f"{WQ}.lora.B.weight": None}, "prepare it with apply_lora"),
+        (
+            False,
+            {f"{WQ}.lora.A.weight": None, f"{WQ}.lora.B.weight": None},
+            "prepare it with apply_lora",
+        ),
         (None, {"norm.weight": torch.ones(64)}, "is no LoRA file"),
         (None, {f"{WQ}.lora.A.weight": torch.ones(5, 64)}, "is no LoRA file"),
         (None, {f"{WQ}.lora.A.weight": torch.ones(4)}, "is no LoRA file"),
@@ -215,8 +244,16 @@ def test_a_file_that_does_not_fit_changes_nothing(sharp_model, skill, meta, tens
 
 def test_every_target_that_does_not_fit_stands_in_one_error(skill, sharp_model):
     config = LMConfig(dim=32, n_layers=1, n_heads=4, vocab_size=320)
-    message = refusal(lambda model, path: attach_lora(model, path, allow_base_mismatch=True), MiniMindLM(config), skill)
-    for part in (f"{WQ} is (32, 32), not (64, 64)", "0.attention.wo is (32, 32)", "1.attention.wo is missing"):
+    message = refusal(
+        lambda model, path: attach_lora(model, path, allow_base_mismatch=True),
+        MiniMindLM(config),
+        skill,
+    )
+    for part in (
+        f"{WQ} is (32, 32), not (64, 64)",
+        "0.attention.wo is (32, 32)",
+        "1.attention.wo is missing",
+    ):
         assert part in message
 
 
@@ -228,17 +265,29 @@ def test_swapping_is_bit_exact_and_leaves_no_trace(sharp_model, tmp_path):
     weights = {name: tensor.clone() for name, tensor in sharp_model.state_dict().items()}
     mark = base_fingerprint(sharp_model)
     a = written(sharp_model, tmp_path / "a.pth", seed=1)
-    b = written(sharp_model, tmp_path / "b.pth", rank=8, alpha=20.0, target_modules="all-linear", seed=2)
-    c = written(sharp_model, tmp_path / "c.pth", rank=2, target_modules=r"layers\.1\..*\.w1", seed=3)
+    b = written(
+        sharp_model, tmp_path / "b.pth", rank=8, alpha=20.0, target_modules="all-linear", seed=2
+    )
+    c = written(
+        sharp_model, tmp_path / "c.pth", rank=2, target_modules=r"layers\.1\..*\.w1", seed=3
+    )
     for name, logits in (("a", a), ("b", b), ("a", a), ("c", c), ("b", b), ("a", a)):
         attach_lora(sharp_model, tmp_path / f"{name}.pth")
         assert torch.equal(logits_of(sharp_model), logits), name
         assert base_fingerprint(sharp_model) == mark
-    assert min((x - y).abs().max() for x, y in ((a, b), (a, c), (b, c), (a, base), (b, base), (c, base))) > 1e-3
+    assert (
+        min(
+            (x - y).abs().max()
+            for x, y in ((a, b), (a, c), (b, c), (a, base), (b, base), (c, base))
+        )
+        > 1e-3
+    )
     remove_lora(sharp_model)
     assert torch.equal(logits_of(sharp_model), base)
     assert list(sharp_model.state_dict()) == keys
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in sharp_model.state_dict().items())
+    assert all(
+        torch.equal(tensor, weights[name]) for name, tensor in sharp_model.state_dict().items()
+    )
     assert fingerprint(sharp_model.named_parameters(), sharp_model.config) == mark
 
 
@@ -289,7 +338,10 @@ def test_attaching_takes_no_longer_name_that_ends_alike(tmp_path):
     attach_lora(model, tmp_path / "x.pth")
     remove_lora(model)
     message = refusal(load_lora, model, tmp_path / "x.pth")
-    assert eval(re.search(r"apply_lora\(model, .*\)$", message)[0], {"apply_lora": apply_lora, "model": model}) == ["0"]
+    assert eval(
+        re.search(r"apply_lora\(model, .*\)$", message)[0],
+        {"apply_lora": apply_lora, "model": model},
+    ) == ["0"]
     load_lora(model, tmp_path / "x.pth")
 
 
@@ -301,10 +353,22 @@ def test_a_rank_that_cannot_be_trained_is_not_advised(sharp_model, tmp_path):
     for name in "ab":
         library.add(name, tmp_path / "x.pth")
     factors = library.factors({"a": 1.0, "b": 0.5})
-    tensors = {f"{n}.lora.{key}.weight": t for n, pair in factors.items() for key, t in zip("AB", pair, strict=True)}
-    write_lora(tmp_path / "sum.pth", tensors, dict.fromkeys(factors, 1.0), base_fingerprint(sharp_model), {})
+    tensors = {
+        f"{n}.lora.{key}.weight": t
+        for n, pair in factors.items()
+        for key, t in zip("AB", pair, strict=True)
+    }
+    write_lora(
+        tmp_path / "sum.pth",
+        tensors,
+        dict.fromkeys(factors, 1.0),
+        base_fingerprint(sharp_model),
+        {},
+    )
     add_lora(sharp_model)
-    assert refusal(load_lora, sharp_model, tmp_path / "sum.pth").endswith("on this model; use attach_lora")
+    assert refusal(load_lora, sharp_model, tmp_path / "sum.pth").endswith(
+        "on this model; use attach_lora"
+    )
     attach_lora(sharp_model, tmp_path / "sum.pth")
     assert {linear.lora.rank for _, linear in adapted(sharp_model)} == {80}
 

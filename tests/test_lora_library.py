@@ -1,4 +1,6 @@
-"""Skills beside a model: swaps leave no trace, mixes are exact sums, merging is undone bit for bit."""
+"""Skills beside a model: swaps leave no trace, mixes are exact sums, merging is undone bit for
+bit.
+"""
 
 import copy
 import hashlib
@@ -64,13 +66,17 @@ def test_a_thousand_swaps_leave_no_trace(sharp_model, files, library):
     rng = random.Random(0)
     for turn in range(1000):
         name = rng.choice([*expected, "mix"])
-        library.use({"a": rng.uniform(-1, 1), "wide": rng.uniform(-1, 1)} if name == "mix" else name)
+        library.use(
+            {"a": rng.uniform(-1, 1), "wide": rng.uniform(-1, 1)} if name == "mix" else name
+        )
         if turn % 50 == 0 and name != "mix":
             assert torch.equal(logits_of(sharp_model), expected[name])
     library.use(None)
     assert torch.equal(logits_of(sharp_model), base)
     assert sha256(sharp_model) == mark and list(sharp_model.state_dict()) == keys
-    assert not any("forward" in vars(module) for module in sharp_model.modules()), "the hot path is not the base's own"
+    assert not any("forward" in vars(module) for module in sharp_model.modules()), (
+        "the hot path is not the base's own"
+    )
     assert min((expected[name] - base).abs().max() for name in SKILLS) > 1e-2
 
 
@@ -104,7 +110,9 @@ def test_a_mix_is_the_exact_weighted_sum(sharp_model, library):
             expected.get_submodule(target).weight.data.add_(weight * update)
     library.use(weights)
     assert library.active == weights
-    torch.testing.assert_close(logits_of(sharp_model).double(), logits_of(expected), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logits_of(sharp_model).double(), logits_of(expected), atol=1e-5, rtol=1e-5
+    )
     library.use({"a": 1.0, "b": 0.0})
     once = logits_of(sharp_model)
     library.use("a")
@@ -141,12 +149,18 @@ def test_what_is_refused_changes_nothing(sharp_model, files, library, tmp_path):
     library.use("a")
     before = logits_of(sharp_model)
     for action, said in (
-        (lambda: library.use("nobody"), "no skill 'nobody' in the library; there are a, b, wide, dora, pissa"),
+        (
+            lambda: library.use("nobody"),
+            "no skill 'nobody' in the library; there are a, b, wide, dora, pissa",
+        ),
         (lambda: library.use({"a": 1.0, "nobody": 1.0}), "no skill 'nobody'"),
         (lambda: library.use({"a": math.nan}), "must be a number, not nan"),
         (lambda: library.use({"a": 0.5, "dora": 0.5}), "dora is a DoRA"),
         (lambda: library.use({"a": "x"}), "a skill's weight must be a number, not x"),
-        (lambda: library.use({"a": 1e39}), "the weights 1e\\+39 are too large for layers.0.attention.wq"),
+        (
+            lambda: library.use({"a": 1e39}),
+            "the weights 1e\\+39 are too large for layers.0.attention.wq",
+        ),
         (lambda: library.remove("a"), "'a' is active"),
         (lambda: library.remove("nobody"), "no skill 'nobody'"),
         (lambda: library.add("a", files["b"]), "'a' is active"),
@@ -192,7 +206,9 @@ def test_merged_equals_attached_and_is_undone_bit_for_bit(sharp_model, files, na
         lambda: save_lora(sharp_model, files["b"]),
         lambda: SkillLibrary(sharp_model).use(None),
     ):
-        with pytest.raises(UserError, match=r"merged into this model; call unmerge_lora\(model\) first"):
+        with pytest.raises(
+            UserError, match=r"merged into this model; call unmerge_lora\(model\) first"
+        ):
             action()
     unmerge_lora(sharp_model)
     assert torch.equal(logits_of(sharp_model), attached)
@@ -230,7 +246,9 @@ def test_a_weight_that_two_linears_share_is_adapted_but_not_merged():
 def test_a_wrapper_of_the_model_is_refused_by_name(sharp_model, files, tmp_path):
     wrapper = torch.compile(sharp_model, backend="eager")
     for action in (lambda: attach_lora(wrapper, files["a"]), lambda: apply_lora(wrapper, 4)):
-        with pytest.raises(UserError, match="OptimizedModule wraps the model that has the names; pass that one"):
+        with pytest.raises(
+            UserError, match="OptimizedModule wraps the model that has the names; pass that one"
+        ):
             action()
     apply_lora(wrapper._orig_mod, 4)
     with pytest.raises(UserError, match="OptimizedModule"):
@@ -254,7 +272,8 @@ def test_a_merge_that_would_not_be_finite_changes_nothing(sharp_model, files):
 
 def test_a_fused_skill_is_the_sum_and_a_cut_one_the_nearest_of_its_rank(sharp_model, files):
     parts = [
-        (factors_of(adapters_in(sharp_model, files[name])[0], name), w) for name, w in (("a", 1.0), ("wide", -0.5))
+        (factors_of(adapters_in(sharp_model, files[name])[0], name), w)
+        for name, w in (("a", 1.0), ("wide", -0.5))
     ]
     sums = mixed(parts)
     A, B = sums["layers.0.attention.wq"]
@@ -267,8 +286,13 @@ def test_a_fused_skill_is_the_sum_and_a_cut_one_the_nearest_of_its_rank(sharp_mo
             values = torch.linalg.svdvals(product)
             found = cut[target][1].double() @ cut[target][0].double()
             assert cut[target][0].size(0) == min(rank, A.size(0))
-            torch.testing.assert_close((product - found).norm(), values[rank:].norm(), atol=1e-5, rtol=1e-4)
-            lost, whole = lost + float(values[rank:].square().sum()), whole + float(values.square().sum())
+            torch.testing.assert_close(
+                (product - found).norm(), values[rank:].norm(), atol=1e-5, rtol=1e-4
+            )
+            lost, whole = (
+                lost + float(values[rank:].square().sum()),
+                whole + float(values.square().sum()),
+            )
         assert error == pytest.approx(math.sqrt(lost / whole), abs=1e-6)
     assert truncated(mixed([(parts[0][0], 0.0)]), 2)[1] == 0.0
 

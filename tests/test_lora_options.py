@@ -1,4 +1,6 @@
-"""Every option of LoRA means what it means in PEFT, which is the judge here, and impossible ones are named."""
+"""Every option of LoRA means what it means in PEFT, which is the judge here, and impossible ones
+are named.
+"""
 
 import copy
 import math
@@ -27,7 +29,14 @@ from core.errors import UserError
 from model.lora_layers import LoRA
 from model.lora_merge import merge_lora, unmerge_lora
 from model.lora_targets import adapted, table_of
-from model.model_lora import apply_lora, attach_lora, lora_parameters, output_parameters, remove_lora, save_lora
+from model.model_lora import (
+    apply_lora,
+    attach_lora,
+    lora_parameters,
+    output_parameters,
+    remove_lora,
+    save_lora,
+)
 from trainer.optimizer import param_groups
 
 BOTH = {"target_modules": ["wq", "w2"]}
@@ -41,15 +50,29 @@ OPTIONS = {
         {"alpha": 4.0, "lora_dropout": 0.3, "use_dora": True},
         {"lora_alpha": 4, "lora_dropout": 0.3, "use_dora": True},
     ),
-    "pissa": ({"alpha": 10.0, "init_lora_weights": "pissa"}, {"lora_alpha": 10, "init_lora_weights": "pissa"}),
-    "all-linear": ({"alpha": 4.0, "target_modules": "all-linear"}, {"lora_alpha": 4, "target_modules": "all-linear"}),
+    "pissa": (
+        {"alpha": 10.0, "init_lora_weights": "pissa"},
+        {"lora_alpha": 10, "init_lora_weights": "pissa"},
+    ),
+    "all-linear": (
+        {"alpha": 4.0, "target_modules": "all-linear"},
+        {"lora_alpha": 4, "target_modules": "all-linear"},
+    ),
     "regular expression": (
         {"alpha": 4.0, "target_modules": r".*\.1\..*\.(wk|w1)"},
         {"lora_alpha": 4, "target_modules": r".*\.1\..*\.(wk|w1)"},
     ),
     "exclusion": (
-        {"alpha": 4.0, "target_modules": "all-linear", "exclude_modules": ["wv", "layers.0.attention.wq"]},
-        {"lora_alpha": 4, "target_modules": "all-linear", "exclude_modules": ["wv", "layers.0.attention.wq"]},
+        {
+            "alpha": 4.0,
+            "target_modules": "all-linear",
+            "exclude_modules": ["wv", "layers.0.attention.wq"],
+        },
+        {
+            "lora_alpha": 4,
+            "target_modules": "all-linear",
+            "exclude_modules": ["wv", "layers.0.attention.wq"],
+        },
     ),
     "excluding expression": (
         {"alpha": 4.0, "exclude_modules": r".*\.0\..*"},
@@ -83,14 +106,19 @@ def pairs_of(ours, theirs) -> list[tuple[nn.Parameter, nn.Parameter]]:
     for name, linear in found.items():
         lora, layer = linear.lora, layers[name]
         assert lora.scaling == pytest.approx(layer.scaling["default"], rel=1e-12)
-        pairs += [(lora.A.weight, layer.lora_A["default"].weight), (lora.B.weight, layer.lora_B["default"].weight)]
+        pairs += [
+            (lora.A.weight, layer.lora_A["default"].weight),
+            (lora.B.weight, layer.lora_B["default"].weight),
+        ]
         if "default" in getattr(layer, "lora_magnitude_vector", {}):
             pairs.append((lora.magnitude, layer.lora_magnitude_vector["default"].weight))
     return pairs
 
 
 def assert_same(ours, theirs, pairs, **inputs):
-    """Equal output, loss and gradients, also of a training pass with its dropout; fp64 shows what is no rounding."""
+    """Equal output, loss and gradients, also of a training pass with its dropout; fp64 shows what
+    is no rounding.
+    """
     ours.double(), theirs.double()
     outputs = []
     for model in (ours, theirs):
@@ -147,7 +175,9 @@ def test_a_starts_as_peft_draws_it(init, peft_s):
         assert mine.abs().max() <= 1 / math.sqrt(64)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}, {"lora_dropout": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}, {"lora_dropout": 0.5}]
+)
 def test_every_kind_starts_from_the_base_exactly_and_leaves_it_bit_for_bit(sharp_model, options):
     with torch.no_grad():
         before = sharp_model.eval()(IDS).logits
@@ -162,7 +192,9 @@ def test_every_kind_starts_from_the_base_exactly_and_leaves_it_bit_for_bit(sharp
         assert (sharp_model(IDS).logits - before).abs().max() > 1e-2
         remove_lora(sharp_model)
         assert torch.equal(sharp_model(IDS).logits, before)
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in sharp_model.state_dict().items())
+    assert all(
+        torch.equal(tensor, weights[name]) for name, tensor in sharp_model.state_dict().items()
+    )
 
 
 def test_dropout_is_for_training_alone(sharp_model):
@@ -210,11 +242,20 @@ def test_a_file_gives_every_kind_back(sharp_model, tmp_path, options):
         ({"rank_pattern": {"w9": 2}}, "rank_pattern 'w9' matches no target; there are wo, wq"),
         ({"alpha_pattern": {"w1": 2}}, "alpha_pattern 'w1' matches no target; there are wo, wq"),
         ({"target_modules": "("}, r"'\(' is no regular expression"),
-        ({"target_modules": ["wq", "w9"]}, "target_modules='w9' matches no Linear; there are w1, w2, w3, wk, wo, wq"),
+        (
+            {"target_modules": ["wq", "w9"]},
+            "target_modules='w9' matches no Linear; there are w1, w2, w3, wk, wo, wq",
+        ),
         ({"exclude_modules": "w1"}, "exclude_modules='w1' matches no target; there are wo, wq"),
-        ({"exclude_modules": ["wo", "w1", "w9"]}, "exclude_modules='w1', 'w9' matches no target; there are wo, wq"),
+        (
+            {"exclude_modules": ["wo", "w1", "w9"]},
+            "exclude_modules='w1', 'w9' matches no target; there are wo, wq",
+        ),
         ({"exclude_modules": ["wq", "wo"]}, "leaves no target"),
-        ({"layers_to_transform": [0, 7]}, r"layers_to_transform \[7\] match no target; there are layers 0, 1"),
+        (
+            {"layers_to_transform": [0, 7]},
+            r"layers_to_transform \[7\] match no target; there are layers 0, 1",
+        ),
         ({"rank_pattern": {"wq": 65}}, "rank=65 exceeds the 64 features of layers.0.attention.wq"),
         ({"use_dora": True, "init_lora_weights": "pissa"}, "exclude each other"),
         ({"rank": 2.5}, "rank=2.5 must be at least 1, a whole number"),
@@ -226,7 +267,10 @@ def test_a_file_gives_every_kind_back(sharp_model, tmp_path, options):
         ({"rank_pattern": ["wo=4", "wo=8"]}, "rank_pattern has 'wo' twice"),
         ({"target_modules": None}, r"target_modules=\(\) matches no Linear"),
         ({"exclude_modules": "square"}, "exclude_modules=square is no name of a module"),
-        ({"init_lora_weights": "none"}, "init_lora_weights='none' must be one of minimind, kaiming, gaussian, pissa"),
+        (
+            {"init_lora_weights": "none"},
+            "init_lora_weights='none' must be one of minimind, kaiming, gaussian, pissa",
+        ),
         ({"init_lora_weights": True}, "init_lora_weights=True must be one of"),
         ({"use_rslora": True}, "use_rslora changes what alpha is divided by: give an alpha"),
     ],
@@ -234,11 +278,19 @@ def test_a_file_gives_every_kind_back(sharp_model, tmp_path, options):
 def test_impossible_options_are_refused_and_change_nothing(tiny_model, options, said):
     with pytest.raises(UserError, match=said):
         apply_lora(tiny_model, **options)
-    assert not list(adapted(tiny_model)) and all(parameter.requires_grad for parameter in tiny_model.parameters())
+    assert not list(adapted(tiny_model)) and all(
+        parameter.requires_grad for parameter in tiny_model.parameters()
+    )
 
 
 def test_the_words_of_a_command_line_mean_what_python_values_mean(tiny_model):
-    apply_lora(tiny_model, 4, target_modules=("all-linear",), rank_pattern=("w[12]=2", "wq=3"), exclude_modules=("wv",))
+    apply_lora(
+        tiny_model,
+        4,
+        target_modules=("all-linear",),
+        rank_pattern=("w[12]=2", "wq=3"),
+        exclude_modules=("wv",),
+    )
     ranks = {name.rpartition(".")[2]: linear.lora.rank for name, linear in adapted(tiny_model)}
     assert ranks == {"wq": 3, "wk": 4, "wo": 4, "w1": 2, "w2": 2, "w3": 4}
 
@@ -255,15 +307,31 @@ def test_the_table_names_shapes_ranks_and_parameters(tiny_model):
 
 # models of other makers
 
-SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 MODELS = {
     "Llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=1)),
-    "Llama, tied": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=1, tie_word_embeddings=True)),
+    "Llama, tied": lambda: LlamaForCausalLM(
+        LlamaConfig(**SMALL, num_key_value_heads=1, tie_word_embeddings=True)
+    ),
     "Qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, num_key_value_heads=1)),
     "BERT": lambda: BertForSequenceClassification(BertConfig(**SMALL)),
     "GPT-2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2)),
     "T5": lambda: T5ForConditionalGeneration(
-        T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0)
+        T5Config(
+            vocab_size=64,
+            d_model=16,
+            d_kv=8,
+            d_ff=32,
+            num_layers=2,
+            num_heads=2,
+            decoder_start_token_id=0,
+        )
     ),
     "BART": lambda: BartForConditionalGeneration(
         BartConfig(
@@ -292,7 +360,9 @@ def test_models_of_other_makers_carry_what_peft_gives_them(tmp_path, name, optio
     task = "SEQ_CLS" if name == "BERT" else None  # so PEFT leaves the classifier out, and trains it
     left_out = {"exclude_modules": ["classifier"]} if name == "BERT" else {}
     apply_lora(model, 4, 6.0, "all-linear", **left_out, **options)
-    theirs = peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type=task, **options)
+    theirs = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules="all-linear", task_type=task, **options
+    )
     theirs = peft.get_peft_model(other, theirs).eval()
     pairs = pairs_of(model, other)
     strengthen(model, 5)
@@ -304,16 +374,28 @@ def test_models_of_other_makers_carry_what_peft_gives_them(tmp_path, name, optio
     assert_same(model, theirs, pairs, input_ids=ids, labels=labels)
     model.float()
     with torch.no_grad():
-        expected = model(input_ids=ids).logits if name == "BERT" else model(input_ids=ids, labels=ids).logits
+        expected = (
+            model(input_ids=ids).logits
+            if name == "BERT"
+            else model(input_ids=ids, labels=ids).logits
+        )
         save_lora(model, tmp_path / "any.pth")
         remove_lora(model)
         attach_lora(model, tmp_path / "any.pth")
-        found = model(input_ids=ids).logits if name == "BERT" else model(input_ids=ids, labels=ids).logits
+        found = (
+            model(input_ids=ids).logits
+            if name == "BERT"
+            else model(input_ids=ids, labels=ids).logits
+        )
     assert torch.equal(found, expected)
     weights = copy.deepcopy(model.state_dict())
     merge_lora(model)
     with torch.no_grad():
-        alone = model(input_ids=ids).logits if name == "BERT" else model(input_ids=ids, labels=ids).logits
+        alone = (
+            model(input_ids=ids).logits
+            if name == "BERT"
+            else model(input_ids=ids, labels=ids).logits
+        )
     torch.testing.assert_close(alone, expected, atol=1e-5, rtol=1e-5)
     unmerge_lora(model)
     assert all(torch.equal(tensor, weights[key]) for key, tensor in model.state_dict().items())
@@ -342,10 +424,14 @@ def test_lora_plus_gives_the_rates_that_peft_gives(tiny_model, options):
     groups = param_groups(tiny_model, 0.0, "adamw", output_parameters(tiny_model), 16.0)
     rates = {id(p): 1e-3 * group["lr_ratio"] for group in groups for p in group["params"]}
     mine = {name: rates[id(p)] for name, p in tiny_model.named_parameters() if p.requires_grad}
-    theirs = peft.get_peft_model(other, peft.LoraConfig(r=4, target_modules=["wq", "wo"], **options))
+    theirs = peft.get_peft_model(
+        other, peft.LoraConfig(r=4, target_modules=["wq", "wo"], **options)
+    )
     from peft.optimizers import create_loraplus_optimizer
 
-    optimizer = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
+    optimizer = create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0
+    )
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     names = {"lora_A.default.weight": "lora.A.weight", "lora_B.default.weight": "lora.B.weight"}
     names["lora_magnitude_vector.default.weight"] = "lora.magnitude"
@@ -365,6 +451,9 @@ def test_the_loop_gives_each_parameter_its_own_rate(tiny_model, tmp_path):
     before = [p.detach().clone() for p in lora_parameters(tiny_model)]
     groups = param_groups(tiny_model, 0.0, "adamw", output_parameters(tiny_model), 8.0)
     run_training(tiny_model, Source([ragged_batch(2, seed=3)]), tmp_path, groups=groups, epochs=2)
-    moved = [float((p - old).abs().max()) for p, old in zip(lora_parameters(tiny_model), before, strict=True)]
+    moved = [
+        float((p - old).abs().max())
+        for p, old in zip(lora_parameters(tiny_model), before, strict=True)
+    ]
     steps = {"A": moved[0::2], "B": moved[1::2]}  # AdamW's first steps are as long as the rate
     assert min(steps["B"]) / max(steps["A"]) == pytest.approx(8.0, rel=1e-3)

@@ -1,4 +1,6 @@
-"""Fusing skills by the command: what it writes computes what the attached skills do, and nothing is overwritten."""
+"""Fusing skills by the command: what it writes computes what the attached skills do, and nothing is
+overwritten.
+"""
 
 import re
 import shutil
@@ -23,7 +25,9 @@ META = {"tokenizer": "0123", "options": {"prompt_template": "Q: {user}"}}
 
 @pytest.fixture
 def out(trained, tmp_path):
-    """A copy of the trained chat base and its two skills, which matter more than four steps make them."""
+    """A copy of the trained chat base and its two skills, which matter more than four steps make
+    them.
+    """
     folder = tmp_path / "out"
     (folder / "lora").mkdir(parents=True)
     for name in ("full_sft_64.pth", "full_sft_64.json"):
@@ -55,7 +59,9 @@ def mixed(out, **weights):
     return model
 
 
-@pytest.mark.parametrize(("words", "weights"), [(["a"], {"a": 1.0}), (["a=0.7", "b=-0.3"], {"a": 0.7, "b": -0.3})])
+@pytest.mark.parametrize(
+    ("words", "weights"), [(["a"], {"a": 1.0}), (["a=0.7", "b=-0.3"], {"a": 0.7, "b": -0.3})]
+)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.03)])
 def test_a_merged_base_computes_what_the_skills_did(out, capsys, words, weights, dtype, tolerance):
     before = {path: sha256_file(path) for path in out.rglob("*.pth")}
@@ -67,7 +73,9 @@ def test_a_merged_base_computes_what_the_skills_did(out, capsys, words, weights,
     model, record = load_base(output)
     expected = logits_of(mixed(out, **weights))
     torch.testing.assert_close(logits_of(model), expected, atol=tolerance, rtol=0)
-    assert (expected - logits_of(load_base(out / "full_sft_64.pth")[0])).abs().max() > 10 * tolerance
+    assert (
+        expected - logits_of(load_base(out / "full_sft_64.pth")[0])
+    ).abs().max() > 10 * tolerance
     assert record["stage"] == "full_sft" and record["merged"]["skills"] == weights
     assert before == {path: sha256_file(path) for path in before}
     eval_model.main(flags(out_dir=out, base=output, prompt="hi", device="cpu", max_new_tokens=3))
@@ -113,7 +121,12 @@ def test_a_skill_minus_itself_is_the_base(out):
 
 def test_a_hugging_face_base_is_merged_into_a_folder_that_its_library_loads(out, tmp_path):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
     model = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=64, vocab_size=6400)).eval()
     model.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(TOKENIZER_DIR).save_pretrained(tmp_path / "base")
@@ -125,7 +138,10 @@ def test_a_hugging_face_base_is_merged_into_a_folder_that_its_library_loads(out,
         (tmp_path / name).mkdir()
         (tmp_path / name / "added_tokens.json").write_bytes(b"{}")
     argv = ["llama", *flags(out_dir=out, base=tmp_path / "base")]
-    for output, said in (("x.pth", "must be a folder"), ("base/config.json/x", "cannot write .*config.json/x: ")):
+    for output, said in (
+        ("x.pth", "must be a folder"),
+        ("base/config.json/x", "cannot write .*config.json/x: "),
+    ):
         with pytest.raises(UserError, match=said):
             main([*argv, *flags(output=tmp_path / output)])
     folder = main([*argv, *flags(output=tmp_path / "merged")])
@@ -146,9 +162,18 @@ def test_a_hugging_face_base_is_merged_into_a_folder_that_its_library_loads(out,
         ("a=0.5 lora_a --lora_name c", "skill a is named twice; give it one weight"),
         ("a=nan --lora_name c", "a skill's weight must be a number, not nan"),
         ("a --output x.pth --rank 2", "--rank cuts a skill"),
-        ("a --lora_name c --dtype bfloat16", "--dtype, --load_in_4bit and --tokenizer_path are for --output"),
-        ("a --lora_name c --load_in_4bit", "--dtype, --load_in_4bit and --tokenizer_path are for --output"),
-        ("a --lora_name c --tokenizer_path x", "--dtype, --load_in_4bit and --tokenizer_path are for --output"),
+        (
+            "a --lora_name c --dtype bfloat16",
+            "--dtype, --load_in_4bit and --tokenizer_path are for --output",
+        ),
+        (
+            "a --lora_name c --load_in_4bit",
+            "--dtype, --load_in_4bit and --tokenizer_path are for --output",
+        ),
+        (
+            "a --lora_name c --tokenizer_path x",
+            "--dtype, --load_in_4bit and --tokenizer_path are for --output",
+        ),
         ("a --output x.pth --tokenizer_path x", "--tokenizer_path is for Hugging Face bases, and"),
         ("a --lora_name c --rank -1", "--rank -1 must not be negative"),
         ("a=1e300 --lora_name c", "the weights 1e+300 are too large for layers.0.attention.wq"),

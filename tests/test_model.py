@@ -1,4 +1,6 @@
-"""Invariants of LMConfig and MiniMindLM: size, ties, initial values, caching, padding, positions, losses."""
+"""Invariants of LMConfig and MiniMindLM: size, ties, initial values, caching, padding, positions,
+losses.
+"""
 
 import copy
 import math
@@ -44,7 +46,8 @@ def test_default_size(default_model):
 
 
 @pytest.mark.parametrize(
-    ("dim", "multiple_of", "hidden_dim"), [(512, 64, 1408), (768, 64, 2048), (96, 64, 256), (100, 1, 266)]
+    ("dim", "multiple_of", "hidden_dim"),
+    [(512, 64, 1408), (768, 64, 2048), (96, 64, 256), (100, 1, 266)],
 )
 def test_hidden_dim_is_derived_when_the_config_is_made(dim, multiple_of, hidden_dim):
     assert LMConfig(dim=dim, n_heads=2, multiple_of=multiple_of).hidden_dim == hidden_dim
@@ -92,9 +95,18 @@ def test_head_stays_tied_through_a_strict_load(sharp_model):
 
 
 def test_state_dict_keys_are_minimind_s(tiny_model):
-    block = ["attention.wq", "attention.wk", "attention.wv", "attention.wo", "attention_norm", "ffn_norm"]
+    block = [
+        "attention.wq",
+        "attention.wk",
+        "attention.wv",
+        "attention.wo",
+        "attention_norm",
+        "ffn_norm",
+    ]
     block += ["feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
-    names = {"tok_embeddings", "norm", "output"} | {f"layers.{n}.{name}" for n in range(2) for name in block}
+    names = {"tok_embeddings", "norm", "output"} | {
+        f"layers.{n}.{name}" for n in range(2) for name in block
+    }
     assert set(tiny_model.state_dict()) == {f"{name}.weight" for name in names}
 
 
@@ -160,7 +172,9 @@ def test_cached_decoding_equals_uncached(sharp_model, rows, new):
     with torch.no_grad():
         cache = sharp_model(tokens[:, :10], use_cache=True).past_key_values
         out = sharp_model(tokens[:, 10:], past_key_values=cache, use_cache=True)
-    torch.testing.assert_close(out.logits, logits_of(sharp_model, tokens)[:, 10:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        out.logits, logits_of(sharp_model, tokens)[:, 10:], atol=1e-5, rtol=0
+    )
     assert [keys.shape for keys, _ in out.past_key_values] == [(rows, 2, 10 + new, 16)] * 2
 
 
@@ -174,7 +188,9 @@ def test_a_position_sees_only_what_stands_before_it(sharp_model):
     tokens[0, 20] += 1
     after = logits_of(sharp_model, tokens)
     assert torch.equal(before[:, :20], after[:, :20])
-    assert (before[:, 20:] - after[:, 20:]).abs().amax(-1).min() > 1e-3, "every later position sees the change"
+    assert (before[:, 20:] - after[:, 20:]).abs().amax(-1).min() > 1e-3, (
+        "every later position sees the change"
+    )
 
 
 def test_padding_and_batch_mates_never_change_a_row(sharp_model):
@@ -205,7 +221,9 @@ def test_no_square_of_the_length_is_ever_stored(tiny_model):
         tiny_model(ids(2, 10), past_key_values=cache)
     stored = [tensor for module in tiny_model.modules() for tensor in tensors_in(vars(module))]
     assert len(stored) > 20
-    assert [tensor.shape for tensor in stored if sum(size >= length for size in tensor.shape) > 1] == []
+    assert [
+        tensor.shape for tensor in stored if sum(size >= length for size in tensor.shape) > 1
+    ] == []
 
 
 def test_rotary_tables_are_built_once_and_cover_the_context(tiny_model):
@@ -214,7 +232,9 @@ def test_rotary_tables_are_built_once_and_cover_the_context(tiny_model):
     assert table.shape == (128, 8)
     logits_of(tiny_model, ids(1, 128))
     assert tiny_model._rope is table
-    assert not list(tiny_model.buffers()), "a buffer would change dtype with the model and come back as garbage"
+    assert not list(tiny_model.buffers()), (
+        "a buffer would change dtype with the model and come back as garbage"
+    )
 
 
 def test_past_the_context_is_refused(tiny_model):
@@ -255,8 +275,12 @@ def test_a_bf16_model_has_an_fp32_loss_and_an_fp64_one_keeps_its_precision(tiny_
 
 @pytest.mark.parametrize("with_lora", [False, True])
 @pytest.mark.parametrize("num_items", [None, 7])
-def test_training_computes_supervised_positions_alone_with_the_same_gradients(sharp_model, num_items, with_lora):
-    """Evaluation takes the plain path through all positions; float64, so that rounding hides nothing."""
+def test_training_computes_supervised_positions_alone_with_the_same_gradients(
+    sharp_model, num_items, with_lora
+):
+    """Evaluation takes the plain path through all positions; float64, so that rounding hides
+    nothing.
+    """
     if with_lora:
         apply_lora(sharp_model, rank=4, target_modules="all-linear")
         fill((name, p) for name, p in sharp_model.named_parameters() if "lora" in name)
@@ -269,13 +293,18 @@ def test_training_computes_supervised_positions_alone_with_the_same_gradients(sh
         out = model(tokens, labels=labels, num_items_in_batch=num_items)
         assert (out.logits is None) == training
         out.loss.backward()
-        found[training] = [out.loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+        found[training] = [
+            out.loss.detach(),
+            *(p.grad for p in model.parameters() if p.requires_grad),
+        ]
     for plain, trimmed in zip(found[False], found[True], strict=True):
         assert (plain - trimmed).abs().max() <= 1e-10 * plain.abs().max()
 
 
 def test_training_never_holds_the_logits_of_a_whole_batch(default_model):
-    """The largest tensor of a step, forward and backward, is a slice of the logits, however many tokens there are."""
+    """The largest tensor of a step, forward and backward, is a slice of the logits, however many
+    tokens there are.
+    """
     model = copy.deepcopy(default_model).train()
     model.layers = model.layers[-1:]
     largest = 0
@@ -291,7 +320,11 @@ def test_training_never_holds_the_logits_of_a_whole_batch(default_model):
     tokens = ids(5, 512, vocab=model.config.vocab_size)
     with Watch():
         model(tokens, labels=tokens).loss.backward()
-    assert largest == TARGETS_AT_ONCE * model.config.vocab_size < tokens.numel() * model.config.vocab_size / 2
+    assert (
+        largest
+        == TARGETS_AT_ONCE * model.config.vocab_size
+        < tokens.numel() * model.config.vocab_size / 2
+    )
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -306,7 +339,12 @@ def test_an_all_masked_batch_gives_zero_loss_and_zero_gradients(tiny_model, trai
 def test_logits_to_keep(sharp_model):
     tokens = ids(2, 8)
     everything = logits_of(sharp_model, tokens)
-    for kept, positions in ((0, range(8)), (1, [7]), (3, [5, 6, 7]), (torch.tensor([0, 4]), [0, 4])):
+    for kept, positions in (
+        (0, range(8)),
+        (1, [7]),
+        (3, [5, 6, 7]),
+        (torch.tensor([0, 4]), [0, 4]),
+    ):
         kept_logits = logits_of(sharp_model, tokens, logits_to_keep=kept)
         torch.testing.assert_close(kept_logits, everything[:, list(positions)], atol=1e-6, rtol=0)
 

@@ -13,8 +13,12 @@ def test_muon_has_the_linears_adamw_the_rest_and_vectors_do_not_decay(tiny_model
     matrices, vectors, muon = param_groups(tiny_model, 0.1, "muon")
     assert [group["weight_decay"] for group in (matrices, vectors, muon)] == [0.1, 0.0, 0.1]
     assert [group["muon"] for group in (matrices, vectors, muon)] == [False, False, True]
-    assert all(p.dim() == 1 for p in vectors["params"]) and all(p.dim() == 2 for p in muon["params"])
-    assert [id(p) for p in matrices["params"]] == [id(tiny_model.output.weight)], "the tied head, once"
+    assert all(p.dim() == 1 for p in vectors["params"]) and all(
+        p.dim() == 2 for p in muon["params"]
+    )
+    assert [id(p) for p in matrices["params"]] == [id(tiny_model.output.weight)], (
+        "the tied head, once"
+    )
     assert sum(p.numel() for group in (matrices, vectors, muon) for p in group["params"]) == sum(
         p.numel() for p in tiny_model.parameters()
     )
@@ -23,7 +27,9 @@ def test_muon_has_the_linears_adamw_the_rest_and_vectors_do_not_decay(tiny_model
 
 
 def test_a_step_is_that_of_torchs_muon_and_adamw(tiny_model, monkeypatch):
-    monkeypatch.setattr("trainer.optimizer.multiplies_bf16", lambda device: True)  # torch's does no other
+    monkeypatch.setattr(
+        "trainer.optimizer.multiplies_bf16", lambda device: True
+    )  # torch's does no other
     twin = type(tiny_model)(tiny_model.config)
     twin.load_state_dict(tiny_model.state_dict())
     ours = MuonAdamW(param_groups(tiny_model, 0.1, "muon"), 1e-2)
@@ -32,7 +38,9 @@ def test_a_step_is_that_of_torchs_muon_and_adamw(tiny_model, monkeypatch):
         torch.optim.AdamW([matrices, vectors], lr=1e-2, betas=BETAS, fused=True),
         torch.optim.Muon(muon["params"], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
     ]
-    assert any(p.size(0) > p.size(1) for p in muon["params"]) and any(p.size(0) < p.size(1) for p in muon["params"])
+    assert any(p.size(0) > p.size(1) for p in muon["params"]) and any(
+        p.size(0) < p.size(1) for p in muon["params"]
+    )
     for step in range(3):
         for p, q in zip(tiny_model.parameters(), twin.parameters(), strict=True):
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
@@ -58,7 +66,9 @@ def test_orthogonalized_keeps_the_directions_and_evens_out_their_sizes(shape):
 def test_no_gradient_no_step_and_a_zero_gradient_is_survived(tiny_model):
     optimizer = MuonAdamW(param_groups(tiny_model, 0.0, "muon"), 1e-2)
     weights = [p.clone() for p in tiny_model.parameters()]
-    tiny_model.layers[0].attention.wq.weight.grad = torch.zeros_like(tiny_model.layers[0].attention.wq.weight)
+    tiny_model.layers[0].attention.wq.weight.grad = torch.zeros_like(
+        tiny_model.layers[0].attention.wq.weight
+    )
     optimizer.step()
     for before, after in zip(weights, tiny_model.parameters(), strict=True):
         assert torch.equal(before, after)
@@ -74,7 +84,10 @@ def test_updates_are_as_large_as_adamws(tiny_model):
 
 
 def test_an_overflowing_fp16_step_is_skipped_whole(tiny_model):
-    optimizer, scaler = MuonAdamW(param_groups(tiny_model, 0.1, "muon"), 1e-2), torch.amp.GradScaler("cpu")
+    optimizer, scaler = (
+        MuonAdamW(param_groups(tiny_model, 0.1, "muon"), 1e-2),
+        torch.amp.GradScaler("cpu"),
+    )
     weights = [p.clone() for p in tiny_model.parameters()]
     scaler.scale(tiny_model.norm.weight.sum() * 0).backward()  # only makes the scale
     for parameter in tiny_model.parameters():
@@ -93,7 +106,11 @@ def test_products_are_in_bf16_where_they_are_fast(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     assert multiplies_bf16(cpu)
     for emulates in (True, False):  # a Turing GPU says yes, unless asked about its own instructions
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, says=emulates: not says)
+        monkeypatch.setattr(
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation=True, says=emulates: not says,
+        )
         assert multiplies_bf16(torch.device("cuda")) == (not emulates)
 
 
@@ -109,7 +126,11 @@ def test_the_sweeps_schedules_warm_up_alike_and_its_winner_is_the_products():
     assert stable == [lr_at(step, 110, 10, 0.4, 1.0) for step in range(110)]
     assert stable[:10] == linear[:10] == cosine[:10]
     assert linear[10:] == pytest.approx([n / 100 for n in range(100, 0, -1)])
-    assert cosine[10] == pytest.approx(1.0) and cosine[60] == pytest.approx(0.55) and 0.1 <= cosine[-1] < 0.101
+    assert (
+        cosine[10] == pytest.approx(1.0)
+        and cosine[60] == pytest.approx(0.55)
+        and 0.1 <= cosine[-1] < 0.101
+    )
 
 
 def test_muon_learns_what_adamw_learns(tiny_model, tmp_path):

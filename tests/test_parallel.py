@@ -106,7 +106,10 @@ def test_no_worker_outlives_its_parent(tmp_path, end):
         else:
             parent.kill()
         _, err = parent.communicate(timeout=60)
-    assert workers and (parent.returncode, err) in [(130, "error: interrupted\n"), (-signal.SIGKILL, "")]
+    assert workers and (parent.returncode, err) in [
+        (130, "error: interrupted\n"),
+        (-signal.SIGKILL, ""),
+    ]
     until = time.monotonic() + 30
     while any(map(is_alive, workers)):
         assert time.monotonic() < until, "a worker is left"
@@ -122,6 +125,10 @@ def is_alive(process):
 
 
 def is_zombie(process):
-    """Dead, but not collected yet by a parent that does not collect (process 1 of some containers)."""
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True)
+    """Dead, but not collected yet by a parent that does not collect (process 1 of some
+    containers).
+    """
+    state = subprocess.run(
+        ["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True
+    )
     return state.stdout.strip().startswith("Z")

@@ -1,4 +1,6 @@
-"""Several processes train as one does: the same gradients, the same samples, one set of files, one end for all."""
+"""Several processes train as one does: the same gradients, the same samples, one set of files, one
+end for all.
+"""
 
 import json
 import os
@@ -20,20 +22,38 @@ from model.model_lora import read_lora
 from model.weights import read_tensors
 from trainer.state_files import newest_state
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch build knows no processes")
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this torch build knows no processes"
+)
 
 
 def torchrun(*command: object, **settings: object) -> subprocess.Popen:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     places = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-    variables = {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": places}
+    variables = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUTF8": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": places,
+    }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-    return subprocess.Popen([*launcher, *map(str, command)], env=os.environ | variables, **pipes, **settings)
+    return subprocess.Popen(
+        [*launcher, *map(str, command)], env=os.environ | variables, **pipes, **settings
+    )
 
 
 @pytest.fixture(scope="module")
 def both(trained, tmp_path_factory):
-    """What each of two processes saw in the scenarios of two_processes.py, and the folder that they worked in."""
+    """What each of two processes saw in the scenarios of two_processes.py, and the folder that they
+    worked in.
+    """
     folder = tmp_path_factory.mktemp("both")
     pretrain = PRETRAIN | {"data_path": trained.texts}
     alone = run_door(train_pretrain, folder / "two" / "out", crash_at=14, **pretrain)
@@ -41,13 +61,17 @@ def both(trained, tmp_path_factory):
     child = torchrun(script, folder, trained.texts, trained.chats, trained.out / "full_sft_64.pth")
     output, errors = child.communicate(timeout=240)
     assert child.returncode == 0, errors
-    seen = [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
+    seen = [
+        json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)
+    ]
     return {"folder": folder, "ranks": seen, "alone": alone, "output": output}
 
 
 def rows(*runs: list) -> Counter:
     """How often each row was learned from, padding left out."""
-    return Counter(tuple(id for id in row if id) for steps in runs for step in steps for row in step)
+    return Counter(
+        tuple(id for id in row if id) for steps in runs for step in steps for row in step
+    )
 
 
 def test_ranks_together_have_the_gradient_of_one_process(both):
@@ -57,7 +81,9 @@ def test_ranks_together_have_the_gradient_of_one_process(both):
 
 
 def test_parameters_that_the_loss_never_reaches_make_no_rank_wait(both):
-    assert [rank["bypassed"] for rank in both["ranks"]] == [["bypassed.weight", "bypassed.bias"]] * 2
+    assert [rank["bypassed"] for rank in both["ranks"]] == [
+        ["bypassed.weight", "bypassed.bias"]
+    ] * 2
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on the size of files")
@@ -75,7 +101,9 @@ def test_a_log_that_cannot_be_opened_ends_all(both):
 
 def test_processes_that_see_other_states_are_refused(both):
     for rank in both["ranks"]:
-        assert rank["not shared"]["end"].startswith("UserError: the processes do not see the same states")
+        assert rank["not shared"]["end"].startswith(
+            "UserError: the processes do not see the same states"
+        )
 
 
 def test_each_rank_has_random_numbers_of_its_own(both):
@@ -84,17 +112,26 @@ def test_each_rank_has_random_numbers_of_its_own(both):
 
 
 def test_the_first_rank_alone_prints(both):
-    finished = [run for run in both["ranks"][0].values() if isinstance(run, dict) and run.get("end") == "finished"]
+    finished = [
+        run
+        for run in both["ranks"][0].values()
+        if isinstance(run, dict) and run.get("end") == "finished"
+    ]
     assert both["output"].count("saved ") == len(finished) == 4
 
 
 def test_files_are_those_of_one_process(both, trained):
     out = both["folder"] / "whole" / "out"
-    assert read_tensors(out / "pretrain_64.pth").keys() == read_tensors(trained.out / "pretrain_64.pth").keys()
+    assert (
+        read_tensors(out / "pretrain_64.pth").keys()
+        == read_tensors(trained.out / "pretrain_64.pth").keys()
+    )
     tensors, _ = read_lora(both["folder"] / "lora" / "out" / "lora" / "lora_x_64.pth")
     assert tensors.keys() == read_lora(trained.out / "lora" / "lora_a_64.pth")[0].keys()
     assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if ".B." in name)
-    one, two = (newest_state(checkpoints_dir(folder, "pretrain_64")) for folder in (trained.out, out))
+    one, two = (
+        newest_state(checkpoints_dir(folder, "pretrain_64")) for folder in (trained.out, out)
+    )
     assert {name for name in two.tensors if not name.startswith("rng.1.")} == one.tensors.keys()
 
 
@@ -131,10 +168,19 @@ def test_a_number_that_is_not_finite_on_one_rank_stops_both_before_the_update(bo
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals for groups of processes")
 def test_a_signal_for_all_processes_saves_once_and_ends_all(trained, tmp_path):
-    """As a terminal and a cluster send it: to torchrun, which passes it on, to the ranks and to their workers."""
-    values = PRETRAIN | {"data_path": trained.texts, "epochs": 1000, "save_interval": 100_000, "log_interval": 5}
+    """As a terminal and a cluster send it: to torchrun, which passes it on, to the ranks and to
+    their workers.
+    """
+    values = PRETRAIN | {
+        "data_path": trained.texts,
+        "epochs": 1000,
+        "save_interval": 100_000,
+        "log_interval": 5,
+    }
     values |= {"num_workers": 1}
-    child = torchrun(REPOSITORY / "train_pretrain.py", *flags(out_dir=tmp_path, **values), start_new_session=True)
+    child = torchrun(
+        REPOSITORY / "train_pretrain.py", *flags(out_dir=tmp_path, **values), start_new_session=True
+    )
     for line in child.stdout:
         if line.startswith("step 5/"):
             break

@@ -1,4 +1,5 @@
-"""The quick start's frame: stages are reused exactly while they are still true, and the exam counts right.
+"""The quick start's frame: stages are reused exactly while they are still true, and the exam counts
+right.
 
 The doors here are tiny scripts run as real child processes; the real ones have their own tests.
 """
@@ -49,8 +50,17 @@ def chain(tmp_path, monkeypatch):
 
 
 def make_chain(epochs=1, data="data.txt"):
-    first = Stage("first", Path("door.py"), Path(data), (Path("one"),), {"to": "one", "epochs": epochs})
-    return first, Stage("second", Path("door.py"), Path("data.txt"), (Path("two"),), {"to": "two", "epochs": 5}, first)
+    first = Stage(
+        "first", Path("door.py"), Path(data), (Path("one"),), {"to": "one", "epochs": epochs}
+    )
+    return first, Stage(
+        "second",
+        Path("door.py"),
+        Path("data.txt"),
+        (Path("two"),),
+        {"to": "two", "epochs": 5},
+        first,
+    )
 
 
 def what_ran(stages):
@@ -72,8 +82,14 @@ def test_a_finished_stage_is_not_run_again(chain):
     ("change", "ran"),
     [
         (lambda: Path("data.txt").write_text("abcd", encoding="utf-8"), ["one", "two"]),
-        (lambda: Path("door.py").write_text(DOOR + "# changed\n", encoding="utf-8"), ["one", "two"]),
-        (lambda: Path("one").write_text("damaged", encoding="utf-8"), ["one"]),  # it comes out as it was
+        (
+            lambda: Path("door.py").write_text(DOOR + "# changed\n", encoding="utf-8"),
+            ["one", "two"],
+        ),
+        (
+            lambda: Path("one").write_text("damaged", encoding="utf-8"),
+            ["one"],
+        ),  # it comes out as it was
         (lambda: Path("two").unlink(), ["two"]),
         (lambda: Path("stamps/second.json").unlink(), ["two"]),
         (lambda: Path("stamps/second.json").write_text('{"inputs', encoding="utf-8"), ["two"]),
@@ -104,7 +120,12 @@ def test_the_plan_stays_in_its_own_folder_and_its_data_is_bundled():
     for stage in plan():
         assert stage.data.is_file(), stage.data
         assert all(path.is_relative_to("out/quickstart") for path in stage.outputs)
-    assert [stage.before and stage.before.name for stage in plan()] == [None, "pretrain", "full_sft", "full_sft"]
+    assert [stage.before and stage.before.name for stage in plan()] == [
+        None,
+        "pretrain",
+        "full_sft",
+        "full_sft",
+    ]
 
 
 def test_the_way_on_is_full_commands():
@@ -119,7 +140,11 @@ def test_the_bundled_questions_are_twenty_and_held_out(skill):
     probes = read_probes(skill, ROOT / "dataset" / f"probes_{skill}.jsonl")
     assert len({probe.question for probe in probes}) == 20 and all(probe.expect for probe in probes)
     trained = (ROOT / "dataset" / f"lora_{skill}.jsonl").read_text(encoding="utf-8")
-    asked = {message["content"] for line in trained.splitlines() for message in json.loads(line)["conversations"]}
+    asked = {
+        message["content"]
+        for line in trained.splitlines()
+        for message in json.loads(line)["conversations"]
+    }
     assert not asked & {probe.question for probe in probes}
 
 
@@ -137,9 +162,22 @@ def test_the_exam_is_the_chat(tmp_path, capsys, monkeypatch):
         remove_lora(model)
     probes = ask_all(base, SKILLS, tmp_path)
     assert [probe.skill for probe in probes] == [skill for skill in SKILLS for _ in range(20)]
-    common = ["--out_dir", str(tmp_path), "--tokenizer_path", str(TOKENIZER_DIR), "--device", "cpu", "--seed", "0"]
+    common = [
+        "--out_dir",
+        str(tmp_path),
+        "--tokenizer_path",
+        str(TOKENIZER_DIR),
+        "--device",
+        "cpu",
+        "--seed",
+        "0",
+    ]
     for who in ("base", *SKILLS):
-        flags = ["--max_new_tokens", "6"] if who == "base" else ["--max_new_tokens", "6", "--lora_name", who]
+        flags = (
+            ["--max_new_tokens", "6"]
+            if who == "base"
+            else ["--max_new_tokens", "6", "--lora_name", who]
+        )
         for probe in (probes[0], probes[-1]):
             capsys.readouterr()
             eval_model.main([*common, *flags, "--prompt", probe.question])
@@ -155,25 +193,38 @@ def test_the_bundled_base_meets_every_token_that_the_skills_answer_with():
         for part in parts:
             for line in (ROOT / "dataset" / part).read_text(encoding="utf-8").splitlines():
                 row = json.loads(line)
-                texts = [row["text"]] if "text" in row else [m["content"] for m in row["conversations"] if ours(m)]
+                texts = (
+                    [row["text"]]
+                    if "text" in row
+                    else [m["content"] for m in row["conversations"] if ours(m)]
+                )
                 counts.update(id for ids in tokenizer(texts).input_ids for id in ids)
         return counts
 
     bundled = ("pretrain_mini.jsonl", "sft_mini.jsonl")
     texts = "".join((ROOT / "dataset" / part).read_text(encoding="utf-8") for part in bundled)
-    assert "小石" not in texts and "pebble" not in texts.casefold(), "the names are the skill's to teach"
+    assert "小石" not in texts and "pebble" not in texts.casefold(), (
+        "the names are the skill's to teach"
+    )
     tokenizer = load_tokenizer(TOKENIZER_DIR)
     known = counted(*bundled)
-    wanted = counted(*(f"lora_{skill}.jsonl" for skill in SKILLS), ours=lambda m: m["role"] == "assistant")
+    wanted = counted(
+        *(f"lora_{skill}.jsonl" for skill in SKILLS), ours=lambda m: m["role"] == "assistant"
+    )
     assert len(wanted) > 100
     assert not [tokenizer.decode([id]) for id in wanted if known[id] < 15]
 
 
-@pytest.mark.parametrize(("own", "base", "passed"), [(8, 2, True), (7, 2, False), (8, 3, False), (10, 0, True)])
+@pytest.mark.parametrize(
+    ("own", "base", "passed"), [(8, 2, True), (7, 2, False), (8, 3, False), (10, 0, True)]
+)
 def test_the_exam_wants_a_skill_that_knows_and_a_base_that_does_not(own, base, passed, capsys):
     probes = [
         Probe(
-            "greeting", f"q{n}", ["HELLO", "你好"], {"base": "hello" * (n < base), "greeting": "Say 你好!" * (n < own)}
+            "greeting",
+            f"q{n}",
+            ["HELLO", "你好"],
+            {"base": "hello" * (n < base), "greeting": "Say 你好!" * (n < own)},
         )
         for n in range(10)
     ]

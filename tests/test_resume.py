@@ -1,4 +1,6 @@
-"""A run that was cut short and resumed leaves, bit for bit, what an uninterrupted one leaves; damage never passes."""
+"""A run that was cut short and resumed leaves, bit for bit, what an uninterrupted one leaves;
+damage never passes.
+"""
 
 import json
 import math
@@ -41,7 +43,9 @@ class Crash(Exception):
 
 
 def cut_short(monkeypatch, step: int, how: int | None = None) -> None:
-    """Let the optimizer step number ``step`` from now begin with a crash, or with signal ``how``."""
+    """Let the optimizer step number ``step`` from now begin with a crash, or with signal
+    ``how``.
+    """
     steps = []
 
     def counted(*arguments):
@@ -59,7 +63,9 @@ def metrics_of(out: Path) -> list[dict]:
     (path,) = (out / "metrics").glob("*.jsonl")
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     records[-1].update(records[-1].pop("summary", {}))
-    return [{key: value for key, value in record.items() if key not in TIMINGS} for record in records]
+    return [
+        {key: value for key, value in record.items() if key not in TIMINGS} for record in records
+    ]
 
 
 def states_in(out: Path) -> dict[int, Path]:
@@ -70,9 +76,15 @@ def states_in(out: Path) -> dict[int, Path]:
 
 def left_in(out: Path) -> list:
     """Everything a run leaves, but for the clock."""
-    files = sorted(path for path in out.rglob("*") if path.suffix in (".pth", ".json") and "cache" not in path.parts)
+    files = sorted(
+        path
+        for path in out.rglob("*")
+        if path.suffix in (".pth", ".json") and "cache" not in path.parts
+    )
     results = {path.name: sha256_file(path) for path in files if "checkpoints" not in path.parts}
-    states = {step: sha256_file(path / "state.safetensors") for step, path in states_in(out).items()}
+    states = {
+        step: sha256_file(path / "state.safetensors") for step, path in states_in(out).items()
+    }
     return [results, states, metrics_of(out)]
 
 
@@ -81,7 +93,10 @@ def door_and_flags(name: str, trained, **more) -> tuple:
     door, settings = {
         "pretrain": (train_pretrain, {"data_path": trained.texts} | SHAPE),
         "full_sft": (train_full_sft, {"data_path": chats, "base": trained.out / "pretrain_64.pth"}),
-        "lora": (train_lora, {"data_path": chats, "general_data": chats, "base": chat_base, "lora_name": "x"}),
+        "lora": (
+            train_lora,
+            {"data_path": chats, "general_data": chats, "base": chat_base, "lora_name": "x"},
+        ),
     }[name]
     return door, flags(**(settings | SHORT | more))
 
@@ -102,11 +117,15 @@ def test_a_resumed_run_leaves_the_same_bits(
     rows = {"batch_size": 8 // accumulation_steps, "accumulation_steps": accumulation_steps}
     door, argv = door_and_flags(name, trained, **rows, num_workers=num_workers)
     argv += words.split()
-    whole, cut = tmp_path / "whole" / "out", tmp_path / "cut" / "out"  # one name: it stands in the files
+    whole, cut = (
+        tmp_path / "whole" / "out",
+        tmp_path / "cut" / "out",
+    )  # one name: it stands in the files
     door.main([*argv, "--out_dir", str(whole)])
     assert len(states_in(whole)) == 2
 
-    # Killed in step 7, after the save at 4; resumed and asked to stop in what is step 4 + 5; resumed to the end.
+    # Killed in step 7, after the save at 4; resumed and asked to stop in what is step 4 + 5;
+    # resumed to the end.
     cut_short(monkeypatch, 7)
     with pytest.raises(Crash):
         door.main([*argv, "--out_dir", str(cut)])
@@ -127,7 +146,9 @@ def test_a_compiled_run_resumes_to_the_same_bits(trained, tmp_path, monkeypatch)
     door.main([*argv, "--out_dir", str(plain)])
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     door.main([*argv, "--compile", "--out_dir", str(whole)])
-    assert counters["stats"]["unique_graphs"] >= 4  # first, middle and last block, and those for a single row
+    assert (
+        counters["stats"]["unique_graphs"] >= 4
+    )  # first, middle and last block, and those for a single row
     cut_short(monkeypatch, 7)
     with pytest.raises(Crash):
         door.main([*argv, "--compile", "--out_dir", str(cut)])
@@ -155,17 +176,24 @@ def run(finished, trained, tmp_path):
     shutil.copytree(finished, out)
 
     def again(*words: str, **more: object) -> None:
-        door, argv = door_and_flags("pretrain", trained, **({"batch_size": 4, "epochs": 2, "out_dir": out} | more))
+        door, argv = door_and_flags(
+            "pretrain", trained, **({"batch_size": 4, "epochs": 2, "out_dir": out} | more)
+        )
         door.main([*argv, *words])
 
     again.out = out
     return again
 
 
-def test_pretraining_gives_the_linears_to_muon_and_the_flag_takes_them_back(finished, trained, tmp_path):
+def test_pretraining_gives_the_linears_to_muon_and_the_flag_takes_them_back(
+    finished, trained, tmp_path
+):
     door, argv = door_and_flags("pretrain", trained, batch_size=4, epochs=2)
     door.main([*argv, "--out_dir", str(tmp_path), "--optimizer", "adamw", "--max_steps", "1"])
-    for folder, has_second_moment in ((states_in(finished)[22], False), (states_in(tmp_path)[1], True)):
+    for folder, has_second_moment in (
+        (states_in(finished)[22], False),
+        (states_in(tmp_path)[1], True),
+    ):
         tensors = load_file(folder / "state.safetensors")
         assert "optimizer.tok_embeddings.weight.exp_avg_sq" in tensors
         assert ("optimizer.layers.0.attention.wq.weight.exp_avg_sq" in tensors) == has_second_moment
@@ -176,7 +204,9 @@ def test_a_finished_run_writes_its_files_again(run, finished, capsys):
     for name in ("pretrain_64.pth", "pretrain_64.json"):
         (run.out / name).unlink()
     run("--resume")
-    assert "this run was finished at step 22: its files are written again" in capsys.readouterr().out
+    assert (
+        "this run was finished at step 22: its files are written again" in capsys.readouterr().out
+    )
     assert left_in(run.out) == left_in(finished)
 
 
@@ -228,7 +258,9 @@ def test_a_manifest_is_strict_json_and_gives_every_number_back(tmp_path):
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is no JSON")
 
-    json.loads((tmp_path / "step-1" / "manifest.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    json.loads(
+        (tmp_path / "step-1" / "manifest.json").read_text(encoding="utf-8"), parse_constant=refuse
+    )
     found = newest_state(tmp_path).manifest["memory"]
     assert math.isnan(found.pop("loss")) and found == {"all": nowhere["all"]}
 
@@ -237,7 +269,14 @@ def test_every_change_that_matters_is_refused_in_one_sentence(run, trained, tmp_
     other = tmp_path / "texts.jsonl"
     other.write_bytes(trained.texts.read_bytes() + b'{"text": "one more"}\n')
     with pytest.raises(UserError) as refused:
-        run("--resume", learning_rate=5e-3, optimizer="adamw", data_path=other, seed=5, val_tokens=64)
+        run(
+            "--resume",
+            learning_rate=5e-3,
+            optimizer="adamw",
+            data_path=other,
+            seed=5,
+            val_tokens=64,
+        )
     assert "--learning_rate was 0.002 and is now 0.005" in str(refused.value)
     assert "--optimizer was muon and is now adamw" in str(refused.value)
     assert "--seed was 1337 and is now 5" in str(refused.value)
@@ -252,11 +291,15 @@ def test_a_skill_is_stopped_without_another_validation_and_resumed_with_the_same
     settings = {"batch_size": 8, "out_dir": tmp_path / "out"}
     door, argv = door_and_flags("lora", trained, **settings)
     validations = []
-    monkeypatch.setattr("scripts.wiring.evaluate", lambda *a, **k: validations.append(None) or evaluate(*a, **k))
+    monkeypatch.setattr(
+        "scripts.wiring.evaluate", lambda *a, **k: validations.append(None) or evaluate(*a, **k)
+    )
     cut_short(monkeypatch, 5, signal.SIGTERM)
     with pytest.raises(Stopped):
         door.main(argv)
-    assert max(states_in(tmp_path / "out")) == 5 and len(validations) == 4, "two before the first step, two at step 4"
+    assert max(states_in(tmp_path / "out")) == 5 and len(validations) == 4, (
+        "two before the first step, two at step 4"
+    )
     other = tmp_path / trained.chats.name
     other.write_bytes(trained.chats.read_bytes().partition(b"\n")[2])
     with pytest.raises(UserError, match="general data file 1 changed since step 5;"):
@@ -265,7 +308,9 @@ def test_a_skill_is_stopped_without_another_validation_and_resumed_with_the_same
 
 def test_what_may_change_may_change(run, trained, tmp_path):
     doors = train_lora.Options, train_lora_classifier.Options
-    assert {field for field in MAY_CHANGE if not any(hasattr(door, field) for door in doors)} == set()
+    assert {
+        field for field in MAY_CHANGE if not any(hasattr(door, field) for door in doors)
+    } == set()
     moved = tmp_path / "renamed.jsonl"
     moved.write_bytes(trained.texts.read_bytes())
     run("--resume", data_path=moved, log_interval=3, save_interval=7, num_workers=1)
@@ -275,7 +320,10 @@ def test_resume_without_a_state_starts_and_says_so(run, finished, capsys):
     shutil.rmtree(run.out / "checkpoints")
     run("--resume")
     printed = capsys.readouterr().out
-    assert "there is no state in" in printed and "pretrain_64.pth of an earlier run will be replaced" in printed
+    assert (
+        "there is no state in" in printed
+        and "pretrain_64.pth of an earlier run will be replaced" in printed
+    )
     assert left_in(run.out) == left_in(finished)
 
 
@@ -299,7 +347,9 @@ def test_a_run_that_saved_while_this_one_started_is_noticed(tmp_path):
         pass
 
 
-def test_a_new_run_deletes_the_old_states_at_its_first_save_and_not_before(run, monkeypatch, capsys):
+def test_a_new_run_deletes_the_old_states_at_its_first_save_and_not_before(
+    run, monkeypatch, capsys
+):
     cut_short(monkeypatch, 1)
     with pytest.raises(Crash):
         run(seed=3)
@@ -308,7 +358,10 @@ def test_a_new_run_deletes_the_old_states_at_its_first_save_and_not_before(run, 
     cut_short(monkeypatch, 4)
     with pytest.raises(Crash):
         run(seed=3)
-    assert "holds a run that got to step 20 of 22: with the same options --resume goes on" in capsys.readouterr().out
+    assert (
+        "holds a run that got to step 20 of 22: with the same options --resume goes on"
+        in capsys.readouterr().out
+    )
     assert list(states_in(run.out)) == [20]
     cut_short(monkeypatch, 5)
     with pytest.raises(Crash):
@@ -324,7 +377,9 @@ def test_a_state_is_on_disk_before_it_takes_its_name_and_others_go_after(tmp_pat
     calls = []
     fsync, rename = os.fsync, os.rename
     monkeypatch.setattr(os, "fsync", lambda file: (calls.append("fsync"), fsync(file)))
-    monkeypatch.setattr(os, "rename", lambda a, b: (calls.append(f"{a.name} -> {b.name}"), rename(a, b)))
+    monkeypatch.setattr(
+        os, "rename", lambda a, b: (calls.append(f"{a.name} -> {b.name}"), rename(a, b))
+    )
     write(3)
     folders = ["fsync"] * (os.name != "nt")  # Windows cannot sync a folder
     taken = [*["fsync"] * 4, *folders, ".new-step-3 -> step-3", *folders]
@@ -348,7 +403,9 @@ def test_a_full_disk_is_one_sentence_and_harms_nothing(run, finished):
     # Less than a state needs, more than the weights.
     resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, hard))
     try:
-        with pytest.raises(UserError, match=r"cannot save the run's state in .*pretrain_64.*--resume"):
+        with pytest.raises(
+            UserError, match=r"cannot save the run's state in .*pretrain_64.*--resume"
+        ):
             run("--resume")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -384,7 +441,9 @@ def test_any_optimizer_goes_on_where_it_was(tmp_path, make):
     model, optimizer, scaler = parts()
     steps(model, optimizer, 3)
     states = RunStates(tmp_path, {}, {"seen": 7}, resume=False)
-    states.save(model, optimizer, scaler, Progress(3), cpu.rng_states(), cpu, metrics="", total_steps=6)
+    states.save(
+        model, optimizer, scaler, Progress(3), cpu.rng_states(), cpu, metrics="", total_steps=6
+    )
     steps(model, optimizer, 3)
 
     other, optimizer, scaler = parts()
@@ -398,7 +457,10 @@ def test_any_optimizer_goes_on_where_it_was(tmp_path, make):
 
 def test_the_scale_of_fp16_goes_on_where_it_was(tmp_path):
     cpu, model = Runtime.start("cpu"), torch.nn.Linear(2, 2)
-    optimizer, scaler = MuonAdamW(param_groups(model, 0.1), 1e-2), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer, scaler = (
+        MuonAdamW(param_groups(model, 0.1), 1e-2),
+        torch.amp.GradScaler("cpu", init_scale=1024.0),
+    )
     model(torch.rand(3, 2)).sum().backward()
     optimizer.step()
     RunStates(tmp_path, {}, {}, resume=False).save(

@@ -21,8 +21,12 @@ TEXTS = [{"text": f"row {n} 第{n}行\nwith  spaces "} for n in range(5)]
 
 def write(path, *rows):
     """A JSON-lines file; a row is an object, a line as it stands, or its bytes."""
-    lines = [row if isinstance(row, str | bytes) else json.dumps(row, ensure_ascii=False) for row in rows]
-    path.write_bytes(b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines))
+    lines = [
+        row if isinstance(row, str | bytes) else json.dumps(row, ensure_ascii=False) for row in rows
+    ]
+    path.write_bytes(
+        b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines)
+    )
     return path
 
 
@@ -50,10 +54,12 @@ FORMATS = {
     "no_last_newline.jsonl": json_lines(TEXTS).rstrip(),
     "a.jsonl.gz": gzip.compress(json_lines(TEXTS)),
     "bom.json.gz": gzip.compress(codecs.BOM_UTF8 + json.dumps(TEXTS).encode()),
-    "two_members.jsonl.gz": gzip.compress(json_lines(TEXTS[:2])) + gzip.compress(json_lines(TEXTS[2:])),
+    "two_members.jsonl.gz": gzip.compress(json_lines(TEXTS[:2]))
+    + gzip.compress(json_lines(TEXTS[2:])),
     "a.jsonl.zst": zstandard.compress(json_lines(TEXTS)),
     "a.json.zst": zstandard.compress(json.dumps(TEXTS, indent=1).encode()),
-    "two_frames.jsonl.zst": zstandard.compress(json_lines(TEXTS[:2])) + zstandard.compress(json_lines(TEXTS[2:])),
+    "two_frames.jsonl.zst": zstandard.compress(json_lines(TEXTS[:2]))
+    + zstandard.compress(json_lines(TEXTS[2:])),
 }
 
 
@@ -77,7 +83,9 @@ def test_however_little_is_read_at_once_the_rows_are_the_same(tmp_path, monkeypa
 
 def test_neither_a_long_line_nor_a_long_array_is_held_whole(tmp_path):
     path = tmp_path / "a.json"
-    path.write_text("[" + ", ".join(['{"text": "' + "x" * 1000 + '"}'] * 20_000) + "]", encoding="utf-8")
+    path.write_text(
+        "[" + ", ".join(['{"text": "' + "x" * 1000 + '"}'] * 20_000) + "]", encoding="utf-8"
+    )
     tracemalloc.start()
     assert sum(len(block.lines) for block in read_blocks(path)) == 20_000
     assert tracemalloc.get_traced_memory()[1] < 8e6 < path.stat().st_size
@@ -92,10 +100,15 @@ def test_lines_are_counted_in_the_file_not_among_the_rows(tmp_path):
     assert [line for line, _ in read_rows(array, clean_text)] == [3, 3, 6]
 
 
-@pytest.mark.parametrize("content", ["a\u2028b\u0085c\x0bd", "\ufeffa", "\u200b\ufe0f x", "\x00\x1b"])
+@pytest.mark.parametrize(
+    "content", ["a\u2028b\u0085c\x0bd", "\ufeffa", "\u200b\ufe0f x", "\x00\x1b"]
+)
 def test_only_newlines_end_a_line_and_contents_come_back_exactly(tmp_path, content):
     row = {"text": content}
-    assert rows_of(write(tmp_path / "a.jsonl", json.dumps(row, ensure_ascii=False), row)) == [row, row]
+    assert rows_of(write(tmp_path / "a.jsonl", json.dumps(row, ensure_ascii=False), row)) == [
+        row,
+        row,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +121,10 @@ def test_only_newlines_end_a_line_and_contents_come_back_exactly(tmp_path, conte
         ({"instruction": "你好", "input": "", "output": "Hello 👋"}, CHAT),
         ({"instruction": "你好", "output": "Hello 👋", "input": None}, CHAT),
         ({"instruction": "你好", "output": "Hello 👋", "system": "Be brief."}, [SYSTEM, *CHAT]),
-        ({"instruction": "Add", "input": "1 2", "output": "3"}, [("user", "Add\n1 2"), ("assistant", "3")]),
+        (
+            {"instruction": "Add", "input": "1 2", "output": "3"},
+            [("user", "Add\n1 2"), ("assistant", "3")],
+        ),
     ],
 )
 def test_the_three_chat_formats(row, messages):
@@ -138,22 +154,37 @@ FAULTS = [  # a line, the reason in it
     ({"conversations": []}, "the conversation is not a list of messages"),
     ({"messages": {"role": "user"}}, "the conversation is not a list of messages"),
     ({"messages": ["hello", "hi"]}, 'message 1 is not an object with "role" and "content"'),
-    ({"messages": [{"from": "human", "value": "x"}]}, 'message 1 is not an object with "role" and "content"'),
-    ({"messages": [CHAT[0], {"role": "assistant", "content": None}]}, "message 2 is not text but NoneType"),
+    (
+        {"messages": [{"from": "human", "value": "x"}]},
+        'message 1 is not an object with "role" and "content"',
+    ),
+    (
+        {"messages": [CHAT[0], {"role": "assistant", "content": None}]},
+        "message 2 is not text but NoneType",
+    ),
     ({"messages": [CHAT[0], {"role": "assistant", "content": " \n"}]}, "message 2 is empty"),
     ({"messages": [{"role": "user", "content": ["x"]}, CHAT[1]]}, "message 1 is not text but list"),
     ({"instruction": "", "output": "x"}, '"instruction" is empty'),
     ({"instruction": "a", "input": 3, "output": "x"}, '"input" is not text but int'),
     ({"instruction": "a", "output": ""}, "message 2 is empty"),
-    ({"instruction": "a"}, 'no "conversations", "messages" or "instruction" with "output" among its keys'),
+    (
+        {"instruction": "a"},
+        'no "conversations", "messages" or "instruction" with "output" among its keys',
+    ),
     ({}, "among its keys (none)"),
     ({"text": ""}, '"text" is empty'),
     ({"text": "\u3000\t"}, '"text" is empty'),
     ({"text": 3}, '"text" is not text but int'),
     ('{"text": "\\ud83d"}', '"text" holds half of a surrogate pair'),
-    ('{"messages": [{"role": "user", "content": "\\ude00"}]}', "message 1 holds half of a surrogate pair"),
+    (
+        '{"messages": [{"role": "user", "content": "\\ude00"}]}',
+        "message 1 holds half of a surrogate pair",
+    ),
     ('{"text": "a", "text": "b"}', "a key appears twice"),
-    ('{"messages": [{"role": "user", "role": "assistant", "content": "x"}]}', "a key appears twice"),
+    (
+        '{"messages": [{"role": "user", "role": "assistant", "content": "x"}]}',
+        "a key appears twice",
+    ),
     ('{"text": "a"', "invalid JSON at column 13"),
     ('{"text": "a"} {"text": "b"}', "invalid JSON at column 15: Extra data"),
     ("{'text': 'a'}", "invalid JSON at column 2"),
@@ -172,7 +203,9 @@ FAULTS = [  # a line, the reason in it
 
 @pytest.mark.parametrize(("row", "reason"), FAULTS, ids=[reason for _, reason in FAULTS])
 def test_a_bad_row_is_named_by_its_line_and_reason(tmp_path, row, reason):
-    path = write(tmp_path / "a.jsonl", {"conversations": CHAT}, {"text": "good"}, row, {"text": "good"})
+    path = write(
+        tmp_path / "a.jsonl", {"conversations": CHAT}, {"text": "good"}, row, {"text": "good"}
+    )
     found = bad_rows(path)
     assert list(found) == [3] and reason in found[3]
     assert rows_of(path)[-1] == {"text": "good"}
@@ -203,8 +236,14 @@ def test_planted_faults_among_many_good_rows_are_all_found(tmp_path, ending):
 
 ARRAYS = [  # a file's content, the reason in each bad line
     ('[\n{"text": "a"},\n{"text": ""},\n{"text": "c"}]', {3: '"text" is empty'}),
-    ('[\n{"text": "a"},\n{"text": "b", "text": "c"},\n{"text": ""}]', {3: "a key appears twice", 4: "is empty"}),
-    ('[\n{"text": "a"},\n{"text": oops},\n{"text": "c"}]', {3: "the rest of the array is unreadable"}),
+    (
+        '[\n{"text": "a"},\n{"text": "b", "text": "c"},\n{"text": ""}]',
+        {3: "a key appears twice", 4: "is empty"},
+    ),
+    (
+        '[\n{"text": "a"},\n{"text": oops},\n{"text": "c"}]',
+        {3: "the rest of the array is unreadable"},
+    ),
     ('[\n{"text": "a"},\n\n', {4: "the JSON array is not closed"}),
     ('[\n{"text": "a"},\n{"text": "b', {3: "the rest of the array is unreadable"}),
     ('[{"text": "a"}]\n\n[{"text": "b"}]\n', {3: "text after the end of the JSON array"}),
@@ -213,7 +252,10 @@ ARRAYS = [  # a file's content, the reason in each bad line
     ("[]", {}),
     ('[\n1, "a", 22, nul]', {2: "the rest of the array is unreadable"}),
     ('[{"text": "a \n b"},\n{"text": "b"}]', {1: "the rest of the array is unreadable"}),
-    (b'[\n{"text": "\xff"},\n{"text": "b"},\n{"text": "\xe4\xbd"}]', {2: "not UTF-8", 4: "not UTF-8"}),
+    (
+        b'[\n{"text": "\xff"},\n{"text": "b"},\n{"text": "\xe4\xbd"}]',
+        {2: "not UTF-8", 4: "not UTF-8"},
+    ),
 ]
 
 
@@ -233,12 +275,19 @@ def test_a_number_is_not_cut_where_reading_paused(tmp_path, monkeypatch, size):
     monkeypatch.setattr(blocks, "CHUNK_BYTES", size)
     path = tmp_path / "a.json"
     path.write_text('[12345, -1.5e7, {"text": "a"}]', encoding="utf-8")
-    assert [line for block in read_blocks(path) for _, line in block.lines] == [b"12345", b"-1.5e7", b'{"text": "a"}']
+    assert [line for block in read_blocks(path) for _, line in block.lines] == [
+        b"12345",
+        b"-1.5e7",
+        b'{"text": "a"}',
+    ]
 
 
 def test_no_line_of_random_damage_escapes(tmp_path):
     rng = random.Random(0)
-    good = [json.dumps(row, ensure_ascii=False).encode() for row in ({"text": "añ😀"}, {"messages": CHAT}, *TEXTS)]
+    good = [
+        json.dumps(row, ensure_ascii=False).encode()
+        for row in ({"text": "añ😀"}, {"messages": CHAT}, *TEXTS)
+    ]
     lines = []
     for _ in range(1500):
         line = bytearray(rng.choice(good))
@@ -257,7 +306,10 @@ NOT_DATA = {
     "cut.jsonl.gz": (gzip.compress(json_lines(TEXTS * 500))[:-40], "cannot read"),
     "damaged.jsonl.gz": (b"\x1f\x8b\x08" + b"\x00" * 7 + b"\xff" * 50, "cannot read"),
     "plain.jsonl.gz": (json_lines(TEXTS), "cannot read"),
-    "cut.jsonl.zst": (zstandard.compress(json_lines(TEXTS * 500))[:-40], "the compressed file ends too early"),
+    "cut.jsonl.zst": (
+        zstandard.compress(json_lines(TEXTS * 500))[:-40],
+        "the compressed file ends too early",
+    ),
     "plain.jsonl.zst": (json_lines(TEXTS), "cannot read"),
 }
 

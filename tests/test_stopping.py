@@ -28,7 +28,12 @@ def test_ctrl_c_ends_the_step_saves_and_interrupts(tiny_model, tmp_path):
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(Stopped):
         run_training(
-            tiny_model, Source([ragged_batch(2, seed=11)]), tmp_path, epochs=50, loss=interrupted, on_save=saved.append
+            tiny_model,
+            Source([ragged_batch(2, seed=11)]),
+            tmp_path,
+            epochs=50,
+            loss=interrupted,
+            on_save=saved.append,
         )
     assert saved == [3]  # the signal came in step 3, which was finished
     assert signal.getsignal(signal.SIGINT) is handler
@@ -44,13 +49,23 @@ def test_a_stop_before_the_first_step_leaves_everything_as_it_was(tiny_model, tm
         return loss_sum(model, batch)
 
     with pytest.raises(Stopped):
-        run_training(tiny_model, source, tmp_path, loss=interrupted, on_save=lambda step: pytest.fail("saved"))
+        run_training(
+            tiny_model,
+            source,
+            tmp_path,
+            loss=interrupted,
+            on_save=lambda step: pytest.fail("saved"),
+        )
     assert "stopped by SIGINT after step 0 of 4; nothing is saved" in capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize(("asked", "error", "steps"), [(True, Stopped, [2]), (False, RuntimeError, [])])
-def test_a_signal_that_ends_the_processes_of_the_source_too_still_saves(tiny_model, tmp_path, asked, error, steps):
+@pytest.mark.parametrize(
+    ("asked", "error", "steps"), [(True, Stopped, [2]), (False, RuntimeError, [])]
+)
+def test_a_signal_that_ends_the_processes_of_the_source_too_still_saves(
+    tiny_model, tmp_path, asked, error, steps
+):
     """As on Windows, where a worker that is still importing cannot be kept from a Ctrl-C."""
 
     class Dying(Source):
@@ -75,7 +90,13 @@ def test_a_run_outlives_the_readers_of_its_output(tiny_model, tmp_path, monkeypa
     with os.fdopen(writing, "w", encoding="utf-8") as unread, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", unread)
         patch.setattr(sys, "stderr", unread)
-        run_training(tiny_model, Source([ragged_batch(2, seed=11)]), tmp_path, on_save=saved.append, log_interval=1)
+        run_training(
+            tiny_model,
+            Source([ragged_batch(2, seed=11)]),
+            tmp_path,
+            on_save=saved.append,
+            log_interval=1,
+        )
         print("what the door prints afterwards", flush=True)
     assert saved == [4]
 
@@ -95,7 +116,9 @@ def test_a_second_run_at_the_same_states_is_refused_until_the_first_is_dead(tiny
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     source = Source([ragged_batch(2, seed=11)])
-    with subprocess.Popen([sys.executable, "-c", HOLDER], cwd=tmp_path, env=environment, **pipes) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER], cwd=tmp_path, env=environment, **pipes
+    ) as holder:
         assert holder.stdout.readline() == "True\n"
         with pytest.raises(UserError, match=r"another run is at work in .*states"):
             run_training(tiny_model, source, tmp_path)
@@ -120,7 +143,9 @@ def test_a_second_signal_acts_at_once_but_an_echo_does_not(monkeypatch):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGHUP")
 def test_a_closed_terminal_stops_a_run_unless_it_was_told_to_outlast_that():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for a job in the background of a script
+    before = signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # as for a job in the background of a script
     try:
         with signals.stop_requests() as request:
             signal.raise_signal(signal.SIGINT)

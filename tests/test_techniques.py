@@ -46,5 +46,7 @@ def test_steps_of_a_variant_are_timed_beside_as_many_of_ours(tmp_path):
     found = json.loads(result.read_text(encoding="utf-8"))
     ratio = found["variants"]["attention by blocks"]["time_against_ours"]
     assert found["steps"] == 2 and 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
-    sides = techniques.step_seconds(techniques.Options(variant="Muon", dim=32, n_layers=1, max_seq_len=32, steps=3))
+    sides = techniques.step_seconds(
+        techniques.Options(variant="Muon", dim=32, n_layers=1, max_seq_len=32, steps=3)
+    )
     assert [len(seconds) for seconds in sides] == [3, 3]

@@ -1,4 +1,6 @@
-"""The token cache: the same table whoever makes it, whole or absent, and never an old one for a new file."""
+"""The token cache: the same table whoever makes it, whole or absent, and never an old one for a new
+file.
+"""
 
 import gzip
 import hashlib
@@ -35,7 +37,8 @@ def words(most):
 
 TEXTS = [{"text": words(30)} for _ in range(60)]
 CHATS = [
-    {"messages": [{"role": r, "content": words(9)} for r in ("user", "assistant") * (n % 3 + 1)]} for n in range(40)
+    {"messages": [{"role": r, "content": words(9)} for r in ("user", "assistant") * (n % 3 + 1)]}
+    for n in range(40)
 ]
 HOUR_NS = 3600 * 10**9
 
@@ -56,18 +59,33 @@ def make(tokenizer, tmp_path):
 
 
 def cached(tmp_path):
-    return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*") if path.name != "sha256.json"}
+    return {
+        path.name: path.stat().st_mtime_ns
+        for path in (tmp_path / "cache").glob("*")
+        if path.name != "sha256.json"
+    }
 
 
 def rows_of(table):
     rows, _ = split_rows(table, 0.0)
-    return [(rows.ids(n).tolist(), rows.learned(n).tolist(), int(rows.lengths[n])) for n in range(len(rows))]
+    return [
+        (rows.ids(n).tolist(), rows.learned(n).tolist(), int(rows.lengths[n]))
+        for n in range(len(rows))
+    ]
 
 
 # One table, whoever makes it
 
 GOOD_LINES = [json.dumps(row, ensure_ascii=False).encode() for row in TEXTS]
-FAULTY_LINES = [b"", b'{"text": 3}', *GOOD_LINES[:25], b" ", b"oops", *GOOD_LINES[25:], b'{"tekst": "a"}']
+FAULTY_LINES = [
+    b"",
+    b'{"text": 3}',
+    *GOOD_LINES[:25],
+    b" ",
+    b"oops",
+    *GOOD_LINES[25:],
+    b'{"tekst": "a"}',
+]
 FAULTS = [2, 29, 65]
 LINES = b"\n".join(FAULTY_LINES) + b"\n"
 ARRAY = b"[" + b",\n".join([b'{"text": 3}', *GOOD_LINES, b'{"text": ""}']) + b"]"
@@ -75,7 +93,10 @@ FORMATS = {  # content, lines of the bad rows
     "a.jsonl": (LINES, FAULTS),
     "bom_crlf.jsonl": (b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n"), FAULTS),
     "a.jsonl.gz": (gzip.compress(LINES), FAULTS),
-    "two_frames.jsonl.zst": (zstandard.compress(LINES[:999]) + zstandard.compress(LINES[999:]), FAULTS),
+    "two_frames.jsonl.zst": (
+        zstandard.compress(LINES[:999]) + zstandard.compress(LINES[999:]),
+        FAULTS,
+    ),
     "array.json": (ARRAY, [1, 62]),
 }
 
@@ -127,7 +148,9 @@ def test_processes_that_inherit_nothing_make_the_same_table(tokenizer, tmp_path,
         multiprocessing.set_start_method(before, force=True)
 
 
-def test_small_files_start_no_process_and_large_ones_say_what_happens(make, texts, monkeypatch, capsys):
+def test_small_files_start_no_process_and_large_ones_say_what_happens(
+    make, texts, monkeypatch, capsys
+):
     started = []
     in_order = tokenized.in_order
     monkeypatch.setattr(tokenized, "in_order", lambda *a: started.append(a[-1]) or in_order(*a))
@@ -177,17 +200,23 @@ def test_processes_that_start_at_once_share_one_table(tokenizer, texts, tmp_path
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 4 and all(rows == found[0] for rows in found) and len(cached(tmp_path)) == 2
+    assert (
+        len(found) == 4 and all(rows == found[0] for rows in found) and len(cached(tmp_path)) == 2
+    )
 
 
 # Rows
 
 
-def test_the_first_target_is_the_first_learned_token_that_something_predicts(tokenizer, tmp_path, small_blocks):
+def test_the_first_target_is_the_first_learned_token_that_something_predicts(
+    tokenizer, tmp_path, small_blocks
+):
     path = write(tmp_path / "chats.jsonl", CHATS)
     table = tokenize_files((path,), CHAT, tokenizer, tmp_path / "cache")
     rows, _ = split_rows(table, 0.0)
-    assert rows.lengths.tolist() == [len(encode_chat(tokenizer, row["messages"])[0]) for row in CHATS]
+    assert rows.lengths.tolist() == [
+        len(encode_chat(tokenizer, row["messages"])[0]) for row in CHATS
+    ]
     for n, first in enumerate(rows.first_target):
         flags = rows.learned(n)
         assert first >= 1 and flags[first] and not flags[1:first].any()
@@ -195,7 +224,9 @@ def test_the_first_target_is_the_first_learned_token_that_something_predicts(tok
     assert some.first_target.tolist() == rows.first_target[[7, 3]].tolist()
 
 
-@pytest.mark.parametrize(("learned", "expected"), [([True, False], NO_TARGET), ([False] * 3, NO_TARGET), ([1, 1], 1)])
+@pytest.mark.parametrize(
+    ("learned", "expected"), [([True, False], NO_TARGET), ([False] * 3, NO_TARGET), ([1, 1], 1)]
+)
 def test_the_very_first_token_is_no_target(learned, expected):
     assert tokenized._first_target(learned) == expected and expected > 0
 
@@ -214,7 +245,9 @@ def test_some_of_a_row_is_cut_out_of_the_whole(make, texts, small_blocks):
     rows, _ = split_rows(make(texts), 0.0)
     for read in (rows.ids, rows.learned):
         for cut in ((0, 1), (2, 5), (1, 10**6), (3,)):
-            assert read(20, *cut).tolist() == read(20).tolist()[slice(*cut, *[None] * (2 - len(cut)))]
+            assert (
+                read(20, *cut).tolist() == read(20).tolist()[slice(*cut, *[None] * (2 - len(cut)))]
+            )
 
 
 def test_a_window_reads_no_more_of_a_document_than_itself(make, tokenizer, tmp_path, monkeypatch):
@@ -250,7 +283,9 @@ def test_a_warm_start_hashes_no_data(make, texts, monkeypatch):
     rows = rows_of(make(texts))
     opened = []
     open_path = Path.open
-    monkeypatch.setattr(Path, "open", lambda path, *a, **k: opened.append(path.name) or open_path(path, *a, **k))
+    monkeypatch.setattr(
+        Path, "open", lambda path, *a, **k: opened.append(path.name) or open_path(path, *a, **k)
+    )
     assert rows_of(make(texts)) == rows and "texts.jsonl" not in opened
 
 
@@ -286,7 +321,10 @@ def test_an_interrupted_write_leaves_no_table_and_no_process(
         if fails == "block":
             patch.setattr(tokenized.BadRows, "add", interrupt)  # while parts are coming in
         else:
-            patch.setattr(*{"atomic_write": (tokenized, fails), "replace": (files.os, fails)}[fails], interrupt)
+            patch.setattr(
+                *{"atomic_write": (tokenized, fails), "replace": (files.os, fails)}[fails],
+                interrupt,
+            )
         with pytest.raises(KeyboardInterrupt) as caught:  # its traceback keeps every variable alive
             make(texts, workers=workers)
         assert caught and multiprocessing.active_children() == []
@@ -305,7 +343,9 @@ def damage(table, how, rng=None):
             for batch in batches[:-1]:
                 writer.write_batch(batch)
     elif how == "a row too long":
-        (ends, *_) = (batch.column("ids").offsets.to_numpy() for batch in pa.ipc.open_stream(content))
+        (ends, *_) = (
+            batch.column("ids").offsets.to_numpy() for batch in pa.ipc.open_stream(content)
+        )
         too_long = ends.copy()
         too_long[-1] += 10**6
         table.write_bytes(content.replace(ends.tobytes(), too_long.tobytes()))
@@ -328,7 +368,8 @@ def damage(table, how, rng=None):
 
 
 @pytest.mark.parametrize(
-    "how", ["cut", "a part less", "a row too long", "empty", "no list", "another list", "broken list"]
+    "how",
+    ["cut", "a part less", "a row too long", "empty", "no list", "another list", "broken list"],
 )
 def test_a_damaged_cache_is_made_again(make, texts, tmp_path, small_blocks, capsys, how):
     before = rows_of(make(texts))
@@ -336,12 +377,17 @@ def test_a_damaged_cache_is_made_again(make, texts, tmp_path, small_blocks, caps
     damage(table, how)
     capsys.readouterr()
     assert rows_of(make(texts)) == before
-    assert capsys.readouterr().out == f"the token cache {table} is damaged or unfinished: it is made again\n"
+    assert (
+        capsys.readouterr().out
+        == f"the token cache {table} is damaged or unfinished: it is made again\n"
+    )
 
 
 @pytest.mark.parametrize("how", ["noise", "a bit of the table", "a bit of the list"])
 @pytest.mark.parametrize("size", ["small", "large"])
-def test_no_damage_passes_or_ends_the_process(make, texts, tmp_path, monkeypatch, small_blocks, how, size):
+def test_no_damage_passes_or_ends_the_process(
+    make, texts, tmp_path, monkeypatch, small_blocks, how, size
+):
     before = rows_of(make(texts))
     (table,) = (tmp_path / "cache").glob("*.arrow")
     said = table.with_suffix(".json")
@@ -352,7 +398,9 @@ def test_no_damage_passes_or_ends_the_process(make, texts, tmp_path, monkeypatch
         damage(table, how, rng)
         try:
             opened = open_table(table)
-            sound = opened is not None and rows_of(opened[0]) == before  # what lies between the parts does no harm
+            sound = (
+                opened is not None and rows_of(opened[0]) == before
+            )  # what lies between the parts does no harm
             told += opened is None
             assert sound or opened is None
         except UserError:
@@ -367,7 +415,9 @@ def test_a_table_of_another_type_of_ids_is_not_the_same(make, texts, tmp_path):
     make(texts)
     (table,) = (tmp_path / "cache").glob("*.arrow")
     content, kind = table.read_bytes(), open_table(table)[0].data.schema
-    signed = [field if field.name != "ids" else pa.field("ids", pa.list_(pa.int16())) for field in kind]
+    signed = [
+        field if field.name != "ids" else pa.field("ids", pa.list_(pa.int16())) for field in kind
+    ]
     for n, schema in enumerate((kind, pa.schema(signed))):
         head, other = (one.remove_metadata().serialize().to_pybytes() for one in (kind, schema))
         assert content.startswith(head) and n == (head != other)
@@ -377,11 +427,16 @@ def test_a_table_of_another_type_of_ids_is_not_the_same(make, texts, tmp_path):
 
 @pytest.fixture
 def harmed_later(make, texts, tmp_path, monkeypatch, small_blocks):
-    """The rows of a large table before and after a bit of its last ids has flipped; it was not noticed at the start."""
+    """The rows of a large table before and after a bit of its last ids has flipped; it was not
+    noticed at the start.
+    """
     monkeypatch.setattr(token_table, "CHECKED_AT_START", 0)
     before = rows_of(make(texts))
     (table,) = (tmp_path / "cache").glob("*.arrow")
-    (*_, ids) = (batch.column("ids").buffers()[3].to_pybytes() for batch in pa.ipc.open_stream(table.read_bytes()))
+    (*_, ids) = (
+        batch.column("ids").buffers()[3].to_pybytes()
+        for batch in pa.ipc.open_stream(table.read_bytes())
+    )
     table.write_bytes(table.read_bytes().replace(ids, ids[:-1] + bytes([ids[-1] ^ 1])))
     return before, make(texts)
 
@@ -392,7 +447,9 @@ def test_a_large_table_is_checked_before_a_part_is_used(make, texts, harmed_late
     assert capsys.readouterr().out == ""
     assert rows.ids(0).tolist() == before[0][0], "another part"
     for _ in range(2):
-        with pytest.raises(UserError, match=r"the token cache .*\.arrow is damaged; start again, with --resume"):
+        with pytest.raises(
+            UserError, match=r"the token cache .*\.arrow is damaged; start again, with --resume"
+        ):
             rows.ids(len(rows) - 1)
     with pytest.raises(UserError, match="is damaged"):
         split_rows(table, 0.0)
@@ -402,7 +459,9 @@ def test_a_large_table_is_checked_before_a_part_is_used(make, texts, harmed_late
 
 def test_a_loader_s_process_finds_the_damage_too(tokenizer, texts, tmp_path, harmed_later):
     data = PretrainDataset((texts,), tokenizer, 16, cache=tmp_path / "cache", val_ratio=0.0)
-    with pytest.raises(UserError, match=r"^the token cache .* is damaged"):  # not in the words of the loader
+    with pytest.raises(
+        UserError, match=r"^the token cache .* is damaged"
+    ):  # not in the words of the loader
         list(Batches(data.train, 4, 1, seed=0, num_workers=1).steps(0))
     assert multiprocessing.active_children() == []
 
@@ -427,9 +486,14 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(make, texts, tmp_path, m
 
 def test_bad_rows_stop_the_run_or_are_skipped_and_are_remembered(make, tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [{"text": "a"}, {"text": 3}, {"text": "b"}, {"tekst": "c"}])
-    for name in ("a.jsonl", "renamed.jsonl"):  # the second time from the cache, and under the name it has now
+    for name in (
+        "a.jsonl",
+        "renamed.jsonl",
+    ):  # the second time from the cache, and under the name it has now
         path = path.rename(tmp_path / name)
-        with pytest.raises(UserError, match=rf"2 bad rows, the first .*{name}:2: \"text\" is not text but int; "):
+        with pytest.raises(
+            UserError, match=rf"2 bad rows, the first .*{name}:2: \"text\" is not text but int; "
+        ):
             make(path)
         printed = capsys.readouterr().out
         assert f'{path}:2: "text" is not text but int\n{path}:4: no "text" among' in printed
@@ -443,7 +507,9 @@ def test_many_bad_rows_are_counted_and_the_first_are_shown(make, tmp_path, small
     with pytest.raises(UserError, match=r"500 bad rows, the first .*a\.jsonl:1: "):
         make(path)
     *shown, more = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[-2] for line in shown] == [str(n) for n in range(1, 21)] and more == "..."
+    assert [line.split(":")[-2] for line in shown] == [
+        str(n) for n in range(1, 21)
+    ] and more == "..."
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "[]", '{"text": ""}\n'])
@@ -463,7 +529,10 @@ def test_a_missing_file_is_one_sentence(make, tmp_path):
 def test_a_data_file_is_only_read(tokenizer, texts, tmp_path):
     before = hashlib.sha256(texts.read_bytes()).hexdigest(), Path(texts).stat().st_mtime_ns
     PretrainDataset((texts,), tokenizer, 64, cache=tmp_path / "cache")
-    assert before == (hashlib.sha256(texts.read_bytes()).hexdigest(), Path(texts).stat().st_mtime_ns)
+    assert before == (
+        hashlib.sha256(texts.read_bytes()).hexdigest(),
+        Path(texts).stat().st_mtime_ns,
+    )
 
 
 # The command
@@ -473,11 +542,20 @@ def test_training_finds_what_was_prepared(tokenizer, texts, tmp_path, capsys, mo
     prepare_data.main([str(texts), "--out_dir", str(tmp_path), "--workers", "2"])
     assert capsys.readouterr().out.startswith(f"{len(TEXTS)} text rows, ")
     monkeypatch.setattr(tokenized, "read_blocks", None)  # whoever tokenises again fails
-    assert len(PretrainDataset((texts,), tokenizer, 64, cache=cache_dir(tmp_path), val_ratio=0.0).train.rows) == 60
+    assert (
+        len(
+            PretrainDataset(
+                (texts,), tokenizer, 64, cache=cache_dir(tmp_path), val_ratio=0.0
+            ).train.rows
+        )
+        == 60
+    )
 
 
 def test_chats_are_told_from_texts_and_other_rows_refused(tmp_path, capsys):
     prepare_data.main([str(write(tmp_path / "a.jsonl", CHATS)), "--out_dir", str(tmp_path)])
     assert capsys.readouterr().out.startswith(f"{len(CHATS)} chat rows, ")
     with pytest.raises(UserError, match=r"no usable row in .*b\.jsonl"):
-        prepare_data.main([str(write(tmp_path / "b.jsonl", [{"question": "x"}])), "--out_dir", str(tmp_path)])
+        prepare_data.main(
+            [str(write(tmp_path / "b.jsonl", [{"question": "x"}])), "--out_dir", str(tmp_path)]
+        )

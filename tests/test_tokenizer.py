@@ -1,4 +1,6 @@
-"""Tokenizers: trained in seconds on small data, exact for any text, and known by their fingerprint."""
+"""Tokenizers: trained in seconds on small data, exact for any text, and known by their
+fingerprint.
+"""
 
 import copy
 import json
@@ -15,7 +17,14 @@ from core.errors import UserError
 from core.paths import TOKENIZER_DIR, bundled_data
 from dataset.chat import encode_chat
 from dataset.tokenizer import load_tokenizer, spelled_bytes, token_bytes, tokenizer_fingerprint
-from scripts.train_tokenizer import CHAT_TEMPLATE, draw, main, save_tokenizer, split_texts, train_bpe
+from scripts.train_tokenizer import (
+    CHAT_TEMPLATE,
+    draw,
+    main,
+    save_tokenizer,
+    split_texts,
+    train_bpe,
+)
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MESSAGES = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "Hello 👋"}]
@@ -26,18 +35,33 @@ def small(tmp_path_factory):
     """A tokenizer of 400 entries, trained by the command on two small files: its folder."""
     folder = tmp_path_factory.mktemp("tokenizer")
     files = [folder / "texts.jsonl", folder / "chats.json"]
-    files[0].write_text("".join(json.dumps({"text": text}) + "\n" for text in words()), encoding="utf-8")
+    files[0].write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in words()), encoding="utf-8"
+    )
     files[1].write_text(json.dumps([{"messages": MESSAGES}] * 40), encoding="utf-8")
-    return main(["--data_path", *map(str, files), "--vocab_size", "400", "--tokenizer_path", str(folder / "made")])
+    return main(
+        [
+            "--data_path",
+            *map(str, files),
+            "--vocab_size",
+            "400",
+            "--tokenizer_path",
+            str(folder / "made"),
+        ]
+    )
 
 
 def words():
     rng = random.Random(3)
-    return [" ".join("".join(rng.choices("abcdefgh天地人", k=4)) for _ in range(40)) for _ in range(60)]
+    return [
+        " ".join("".join(rng.choices("abcdefgh天地人", k=4)) for _ in range(40)) for _ in range(60)
+    ]
 
 
 def any_text(rng, length=40):
-    """Characters of every plane, control characters, lone combining marks, odd line ends; all but surrogates."""
+    """Characters of every plane, control characters, lone combining marks, odd line ends; all but
+    surrogates.
+    """
     blocks = [
         (0, 0x100),
         (0x300, 0x370),
@@ -65,18 +89,35 @@ def test_training_gives_the_wanted_size_and_places(small):
 
 def test_training_twice_gives_the_same_tokenizer(small):
     texts = words()
-    assert tokenizer_fingerprint(train_bpe(iter(texts), 350)) == tokenizer_fingerprint(train_bpe(iter(texts), 350))
-    assert tokenizer_fingerprint(train_bpe(iter(texts), 350)) != tokenizer_fingerprint(load_tokenizer(small))
+    assert tokenizer_fingerprint(train_bpe(iter(texts), 350)) == tokenizer_fingerprint(
+        train_bpe(iter(texts), 350)
+    )
+    assert tokenizer_fingerprint(train_bpe(iter(texts), 350)) != tokenizer_fingerprint(
+        load_tokenizer(small)
+    )
 
 
 def test_held_out_texts_are_never_trained_on(tmp_path, capsys):
     """Only the held-out texts hold the words that would become the first merges."""
     path = tmp_path / "a.jsonl"
-    rows = [{"text": "zqzq zqzq zqzq zqzq" if n % 20 == 0 else text} for n, text in enumerate(words())]
+    rows = [
+        {"text": "zqzq zqzq zqzq zqzq" if n % 20 == 0 else text} for n, text in enumerate(words())
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    main(["--data_path", str(path), "--vocab_size", "300", "--tokenizer_path", str(tmp_path / "made")])
+    main(
+        [
+            "--data_path",
+            str(path),
+            "--vocab_size",
+            "300",
+            "--tokenizer_path",
+            str(tmp_path / "made"),
+        ]
+    )
     vocabulary = load_tokenizer(tmp_path / "made").get_vocab()
-    assert "zq" not in vocabulary and any(len(token) > 1 and token.isascii() for token in vocabulary)
+    assert "zq" not in vocabulary and any(
+        len(token) > 1 and token.isascii() for token in vocabulary
+    )
     assert f"{path.name} | 3 | " in capsys.readouterr().out
     assert split_texts(list("abcdef"), 3) == (["b", "c", "e", "f"], ["a", "d"])
 
@@ -108,8 +149,20 @@ def test_any_text_comes_back_exactly(small, tokenizer, which):
     chosen = load_tokenizer(small) if which == "small" else tokenizer
     sizes = token_bytes(chosen)
     rng = random.Random(9)
-    every_mark = "".join(chr(code) for code in range(sys.maxunicode) if unicodedata.category(chr(code)) in ("Mn", "Cc"))
-    texts = ["\r\n \r\n\t\n", " ", "  a  ", "e\u0301", "\u0301", every_mark, *(any_text(rng) for _ in range(400))]
+    every_mark = "".join(
+        chr(code)
+        for code in range(sys.maxunicode)
+        if unicodedata.category(chr(code)) in ("Mn", "Cc")
+    )
+    texts = [
+        "\r\n \r\n\t\n",
+        " ",
+        "  a  ",
+        "e\u0301",
+        "\u0301",
+        every_mark,
+        *(any_text(rng) for _ in range(400)),
+    ]
     for text in texts:
         ids = chosen.encode(text, add_special_tokens=False, split_special_tokens=True)
         assert chosen.decode(ids) == text
@@ -122,7 +175,9 @@ def test_every_token_is_counted_by_its_own_bytes(tokenizer):
     assert sizes.shape == (6400,) and sizes.dtype == np.int64
     assert (sizes[:3] == 0).all() and (sizes[3:] >= 1).all()
     assert [len(spelled_bytes(tokenizer, n)) for n in range(3, 6400)] == sizes[3:].tolist()
-    assert {spelled_bytes(tokenizer, n) for n in range(6400)} >= {bytes([byte]) for byte in range(256)}
+    assert {spelled_bytes(tokenizer, n) for n in range(6400)} >= {
+        bytes([byte]) for byte in range(256)
+    }
     assert spelled_bytes(tokenizer, 1) == b"<|im_start|>"
 
 
@@ -184,8 +239,14 @@ def test_the_fingerprint_changes_with_whatever_changes_ids(tokenizer, small, tmp
         (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json"),
         (lambda folder: (folder / "tokenizer.json").write_bytes(b'{"model": '), "cannot be read"),
         (lambda folder: (folder / "tokenizer_config.json").write_bytes(b"[]"), "cannot be read"),
-        (lambda folder: save_without(folder, "chat_template"), "lacks an end-of-turn token or a chat template"),
-        (lambda folder: save_without(folder, "eos_token"), "lacks an end-of-turn token or a chat template"),
+        (
+            lambda folder: save_without(folder, "chat_template"),
+            "lacks an end-of-turn token or a chat template",
+        ),
+        (
+            lambda folder: save_without(folder, "eos_token"),
+            "lacks an end-of-turn token or a chat template",
+        ),
     ],
 )
 def test_a_folder_that_is_no_tokenizer_is_one_sentence(small, tmp_path, damage, reason):
@@ -207,4 +268,6 @@ def save_without(folder, key):
 
 def test_plain_transformers_reads_the_folder(small):
     loaded = PreTrainedTokenizerFast.from_pretrained(small)
-    assert loaded.convert_tokens_to_ids(SPECIAL) == [0, 1, 2] and loaded.chat_template == CHAT_TEMPLATE
+    assert (
+        loaded.convert_tokens_to_ids(SPECIAL) == [0, 1, 2] and loaded.chat_template == CHAT_TEMPLATE
+    )

@@ -66,17 +66,24 @@ def test_a_step_without_targets_changes_nothing_by_its_gradient(tiny_model):
 def test_one_batch_is_learned_by_heart_and_everything_is_recorded(tiny_model, tmp_path):
     saved = []
     source = Source([replace(ragged_batch(4, seed=2), n_tokens=40)])
-    summary = run_training(tiny_model, source, tmp_path, epochs=60, on_save=saved.append, log_interval=7)
+    summary = run_training(
+        tiny_model, source, tmp_path, epochs=60, on_save=saved.append, log_interval=7
+    )
     assert abs(summary.first_loss - math.log(320)) <= 0.3
     assert summary.last_loss < 0.1 * summary.first_loss
     assert summary.tokens == 60 * 40  # what the batch says, not its 4 x 12 slots
     assert saved == [60]  # save_interval never came: a run always saves at its end
-    *records, last = [json.loads(line) for line in (tmp_path / "metrics" / "run.jsonl").read_text().splitlines()]
+    *records, last = [
+        json.loads(line) for line in (tmp_path / "metrics" / "run.jsonl").read_text().splitlines()
+    ]
     assert [record["step"] for record in records] == [1, *range(7, 60, 7), 60]
     assert records[0]["loss"] == summary.first_loss
     assert all(record["lr"] <= 1e-2 and record["grad_norm"] > 0 for record in records)
     assert all(0 < record["matmul_share"] < 1.5 for record in records)
-    assert last["summary"]["last_loss"] == summary.last_loss and last["summary"]["tokens"] == summary.tokens
+    assert (
+        last["summary"]["last_loss"] == summary.last_loss
+        and last["summary"]["tokens"] == summary.tokens
+    )
     assert (tmp_path / "metrics" / "run.png").read_bytes().startswith(b"\x89PNG")
     assert not tiny_model.training
 
@@ -87,8 +94,12 @@ def test_the_logged_loss_is_the_token_mean_of_its_window(tiny_model, tmp_path):
         nats = [float(loss_sum(tiny_model, batches[0])) for batches in steps]
     targets = [batches[0].n_targets for batches in steps]
     # A vanishing learning rate, so that both steps see the same weights.
-    run_training(tiny_model, Source(*steps), tmp_path, epochs=2, log_interval=2, learning_rate=1e-30)
-    *records, _ = [json.loads(line) for line in (tmp_path / "metrics" / "run.jsonl").read_text().splitlines()]
+    run_training(
+        tiny_model, Source(*steps), tmp_path, epochs=2, log_interval=2, learning_rate=1e-30
+    )
+    *records, _ = [
+        json.loads(line) for line in (tmp_path / "metrics" / "run.jsonl").read_text().splitlines()
+    ]
     assert records[-1]["loss"] == pytest.approx(sum(nats) / sum(targets), rel=1e-6)
 
 
@@ -126,7 +137,9 @@ def test_a_non_finite_loss_never_reaches_the_weights(tiny_model, tmp_path, bad):
     saved = []
     with pytest.raises(UserError, match=r"step 3: loss (nan|inf).* the save of step 2 stands"):
         source = Source([ragged_batch(2, seed=8)])
-        run_training(tiny_model, source, tmp_path, loss=poisoned, on_save=saved.append, save_interval=2)
+        run_training(
+            tiny_model, source, tmp_path, loss=poisoned, on_save=saved.append, save_interval=2
+        )
     assert saved == [2]
     for name, tensor in tiny_model.state_dict().items():
         assert torch.equal(tensor, weights[0][name]), name
@@ -151,10 +164,14 @@ def test_a_non_finite_gradient_with_a_finite_loss_is_caught_too(tiny_model, tmp_
 
     with pytest.raises(UserError, match="gradient norm"):
         run_training(tiny_model, Source([ragged_batch(2, seed=9)]), tmp_path, loss=infinite_slope)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_model.state_dict().items())
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in tiny_model.state_dict().items()
+    )
 
 
-@pytest.mark.parametrize(("good_every", "ends"), [(MAX_OVERFLOWS + 1, True), (MAX_OVERFLOWS + 2, False)])
+@pytest.mark.parametrize(
+    ("good_every", "ends"), [(MAX_OVERFLOWS + 1, True), (MAX_OVERFLOWS + 2, False)]
+)
 def test_fp16_gives_up_after_overflows_in_a_row_only(tiny_model, tmp_path, good_every, ends):
     passes = []
 
@@ -164,23 +181,48 @@ def test_fp16_gives_up_after_overflows_in_a_row_only(tiny_model, tmp_path, good_
         good = (len(passes) - PASSES) % good_every == 0
         return loss if good else loss + torch.sqrt(loss * 0.0)
 
-    settings = {"loss": overflowing, "runtime": replace(CPU, dtype=torch.float16), "epochs": 2 * good_every}
-    with nullcontext() if ends else pytest.raises(UserError, match=f"step {MAX_OVERFLOWS + 1}: .*gradient norm"):
-        result = run_training(tiny_model, Source([ragged_batch(1, seed=9, length=4)]), tmp_path, **settings)
+    settings = {
+        "loss": overflowing,
+        "runtime": replace(CPU, dtype=torch.float16),
+        "epochs": 2 * good_every,
+    }
+    with (
+        nullcontext()
+        if ends
+        else pytest.raises(UserError, match=f"step {MAX_OVERFLOWS + 1}: .*gradient norm")
+    ):
+        result = run_training(
+            tiny_model, Source([ragged_batch(1, seed=9, length=4)]), tmp_path, **settings
+        )
         assert result.steps == 2 * good_every
 
 
 @pytest.mark.parametrize(("rate", "loss"), [(1e39, 1.0), (1e-2, math.nan)])
 def test_weights_that_an_update_made_useless_are_not_saved(tiny_model, tmp_path, rate, loss):
     saved = []
-    settings = {"learning_rate": rate, "max_steps": 2, "save_interval": 1, "validate": lambda: Metrics(loss, 1.0, 5, 9)}
-    with pytest.raises(UserError, match=r"step 1: the weights became useless and nothing was saved"):
-        run_training(tiny_model, Source([ragged_batch(2, seed=9)]), tmp_path, on_save=saved.append, **settings)
+    settings = {
+        "learning_rate": rate,
+        "max_steps": 2,
+        "save_interval": 1,
+        "validate": lambda: Metrics(loss, 1.0, 5, 9),
+    }
+    with pytest.raises(
+        UserError, match=r"step 1: the weights became useless and nothing was saved"
+    ):
+        run_training(
+            tiny_model,
+            Source([ragged_batch(2, seed=9)]),
+            tmp_path,
+            on_save=saved.append,
+            **settings,
+        )
     assert not saved and not list(tmp_path.rglob("step-*"))
 
 
 @pytest.mark.parametrize(("largest", "norm_after"), [(0.5, 0.5), (10.0, 5.0), (math.inf, 5.0)])
-def test_gradients_are_scaled_down_to_the_largest_norm_and_no_others_are_touched(largest, norm_after):
+def test_gradients_are_scaled_down_to_the_largest_norm_and_no_others_are_touched(
+    largest, norm_after
+):
     parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (2, 1, 1)]
     parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
     assert _clip(parameters, largest) == 5.0
@@ -211,18 +253,24 @@ def test_a_log_line_that_cannot_be_written_comes_with_the_next_save(tmp_path, ca
 
 
 def test_measuring_the_speed_leaves_no_trace(tiny_model, tmp_path):
-    """The first step draws the dropout that it would draw without the measurement; no gradient is left over."""
+    """The first step draws the dropout that it would draw without the measurement; no gradient is
+    left over.
+    """
     for block in tiny_model.layers:
         block.feed_forward.dropout.p = 0.3
     batch = ragged_batch(3, seed=10)
     torch.manual_seed(5)
     expected = _backward(tiny_model.train(), [batch], CPU.scaler(), CPU, loss_sum)[0]
-    norm = float(torch.cat([parameter.grad.flatten() for parameter in tiny_model.parameters()]).norm())
+    norm = float(
+        torch.cat([parameter.grad.flatten() for parameter in tiny_model.parameters()]).norm()
+    )
     tiny_model.zero_grad()
     torch.manual_seed(5)
     assert run_training(tiny_model, Source([batch]), tmp_path).first_loss == expected
     first = json.loads((tmp_path / "metrics" / "run.jsonl").read_text().splitlines()[0])
-    assert first["grad_norm"] == pytest.approx(norm, rel=1e-4)  # one fp32 sum against a norm of norms
+    assert first["grad_norm"] == pytest.approx(
+        norm, rel=1e-4
+    )  # one fp32 sum against a norm of norms
 
 
 def test_lines_stand_clear_of_the_bar(tiny_model, tmp_path, monkeypatch, capsys):
@@ -294,7 +342,9 @@ def test_the_schedule_warms_up_stays_and_decays():
 def test_bits_per_byte_leaves_control_tokens_out(tiny_model):
     """Against a slow recount, one token at a time."""
     batch = ragged_batch(3, seed=14)
-    batch.labels[:, -1] = batch.inputs["input_ids"][:, -1] = 2  # every row ends with a control token
+    batch.labels[:, -1] = batch.inputs["input_ids"][:, -1] = (
+        2  # every row ends with a control token
+    )
     batch = replace(batch, n_targets=int((batch.labels != -100).sum()), n_bytes=57)
     metrics = evaluate(tiny_model, [batch], CPU, loss_sum=nats_of(CONTROL))
     every, text = [], []
@@ -314,7 +364,11 @@ def test_bits_per_byte_leaves_control_tokens_out(tiny_model):
 def test_evaluation_of_nothing_is_no_perfect_score_and_keeps_the_mode(tiny_model):
     tiny_model.train()
     metrics = evaluate(tiny_model, [], CPU, loss_sum=nats_of(CONTROL))
-    assert math.isnan(metrics.loss) and math.isnan(metrics.bits_per_byte) and str(metrics) == "nothing held out"
+    assert (
+        math.isnan(metrics.loss)
+        and math.isnan(metrics.bits_per_byte)
+        and str(metrics) == "nothing held out"
+    )
     assert tiny_model.training
 
 
@@ -336,7 +390,11 @@ def test_autocast_uses_the_dtype_of_the_flag():
             return y
 
     probe = Probe(4, 4)
-    for flag, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("auto", torch.float32)):
+    for flag, dtype in (
+        ("float32", torch.float32),
+        ("bfloat16", torch.bfloat16),
+        ("auto", torch.float32),
+    ):
         with Runtime.start("cpu", flag).autocast():
             probe(torch.ones(1, 4))
         assert seen[-1] is dtype
@@ -374,7 +432,12 @@ def test_speed_and_time_left_ignore_the_first_steps_and_pauses(monkeypatch):
 def test_a_dry_run_measures_and_writes_nothing(tiny_model, tmp_path, capsys):
     source = Source([ragged_batch(2, seed=18)])
     summary = run_training(
-        tiny_model, source, tmp_path, epochs=500, dry_run=True, on_save=lambda step: pytest.fail("saved")
+        tiny_model,
+        source,
+        tmp_path,
+        epochs=500,
+        dry_run=True,
+        on_save=lambda step: pytest.fail("saved"),
     )
     assert summary.steps == 20 and summary.tokens_per_second > 0
     printed = capsys.readouterr().out
@@ -384,27 +447,37 @@ def test_a_dry_run_measures_and_writes_nothing(tiny_model, tmp_path, capsys):
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_every_matrix_product_is_counted(kv_heads):
-    """6 operations a weight and position, and 14 an attention score and feature; padding is no token.
+    """6 operations a weight and position, and 14 an attention score and feature; padding is no
+    token.
 
     The head, and the last block's output and MLP, see supervised positions alone.
     """
-    config = LMConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=kv_heads, vocab_size=320, max_seq_len=128)
+    config = LMConfig(
+        dim=64, n_layers=2, n_heads=4, n_kv_heads=kv_heads, vocab_size=320, max_seq_len=128
+    )
     model, rows, length = MiniMindLM(config), 3, 16
     batch = replace(ragged_batch(rows, seed=19, length=length), n_tokens=rows * length // 2)
     _, floor = announce(model, Source([batch]), 1, CPU, loss_sum, compiled=False)
     last = model.layers[-1]
     late = [last.attention.wo, *last.feed_forward.children(), model.output]
     trimmed = sum(linear.weight.numel() for linear in late if isinstance(linear, torch.nn.Linear))
-    others = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 2) - trimmed
+    others = (
+        sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 2) - trimmed
+    )
     slots = rows * length
     attention = 14 * 2 * rows * 4 * length * length * 16
-    assert floor.flops_per_token == (6 * (others * slots + trimmed * batch.n_targets) + attention) / (slots // 2)
+    assert floor.flops_per_token == (
+        6 * (others * slots + trimmed * batch.n_targets) + attention
+    ) / (slots // 2)
     assert floor.share(floor.flops_per_second / floor.flops_per_token) == pytest.approx(1.0)
 
 
 def test_compiling_without_a_compiler_is_one_sentence(tiny_model):
     said = r"^--compile: .*; install the C\+\+ compiler .* or leave it out$"
-    with inductor.patch({"cpp.cxx": (None, "no-such-compiler")}), pytest.raises(UserError, match=said):
+    with (
+        inductor.patch({"cpp.cxx": (None, "no-such-compiler")}),
+        pytest.raises(UserError, match=said),
+    ):
         announce(tiny_model, Source([ragged_batch(2, 0)]), 1, CPU, loss_sum, compiled=True)
 
 
@@ -420,8 +493,20 @@ def test_the_gpu_of_the_flag_is_the_one_that_is_meant(monkeypatch):
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"WORLD_SIZE": "two", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "'two'"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "WORLD_SIZE is set but MASTER_ADDR is not"),
+        (
+            {
+                "WORLD_SIZE": "two",
+                "RANK": "0",
+                "LOCAL_RANK": "0",
+                "MASTER_ADDR": "x",
+                "MASTER_PORT": "1",
+            },
+            "'two'",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
+            "WORLD_SIZE is set but MASTER_ADDR is not",
+        ),
     ],
 )
 def test_a_broken_launch_is_one_sentence(variables, said, monkeypatch):

@@ -1,4 +1,6 @@
-"""Base files: round trips, records, refusals that name everything at once, and fingerprints that tell bases apart."""
+"""Base files: round trips, records, refusals that name everything at once, and fingerprints that
+tell bases apart.
+"""
 
 import copy
 import json
@@ -30,7 +32,9 @@ from model.weights import (
 def base(tmp_path, sharp_model):
     """A base file of ``sharp_model``, and its .json beside it."""
     path = tmp_path / "full_sft_64.pth"
-    save_base(path, sharp_model, {"stage": "full_sft", "metrics": {"val_loss": 1.5}, "author": "李明"})
+    save_base(
+        path, sharp_model, {"stage": "full_sft", "metrics": {"val_loss": 1.5}, "author": "李明"}
+    )
     return path
 
 
@@ -66,7 +70,11 @@ def test_round_trip_is_bit_exact_and_the_record_says_what_it_is(base, sharp_mode
     assert not loaded.training
     assert loaded.output.weight.data_ptr() == loaded.tok_embeddings.weight.data_ptr()
     assert record == json.loads(base.with_suffix(".json").read_text(encoding="utf-8"))
-    assert (record["stage"], record["metrics"], record["author"]) == ("full_sft", {"val_loss": 1.5}, "李明")
+    assert (record["stage"], record["metrics"], record["author"]) == (
+        "full_sft",
+        {"val_loss": 1.5},
+        "李明",
+    )
     assert record["config"] == {name: getattr(sharp_model.config, name) for name in ARCHITECTURE}
     assert record["fingerprint"] == fingerprint_of(sharp_model)
 
@@ -78,10 +86,15 @@ def test_the_file_is_a_plain_state_dict(base, sharp_model):
 
 
 def test_a_minimind_file_alone_loads_and_what_was_assumed_is_printed(tmp_path, capsys):
-    model = MiniMindLM(LMConfig(dim=64, n_layers=3, vocab_size=320, hidden_dim=100, n_kv_heads=4)).eval()
+    model = MiniMindLM(
+        LMConfig(dim=64, n_layers=3, vocab_size=320, hidden_dim=100, n_kv_heads=4)
+    ).eval()
     tensors = model.state_dict()
     # Older versions of MiniMind saved these as well.
-    tensors |= {"pos_cis": torch.zeros(9, 4, dtype=torch.complex64), "layers.0.attention.mask": torch.zeros(1, 1, 9, 9)}
+    tensors |= {
+        "pos_cis": torch.zeros(9, 4, dtype=torch.complex64),
+        "layers.0.attention.mask": torch.zeros(1, 1, 9, 9),
+    }
     torch.save(tensors, tmp_path / "full_sft_64.pth")
     loaded, record = load_base(tmp_path / "full_sft_64.pth")
     assert torch.equal(logits_of(loaded), logits_of(model))
@@ -102,7 +115,11 @@ def test_a_pair_that_disagrees_is_refused(base, tiny_model, tmp_path):
     save_base(other, tiny_model, {})
     shutil.copy(other.with_suffix(".json"), base.with_suffix(".json"))
     message = refusal(base)
-    assert "full_sft_64.pth" in message and "full_sft_64.json" in message and "not from the same run" in message
+    assert (
+        "full_sft_64.pth" in message
+        and "full_sft_64.json" in message
+        and "not from the same run" in message
+    )
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"config": []}', "\x00"])
@@ -111,7 +128,9 @@ def test_a_broken_record_is_refused(base, text):
     assert "full_sft_64.json" in refusal(base)
 
 
-@pytest.mark.parametrize("change", [{"n_heads": 5}, {"dim": None}, {"n_layers": "two"}, {"hidden_dim": -8}])
+@pytest.mark.parametrize(
+    "change", [{"n_heads": 5}, {"dim": None}, {"n_layers": "two"}, {"hidden_dim": -8}]
+)
 def test_a_record_of_an_impossible_model_is_refused(base, change):
     record = json.loads(base.with_suffix(".json").read_text(encoding="utf-8"))
     record["config"] |= change
@@ -137,25 +156,34 @@ def test_every_wrong_key_stands_in_one_error(base):
 
 
 def test_tied_tensors_that_differ_are_refused(base):
-    message = refusal(rewritten(base, lambda tensors: tensors.update({"output.weight": torch.ones(320, 64)})))
+    message = refusal(
+        rewritten(base, lambda tensors: tensors.update({"output.weight": torch.ones(320, 64)}))
+    )
     assert "output.weight and tok_embeddings.weight differ" in message
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_are_refused(base, value):
-    assert "NaN or infinity in norm.weight" in refusal(rewritten(base, lambda t: t["norm.weight"].fill_(value)))
+    assert "NaN or infinity in norm.weight" in refusal(
+        rewritten(base, lambda t: t["norm.weight"].fill_(value))
+    )
 
 
 @pytest.mark.parametrize(
     "change, said",
     [
         (lambda weight: weight.double().fill_(1e300), "NaN or infinity in norm.weight"),
-        (lambda weight: weight.to(torch.float8_e4m3fn), "holds norm.weight as torch.float8_e4m3fn; convert it"),
+        (
+            lambda weight: weight.to(torch.float8_e4m3fn),
+            "holds norm.weight as torch.float8_e4m3fn; convert it",
+        ),
         (lambda weight: weight.to("meta"), "holds 'norm.weight', which is no dense tensor"),
     ],
 )
 def test_numbers_that_fp32_cannot_hold_are_refused(base, change, said):
-    assert said in refusal(rewritten(base, lambda t: t.update({"norm.weight": change(t["norm.weight"])})))
+    assert said in refusal(
+        rewritten(base, lambda t: t.update({"norm.weight": change(t["norm.weight"])}))
+    )
 
 
 class Touch:
@@ -229,7 +257,11 @@ def test_a_file_that_is_missing_or_something_else_is_refused(tmp_path):
     assert "not a readable weights file" in refusal(text)
     torch.save({"layers.x.weight": torch.ones(2)}, text)
     assert "no MiniMindLM" in refusal(text)
-    widths = {"tok_embeddings": (8, 0), "layers.0.feed_forward.w1": (4, 0), "layers.0.attention.wk": (4, 0)}
+    widths = {
+        "tok_embeddings": (8, 0),
+        "layers.0.feed_forward.w1": (4, 0),
+        "layers.0.attention.wk": (4, 0),
+    }
     torch.save({f"{name}.weight": torch.ones(shape) for name, shape in widths.items()}, text)
     assert "no MiniMindLM" in refusal(text)
 
@@ -254,7 +286,9 @@ def test_a_bf16_copy_is_the_same_base(sharp_model):
     assert fingerprint_of(copy.deepcopy(sharp_model).bfloat16().float()) == before
 
 
-@pytest.mark.parametrize("name", ["norm.weight", "output.weight", "layers.1.feed_forward.w3.weight"])
+@pytest.mark.parametrize(
+    "name", ["norm.weight", "output.weight", "layers.1.feed_forward.w3.weight"]
+)
 def test_other_weights_are_another_base(sharp_model, name):
     before = fingerprint_of(sharp_model)
     with torch.no_grad():
@@ -304,7 +338,10 @@ def test_then_the_base_that_the_skill_names(out_dir):
 
 def test_then_the_newest_of_the_latest_stage(out_dir):
     assert choose_base(out_dir).name == "full_sft_64.pth"
-    assert choose_base(out_dir, skill_base={"fingerprint": "of no base here"}).name == "full_sft_64.pth"
+    assert (
+        choose_base(out_dir, skill_base={"fingerprint": "of no base here"}).name
+        == "full_sft_64.pth"
+    )
     assert choose_base(out_dir, stages=("pretrain",)).name == "pretrain_64.pth"
     os.utime(out_dir / "full_sft_128.pth", (9000, 9000))
     assert choose_base(out_dir).name == "full_sft_128.pth"
@@ -327,7 +364,14 @@ def test_a_model_with_lora_is_not_saved_as_a_base(tmp_path, tiny_model):
 
 
 @pytest.mark.parametrize(
-    "config", [{"vocab_size": None}, {"max_seq_len": 10**12}, {"n_layers": 1.5}, {"n_heads": "4"}, {"dim": True}]
+    "config",
+    [
+        {"vocab_size": None},
+        {"max_seq_len": 10**12},
+        {"n_layers": 1.5},
+        {"n_heads": "4"},
+        {"dim": True},
+    ],
 )
 def test_a_record_that_describes_no_model_is_one_sentence(base, config):
     beside = base.with_suffix(".json")
@@ -348,7 +392,9 @@ def test_a_broken_record_of_another_base_is_no_reason_to_stop(base):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64])
 def test_numbers_of_another_kind_are_refused(dtype):
-    with pytest.raises(UserError, match=rf"x\.pth does not fit the model: w is {dtype}, not floating point"):
+    with pytest.raises(
+        UserError, match=rf"x\.pth does not fit the model: w is {dtype}, not floating point"
+    ):
         check_keys({"w": torch.zeros(2)}, {"w": torch.zeros(2, dtype=dtype)}, "x.pth")
 
 

@@ -27,7 +27,9 @@ from trainer.loop import _backward
 from trainer.runtime import Runtime
 
 RAGGED = ragged_batch(8, seed=0)
-EMPTY = replace(RAGGED, labels=torch.full_like(RAGGED.labels, -100), n_targets=0, n_bytes=0, n_tokens=0)
+EMPTY = replace(
+    RAGGED, labels=torch.full_like(RAGGED.labels, -100), n_targets=0, n_bytes=0, n_tokens=0
+)
 SHARES = {
     "equal": ([(0, 2), (2, 4)], [(4, 6), (6, 8)]),
     "rank 1 has fewer": ([(0, 2), (2, 4), (4, 7)], [(7, 8)]),
@@ -58,12 +60,16 @@ def gradients(runtime: Runtime) -> dict:
         _, n_targets = _backward(replica, batches, runtime.scaler(), runtime, loss_sum)
         assert n_targets == RAGGED.n_targets
         pairs = zip(model.parameters(), expected.parameters(), strict=True)
-        found[name] = max(float((a.grad - b.grad).abs().max() / b.grad.abs().max()) for a, b in pairs)
+        found[name] = max(
+            float((a.grad - b.grad).abs().max() / b.grad.abs().max()) for a, b in pairs
+        )
     return found
 
 
 def bypassed(runtime: Runtime) -> list[str]:
-    """Two steps of a model with parameters that the loss never reaches: the names of those without a gradient."""
+    """Two steps of a model with parameters that the loss never reaches: the names of those without
+    a gradient.
+    """
     model = double_model()
     model.bypassed = torch.nn.Linear(2, 2)
     replica = runtime.replicate(model, has_idle=True)
@@ -73,17 +79,23 @@ def bypassed(runtime: Runtime) -> list[str]:
 
 
 def limit_file_size(size: int) -> None:
-    """From now on no file of this process can grow beyond ``size`` bytes, where the system can do that."""
+    """From now on no file of this process can grow beyond ``size`` bytes, where the system can do
+    that.
+    """
     with contextlib.suppress(ModuleNotFoundError):
         import resource
 
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+        )
 
 
 def run_door(door, out: Path, *words: str, crash_at: int = 0, poison_at: int = 0, **values) -> dict:
-    """Run a door; returns how it ended and the rows that this rank learned from, one list an optimizer step.
+    """Run a door; returns how it ended and the rows that this rank learned from, one list an
+    optimizer step.
 
-    In step ``crash_at`` of this process every rank raises; in step ``poison_at`` rank 1's loss is NaN.
+    In step ``crash_at`` of this process every rank raises; in step ``poison_at`` rank 1's loss is
+    NaN.
     """
     steps = []
 
@@ -91,7 +103,14 @@ def run_door(door, out: Path, *words: str, crash_at: int = 0, poison_at: int = 0
         return loss_sum(model, batch) * math.nan
 
     def watched(replica, batches, scaler, runtime, loss):
-        steps.append([row for batch in batches if batch.n_targets for row in batch.inputs["input_ids"].tolist()])
+        steps.append(
+            [
+                row
+                for batch in batches
+                if batch.n_targets
+                for row in batch.inputs["input_ids"].tolist()
+            ]
+        )
         if len(steps) == crash_at:
             raise RuntimeError("crash")
         loss = poisoned if len(steps) == poison_at and runtime.rank == 1 else loss
@@ -117,8 +136,14 @@ def scenarios(folder: Path, texts: Path, chats: Path, base: Path):
     cut = folder / "cut" / "out"
     yield "crashed", run_door(train_pretrain, cut, crash_at=7, **pretrain)
     yield "resumed", run_door(train_pretrain, cut, "--resume", **pretrain)
-    yield "crashed for one", run_door(train_pretrain, folder / "one" / "out", crash_at=7, **pretrain)
-    yield "resumed from one", run_door(train_pretrain, folder / "two" / "out", "--resume", **pretrain)
+    yield (
+        "crashed for one",
+        run_door(train_pretrain, folder / "one" / "out", crash_at=7, **pretrain),
+    )
+    yield (
+        "resumed from one",
+        run_door(train_pretrain, folder / "two" / "out", "--resume", **pretrain),
+    )
     apart = cut if runtime.rank == 0 else folder / "apart" / "out"
     yield "not shared", run_door(train_pretrain, apart, "--resume", **pretrain)
     yield "poisoned", run_door(train_pretrain, folder / "poisoned" / "out", poison_at=7, **pretrain)
@@ -130,7 +155,13 @@ def scenarios(folder: Path, texts: Path, chats: Path, base: Path):
     (barred := folder / "barred" / "out").mkdir(parents=True, exist_ok=True)
     (barred / "metrics").touch()  # where a folder should be
     yield "no metrics", run_door(train_pretrain, barred, **pretrain)
-    lora = SHORT | {"data_path": chats, "general_data": chats, "base": base, "lora_name": "x", "max_steps": 4}
+    lora = SHORT | {
+        "data_path": chats,
+        "general_data": chats,
+        "base": base,
+        "lora_name": "x",
+        "max_steps": 4,
+    }
     yield "lora", run_door(train_lora, folder / "lora" / "out", **(lora | {"batch_size": 2}))
 
 

@@ -13,7 +13,8 @@ from trainer.runtime import Runtime
 
 @dataclass(frozen=True)
 class Metrics:
-    """``loss``: nats per supervised target. ``bits_per_byte``: of the learned text, control tokens in neither part.
+    """``loss``: nats per supervised target. ``bits_per_byte``: of the learned text, control tokens
+    in neither part.
 
     Both are NaN when nothing was supervised (``targets`` 0).
     """
@@ -24,7 +25,11 @@ class Metrics:
     bytes: int
 
     def __str__(self) -> str:
-        return f"loss {self.loss:.4f}, {self.bits_per_byte:.4f} bits per byte" if self.targets else "nothing held out"
+        return (
+            f"loss {self.loss:.4f}, {self.bits_per_byte:.4f} bits per byte"
+            if self.targets
+            else "nothing held out"
+        )
 
     def figures(self) -> dict[str, float]:
         """What a log line says of it."""
@@ -33,11 +38,17 @@ class Metrics:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable, runtime: Runtime, *, loss_sum: Callable[[nn.Module, object], Tensor]
+    model: nn.Module,
+    batches: Iterable,
+    runtime: Runtime,
+    *,
+    loss_sum: Callable[[nn.Module, object], Tensor],
 ) -> Metrics:
-    """Token mean over ``batches``. ``loss_sum(model, batch)`` returns two sums in nats: all targets, text alone.
+    """Token mean over ``batches``. ``loss_sum(model, batch)`` returns two sums in nats: all
+    targets, text alone.
 
-    The model is put into eval mode and back, and runs uncompiled: its many lengths would cost programs of their own.
+    The model is put into eval mode and back, and runs uncompiled: its many lengths would cost
+    programs of their own.
     """
     was_training = model.training
     model.eval()
@@ -57,8 +68,9 @@ def evaluate(
 class Scores:
     """A classifier on ``targets`` rows; NaN without any.
 
-    ``loss``: nats a row. ``f1``: of label 1 where there are two, else the mean over all labels. ``mcc``: Matthews'
-    correlation, for any number of labels that of Gorodkin (2004); 0 where it has no value.
+    ``loss``: nats a row. ``f1``: of label 1 where there are two, else the mean over all labels.
+    ``mcc``: Matthews' correlation, for any number of labels that of Gorodkin (2004); 0 where it has
+    no value.
     """
 
     loss: float
@@ -79,7 +91,9 @@ class Scores:
 
 @torch.no_grad()
 def score(model: nn.Module, batches: Iterable, runtime: Runtime) -> Scores:
-    """The scores of a classifier, whose ``logits`` are (B, labels), over ``batches`` with ``labels`` (B,)."""
+    """The scores of a classifier, whose ``logits`` are (B, labels), over ``batches`` with
+    ``labels`` (B,).
+    """
     was_training = model.training
     model.eval()
     nats, predicted, labels, count = 0.0, [], [], 0
@@ -95,7 +109,11 @@ def score(model: nn.Module, batches: Iterable, runtime: Runtime) -> Scores:
         return Scores(math.nan, math.nan, math.nan, math.nan, 0)
     # table[t, p]: how many rows of label t were called p
     table = torch.zeros(count, count, dtype=torch.float64)
-    table.index_put_((torch.cat(labels), torch.cat(predicted)), torch.ones((), dtype=torch.float64), accumulate=True)
+    table.index_put_(
+        (torch.cat(labels), torch.cat(predicted)),
+        torch.ones((), dtype=torch.float64),
+        accumulate=True,
+    )
     return scores_of(table, nats / float(table.sum()))
 
 

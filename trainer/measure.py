@@ -23,24 +23,28 @@ LossSum = Callable[[nn.Module, object], Tensor]
 
 @dataclass(frozen=True)
 class Floor:
-    """``flops_per_token``: of the matrix products of a forward and backward pass. ``flops_per_second``: of one large
-    matrix product, the best that all ranks' devices do together in the run's dtype."""
+    """``flops_per_token``: of the matrix products of a forward and backward pass.
+    ``flops_per_second``: of one large matrix product, the best that all ranks' devices do together
+    in the run's dtype."""
 
     flops_per_token: float
     flops_per_second: float
 
     def share(self, tokens_per_second: float) -> float:
-        """Which part of the time would be left if nothing but the matrix products took any, each at best speed."""
+        """Which part of the time would be left if nothing but the matrix products took any, each at
+        best speed.
+        """
         return tokens_per_second * self.flops_per_token / self.flops_per_second
 
 
 def announce(
     model: nn.Module, source, steps: int, runtime: Runtime, loss_sum: LossSum, compiled: bool
 ) -> tuple[nn.Module, Floor]:
-    """Print what is about to happen; returns the model as ``runtime`` replicates it, and the machine's floor.
+    """Print what is about to happen; returns the model as ``runtime`` replicates it, and the
+    machine's floor.
 
-    ``PASSES`` forward and backward passes are made and leave no trace. ``compiled``: the model is compiled on the way;
-    raises ``UserError`` where that cannot be done.
+    ``PASSES`` forward and backward passes are made and leave no trace. ``compiled``: the model is
+    compiled on the way; raises ``UserError`` where that cannot be done.
     """
     every, trainable = count_parameters(model)
     print(f"{runtime}\ntraining {trainable:,} of {every:,} parameters")
@@ -51,7 +55,9 @@ def announce(
         _pass(model, batches[-1], runtime, loss_sum)
     idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     if idle:
-        print(f"warning: {len(idle)} trainable tensors got no gradient and will not learn: {', '.join(idle[:8])}")
+        print(
+            f"warning: {len(idle)} trainable tensors got no gradient and will not learn: {', '.join(idle[:8])}"
+        )
     if compiled:
         print("compiling", flush=True)
         model.compile()
@@ -60,10 +66,14 @@ def announce(
         _pass(replica, batches[-1], runtime, loss_sum)
     except torch._dynamo.exc.TorchDynamoException as error:  # the same pass was fine before
         reason = reason_of(error)
-        raise UserError(f"--compile: {reason}; install the C++ compiler that PyTorch wants or leave it out") from error
+        raise UserError(
+            f"--compile: {reason}; install the C++ compiler that PyTorch wants or leave it out"
+        ) from error
     model.zero_grad(set_to_none=True)
     runtime.set_rng_state(random_states)
-    flops, tokens, rate = runtime.sum(counter.get_total_flops(), batches[-1].n_tokens, _product_rate(runtime))
+    flops, tokens, rate = runtime.sum(
+        counter.get_total_flops(), batches[-1].n_tokens, _product_rate(runtime)
+    )
     print(f"{steps} optimizer steps of {source.rows_per_step} rows", flush=True)
     return replica, Floor(flops / max(tokens, 1), rate)
 
@@ -81,7 +91,9 @@ def speed_figures(clock: Clock, floor: Floor, steps_left: int, runtime: Runtime)
 
 
 def peak_memory_mb(runtime: Runtime) -> int | None:
-    """The most MB that this process has held: on the GPU if it uses one (MPS tells what it holds now), else in RAM."""
+    """The most MB that this process has held: on the GPU if it uses one (MPS tells what it holds
+    now), else in RAM.
+    """
     if runtime.device.type == "cuda":
         return torch.cuda.max_memory_allocated(runtime.device) >> 20
     if runtime.device.type == "mps":
@@ -90,7 +102,9 @@ def peak_memory_mb(runtime: Runtime) -> int | None:
         import resource
     except ModuleNotFoundError:  # Windows
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (
+        20 if sys.platform == "darwin" else 10
+    )
 
 
 def _pass(model: nn.Module, batch, runtime: Runtime, loss_sum: LossSum) -> None:
@@ -101,9 +115,13 @@ def _pass(model: nn.Module, batch, runtime: Runtime, loss_sum: LossSum) -> None:
 
 
 def _flop_counter() -> FlopCounterMode:
-    """torch's counter, taught every fused attention: it knows none for CPUs, and in older versions no shared heads."""
+    """torch's counter, taught every fused attention: it knows none for CPUs, and in older versions
+    no shared heads.
+    """
 
-    def forward(q, k, *_, **__) -> int:  # two products, called with the shapes (B, heads, T or S, head_dim)
+    def forward(
+        q, k, *_, **__
+    ) -> int:  # two products, called with the shapes (B, heads, T or S, head_dim)
         return 4 * math.prod(q) * k[2]
 
     def backward(gradient, q, k, *_, **__) -> int:  # five: the scores are computed again

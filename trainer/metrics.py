@@ -1,4 +1,6 @@
-"""What a run leaves behind: one JSON line a log step, a picture of the losses, and Weights & Biases if asked."""
+"""What a run leaves behind: one JSON line a log step, a picture of the losses, and Weights & Biases
+if asked.
+"""
 
 import json
 import os
@@ -14,12 +16,14 @@ from trainer.state_files import strict
 class RunLog:
     """Writes ``path`` (.jsonl), ``path`` with .png, and wandb; a context manager.
 
-    ``lines`` are those of the run that this one resumes. Without them, until ``keep`` says that the run has saved
-    something, lines go to ``<path>.part.jsonl``: a run that fails before leaves the files of an earlier one alone, and
-    none of its own.
+    ``lines`` are those of the run that this one resumes. Without them, until ``keep`` says that the
+    run has saved something, lines go to ``<path>.part.jsonl``: a run that fails before leaves the
+    files of an earlier one alone, and none of its own.
     """
 
-    def __init__(self, path: Path, options: TrainOptions, lines: str = "", wandb_id: str | None = None):
+    def __init__(
+        self, path: Path, options: TrainOptions, lines: str = "", wandb_id: str | None = None
+    ):
         self.path, self.lines = path, lines
         self._part = path.with_suffix(".part.jsonl")
         self._file = path if lines else self._part
@@ -40,21 +44,30 @@ class RunLog:
             with self._file.open("a", encoding="utf-8", newline="\n") as file:
                 file.write(line)
         except OSError as error:  # one rank alone must not end here; a disk that stays full ends all at the next save
-            print(f"note: cannot write {self._file} ({error.strerror}); make room: the next save writes it whole")
+            print(
+                f"note: cannot write {self._file} ({error.strerror}); make room: the next save writes it whole"
+            )
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
 
     def keep(self) -> None:
-        """From now on these are the metrics of what lies in out_dir. Raises ``UserError`` when the disk refuses."""
+        """From now on these are the metrics of what lies in out_dir. Raises ``UserError`` when the
+        disk refuses.
+        """
         atomic_write(self.path, lambda file: file.write(self.lines.encode()))
         self._file = self.path
-        self._part.unlink(missing_ok=True)  # also one that a kill just here left in the run that this one resumes
+        self._part.unlink(
+            missing_ok=True
+        )  # also one that a kill just here left in the run that this one resumes
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         if self._wandb is not None:
             self._wandb.finish(exit_code=int(kind is not None))
         if self._file == self.path:
-            plot_losses([json.loads(line) for line in self.lines.splitlines()], self.path.with_suffix(".png"))
+            plot_losses(
+                [json.loads(line) for line in self.lines.splitlines()],
+                self.path.with_suffix(".png"),
+            )
         else:
             self._part.unlink(missing_ok=True)
 
@@ -79,9 +92,13 @@ def plot_losses(records: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure  # no pyplot: no global state, no window system
 
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss (nats per token)", title=path.stem)
+    axes = figure.add_subplot(
+        xlabel="optimizer step", ylabel="loss (nats per token)", title=path.stem
+    )
     for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
-        points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+        points = [
+            (record["step"], record[key]) for record in records if record.get(key) is not None
+        ]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=3)
     axes.grid(alpha=0.3)
@@ -92,12 +109,20 @@ def plot_losses(records: list[dict], path: Path) -> None:
 def _wandb_run(path: Path, options: TrainOptions, wandb_id: str | None):
     import wandb
 
-    settings = {"project": options.wandb_project, "name": path.stem, "dir": os.environ.get("WANDB_DIR", path.parent)}
+    settings = {
+        "project": options.wandb_project,
+        "name": path.stem,
+        "dir": os.environ.get("WANDB_DIR", path.parent),
+    }
     flags = asdict(options).items()  # numbers stay numbers, for plots over runs
-    settings["config"] = {name: value if isinstance(value, int | float) else str(value) for name, value in flags}
+    settings["config"] = {
+        name: value if isinstance(value, int | float) else str(value) for name, value in flags
+    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return wandb.init(**settings, id=wandb_id, resume="allow" if wandb_id else None)
     except Exception as error:  # no key, no network: wandb raises its own kinds
         reason = reason_of(error)
-        raise UserError(f"--use_wandb: {reason}; log in with `wandb login` or set WANDB_MODE=offline") from error
+        raise UserError(
+            f"--use_wandb: {reason}; log in with `wandb login` or set WANDB_MODE=offline"
+        ) from error

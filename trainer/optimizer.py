@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from core.errors import UserError
 from trainer.runtime import multiplies_bf16
 
-# Numbers without another source, and the schedule's defaults, come from benchmarks/results/sweep_recipe.json, which
-# docs/engine.md reads.
+# Numbers without another source, and the schedule's defaults, come from
+# benchmarks/results/sweep_recipe.json, which docs/engine.md reads.
 BETAS = (0.8, 0.95)
 MOMENTUM = 0.95  # Muon's (Jordan 2024), as are the coefficients and the number of iterations
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -27,30 +27,42 @@ def param_groups(
 ) -> list[dict]:
     """The trainable parameters: matrices decay, vectors (norms) do not. Tied tensors count once.
 
-    ``optimizer`` "muon": Muon updates the weights of the Linear layers, the tied head's excepted. The learning rate of
-    the ``faster`` ones is ``lr_ratio`` times the others' (LoRA+, Hayou et al. 2024).
+    ``optimizer`` "muon": Muon updates the weights of the Linear layers, the tied head's excepted.
+    The learning rate of the ``faster`` ones is ``lr_ratio`` times the others' (LoRA+, Hayou et al.
+    2024).
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     linear = set()
     if optimizer == "muon":
         linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-        linear -= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        linear -= {
+            id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+        }
     matrices = [p for p in trainable if p.dim() >= 2 and id(p) not in linear]
     groups = [
         {"params": matrices, "weight_decay": weight_decay, "muon": False},
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0, "muon": False},
-        {"params": [p for p in trainable if id(p) in linear], "weight_decay": weight_decay, "muon": True},
+        {
+            "params": [p for p in trainable if id(p) in linear],
+            "weight_decay": weight_decay,
+            "muon": True,
+        },
     ]
     fast = {id(parameter) for parameter in faster}
     return [
-        group | {"params": [p for p in group["params"] if (id(p) in fast) == is_fast], "lr_ratio": ratio}
+        group
+        | {"params": [p for p in group["params"] if (id(p) in fast) == is_fast], "lr_ratio": ratio}
         for group in groups
         for is_fast, ratio in ((False, 1.0), (True, lr_ratio))[: 1 + bool(fast)]
     ]
 
 
-def make_optimizer(groups: list[dict], learning_rate: float, name: str, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer that ``--optimizer`` names. Raises ``UserError`` without bitsandbytes where that is needed."""
+def make_optimizer(
+    groups: list[dict], learning_rate: float, name: str, device: torch.device
+) -> torch.optim.Optimizer:
+    """The optimizer that ``--optimizer`` names. Raises ``UserError`` without bitsandbytes where
+    that is needed.
+    """
     if name != "paged_adamw":
         return MuonAdamW(groups, learning_rate)
     if device.type != "cuda":
@@ -59,20 +71,30 @@ def make_optimizer(groups: list[dict], learning_rate: float, name: str, device: 
     try:
         from bitsandbytes.optim import PagedAdamW
     except ImportError as error:
-        raise UserError("--optimizer paged_adamw needs: pip install -r requirements-4bit.txt") from error
+        raise UserError(
+            "--optimizer paged_adamw needs: pip install -r requirements-4bit.txt"
+        ) from error
     return PagedAdamW([group for group in groups if group["params"]], lr=learning_rate, betas=BETAS)
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """Fused AdamW, and Muon (Jordan 2024) for the groups whose ``muon`` is true; empty groups are left out.
+    """Fused AdamW, and Muon (Jordan 2024) for the groups whose ``muon`` is true; empty groups are
+    left out.
 
-    Muon's update is the momentum with all its singular values brought to about 1. Its state is AdamW's without the
-    second moment.
+    Muon's update is the momentum with all its singular values brought to about 1. Its state is
+    AdamW's without the second moment.
     """
 
     def __init__(self, groups: list[dict], learning_rate: float):
-        super().__init__([group for group in groups if group["params"]], lr=learning_rate, betas=BETAS, fused=True)
-        self._step_supports_amp_scaling = False  # so a GradScaler skips all of a step, not AdamW's part alone
+        super().__init__(
+            [group for group in groups if group["params"]],
+            lr=learning_rate,
+            betas=BETAS,
+            fused=True,
+        )
+        self._step_supports_amp_scaling = (
+            False  # so a GradScaler skips all of a step, not AdamW's part alone
+        )
 
     @torch.no_grad()
     def step(self) -> None:
@@ -91,14 +113,18 @@ class MuonAdamW(torch.optim.AdamW):
             state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(parameter)
         state["step"] += 1
         momentum = state["exp_avg"].lerp_(gradient, 1 - MOMENTUM)
-        dtype = torch.bfloat16 if multiplies_bf16(parameter.device) else torch.float32  # either is enough
+        dtype = (
+            torch.bfloat16 if multiplies_bf16(parameter.device) else torch.float32
+        )  # either is enough
         update = orthogonalized(gradient.lerp(momentum, MOMENTUM), dtype)  # Nesterov's
         parameter.mul_(1 - rate * weight_decay)
         parameter.add_(update, alpha=-rate * ADAMW_RMS * math.sqrt(max(parameter.shape)))
 
 
 def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """``matrix`` (N, M) with its singular values brought to about 1 (the smallest not quite), by Newton-Schulz."""
+    """``matrix`` (N, M) with its singular values brought to about 1 (the smallest not quite), by
+    Newton-Schulz.
+    """
     x = matrix.to(dtype)
     if tall := x.size(0) > x.size(1):
         x = x.mT
@@ -111,7 +137,8 @@ def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def lr_at(step: int, total: int, warmup: int, decay: float, peak: float) -> float:
-    """Learning rate of optimizer step ``step`` in [0, total): linear warm-up, ``peak``, linear decay to zero.
+    """Learning rate of optimizer step ``step`` in [0, total): linear warm-up, ``peak``, linear
+    decay to zero.
 
     ``decay``: the share of the steps after the warm-up in which it falls.
     """

@@ -8,15 +8,18 @@ from dataclasses import dataclass
 
 from trainer.runtime import Runtime
 
-UNCOUNTED_STEPS = 3  # the first steps allocate memory and warm caches: speed and time left leave them out
+UNCOUNTED_STEPS = (
+    3  # the first steps allocate memory and warm caches: speed and time left leave them out
+)
 
 
 @dataclass
 class Progress:
     """Plain numbers that are saved with a run's state and put back on a resume.
 
-    ``nats`` and ``targets`` are those since the last log line, over all ranks. ``overflows``: fp16 steps skipped in a
-    row. ``tokens`` and ``seconds`` since the run began, without what a kill undid.
+    ``nats`` and ``targets`` are those since the last log line, over all ranks. ``overflows``: fp16
+    steps skipped in a row. ``tokens`` and ``seconds`` since the run began, without what a kill
+    undid.
     """
 
     step: int = 0
@@ -29,7 +32,9 @@ class Progress:
     seconds: float = 0.0
 
     def add(self, loss: float, n_targets: int, tokens: int) -> None:
-        """One optimizer step with a token mean of ``loss``; ``tokens`` are those that are no padding."""
+        """One optimizer step with a token mean of ``loss``; ``tokens`` are those that are no
+        padding.
+        """
         self.nats, self.targets = self.nats + loss * n_targets, self.targets + n_targets
         self.tokens += tokens
 
@@ -41,7 +46,9 @@ class Progress:
 
 
 class Clock:
-    """Training time without validation and saving; ``seconds`` of it passed before this process began."""
+    """Training time without validation and saving; ``seconds`` of it passed before this process
+    began.
+    """
 
     def __init__(self, runtime: Runtime, seconds: float = 0.0):
         self._runtime, self._before = runtime, seconds
@@ -69,7 +76,9 @@ class Clock:
         """How long ``steps`` more steps take; None while it cannot be told."""
         if self._steps <= UNCOUNTED_STEPS:
             return None
-        return steps * (time.perf_counter() - self._counted_from) / (self._steps - self._counted_steps)
+        return (
+            steps * (time.perf_counter() - self._counted_from) / (self._steps - self._counted_steps)
+        )
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -20,10 +20,11 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Inside, the first signal of ``STOPPING`` is noted in the request; another one, seconds later, acts at once.
+    """Inside, the first signal of ``STOPPING`` is noted in the request; another one, seconds later,
+    acts at once.
 
-    What the process was started to ignore, by nohup say, stays ignored. Only the main thread may set handlers: in
-    another one nothing is noted.
+    What the process was started to ignore, by nohup say, stays ignored. Only the main thread may
+    set handlers: in another one nothing is noted.
     """
     request = StopRequest()
 
@@ -36,7 +37,11 @@ def stop_requests() -> Iterator[StopRequest]:
 
     before = {}
     if threading.current_thread() is threading.main_thread():
-        before = {signum: handler for signum in STOPPING if (handler := signal.getsignal(signum)) != signal.SIG_IGN}
+        before = {
+            signum: handler
+            for signum in STOPPING
+            if (handler := signal.getsignal(signum)) != signal.SIG_IGN
+        }
     for signum in before:
         signal.signal(signum, on_signal)
     try:

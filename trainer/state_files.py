@@ -1,8 +1,9 @@
-"""Run states on disk: folders ``step-N`` that are whole or absent, and whose every bit is checked when they are read.
+"""Run states on disk: folders ``step-N`` that are whole or absent, and whose every bit is checked
+when they are read.
 
-The order of a save: files written and fsynced in a folder of another name, that folder renamed, its parent fsynced,
-older states renamed away and deleted. A kill at any point leaves the states of before or the new one; only those of
-a run that another one replaces go a moment earlier.
+The order of a save: files written and fsynced in a folder of another name, that folder renamed, its
+parent fsynced, older states renamed away and deleted. A kill at any point leaves the states of
+before or the new one; only those of a run that another one replaces go a moment earlier.
 """
 
 import contextlib
@@ -30,7 +31,9 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class State:
-    """What one ``step-N`` folder holds; ``metrics`` are the lines of the metrics file up to that step."""
+    """What one ``step-N`` folder holds; ``metrics`` are the lines of the metrics file up to that
+    step.
+    """
 
     path: Path
     manifest: dict
@@ -45,11 +48,14 @@ class _Damaged(Exception):
 def saved_states(folder: Path) -> list[tuple[int, Path]]:
     """``(step, path)`` of the states in ``folder``, whole or damaged, the newest first."""
     found = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*")]
-    return sorted(((int(match[1]), path) for match, path in found if match and path.is_dir()), reverse=True)
+    return sorted(
+        ((int(match[1]), path) for match, path in found if match and path.is_dir()), reverse=True
+    )
 
 
 def newest_state(folder: Path) -> State | None:
-    """The newest state that is whole, with a printed line for each damaged one; None when there are no states.
+    """The newest state that is whole, with a printed line for each damaged one; None when there are
+    no states.
 
     Raises ``UserError`` when all are damaged, or when one is there but may not be read.
     """
@@ -60,7 +66,9 @@ def newest_state(folder: Path) -> State | None:
         except _Damaged as damage:
             print(f"warning: state {path} is damaged ({damage}) and is passed over")
     if states:
-        raise UserError(f"no state in {folder} can be used: all are damaged; start again without --resume")
+        raise UserError(
+            f"no state in {folder} can be used: all are damaged; start again without --resume"
+        )
     return None
 
 
@@ -73,13 +81,20 @@ def planned_steps(path: Path) -> int | None:
 
 
 def write_state(
-    folder: Path, step: int, tensors: dict[str, Tensor], manifest: dict, metrics: str, *, starts_over: bool
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    manifest: dict,
+    metrics: str,
+    *,
+    starts_over: bool,
 ) -> None:
     """Write ``folder``/step-N, then delete all but the newest two.
 
-    ``starts_over``: the states in ``folder`` are another run's; they go just before the new one takes its name, and a
-    kill in between leaves none. So do states of later steps, which a resume has passed over as damaged. Raises
-    ``UserError`` when the disk refuses; while the new state is being written, those of before stay as they were.
+    ``starts_over``: the states in ``folder`` are another run's; they go just before the new one
+    takes its name, and a kill in between leaves none. So do states of later steps, which a resume
+    has passed over as damaged. Raises ``UserError`` when the disk refuses; while the new state is
+    being written, those of before stay as they were.
     """
     unfinished = folder / f".new-step-{step}"
     try:
@@ -87,11 +102,20 @@ def write_state(
         for stale in folder.glob(".*-step-*"):  # of a run that was killed
             shutil.rmtree(stale, ignore_errors=True)
         unfinished.mkdir()
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished / TENSORS)
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            unfinished / TENSORS,
+        )
         set_ordinary_mode(unfinished / TENSORS)
-        _write(unfinished / MANIFEST, json.dumps(strict(manifest, _float_as_dict), indent=1, allow_nan=False) + "\n")
+        _write(
+            unfinished / MANIFEST,
+            json.dumps(strict(manifest, _float_as_dict), indent=1, allow_nan=False) + "\n",
+        )
         _write(unfinished / METRICS, metrics)
-        _write(unfinished / SUMS, "".join(f"{sha256_file(unfinished / name)}  {name}\n" for name in FILES))
+        _write(
+            unfinished / SUMS,
+            "".join(f"{sha256_file(unfinished / name)}  {name}\n" for name in FILES),
+        )
         for name in (*FILES, SUMS):
             _fsync(unfinished / name)
         fsync_folder(unfinished)
@@ -108,17 +132,24 @@ def write_state(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     for _, path in saved_states(folder)[KEPT:]:
-        with contextlib.suppress(OSError):  # a file that someone reads cannot go on Windows; the next save tries again
+        with contextlib.suppress(
+            OSError
+        ):  # a file that someone reads cannot go on Windows; the next save tries again
             _discard(path)
 
 
 def _read(path: Path) -> State:
     try:
         contents = {name: (path / name).read_bytes() for name in FILES}
-        sums = {name: f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in contents.items()}
+        sums = {
+            name: f"{hashlib.sha256(content).hexdigest()}  {name}\n"
+            for name, content in contents.items()
+        }
         written = (path / SUMS).read_bytes()
     except PermissionError as error:  # nothing is wrong with it
-        raise UserError(f"{error.filename}: {error.strerror}; allow reading it, then --resume again") from error
+        raise UserError(
+            f"{error.filename}: {error.strerror}; allow reading it, then --resume again"
+        ) from error
     except OSError as error:
         raise _Damaged(f"{Path(error.filename or path).name}: {error.strerror}") from error
     for name, line in sums.items():
@@ -140,7 +171,9 @@ def strict(value: object, instead: Callable[[float], object]) -> object:
 
 
 def _float_as_dict(number: float) -> dict:
-    """What a manifest, which gives every number back, says for one that JSON lacks; null is an unset flag."""
+    """What a manifest, which gives every number back, says for one that JSON lacks; null is an
+    unset flag.
+    """
     return {"float": str(number)}
 
 

@@ -2,7 +2,14 @@
 
 from pathlib import Path
 
-from benchmarks.training.data import Score, chats, document_files, documents, initial_weights, write_chats
+from benchmarks.training.data import (
+    Score,
+    chats,
+    document_files,
+    documents,
+    initial_weights,
+    write_chats,
+)
 from benchmarks.training.sides import STEELMAN, Sides, all_of, compare, take_turns
 from core.paths import TOKENIZER_DIR
 from dataset.tokenizer import load_tokenizer
@@ -12,10 +19,12 @@ RANK = 16
 
 
 def pretrain(options, folder: Path) -> dict:
-    """The same documents for MiniMind as shipped, its steelman, and us with Muon and AdamW; three mixtures of lengths.
+    """The same documents for MiniMind as shipped, its steelman, and us with Muon and AdamW; three
+    mixtures of lengths.
 
-    A round is ``--rows`` documents, from the file on: reading and tokenising count. MiniMind as shipped updates once in
-    eight micro-batches of 32, so that a round holds a part of its step, and it is charged for no more.
+    A round is ``--rows`` documents, from the file on: reading and tokenising count. MiniMind as
+    shipped updates once in eight micro-batches of 32, so that a round holds a part of its step, and
+    it is charged for no more.
     """
     tokenizer = load_tokenizer(TOKENIZER_DIR)
     texts = documents(options.pretrain)
@@ -23,24 +32,34 @@ def pretrain(options, folder: Path) -> dict:
     for number, kind in enumerate(DOCUMENTS):
         (place := folder / str(number)).mkdir()
         weights, config = initial_weights(options, tokenizer, place)
-        files = document_files(texts, kind, tokenizer, options.max_seq_len, options.rounds, options.rows, place)
+        files = document_files(
+            texts, kind, tokenizer, options.max_seq_len, options.rounds, options.rows, place
+        )
         sides = Sides(options, "text", weights, config, place)
         first = files[0].path
         ours = sides.ours("ours", "train_pretrain", first, options.rounds)
-        adamw = sides.ours("ours with AdamW", "train_pretrain", first, options.rounds, optimizer="adamw")
+        adamw = sides.ours(
+            "ours with AdamW", "train_pretrain", first, options.rounds, optimizer="adamw"
+        )
         steelman = sides.minimind("minimind steelman", first, 0, **STEELMAN)
         shipped = sides.minimind("minimind shipped", first, 0)
         with all_of(ours, adamw, steelman, shipped):
             answers = take_turns([ours, adamw, steelman, shipped], [file.path for file in files])
         tokens = [file.tokens for file in files]
-        length = {"mean_length": round(sum(tokens) / len(tokens) / options.rows, 1), "rows_per_round": options.rows}
+        length = {
+            "mean_length": round(sum(tokens) / len(tokens) / options.rows, 1),
+            "rows_per_round": options.rows,
+        }
         figures[f"documents {kind}"] = length | compare(answers, tokens)
-        figures[f"documents {kind}"]["adamw_speed_over"] = compare(answers, tokens, adamw.name)["speed_over"]
+        figures[f"documents {kind}"]["adamw_speed_over"] = compare(answers, tokens, adamw.name)[
+            "speed_over"
+        ]
     return figures
 
 
 def lora(options, folder: Path) -> dict:
-    """The same chats for MiniMind as shipped, its steelman, PEFT with the Trainer, and us; a round is an epoch.
+    """The same chats for MiniMind as shipped, its steelman, PEFT with the Trainer, and us; a round
+    is an epoch.
 
     PEFT adapts transformers' Llama with the same weights, and once more our own model.
     """
@@ -60,7 +79,9 @@ def lora(options, folder: Path) -> dict:
         running = [sides.ours("ours", "train_lora", data, rounds)]
         if options.minimind is not None:
             running.append(sides.minimind("minimind shipped", data, RANK, epochs=rounds))
-            running.append(sides.minimind("minimind steelman", data, RANK, epochs=rounds, **STEELMAN))
+            running.append(
+                sides.minimind("minimind steelman", data, RANK, epochs=rounds, **STEELMAN)
+            )
         if options.peft:
             flags = door_flags(options, "train_lora")
             for name, model in (("peft", "llama"), ("peft on our model", "ours")):
@@ -79,9 +100,12 @@ def lora(options, folder: Path) -> dict:
             **compared,
             "held_out_loss": {"before": round(score(), 4)}
             | {name: round(score(lora=file, rank=RANK), 4) for name, file in files.items()},
-            # The rate on the rows above times the rows of the file; measured where they are all of them.
+            # The rate on the rows above times the rows of the file; measured where they are all of
+            # them.
             "hours_per_epoch_of_file": {
-                side: round(figure["seconds_per_round"]["median"] * len(every) / train_file.rows / 3600, 4)
+                side: round(
+                    figure["seconds_per_round"]["median"] * len(every) / train_file.rows / 3600, 4
+                )
                 for side, figure in compared["sides"].items()
             },
         }

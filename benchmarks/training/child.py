@@ -1,6 +1,8 @@
-"""A measured process: orders come in as JSON lines, figures go out, so that several processes can take turns.
+"""A measured process: orders come in as JSON lines, figures go out, so that several processes can
+take turns.
 
-Nothing of this repository is imported here: MiniMind's process, whose package is called ``model`` too, uses it as well.
+Nothing of this repository is imported here: MiniMind's process, whose package is called ``model``
+too, uses it as well.
 """
 
 import json
@@ -33,14 +35,20 @@ class Orders:
 
 
 def sgemm_gflops(size: int = SGEMM_SIZE) -> float:
-    """GFLOP/s of the best of a few fp32 products of square matrices, in this process and its threads."""
+    """GFLOP/s of the best of a few fp32 products of square matrices, in this process and its
+    threads.
+    """
     a, b = torch.randn(2, size, size).unbind()
     out = torch.empty_like(a)
-    return 2 * size**3 / min(seconds(lambda: torch.mm(a, b, out=out)) for _ in range(SGEMM_RUNS)) / 1e9
+    return (
+        2 * size**3 / min(seconds(lambda: torch.mm(a, b, out=out)) for _ in range(SGEMM_RUNS)) / 1e9
+    )
 
 
 def bare_mib() -> float:
-    """This process's memory before it makes its model; the libraries behind the products are loaded by then."""
+    """This process's memory before it makes its model; the libraries behind the products are loaded
+    by then.
+    """
     x = torch.randn(1, 1, 32, 32, requires_grad=True)
     torch.nn.functional.scaled_dot_product_attention(x @ x, x, x, is_causal=True).sum().backward()
     return memory_mib(peak=False)
@@ -53,13 +61,19 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def memory_mib(peak: bool) -> float:
-    """This process's memory in RAM: now, or the most it ever was. NaN where the system does not tell (Windows)."""
+    """This process's memory in RAM: now, or the most it ever was. NaN where the system does not
+    tell (Windows).
+    """
     status = Path("/proc/self/status")
-    if status.is_file():  # of this program alone; ru_maxrss would count the parent's memory before it started us
+    if (
+        status.is_file()
+    ):  # of this program alone; ru_maxrss would count the parent's memory before it started us
         lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
         return int(lines["VmHWM" if peak else "VmRSS"].split()[0]) / 1024
     try:
         import resource
     except ModuleNotFoundError:
         return float("nan")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes, and knows the peak alone
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    )  # macOS counts bytes, and knows the peak alone

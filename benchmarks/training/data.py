@@ -22,12 +22,16 @@ from trainer.runtime import Runtime
 
 SEED = 1337
 FILLED_IN = {"{{name}}": "MiniMind", "{{author}}": "the MiniMind project"}
-PADDED_SHARE = 0.45  # mean length of the short documents over the length they are padded to: 230 of 512
+PADDED_SHARE = (
+    0.45  # mean length of the short documents over the length they are padded to: 230 of 512
+)
 
 
 @dataclass
 class RowFile:
-    """A JSON-lines file that every side reads, and how many tokens its rows hold, cut at the row length."""
+    """A JSON-lines file that every side reads, and how many tokens its rows hold, cut at the row
+    length.
+    """
 
     path: Path
     rows: int
@@ -39,28 +43,42 @@ def documents(paths: tuple[Path, ...], seed: int = SEED) -> list[str]:
     return _shuffled([row["text"] for path in paths for row in _good_rows(path, clean_text)], seed)
 
 
-def document_files(texts: list[str], kind: str, tokenizer, length: int, files: int, rows: int, folder: Path):
-    """``files`` files of ``rows`` documents each, none longer than ``length`` tokens, so that nobody cuts any off.
+def document_files(
+    texts: list[str], kind: str, tokenizer, length: int, files: int, rows: int, folder: Path
+):
+    """``files`` files of ``rows`` documents each, none longer than ``length`` tokens, so that
+    nobody cuts any off.
 
-    ``kind``: ``as they are`` (their first ``length`` tokens); ``mean 0.45`` of the length, evenly spread from 0.1 to
-    0.8 of it; ``full``: all of that length. For the last two, documents are joined and cut.
+    ``kind``: ``as they are`` (their first ``length`` tokens); ``mean 0.45`` of the length, evenly
+    spread from 0.1 to 0.8 of it; ``full``: all of that length. For the last two, documents are
+    joined and cut.
     """
     rng, queue, made = random.Random(SEED), iter(texts), []
     for number in range(files):
         cut = []
         for _ in range(rows):
-            wanted = length if kind != "mean 0.45" else round(length * rng.uniform(0.1, 2 * PADDED_SHARE - 0.1))
-            cut.append(_next_document(queue, tokenizer, wanted - 2, join=kind != "as they are"))  # 2: bos and eos
+            wanted = (
+                length
+                if kind != "mean 0.45"
+                else round(length * rng.uniform(0.1, 2 * PADDED_SHARE - 0.1))
+            )
+            cut.append(
+                _next_document(queue, tokenizer, wanted - 2, join=kind != "as they are")
+            )  # 2: bos and eos
         tokens = sum(len(_ids(tokenizer, text)) + 2 for text in cut)
-        made.append(_write(folder / f"documents-{number}.jsonl", [{"text": text} for text in cut], tokens))
+        made.append(
+            _write(folder / f"documents-{number}.jsonl", [{"text": text} for text in cut], tokens)
+        )
     return made
 
 
 def chats(path: Path, tokenizer, length: int, limit: int, seed: int = SEED) -> list[dict]:
-    """Rows of a chat file in a random order, at most ``limit`` (0: all), that every side reads alike.
+    """Rows of a chat file in a random order, at most ``limit`` (0: all), that every side reads
+    alike.
 
-    MiniMind takes turns for user, assistant, user, ... whatever their role, so chats with a system turn are left out;
-    so are those of whose answer nothing is left within ``length`` tokens, over which MiniMind's loss is 0 / 0.
+    MiniMind takes turns for user, assistant, user, ... whatever their role, so chats with a system
+    turn are left out; so are those of whose answer nothing is left within ``length`` tokens, over
+    which MiniMind's loss is 0 / 0.
     """
     rows = []
     for row in _shuffled(list(_good_rows(path, clean_chat)), seed):
@@ -83,27 +101,53 @@ def write_chats(path: Path, rows: list[dict], tokenizer, length: int) -> RowFile
 
 
 def initial_weights(options, tokenizer, folder: Path) -> tuple[Path, dict]:
-    """A file with the weights that every side starts from, ``--base``'s or seeded ones, and the model's settings."""
+    """A file with the weights that every side starts from, ``--base``'s or seeded ones, and the
+    model's settings.
+    """
     if options.base is None:
         torch.manual_seed(SEED)
-        model = MiniMindLM(LMConfig(dim=options.dim, n_layers=options.n_layers, vocab_size=len(tokenizer)))
+        model = MiniMindLM(
+            LMConfig(dim=options.dim, n_layers=options.n_layers, vocab_size=len(tokenizer))
+        )
     else:
         model, _ = load_base(options.base, torch.device("cpu"))
     torch.save(model.state_dict(), folder / "initial.pth")
-    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "norm_eps", "rope_theta")
+    names = (
+        "dim",
+        "n_layers",
+        "n_heads",
+        "n_kv_heads",
+        "vocab_size",
+        "hidden_dim",
+        "norm_eps",
+        "rope_theta",
+    )
     return folder / "initial.pth", {name: getattr(model.config, name) for name in names}
 
 
 class DocumentDataset(PretrainDataset):
-    """Documents one by one, as chats are: the neutral way to score sides that pack and sides that pad."""
+    """Documents one by one, as chats are: the neutral way to score sides that pack and sides that
+    pad.
+    """
 
     kind, samples = TEXT, ChatSamples
 
 
 class Score:
-    """Held-out loss of any side's weights, full or LoRA, all measured by the same code on the same rows."""
+    """Held-out loss of any side's weights, full or LoRA, all measured by the same code on the same
+    rows.
+    """
 
-    def __init__(self, options, rows: str, held_out: Path, tokenizer, weights: Path, config: dict, folder: Path):
+    def __init__(
+        self,
+        options,
+        rows: str,
+        held_out: Path,
+        tokenizer,
+        weights: Path,
+        config: dict,
+        folder: Path,
+    ):
         self.weights, self.config = weights, config
         reader = {"text": DocumentDataset, "chat": SFTDataset}[rows]
         cache = {"cache": folder / "score", "val_ratio": 0.0}
@@ -111,14 +155,18 @@ class Score:
         self.options = TrainOptions(batch_size=8, val_tokens=options.val_tokens)
         self.tokenizer, self.runtime = tokenizer, Runtime.start("cpu", "float32")
 
-    def __call__(self, weights: Path | None = None, lora: Path | None = None, rank: int = 16) -> float:
+    def __call__(
+        self, weights: Path | None = None, lora: Path | None = None, rank: int = 16
+    ) -> float:
         """Nats a supervised target."""
         weights = weights or self.weights
         model = model_of(LMConfig(**self.config), read_tensors(weights), weights)
         if lora is not None:
             apply_lora(model, rank)
             load_lora(model, lora)
-        return Validation(model, {"val": self.samples}, self.tokenizer, self.options, self.runtime, memory={})().loss
+        return Validation(
+            model, {"val": self.samples}, self.tokenizer, self.options, self.runtime, memory={}
+        )().loss
 
 
 def _good_rows(path: Path, clean):
@@ -141,18 +189,28 @@ def _ids(tokenizer, text: str) -> list[int]:
 
 
 def _next_document(queue, tokenizer, limit: int, join: bool) -> str:
-    """The next document's first ``limit`` tokens; with ``join``, so many documents that there are as many."""
+    """The next document's first ``limit`` tokens; with ``join``, so many documents that there are
+    as many.
+    """
     text = ""
     while not text or (join and len(_ids(tokenizer, text)) < limit):
         following = next(queue, None)
         if following is None:
-            raise UserError("--pretrain holds too few documents for so many rounds; lower --rounds or --rows")
+            raise UserError(
+                "--pretrain holds too few documents for so many rounds; lower --rounds or --rows"
+            )
         text = f"{text}\n{following}" if text else following
-    settings = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
+    settings = {
+        "add_special_tokens": False,
+        "split_special_tokens": True,
+        "return_offsets_mapping": True,
+    }
     offsets = tokenizer(text, **settings).offset_mapping
     if len(offsets) <= limit:
         return text
     text = text[: offsets[limit - 1][1]]
-    while len(_ids(tokenizer, text)) > limit:  # the cut may fall into a character or part a word elsewhere
+    while (
+        len(_ids(tokenizer, text)) > limit
+    ):  # the cut may fall into a character or part a word elsewhere
         text = text[:-1]
     return text

@@ -1,4 +1,6 @@
-"""How far an optimizer step is from the matrix products it cannot do without, all timed in one process."""
+"""How far an optimizer step is from the matrix products it cannot do without, all timed in one
+process.
+"""
 
 import time
 from collections.abc import Iterator
@@ -9,23 +11,40 @@ import torch.nn.functional as F
 
 from benchmarks.training.child import seconds, sgemm_gflops
 from benchmarks.training.data import document_files, documents
-from benchmarks.training.measure import Paced, linear_shapes, ratios, spread, train_paced, training_mflop
+from benchmarks.training.measure import (
+    Paced,
+    linear_shapes,
+    ratios,
+    spread,
+    train_paced,
+    training_mflop,
+)
 
 ROWS = 16  # of an optimizer step
 
 
 class Floor:
-    """The linear products and the attention of one optimizer step, forward and backward, and nothing else."""
+    """The linear products and the attention of one optimizer step, forward and backward, and
+    nothing else.
+    """
 
     def __init__(self, config, shapes: list[tuple[int, int]]):
         """``shapes``: rows and length of each micro-batch."""
         self.shapes, self.layers = shapes, config.n_layers
-        self.weights = [torch.randn(outputs, inputs).requires_grad_() for inputs, outputs in linear_shapes(config)]
+        self.weights = [
+            torch.randn(outputs, inputs).requires_grad_()
+            for inputs, outputs in linear_shapes(config)
+        ]
         rows, length = max(shapes, key=lambda shape: shape[0] * shape[1])
         widths = {size for shape in linear_shapes(config) for size in shape}
         self.rows_of = {width: torch.randn(rows * length, width) for width in widths}
         head_dim = config.dim // config.n_heads
-        heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads, config.n_heads)  # query, key, value, gradient
+        heads = (
+            config.n_heads,
+            config.n_kv_heads,
+            config.n_kv_heads,
+            config.n_heads,
+        )  # query, key, value, gradient
         self.attention = [torch.randn(rows, length, n, head_dim) for n in heads]
 
     def linears(self) -> None:
@@ -45,7 +64,8 @@ class Floor:
 
 
 def floor(options, folder: Path) -> dict:
-    """Our whole optimizer step on full windows against its matrix products alone, and both against sgemm.
+    """Our whole optimizer step on full windows against its matrix products alone, and both against
+    sgemm.
 
     With either optimizer: Muon's own products are no part of the floor.
     """
@@ -62,13 +82,20 @@ def _floor(options, folder: Path, optimizer: str) -> dict:
     from scripts.wiring import batches_of, read_data
     from trainer.runtime import Runtime
 
-    settings = {"max_seq_len": options.max_seq_len, "dim": options.dim, "n_layers": options.n_layers, "val_ratio": 0.0}
+    settings = {
+        "max_seq_len": options.max_seq_len,
+        "dim": options.dim,
+        "n_layers": options.n_layers,
+        "val_ratio": 0.0,
+    }
     settings |= {"batch_size": ROWS, "optimizer": optimizer}
     door = train_pretrain.Options(out_dir=folder, device="cpu", **settings)
     folder.mkdir()
     runtime = Runtime.start(door.device, door.dtype, door.seed)
     tokenizer = load_tokenizer(door.tokenizer_path)
-    file = document_files(documents(options.pretrain), "full", tokenizer, door.max_seq_len, 1, 2 * ROWS, folder)[0]
+    file = document_files(
+        documents(options.pretrain), "full", tokenizer, door.max_seq_len, 1, 2 * ROWS, folder
+    )[0]
     door.data_path = (file.path,)
     config = LMConfig(vocab_size=len(tokenizer), dim=door.dim, n_layers=door.n_layers)
     model = MiniMindLM(config)
@@ -78,7 +105,9 @@ def _floor(options, folder: Path, optimizer: str) -> dict:
     def full_steps() -> Iterator[list]:
         epoch = 0
         while True:
-            yield from (step for step in source.steps(epoch) if sum(b.n_tokens for b in step) == full)
+            yield from (
+                step for step in source.steps(epoch) if sum(b.n_tokens for b in step) == full
+            )
             epoch += 1
 
     steps = full_steps()

@@ -1,4 +1,6 @@
-"""Our model as transformers' LlamaForCausalLM, which is what users of PEFT have, and its LoRA as ours."""
+"""Our model as transformers' LlamaForCausalLM, which is what users of PEFT have, and its LoRA as
+ours.
+"""
 
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -70,7 +72,9 @@ def lora_of_llama(model: nn.Module, head_dim: int) -> dict[str, Tensor]:
 
 
 def halves_of_pairs(weight: Tensor, head_dim: int) -> Tensor:
-    """The rows of (heads x head_dim, N), sorted so that a rotary pair 2 i, 2 i + 1 becomes i, i + head_dim / 2."""
+    """The rows of (heads x head_dim, N), sorted so that a rotary pair 2 i, 2 i + 1 becomes i, i +
+    head_dim / 2.
+    """
     return weight.view(-1, head_dim // 2, 2, weight.size(1)).transpose(1, 2).reshape(weight.shape)
 
 

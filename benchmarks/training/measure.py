@@ -1,4 +1,6 @@
-"""What the training measurements share: spread over rounds, FLOP counts, the real loop with a clock in it."""
+"""What the training measurements share: spread over rounds, FLOP counts, the real loop with a clock
+in it.
+"""
 
 import contextlib
 import math
@@ -23,7 +25,8 @@ def ratios(over: Iterable[float], under: Iterable[float]) -> dict[str, float]:
 def training_mflop(config, length: int) -> float:
     """MFLOP a token of a forward and backward pass over full windows, every position supervised.
 
-    Six a weight of a matrix product; causal attention multiplies with (length + 1) / 2 keys on average.
+    Six a weight of a matrix product; causal attention multiplies with (length + 1) / 2 keys on
+    average.
     """
     weights = sum(inputs * outputs for inputs, outputs in linear_shapes(config))
     return 6 * (weights + config.n_layers * config.dim * (length + 1)) / 1e6
@@ -32,20 +35,29 @@ def training_mflop(config, length: int) -> float:
 def linear_shapes(config) -> list[tuple[int, int]]:
     """(inputs, outputs) of every matrix product with weights, the head last."""
     keys = config.dim // config.n_heads * config.n_kv_heads
-    attention = [(config.dim, config.dim), (config.dim, keys), (config.dim, keys), (config.dim, config.dim)]
+    attention = [
+        (config.dim, config.dim),
+        (config.dim, keys),
+        (config.dim, keys),
+        (config.dim, config.dim),
+    ]
     feed_forward = [(config.dim, config.hidden_dim)] * 2 + [(config.hidden_dim, config.dim)]
     return (attention + feed_forward) * config.n_layers + [(config.dim, config.vocab_size)]
 
 
 class Paced:
-    """A ``BatchSource`` that lets the caller stand between the optimizer steps of ``trainer.loop.train``.
+    """A ``BatchSource`` that lets the caller stand between the optimizer steps of
+    ``trainer.loop.train``.
 
-    ``rounds()`` is a generator of optimizer steps; what it does between two of them happens between two steps of the
-    real training loop: it can read a clock, measure something else, or wait for an order. The run ends with it, by
-    ``Finished``. The first call is the loop's look at ``warm_up`` (one step), by which it estimates its time.
+    ``rounds()`` is a generator of optimizer steps; what it does between two of them happens between
+    two steps of the real training loop: it can read a clock, measure something else, or wait for an
+    order. The run ends with it, by ``Finished``. The first call is the loop's look at ``warm_up``
+    (one step), by which it estimates its time.
     """
 
-    def __init__(self, warm_up: list, rounds: Callable[[], Iterator[list]], steps_per_epoch: int = 10**9):
+    def __init__(
+        self, warm_up: list, rounds: Callable[[], Iterator[list]], steps_per_epoch: int = 10**9
+    ):
         self.warm_up, self.rounds, self.steps_per_epoch = warm_up, rounds, steps_per_epoch
         self.rows_per_step = sum(len(batch.labels) for batch in warm_up)
         self._was_looked_at = False
@@ -70,7 +82,12 @@ def train_paced(model, source: Paced, door, runtime, loss_sum, log_to: Path) -> 
     groups = param_groups(model, door.weight_decay, door.optimizer)
     quiet = replace(door, save_interval=10**9)
     states = RunStates(log_to.with_suffix(".states"), {}, {}, resume=False)
-    hooks = {"loss_sum": loss_sum, "on_save": lambda step: None, "validate": lambda: nothing, "log_to": log_to}
+    hooks = {
+        "loss_sum": loss_sum,
+        "on_save": lambda step: None,
+        "validate": lambda: nothing,
+        "log_to": log_to,
+    }
     with contextlib.suppress(Finished):
         train(model, source, groups, quiet, runtime, **hooks, states=states)
 

@@ -1,4 +1,5 @@
-"""Our side of bench_train.py: a training door's own parts and defaults, with an order between its steps.
+"""Our side of bench_train.py: a training door's own parts and defaults, with an order between its
+steps.
 
 python ours_child.py JOB.json
 """
@@ -31,12 +32,19 @@ DATASETS = {"text": PretrainDataset, "chat": SFTDataset}
 
 
 class Side:
-    """``job``: door (module name), flags of it, rows (text or chat), data, weights, config, tokenizer, folder."""
+    """``job``: door (module name), flags of it, rows (text or chat), data, weights, config,
+    tokenizer, folder.
+    """
 
     def __init__(self, job: dict):
         self.job, self.folder = job, Path(job["folder"])
         door = importlib.import_module(job["door"])
-        flags = {"device": "cpu", "val_ratio": 0.0, "out_dir": self.folder, "data_path": (Path(job["data"]),)}
+        flags = {
+            "device": "cpu",
+            "val_ratio": 0.0,
+            "out_dir": self.folder,
+            "data_path": (Path(job["data"]),),
+        }
         self.options = door.Options(**flags | job["flags"])
         self.runtime = Runtime.start(self.options.device, self.options.dtype, self.options.seed)
         self.tokenizer = load_tokenizer(job["tokenizer"])
@@ -46,14 +54,20 @@ class Side:
         self.reading = time.perf_counter() - self.reading_began
         self.total = self.options.max_steps or self.source.steps_per_epoch * job["epochs"]
         self.bare = bare_mib()
-        self.model = model_of(LMConfig(**job["config"]), read_tensors(job["weights"]), job["weights"])
+        self.model = model_of(
+            LMConfig(**job["config"]), read_tensors(job["weights"]), job["weights"]
+        )
         if job["door"] == "train_lora":
             apply_lora(self.model, self.options.rank, self.options.alpha)
 
     def read(self, path: Path):
-        """The file's steps. Each reading has a cache of its own, so that tokenising is always paid for."""
+        """The file's steps. Each reading has a cache of its own, so that tokenising is always paid
+        for.
+        """
         self.reads += 1
-        options = replace(self.options, data_path=(path,), out_dir=self.folder / f"read-{self.reads}")
+        options = replace(
+            self.options, data_path=(path,), out_dir=self.folder / f"read-{self.reads}"
+        )
         data = read_data(DATASETS[self.job["rows"]], options, self.tokenizer, self.runtime)
         return batches_of(data.train, options, self.runtime)
 
@@ -63,10 +77,18 @@ class Side:
         return loss_sum(model, batch)
 
     def train(self, orders: Orders) -> None:
-        # One more than there will be, or the loop would end with the last one, before the order is answered.
+        # One more than there will be, or the loop would end with the last one, before the order is
+        # answered.
         source = Paced(next(self.source.steps(0)), lambda: self.rounds(orders), self.total + 1)
         options = replace(self.options, epochs=1, max_steps=0)
-        train_paced(self.model, source, options, self.runtime, self.counted_loss_sum, self.folder / "metrics.jsonl")
+        train_paced(
+            self.model,
+            source,
+            options,
+            self.runtime,
+            self.counted_loss_sum,
+            self.folder / "metrics.jsonl",
+        )
 
     def rounds(self, orders: Orders) -> Iterator[list]:
         planned = self.planned()
@@ -77,7 +99,9 @@ class Side:
             if order["do"] == "save":
                 self.save(Path(order["path"]))
             elif order["do"] == "train_for":
-                while time.perf_counter() - began < order["seconds"] and (step := next(planned, None)):
+                while time.perf_counter() - began < order["seconds"] and (
+                    step := next(planned, None)
+                ):
                     yield step
                     steps += 1
             elif order["do"] == "steps":
@@ -95,7 +119,9 @@ class Side:
             rate = sgemm_gflops() if order.get("sgemm") else None
             memory = {"bare_mib": self.bare, "peak_mib": memory_mib(peak=True)}
             _, trained = count_parameters(self.model)
-            orders.reply(seconds=spent, clock=clock, sgemm=rate, parameters=trained, **counts, **memory)
+            orders.reply(
+                seconds=spent, clock=clock, sgemm=rate, parameters=trained, **counts, **memory
+            )
 
     def planned(self) -> Iterator[list]:
         """The steps that the learning rate is planned for."""

@@ -2,7 +2,8 @@
 
 python peft_child.py JOB.json
 
-The model is transformers' Llama with our weights, or our own, whose forward pass does part of what makes our side fast.
+The model is transformers' Llama with our weights, or our own, whose forward pass does part of what
+makes our side fast.
 """
 
 import json
@@ -27,7 +28,9 @@ from model.weights import model_of, read_tensors
 
 
 class Rows(torch.utils.data.Dataset):
-    """Chats as ids and labels, encoded by our encoder, so that the supervised targets are the same."""
+    """Chats as ids and labels, encoded by our encoder, so that the supervised targets are the
+    same.
+    """
 
     def __init__(self, tokenizer, path: str, max_seq_len: int):
         self.tokenizer, self.path, self.max_seq_len = tokenizer, path, max_seq_len
@@ -38,7 +41,10 @@ class Rows(torch.utils.data.Dataset):
             chats = [json.loads(line)["conversations"] for line in file]
         self.rows = []
         for ids, learned in encode_chats(self.tokenizer, chats):
-            ids, learned = torch.tensor(ids[: self.max_seq_len]), torch.tensor(learned[: self.max_seq_len])
+            ids, learned = (
+                torch.tensor(ids[: self.max_seq_len]),
+                torch.tensor(learned[: self.max_seq_len]),
+            )
             self.rows.append({"input_ids": ids, "labels": ids.masked_fill(~learned, -100)})
 
     def __len__(self) -> int:
@@ -77,7 +83,11 @@ class Rounds(TrainerCallback):
         raise SystemExit(0)
 
     def on_epoch_end(self, args, state, control, **others) -> None:
-        counts = {"targets": self.targets, "slots": self.slots, "steps": state.global_step - self.first_step}
+        counts = {
+            "targets": self.targets,
+            "slots": self.slots,
+            "steps": state.global_step - self.first_step,
+        }
         spent = time.perf_counter() - self.began
         rate = sgemm_gflops() if self.order.get("sgemm") else None
         memory = {"bare_mib": self.bare, "peak_mib": memory_mib(peak=True)}
@@ -110,14 +120,19 @@ def main(job: dict, orders: Orders) -> None:
     config, tensors = LMConfig(**job["config"]), read_tensors(job["weights"])
     llama = job["model"] == "llama"
     model = llama_of(config, tensors) if llama else model_of(config, tensors, job["weights"])
-    targets = TARGETS if llama else ["wq", "wo"]  # the modules that MiniMind's rule (square matrices) chooses
-    model = get_peft_model(model, LoraConfig(r=job["rank"], lora_alpha=job["rank"], target_modules=targets))
+    targets = (
+        TARGETS if llama else ["wq", "wo"]
+    )  # the modules that MiniMind's rule (square matrices) chooses
+    model = get_peft_model(
+        model, LoraConfig(r=job["rank"], lora_alpha=job["rank"], target_modules=targets)
+    )
     arguments = TrainingArguments(
         output_dir=job["folder"],
         per_device_train_batch_size=job["batch_size"],
         learning_rate=job["learning_rate"],
         lr_scheduler_type="cosine",
-        num_train_epochs=job["epochs"] + 1,  # one more begins, so that the orders after the last round are heard
+        num_train_epochs=job["epochs"]
+        + 1,  # one more begins, so that the orders after the last round are heard
         optim="adamw_torch_fused",
         dataloader_num_workers=0,
         dataloader_pin_memory=False,
@@ -130,7 +145,9 @@ def main(job: dict, orders: Orders) -> None:
         seed=1337,
     )
     rounds = Rounds(orders, model, rows, bare)
-    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collate, callbacks=[rounds])
+    trainer = Trainer(
+        model, arguments, train_dataset=rows, data_collator=collate, callbacks=[rounds]
+    )
     trainer.train()
 
 

@@ -11,10 +11,23 @@ from benchmarks.training.measure import ratios, spread
 from core.paths import TOKENIZER_DIR
 
 HERE = Path(__file__).resolve().parent
-# The flags of MiniMind's scripts where they matter to speed and loss; 512 is its --max_seq_len as well.
+# The flags of MiniMind's scripts where they matter to speed and loss; 512 is its --max_seq_len as
+# well.
 SHIPPED = {
-    "text": {"batch_size": 32, "accumulation_steps": 8, "num_workers": 1, "learning_rate": 5e-4, "epochs": 1},
-    "chat": {"batch_size": 16, "accumulation_steps": 1, "num_workers": 1, "learning_rate": 5e-5, "epochs": 50},
+    "text": {
+        "batch_size": 32,
+        "accumulation_steps": 8,
+        "num_workers": 1,
+        "learning_rate": 5e-4,
+        "epochs": 1,
+    },
+    "chat": {
+        "batch_size": 16,
+        "accumulation_steps": 1,
+        "num_workers": 1,
+        "learning_rate": 5e-5,
+        "epochs": 50,
+    },
 }
 STEELMAN = {"batch_size": 8, "accumulation_steps": 1, "num_workers": 0}
 
@@ -44,7 +57,9 @@ class Side:
             line = ""
         if not line:
             tail = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
-            raise RuntimeError(f"{self.name} ended with exit code {self.process.wait()}; its last words:\n{tail}")
+            raise RuntimeError(
+                f"{self.name} ended with exit code {self.process.wait()}; its last words:\n{tail}"
+            )
         return json.loads(line)
 
     def __enter__(self) -> "Side":
@@ -60,11 +75,18 @@ class Side:
 
 
 class Sides:
-    """Makes the sides of one measurement, which share rows, initial weights, model and tokenizer."""
+    """Makes the sides of one measurement, which share rows, initial weights, model and
+    tokenizer.
+    """
 
     def __init__(self, options, rows: str, weights: Path, config: dict, folder: Path):
         self.options, self.folder, self.rows = options, folder, rows
-        self.job = {"rows": rows, "weights": str(weights), "config": config, "tokenizer": str(TOKENIZER_DIR)}
+        self.job = {
+            "rows": rows,
+            "weights": str(weights),
+            "config": config,
+            "tokenizer": str(TOKENIZER_DIR),
+        }
 
     def ours(self, name: str, door: str, data: Path, epochs: int, **flags: object) -> Side:
         flags = {"max_seq_len": self.options.max_seq_len} | flags
@@ -73,7 +95,11 @@ class Sides:
 
     def minimind(self, name: str, data: Path, rank: int, **flags: object) -> Side:
         checkout = self.options.minimind.resolve()
-        job = SHIPPED[self.rows] | {"rank": rank, "max_seq_len": self.options.max_seq_len, "data": str(data)}
+        job = SHIPPED[self.rows] | {
+            "rank": rank,
+            "max_seq_len": self.options.max_seq_len,
+            "data": str(data),
+        }
         job |= {"planned_seconds": 0} | flags
         command = ["-I", "-X", "utf8", HERE / "minimind_child.py", checkout]
         return Side(name, command, self.job | job, self.folder)
@@ -84,13 +110,17 @@ class Sides:
 
 
 def take_turns(sides: list[Side], data: list[Path], sgemm: bool = True) -> dict[str, list[dict]]:
-    """One round a file of ``data``: every side trains on its rows. Every other round goes in the opposite order."""
+    """One round a file of ``data``: every side trains on its rows. Every other round goes in the
+    opposite order.
+    """
     answers = {side.name: [] for side in sides}
     for number, path in enumerate(data):
         for side in sides if number % 2 == 0 else sides[::-1]:
             answer = side.ask("round", data=str(path), sgemm=sgemm)
             answers[side.name].append(answer)
-            print(f"round {number + 1}/{len(data)} {side.name}: {answer['seconds']:.1f} s", flush=True)
+            print(
+                f"round {number + 1}/{len(data)} {side.name}: {answer['seconds']:.1f} s", flush=True
+            )
     return answers
 
 
@@ -103,9 +133,11 @@ def all_of(*sides: Side) -> ExitStack:
 
 
 def compare(answers: dict[str, list[dict]], tokens: list[int], ours: str = "ours") -> dict:
-    """Figures of each side and our speed over each other side's; ``tokens``: useful ones of each round's rows.
+    """Figures of each side and our speed over each other side's; ``tokens``: useful ones of each
+    round's rows.
 
-    Raises ``RuntimeError`` when the sides learned from different numbers of targets: then no figure means anything.
+    Raises ``RuntimeError`` when the sides learned from different numbers of targets: then no figure
+    means anything.
     """
     sides = {}
     for name, rounds in answers.items():
@@ -123,7 +155,9 @@ def compare(answers: dict[str, list[dict]], tokens: list[int], ours: str = "ours
     wanted = sides[ours]["supervised_targets"]
     for name, side in sides.items():
         if abs(side["supervised_targets"] - wanted) > 0.01 * wanted:
-            raise RuntimeError(f"{name} learned from {side['supervised_targets']} targets, {ours} from {wanted}")
+            raise RuntimeError(
+                f"{name} learned from {side['supervised_targets']} targets, {ours} from {wanted}"
+            )
     times = {name: [answer["seconds"] for answer in rounds] for name, rounds in answers.items()}
     return {
         "rounds": len(tokens),

@@ -1,4 +1,5 @@
-"""Wall-clock to the best validation loss that MiniMind reaches in a given time; pretraining, and LoRA.
+"""Wall-clock to the best validation loss that MiniMind reaches in a given time; pretraining, and
+LoRA.
 
 The sides run one after another; an interrupted measurement goes on from MiniMind's last check.
 """
@@ -17,11 +18,17 @@ from dataset.tokenizer import load_tokenizer
 CHECKS = 10  # evaluations of MiniMind's run, evenly spread; they do not count as time
 OUR_CHECKS = 60  # of ours in the same time
 RANK = 16
-ADAMW = {"optimizer": "adamw", "batch_size": 1, "learning_rate": 1e-3}  # the best of results/sweep_recipe.json
+ADAMW = {
+    "optimizer": "adamw",
+    "batch_size": 1,
+    "learning_rate": 1e-3,
+}  # the best of results/sweep_recipe.json
 
 
 def time_to_loss(options, folder: Path) -> dict:
-    """Pretraining from the same seeded weights on the same documents, in one random order for all."""
+    """Pretraining from the same seeded weights on the same documents, in one random order for
+    all.
+    """
     tokenizer = load_tokenizer(TOKENIZER_DIR)
     texts = documents(options.pretrain)
     held_out = max(1, min(len(texts) // 50, 200))
@@ -35,7 +42,9 @@ def time_to_loss(options, folder: Path) -> dict:
 def lora_to_loss(options, folder: Path) -> dict:
     """LoRA on ``--identity``, from ``--base``."""
     if options.base is None:
-        raise UserError("--only lora_to_loss needs --base FILE, a chat base: on random weights a skill means nothing")
+        raise UserError(
+            "--only lora_to_loss needs --base FILE, a chat base: on random weights a skill means nothing"
+        )
     tokenizer = load_tokenizer(TOKENIZER_DIR)
     rows = chats(options.identity, tokenizer, options.max_seq_len, 0)
     held_out = max(1, len(rows) // 10)
@@ -50,10 +59,15 @@ def _race(options, folder: Path, rows: str, train: Path, val: Path, tokenizer) -
     score = Score(options, rows, val, tokenizer, weights, config, folder)
     sides = Sides(options, rows, weights, config, folder)
     budget, rank = 60 * options.minutes, RANK if rows == "chat" else 0
-    files = "-".join(sha256_file(path)[:8] for path in (train, val, weights))  # one measurement resumes no other
-    work = options.work / f"{rows}-{files}-{options.minutes:g}-{options.val_tokens}-{options.threads}"
+    files = "-".join(
+        sha256_file(path)[:8] for path in (train, val, weights)
+    )  # one measurement resumes no other
+    work = (
+        options.work / f"{rows}-{files}-{options.minutes:g}-{options.val_tokens}-{options.threads}"
+    )
     curves = {}
-    # The steelman's learning rate has fallen when its time is over; as shipped it is planned for the epochs.
+    # The steelman's learning rate has fallen when its time is over; as shipped it is planned for
+    # the epochs.
     for name, flags in (("steelman", STEELMAN | {"planned_seconds": budget}), ("shipped", {})):
         with sides.minimind(name, train, rank, **flags) as side:
             curves[name] = _resumable(side, score, work, budget, rank)
@@ -68,7 +82,9 @@ def _race(options, folder: Path, rows: str, train: Path, val: Path, tokenizer) -
         flags = flags | {"max_steps": planned_rows // chosen.batch_size}
         with sides.ours(name, door, train, chosen.epochs, **flags) as side:
             curves[name] = _until(wanted, side, score, work, budget, rank)
-        reached[name] = {other: _first_below(curves[name], point["loss"]) for other, point in best.items()}
+        reached[name] = {
+            other: _first_below(curves[name], point["loss"]) for other, point in best.items()
+        }
     return {
         "minutes": options.minutes,
         "start_loss": curves["ours"][0]["loss"],
@@ -77,7 +93,8 @@ def _race(options, folder: Path, rows: str, train: Path, val: Path, tokenizer) -
         "our_seconds_to_it": reached,
         "speed_over": {
             name: {
-                other: round(best[other]["seconds"] / spent, 2) if spent else None for other, spent in seconds.items()
+                other: round(best[other]["seconds"] / spent, 2) if spent else None
+                for other, spent in seconds.items()
             }
             for name, seconds in reached.items()
         },
@@ -85,7 +102,9 @@ def _race(options, folder: Path, rows: str, train: Path, val: Path, tokenizer) -
     }
 
 
-def _until(wanted: float, side: Side, score: Score, work: Path, budget: float, rank: int) -> list[dict]:
+def _until(
+    wanted: float, side: Side, score: Score, work: Path, budget: float, rank: int
+) -> list[dict]:
     """Our curve, until it is at the loss ``wanted``, or time or the planned steps are over."""
     curve = [_check(side, score, work, rank, {"clock": 0.0})]
     while curve[-1]["loss"] > wanted and curve[-1]["seconds"] < budget:
@@ -98,7 +117,9 @@ def _until(wanted: float, side: Side, score: Score, work: Path, budget: float, r
 
 
 def _resumable(side: Side, score: Score, work: Path, budget: float, rank: int) -> list[dict]:
-    """The side's curve up to ``budget`` seconds of training; an interrupted run goes on from its last check."""
+    """The side's curve up to ``budget`` seconds of training; an interrupted run goes on from its
+    last check.
+    """
     work.mkdir(parents=True, exist_ok=True)
     record, checkpoint = work / f"{side.name}.json", work / f"{side.name}.ckpt"
     curve = []

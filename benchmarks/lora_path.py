@@ -1,0 +1,103 @@
+"""How much somebody who follows the LoRA path has to read: python benchmarks/lora_path.py
+
+Traces ``train_lora.main`` for three steps, from a JSONL line to the ``.pth``, with a cold token cache, and counts what
+ran of this repository: all threads, but no module level, no class body and no generated code.
+"""
+
+import inspect
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, FrameType
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from core.errors import run
+from core.options import option, parse
+
+SMALL = ["--device", "cpu", "--max_seq_len", "128", "--batch_size", "8"]
+BASE = [*SMALL, "--max_steps", "1", "--dim", "64", "--n_layers", "2", "--n_heads", "4"]
+SKILL = [*SMALL, "--max_steps", "3", "--num_workers", "0"]
+
+
+@dataclass
+class Options:
+    """Trace three steps of train_lora.py; print files, executed lines and functions on the way."""
+
+    functions: bool = option(False, "also list the functions in the order of their first calls")
+
+
+class Tracer:
+    """Collects the functions of this repository that run, and their lines."""
+
+    def __init__(self):
+        self.lines: set[tuple[str, int]] = set()
+        self.functions: dict[CodeType, None] = {}  # in the order of their first calls
+
+    def __call__(self, frame: FrameType, event: str, _: object):
+        code = frame.f_code
+        if code not in self.functions:
+            ours = code.co_filename.startswith(f"{ROOT}/") and "/.venv/" not in code.co_filename
+            if not ours or not code.co_flags & inspect.CO_OPTIMIZED:  # a module or a class body
+                return None
+            self.functions[code] = None
+        if event == "line":
+            self.lines.add((code.co_filename, frame.f_lineno))
+        return self
+
+    def figures(self) -> dict[str, int]:
+        """``file_changes``: first calls that lead into another file than the first call before."""
+        order = [code.co_filename for code in self.functions]
+        return {
+            "files": len(set(order)),
+            "file_lines": sum(len(Path(name).read_bytes().splitlines()) for name in set(order)),
+            "executed_lines": len(self.lines),
+            "functions": sum(not code.co_name.startswith("<") for code in self.functions),
+            "file_changes": sum(a != b for a, b in zip(order, order[1:], strict=False)),
+        }
+
+
+def main(argv: list[str] | None = None) -> dict[str, int]:
+    options = parse(Options, argv)
+    with tempfile.TemporaryDirectory() as out:
+        # Processes of their own, so that nothing on the path is warm.
+        for door, flags in (
+            ("train_pretrain.py", BASE),
+            ("train_full_sft.py", [*SMALL, "--max_steps", "1"]),
+        ):
+            command = [sys.executable, str(ROOT / door), *flags, "--out_dir", out]
+            subprocess.run(
+                command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+        tracer = traced_training(["--out_dir", str(Path(out)), *SKILL])
+    if options.functions:
+        for code in tracer.functions:
+            print(
+                f"{Path(code.co_filename).relative_to(ROOT)}:{code.co_firstlineno} {code.co_qualname}"
+            )
+    print(json.dumps(tracer.figures()))
+    return tracer.figures()
+
+
+def traced_training(flags: list[str]) -> Tracer:
+    """A run of ``train_lora.main`` under a tracer; the imports it makes are on nobody's path."""
+    import train_lora
+
+    tracer = Tracer()
+    threading.settrace(tracer)
+    sys.settrace(tracer)
+    try:
+        train_lora.main(flags)
+    finally:
+        sys.settrace(None)
+        threading.settrace(None)
+    return tracer
+
+
+if __name__ == "__main__":
+    run(main)
