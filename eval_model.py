@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def skill_base(options: Options) -> dict | None:
     """What the asked-for skill's file says of its base, if it and no ``--base`` is named."""
-    from model.model_lora import read_lora
+    from model.lora.skill_file import read_lora
 
     if options.lora_name is None or options.base is not None:
         return None
@@ -147,7 +147,7 @@ def skill_base(options: Options) -> dict | None:
 
 def skill_template(options: Options, dim: int) -> str | None:
     """The ``--prompt_template`` that the asked-for skill was trained with, if there was one."""
-    from model.model_lora import read_lora
+    from model.lora.skill_file import read_lora
 
     if (
         options.lora_name is None

@@ -28,8 +28,8 @@ def main(argv: list[str] | None = None) -> Path:
     from dataset.batches import SFTDataset
     from model.model import MiniMindLM
     from model.weights import save_base
-    from scripts.wiring import Validation, opened_base, read_data, run_record, train_and_save
     from trainer.runtime import Runtime
+    from trainer.stage import Validation, opened_base, read_data, run_record, train_and_save
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
     base = opened_base(options, runtime, stages=("pretrain",))

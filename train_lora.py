@@ -9,7 +9,7 @@ from pathlib import Path
 from core.errors import run
 from core.options import option, parse, require
 from core.paths import bundled_data, lora_path, skill_name
-from model.lora_config import LoRAConfig
+from model.lora.config import LoRAConfig
 from trainer.options import TrainOptions
 
 
@@ -54,11 +54,12 @@ class Options(LoRAConfig, TrainOptions):
 def main(argv: list[str] | None = None) -> Path:
     options = parse(Options, argv)
     from dataset.batches import SFTDataset
-    from model.lora_targets import table_of
-    from model.model_lora import apply_lora, output_parameters, save_lora
+    from model.lora.layer import output_parameters
+    from model.lora.targets import table_of
+    from model.model_lora import apply_lora, save_lora
     from model.quantized import quantize
-    from scripts.wiring import Validation, opened_base, read_data, run_record, train_and_save
     from trainer.runtime import Runtime
+    from trainer.stage import Validation, opened_base, read_data, run_record, train_and_save
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
     base = opened_base(options, runtime, ("full_sft",), options.prompt_template)

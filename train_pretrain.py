@@ -37,8 +37,8 @@ def main(argv: list[str] | None = None) -> Path:
     from model.LMConfig import LMConfig, check_length
     from model.model import MiniMindLM
     from model.weights import save_base
-    from scripts.wiring import Validation, read_data, run_record, train_and_save
     from trainer.runtime import Runtime
+    from trainer.stage import Validation, read_data, run_record, train_and_save
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
     tokenizer = load_tokenizer(options.tokenizer_path)

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> dict:
     from dataset.tokenizer import foreign_tokenizer
     from model.bases import open_base
     from model.generation import Sampling
-    from model.model_lora import read_lora
+    from model.lora.skill_file import read_lora
     from serving.session import ChatSession
 
     base = smollm2(options.out_dir / "smollm2")

@@ -59,8 +59,8 @@ def one_linear(size: int, rank: int) -> dict:
     from torch import nn
 
     from benchmarks.seeded_model import add_seeded_lora, fill
-    from model.lora_merge import merge_lora, unmerge_lora
-    from model.model_lora import lora_parameters
+    from model.lora.layer import lora_parameters
+    from model.lora.library import merge_lora, unmerge_lora
 
     row = {"size": size, "rank": rank}
     x = torch.randn(ROWS, size, generator=torch.Generator().manual_seed(0))
@@ -91,9 +91,9 @@ def on_the_model(targets: str, rounds: int) -> dict:
     import torch
 
     from benchmarks.seeded_model import fill, seeded_model
-    from model.lora_library import SkillLibrary
-    from model.lora_merge import merge_lora, unmerge_lora
-    from model.model_lora import apply_lora, lora_parameters, remove_lora, save_lora
+    from model.lora.layer import lora_parameters
+    from model.lora.library import SkillLibrary, merge_lora, unmerge_lora
+    from model.model_lora import apply_lora, remove_lora, save_lora
 
     model, ids = seeded_model({})
     library = SkillLibrary(model)
@@ -155,7 +155,7 @@ def thousand_swaps() -> dict:
     import torch
 
     from benchmarks.seeded_model import add_seeded_lora, seeded_model
-    from model.lora_library import SkillLibrary
+    from model.lora.library import SkillLibrary
     from model.model_lora import remove_lora, save_lora
     from model.weights import fingerprint
 

@@ -89,7 +89,7 @@ def cost_on(base: Path, flags: list, options: Options) -> dict[str, dict]:
 
 def train(method: str, seed: int, options: Options) -> dict:
     """Held-out loss of one skill before and after."""
-    from model.model_lora import read_lora
+    from model.lora.skill_file import read_lora
 
     options.train(f"{method}-{seed}", ["--seed", seed, *METHODS[method]])
     (path,) = lora_paths(options.out_dir, f"{method}-{seed}")

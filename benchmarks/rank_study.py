@@ -83,7 +83,7 @@ def best_rate(loss, start: int) -> int:
 
 def train(targets: str, rank: int, rate: float, options: Options) -> dict:
     """The held-out loss of one skill, and its parameters."""
-    from model.model_lora import read_lora
+    from model.lora.skill_file import read_lora
 
     name = f"{targets}-{rank}-{rate}"
     options.train(

@@ -19,8 +19,8 @@ from transformers import AutoTokenizer  # noqa: F401
 from core.paths import TOKENIZER_DIR, cache_dir
 from dataset.batches import Batches, PretrainDataset
 from dataset.tokenizer import load_tokenizer
-from scripts.wiring import run_record
 from train_pretrain import Options
+from trainer.stage import run_record
 
 DRAWN = 300
 

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> dict:
     import train_lora
     from benchmarks.result_file import measured_on, write_results
     from model.bases import choose_base
-    from model.model_lora import read_lora
+    from model.lora.skill_file import read_lora
     from scripts.quickstart_answers import ask_all
 
     base = choose_base(options.out_dir, stages=("full_sft",))

@@ -143,7 +143,7 @@ class Campaign:
                 (lambda: kill_in_half(number))
                 if half
                 else (lambda: watch_calls(out, kill_at=number))
-            )  # noqa: B023
+            )
             end = forked(argv(out, self.data, POINT_STEPS), prepare)
             lost = end.step - saved_step(out)
             fine = self.check(end.code == -signal.SIGKILL, f"{what}: exit code {end.code}")
@@ -229,7 +229,7 @@ def main(argv_: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     import matplotlib.figure  # noqa: F401
 
-    import scripts.wiring  # noqa: F401 (what every fork would otherwise import for itself)
+    import trainer.stage  # noqa: F401 (what every fork would otherwise import for itself)
     from benchmarks.result_file import measured_on, write_results
 
     began = time.monotonic()

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
-from model.lora_layers import dense_weight, is_quantized
-from model.lora_targets import adapted, check_receptive, linears, output_head
-from model.model_lora import attach, base_fingerprint, lora_parameters, remove_lora
+from model.lora.layer import adapted, attach, dense_weight, is_quantized, lora_parameters
+from model.lora.skill_file import base_fingerprint
+from model.lora.targets import check_receptive, linears, output_head
+from model.model_lora import remove_lora
 
 
 def quantize(model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> None:

@@ -62,8 +62,8 @@ class Options:
 def main(argv: list[str] | None = None) -> Path:
     options = parse(Options, argv)
     from model.bases import choose_base, open_base
-    from model.lora_library import SkillLibrary
-    from model.model_lora import read_lora
+    from model.lora.library import SkillLibrary
+    from model.lora.skill_file import read_lora
     from model.quantized import quantize
 
     weights = skill_weights(options.skills)
@@ -119,7 +119,7 @@ def merge_into_base(
     from dataset.tokenizer import check_trained_with, tokenizer_of
     from model.bases import save_folder
     from model.LMConfig import context_of
-    from model.lora_merge import merge_lora
+    from model.lora.library import merge_lora
     from model.model import MiniMindLM
     from model.quantized import dequantize
     from model.weights import save_base
@@ -173,8 +173,8 @@ def fuse(options: Options, base: Path, first: dict, library, weights: dict) -> P
     """Write the weighted sum of the skills as one skill, which is asked as the first of them
     was.
     """
-    from model.lora_mix import truncated
-    from model.model_lora import base_fingerprint, write_lora
+    from model.lora.library import truncated
+    from model.lora.skill_file import base_fingerprint, write_lora
 
     path = lora_path(options.out_dir, options.lora_name, library.model.config.hidden_size)
     if path.exists():

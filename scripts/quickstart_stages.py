@@ -146,7 +146,7 @@ def _stamp(folder: Path, stage: Stage) -> Path:
 
 
 def _inputs(stage: Stage, stamps: Path) -> dict[str, str]:
-    code = [stage.door, REPOSITORY / "scripts" / "wiring.py"]
+    code = [stage.door]
     code += [path for room in ROOMS for path in sorted((REPOSITORY / room).rglob("*.py"))]
     tokenizer = sorted(path for path in TOKENIZER_DIR.glob("*") if path.is_file())
     before = _read_json(_stamp(stamps, stage.before)) if stage.before else None

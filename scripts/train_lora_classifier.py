@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from core.errors import UserError, run
 from core.options import option, parse, require
 from core.paths import classifier_dir, lora_path, skill_name
-from model.lora_config import LoRAConfig
+from model.lora.config import LoRAConfig
 from trainer.options import TrainOptions
 
 OF_PREDICTION = (
@@ -121,11 +121,12 @@ def train(options: Options, runtime) -> Path:
     from dataset.tokenizer import reading_fingerprint
     from model.bases import save_folder
     from model.classifier import check_row_length, class_loss_sum, head_state, open_classifier
-    from model.lora_targets import table_of
-    from model.model_lora import apply_lora, base_fingerprint, save_lora
+    from model.lora.skill_file import base_fingerprint
+    from model.lora.targets import table_of
+    from model.model_lora import apply_lora, save_lora
     from model.quantized import quantize
-    from scripts.wiring import run_record, train_and_save
     from trainer.evaluation import score
+    from trainer.stage import run_record, train_and_save
 
     rows, held_out = read_labelled(options.data_path, options.bad_rows), []
     labels = labels_of(rows)
@@ -219,7 +220,8 @@ def predict(options: Options, runtime) -> None:
     from dataset.labelled import LabelledSamples, clean_unlabelled, read_labelled
     from dataset.tokenizer import reading_fingerprint
     from model.classifier import load_head, open_classifier, read_config
-    from model.model_lora import attach_lora, check_lora, read_lora
+    from model.lora.skill_file import check_lora, read_lora
+    from model.model_lora import attach_lora
     from model.quantized import quantize
 
     path = lora_path(options.out_dir, options.lora_name, read_config(options.base).hidden_size)

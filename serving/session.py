@@ -15,8 +15,8 @@ from dataset.chat import encode_chat, ends_of_answer
 from dataset.tokenizer import check_trained_with, use_template
 from model.generation import Sampling, generate
 from model.LMConfig import context_of
-from model.lora_library import SkillLibrary
-from model.model_lora import check_lora
+from model.lora.library import SkillLibrary
+from model.lora.skill_file import check_lora
 
 
 class ChatSession:

@@ -18,9 +18,9 @@ from core.paths import TOKENIZER_DIR, bundled_data
 from dataset.batches import Batch
 from dataset.tokenizer import load_tokenizer
 from model.LMConfig import LMConfig
+from model.lora.layer import lora_parameters
 from model.loss import loss_sum
 from model.model import MiniMindLM
-from model.model_lora import lora_parameters
 from trainer.evaluation import Metrics
 from trainer.loop import Summary, train
 from trainer.optimizer import param_groups

@@ -28,7 +28,18 @@ ALLOWED = {
         "tqdm",
         "zstandard",
     },
-    "trainer": {"core", "torch", "safetensors", "wandb", "tqdm", "matplotlib", "bitsandbytes"},
+    "trainer": {
+        "core",
+        "model",
+        "dataset",
+        "transformers",
+        "torch",
+        "safetensors",
+        "wandb",
+        "tqdm",
+        "matplotlib",
+        "bitsandbytes",
+    },
     "interop": {"core", "model", "torch", "transformers", "safetensors", "numpy", "gguf"},
     "serving": {
         "core",
@@ -116,7 +127,7 @@ def test_every_import_follows_the_plan(room):
     [
         ("model", "from trainer.loop import train", ["trainer.loop.train"]),
         ("model", "def f():\n    import dataset.chat", ["dataset.chat"]),
-        ("trainer", "from model import weights", ["model.weights"]),
+        ("trainer", "from scripts import wiring", ["scripts.wiring"]),
         ("dataset", "from trainer import loop as core", ["trainer.loop"]),
         ("core", "import torch.nn as nn\nimport os", ["torch.nn"]),
         ("core", "import modelling", ["modelling"]),
@@ -189,8 +200,8 @@ def test_every_import_of_ours_is_there():
 
 
 def test_files_stay_short_enough_to_read():
-    limits = dict.fromkeys(PRODUCT, 300) | dict.fromkeys(DOORS, 80) | dict.fromkeys(TESTS, 500)
-    limits[ROOT / "eval_model.py"] = 150
+    limits = dict.fromkeys(PRODUCT, 400) | dict.fromkeys(DOORS, 100) | dict.fromkeys(TESTS, 700)
+    limits[ROOT / "eval_model.py"] = 200
     lengths = {
         path: len(path.read_text(encoding="utf-8").splitlines()) for path in limits if path.exists()
     }

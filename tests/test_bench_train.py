@@ -28,9 +28,9 @@ from model.loss import loss_sum
 from model.model import MiniMindLM
 from model.model_lora import apply_lora, save_lora
 from model.weights import model_of, read_tensors
-from scripts.wiring import batches_of
 from trainer.options import TrainOptions
 from trainer.runtime import Runtime
+from trainer.stage import batches_of
 
 LENGTH = 64
 SMALL = [

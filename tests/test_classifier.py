@@ -37,7 +37,9 @@ from dataset.labelled import (
 )
 from model.bases import open_base
 from model.classifier import check_row_length, class_loss_sum, head_state, open_classifier
-from model.model_lora import apply_lora, check_lora, lora_parameters, read_lora, save_lora
+from model.lora.layer import lora_parameters
+from model.lora.skill_file import check_lora, read_lora
+from model.model_lora import apply_lora, save_lora
 from model.quantized import quantize
 from scripts.train_lora_classifier import main as train_classifier
 from trainer.evaluation import score, scores_of

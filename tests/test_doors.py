@@ -21,11 +21,12 @@ from core.files import sha256_file
 from core.paths import TOKENIZER_DIR, lora_path
 from dataset.tokenizer import load_tokenizer, tokenizer_of
 from model.generation import Sampling
-from model.model_lora import attach_lora, base_fingerprint, read_lora, remove_lora
+from model.lora.skill_file import base_fingerprint, read_lora
+from model.model_lora import attach_lora, remove_lora
 from model.weights import load_base
-from scripts.wiring import Base, run_record
 from serving.session import ChatSession
 from serving.terminal import command
+from trainer.stage import Base, run_record
 
 
 def load(trained, stage="full_sft"):

@@ -32,7 +32,7 @@ from dataset.tokenizer import foreign_tokenizer, token_bytes
 from model.bases import choose_base, is_pretrained, open_base
 from model.generation import Sampling
 from model.LMConfig import check_length
-from model.model_lora import read_lora
+from model.lora.skill_file import read_lora
 from scripts.merge_lora import main as merge_lora
 from serving.session import ChatSession
 

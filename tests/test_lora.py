@@ -12,9 +12,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from core.errors import UserError
 from model.LMConfig import LMConfig
+from model.lora.layer import lora_parameters
 from model.loss import loss_sum, nats_of
 from model.model import MiniMindLM
-from model.model_lora import LoRA, apply_lora, load_lora, lora_parameters, remove_lora, save_lora
+from model.model_lora import LoRA, apply_lora, load_lora, remove_lora, save_lora
 from trainer.evaluation import evaluate
 from trainer.runtime import Runtime
 

@@ -14,20 +14,11 @@ from torch import nn
 from benchmarks.seeded_model import fill
 from core.errors import UserError
 from model.LMConfig import LMConfig
-from model.lora_library import SkillLibrary
-from model.lora_targets import adapted
+from model.lora.layer import adapted, lora_parameters
+from model.lora.library import SkillLibrary
+from model.lora.skill_file import META_KEY, base_fingerprint, write_lora
 from model.model import MiniMindLM
-from model.model_lora import (
-    META_KEY,
-    apply_lora,
-    attach_lora,
-    base_fingerprint,
-    load_lora,
-    lora_parameters,
-    remove_lora,
-    save_lora,
-    write_lora,
-)
+from model.model_lora import apply_lora, attach_lora, load_lora, remove_lora, save_lora
 from model.weights import fingerprint, save_base
 
 WQ = "layers.0.attention.wq"

@@ -14,12 +14,10 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from core.errors import UserError
-from model.lora_layers import dense_weight
-from model.lora_library import SkillLibrary
-from model.lora_merge import merge_lora, unmerge_lora
-from model.lora_mix import factors_of, mixed, truncated
-from model.lora_targets import adapted
-from model.model_lora import adapters_in, apply_lora, attach_lora, remove_lora, save_lora
+from model.lora.layer import adapted, dense_weight
+from model.lora.library import SkillLibrary, factors_of, merge_lora, mixed, truncated, unmerge_lora
+from model.lora.skill_file import adapters_in
+from model.model_lora import apply_lora, attach_lora, remove_lora, save_lora
 
 SKILLS = {
     "a": {"rank": 4},

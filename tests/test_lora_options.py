@@ -26,17 +26,10 @@ from transformers import (
 
 from benchmarks.seeded_model import fill
 from core.errors import UserError
-from model.lora_layers import LoRA
-from model.lora_merge import merge_lora, unmerge_lora
-from model.lora_targets import adapted, table_of
-from model.model_lora import (
-    apply_lora,
-    attach_lora,
-    lora_parameters,
-    output_parameters,
-    remove_lora,
-    save_lora,
-)
+from model.lora.layer import adapted, lora_parameters, output_parameters
+from model.lora.library import merge_lora, unmerge_lora
+from model.lora.targets import table_of
+from model.model_lora import LoRA, apply_lora, attach_lora, remove_lora, save_lora
 from trainer.optimizer import param_groups
 
 BOTH = {"target_modules": ["wq", "w2"]}

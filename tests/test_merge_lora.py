@@ -15,8 +15,9 @@ from core.errors import UserError
 from core.files import sha256_file
 from core.paths import TOKENIZER_DIR
 from dataset.tokenizer import load_tokenizer, template_of, tokenizer_fingerprint
-from model.lora_library import SkillLibrary
-from model.model_lora import apply_lora, attach_lora, read_lora, remove_lora, save_lora
+from model.lora.library import SkillLibrary
+from model.lora.skill_file import read_lora
+from model.model_lora import apply_lora, attach_lora, remove_lora, save_lora
 from model.weights import load_base
 from scripts.merge_lora import main
 

@@ -18,7 +18,7 @@ from two_processes import PRETRAIN, run_door
 
 import train_pretrain
 from core.paths import REPOSITORY, checkpoints_dir
-from model.model_lora import read_lora
+from model.lora.skill_file import read_lora
 from model.weights import read_tensors
 from trainer.state_files import newest_state
 

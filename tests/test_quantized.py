@@ -24,19 +24,11 @@ import train_lora
 from core.errors import UserError
 from model.bases import open_base
 from model.LMConfig import LMConfig
-from model.lora_layers import dense_weight, is_quantized
-from model.lora_merge import merge_lora
-from model.lora_targets import adapted
+from model.lora.layer import adapted, dense_weight, is_quantized, lora_parameters
+from model.lora.library import merge_lora
+from model.lora.skill_file import base_fingerprint, read_lora
 from model.model import MiniMindLM
-from model.model_lora import (
-    apply_lora,
-    attach_lora,
-    base_fingerprint,
-    lora_parameters,
-    read_lora,
-    remove_lora,
-    save_lora,
-)
+from model.model_lora import apply_lora, attach_lora, remove_lora, save_lora
 from model.quantized import bits_per_parameter, dequantize, quantize
 from model.weights import load_base
 from scripts.merge_lora import main as merge

@@ -292,7 +292,7 @@ def test_a_skill_is_stopped_without_another_validation_and_resumed_with_the_same
     door, argv = door_and_flags("lora", trained, **settings)
     validations = []
     monkeypatch.setattr(
-        "scripts.wiring.evaluate", lambda *a, **k: validations.append(None) or evaluate(*a, **k)
+        "trainer.stage.evaluate", lambda *a, **k: validations.append(None) or evaluate(*a, **k)
     )
     cut_short(monkeypatch, 5, signal.SIGTERM)
     with pytest.raises(Stopped):

@@ -16,9 +16,9 @@ from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 from model.model_lora import apply_lora, load_lora
 from model.weights import load_base, model_of, read_tensors
-from scripts.wiring import Validation
 from trainer.options import TrainOptions
 from trainer.runtime import Runtime
+from trainer.stage import Validation
 
 SEED = 1337
 FILLED_IN = {"{{name}}": "MiniMind", "{{author}}": "the MiniMind project"}

@@ -79,8 +79,8 @@ def _floor(options, folder: Path, optimizer: str) -> dict:
     from model.LMConfig import LMConfig
     from model.loss import loss_sum
     from model.model import MiniMindLM
-    from scripts.wiring import batches_of, read_data
     from trainer.runtime import Runtime
+    from trainer.stage import batches_of, read_data
 
     settings = {
         "max_seq_len": options.max_seq_len,

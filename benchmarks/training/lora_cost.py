@@ -109,9 +109,9 @@ def lora_step(options, folder: Path) -> dict:
     from model.model import MiniMindLM
     from model.model_lora import apply_lora
     from model.weights import read_tensors
-    from scripts.wiring import batches_of, read_data
     from trainer.optimizer import MuonAdamW, param_groups
     from trainer.runtime import Runtime
+    from trainer.stage import batches_of, read_data
 
     tokenizer = load_tokenizer(TOKENIZER_DIR)
     weights, config = initial_weights(options, tokenizer, folder)

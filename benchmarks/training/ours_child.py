@@ -25,8 +25,8 @@ from model.LMConfig import LMConfig
 from model.loss import loss_sum
 from model.model_lora import apply_lora, save_lora
 from model.weights import model_of, read_tensors
-from scripts.wiring import batches_of, read_data
 from trainer.runtime import Runtime, count_parameters
+from trainer.stage import batches_of, read_data
 
 DATASETS = {"text": PretrainDataset, "chat": SFTDataset}
 

@@ -9,8 +9,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from core.errors import UserError
-from model.lora_config import SHORTHANDS, LoRAConfig
-from model.lora_layers import Linear, LoRA, features
+from model.lora.config import SHORTHANDS, LoRAConfig
+from model.lora.layer import Linear, adapted, features, merged
 
 
 @dataclass(frozen=True)
@@ -19,20 +19,6 @@ class Target:
     linear: Linear
     rank: int
     scaling: float
-
-
-def adapted(model: nn.Module) -> Iterator[tuple[str, Linear]]:
-    """The Linears that carry a LoRA, with their names."""
-    return (
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module._modules.get("lora"), LoRA)
-    )
-
-
-def merged(model: nn.Module) -> Iterator[tuple[str, Linear]]:
-    """The Linears into which a LoRA is merged, with their names."""
-    return ((name, module) for name, module in model.named_modules() if "unmerged" in vars(module))
 
 
 def check_receptive(model: nn.Module) -> None:

@@ -1,0 +1,91 @@
+"""Updates that vary LoRA: DoRA and PiSSA."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.lora.layer import Linear, LoRA, dense_weight
+
+
+class DoRA(LoRA):
+    """``magnitude * V / ||V||`` of each output, with V = W + scaling * B A (Liu et al. 2024).
+
+    ``magnitude`` (outputs,) starts as the norm of W's rows. As in the paper, no gradient flows
+    through the norm.
+    """
+
+    def __init__(self, linear: Linear, *args, **kwargs):
+        super().__init__(linear, *args, **kwargs)
+        self.magnitude = nn.Parameter(dense_weight(linear).float().norm(dim=1))
+
+    @staticmethod
+    def forward_of_linear(self: Linear, x: Tensor) -> Tensor:
+        y, lora = type(self).forward(self, x), self.lora
+        dtype = lora.A.weight.dtype
+        weight = dense_weight(self).to(dtype)
+        stretch = lora._stretch(weight)
+        if lora.training and lora.dropout.p:
+            x = lora.dropout(x.to(dtype))
+            by_base = F.linear(x, weight)
+            update = lora.B(lora.A(x) * lora.scaling)
+        else:
+            by_base = (y if self.bias is None else y - self.bias).to(dtype)
+            update = lora(x)
+        return y + ((stretch - 1) * by_base + stretch * update).to(y.dtype)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return self._stretch(weight).to(weight)[:, None] * super().merged(weight)
+
+    def exported(self) -> dict[str, Tensor]:
+        return {**super().exported(), "magnitude": self.magnitude}
+
+    def _stretch(self, weight: Tensor) -> Tensor:
+        with torch.no_grad():
+            norm = LoRA.merged(self, weight).norm(dim=1)
+        return self.magnitude / norm
+
+
+class PiSSA(LoRA):
+    """LoRA whose A and B start as the largest singular values of W, of which the frozen part is
+    relieved (Meng 2024).
+
+    The base stays as it is: the start, ``A0`` and ``B0``, is subtracted from the update instead. A
+    file gets both, as an ordinary LoRA of twice the rank, and so fits the base like any other.
+    """
+
+    def __init__(self, linear: Linear, rank: int, scaling: float = 1.0, dropout: float = 0.0):
+        super().__init__(linear, rank, scaling, dropout)
+        U, S, V = torch.linalg.svd(dense_weight(linear).float(), full_matrices=False)
+        root = (S[:rank] / scaling).sqrt()
+        with torch.no_grad():
+            self.A.weight.copy_(root[:, None] * V[:rank])
+            self.B.weight.copy_(U[:, :rank] * root)
+        self.register_buffer("A0", self.A.weight.detach().clone(), persistent=False)
+        self.register_buffer("B0", self.B.weight.detach().clone(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        started = F.linear(F.linear(x.to(self.A0.dtype), self.A0) * self.scaling, self.B0)
+        return super().forward(x) - started
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return super().merged(weight) - self.scaling * (self.B0.to(weight) @ self.A0.to(weight))
+
+    def is_zero(self) -> bool:
+        return torch.equal(self.A.weight, self.A0) and torch.equal(self.B.weight, self.B0)
+
+    def exported(self) -> dict[str, Tensor]:
+        return {
+            "A.weight": torch.cat((self.A.weight, self.A0)),
+            "B.weight": torch.cat((self.B.weight, -self.B0), dim=1),
+        }
+
+
+def lora_of(linear: Linear, tensors: dict[str, Tensor], scaling: float = 1.0) -> LoRA:
+    """The adapter for ``linear`` whose parameters are ``tensors`` (see ``exported``) themselves,
+    copied if not fp32.
+    """
+    with torch.device("meta"):  # nothing is drawn
+        kind = DoRA if "magnitude" in tensors else LoRA
+        lora = kind(linear, tensors["A.weight"].size(0), scaling, init="none")
+    lora.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, assign=True)
+    return lora
