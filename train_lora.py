@@ -59,38 +59,37 @@ def main(argv: list[str] | None = None) -> Path:
     from model.model_lora import apply_lora, save_lora
     from model.quantized import quantize
     from trainer.runtime import Runtime
-    from trainer.stage import Validation, opened_base, read_data, run_record, train_and_save
+    from trainer.stage import open_stage_base, read_data, run_record, run_stage, validation_of
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
-    base = opened_base(options, runtime, ("full_sft",), options.prompt_template)
+    base = open_stage_base(options, runtime, ("full_sft",), options.prompt_template)
     model, tokenizer = base.model, base.tokenizer
     if options.load_in_4bit:
         quantize(model, runtime.dtype)
     data = read_data(SFTDataset, options, tokenizer, runtime)
     # Held out by the rule that the base was trained with, or the base would have seen these chats.
-    other = replace(
-        options, data_path=options.general_data, val_ratio=base.held_out_share, bad_rows="skip"
-    )
-    other = read_data(SFTDataset, other, tokenizer, runtime)
-    path = lora_path(options.out_dir, options.lora_name, model.config.hidden_size)
-    apply_lora(model, **{field.name: getattr(options, field.name) for field in fields(LoRAConfig)})
+    share = base.held_out_share
+    general = replace(options, data_path=options.general_data, val_ratio=share, bad_rows="skip")
+    general_data = read_data(SFTDataset, general, tokenizer, runtime)
+    lora_options = {field.name: getattr(options, field.name) for field in fields(LoRAConfig)}
+    apply_lora(model, **lora_options)
     print(table_of(model))
-    memory = {}
-    validate = Validation(
-        model, {"domain": data.val, "general": other.val}, tokenizer, options, runtime, memory
-    )
+    held_out = {"domain": data.val, "general": general_data.val}
+    validation = validation_of(model, held_out, tokenizer, options, runtime)
     if not options.dry_run:
-        runtime.on_first(validate)
-    record = run_record("lora", options, tokenizer, base.origin)
-
-    def on_save(step: int) -> None:
-        save_lora(model, path, {**record, "metrics": {"step": step, **validate.record()}})
-
-    callbacks = {"on_save": on_save, "validate": validate, "memory": memory}
-    faster = output_parameters(model), options.loraplus_lr_ratio
-    train_and_save(model, data.train, options, runtime, path, record, **callbacks, faster=faster)
-    print(validate)
-    return path
+        runtime.on_first(lambda: validation(step=0))
+    path = lora_path(options.out_dir, options.lora_name, model.config.hidden_size)
+    return run_stage(
+        model,
+        data.train,
+        options,
+        runtime,
+        path=path,
+        record=run_record("lora", options, tokenizer, base),
+        validation=validation,
+        write=lambda record: save_lora(model, path, record),
+        fast=(output_parameters(model), options.loraplus_lr_ratio),
+    )
 
 
 if __name__ == "__main__":

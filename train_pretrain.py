@@ -38,38 +38,32 @@ def main(argv: list[str] | None = None) -> Path:
     from model.model import MiniMindLM
     from model.weights import save_base
     from trainer.runtime import Runtime
-    from trainer.stage import Validation, read_data, run_record, train_and_save
+    from trainer.stage import read_data, run_record, run_stage, validation_of
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
     tokenizer = load_tokenizer(options.tokenizer_path)
-    architecture = {
-        name: getattr(options, name)
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "dropout")
-    }
-    config = LMConfig(vocab_size=len(tokenizer), **architecture)
+    config = LMConfig(
+        dim=options.dim,
+        n_layers=options.n_layers,
+        n_heads=options.n_heads,
+        n_kv_heads=options.n_kv_heads,
+        dropout=options.dropout,
+        vocab_size=len(tokenizer),
+    )
     check_length(config, options.max_seq_len)
     data = read_data(PretrainDataset, options, tokenizer, runtime)
-    path = base_path(options.out_dir, "pretrain", options.dim)
     model = MiniMindLM(config).to(runtime.device)
-    memory = {}
-    validate = Validation(model, {"val": data.val}, tokenizer, options, runtime, memory)
-    record = run_record("pretrain", options, tokenizer)
-
-    def on_save(step: int) -> None:
-        save_base(path, model, {**record, "metrics": {"step": step, **validate.record()}})
-
-    train_and_save(
+    path = base_path(options.out_dir, "pretrain", options.dim)
+    return run_stage(
         model,
         data.train,
         options,
         runtime,
-        path,
-        record,
-        on_save=on_save,
-        validate=validate,
-        memory=memory,
+        path=path,
+        record=run_record("pretrain", options, tokenizer),
+        validation=validation_of(model, {"val": data.val}, tokenizer, options, runtime),
+        write=lambda record: save_base(path, model, record),
     )
-    return path
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def one_by_one(model: nn.Module, ids: Tensor) -> Tensor:
     """Logits of all positions: PROMPT tokens at once, the others one at a time from the cache."""
     logits, cache = [], None
     for part in (ids[:, :PROMPT], *ids[:, PROMPT:].split(1, dim=1)):
-        out = model(part, past_key_values=cache, use_cache=True)
+        out = model(part, cache=cache, use_cache=True)
         logits.append(out.logits)
         cache = out.past_key_values
     return torch.cat(logits, dim=1)

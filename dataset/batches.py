@@ -233,6 +233,20 @@ class Batches:
                 raise step
             yield step
 
+    def largest_batch(self) -> Batch:
+        """The micro-batch of the epoch with most tokens, padding included."""
+        plan = self._plan(0)
+        parts = [
+            p
+            for n in range(self.steps_per_epoch)
+            for p in micro_batches(
+                self.samples, self._share(plan[n]), self.batch_size, self.micro_tokens
+            )
+        ]
+        return self.samples.collate(
+            max(parts, key=lambda p: len(p) * int(self.samples.lengths[p].max()))
+        )
+
     def useful_share(self, epoch: int = 0) -> float:
         """Tokens that are no padding / all tokens computed, over the whole epoch of this
         process.
