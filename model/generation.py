@@ -24,7 +24,7 @@ class Sampling:
     max_new_tokens: int = 512
 
 
-@torch.no_grad()  # not inference_mode: its tensors could never be trained with, the rotary tables among them
+@torch.no_grad()  # not inference_mode: training could not use the rotary table that it makes
 def generate(
     model: nn.Module, ids: list[int], sampling: Sampling, stop: set[int], rng: torch.Generator
 ) -> Iterator[int]:

@@ -94,7 +94,7 @@ class Attention(nn.Module):
         S = k.size(2)
         mask = None
         if past is not None and T > 1:
-            # is_causal aligns the mask to the first key, which is wrong for new tokens after a cache.
+            # is_causal aligns its mask to the first key: wrong for new tokens after a cache.
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         y = F.scaled_dot_product_attention(
             q,
