@@ -19,23 +19,20 @@ import torch
 from core import files
 from core.errors import Stopped, UserError, run
 from core.files import atomic_write, sha256_file
-from core.options import RETIRED_FLAGS, option, parse, require
+from core.options import RETIRED_FLAGS, CheckedOptions, option, parse
 from core.paths import REPOSITORY, lora_path, lora_paths, skill_name, skill_of
 
 
 @dataclass
-class Example:
+class Example(CheckedOptions):
     """An example."""
 
-    count: int = option(3, "a number, 5 % of something")
-    rate: float | None = option(None, "a rate")
+    count: int = option(3, "a number, 5 % of something", group="data", below=100)
+    rate: float | None = option(None, "a rate", above=0)
     name: str = option("x", "a name")
     fast: bool = option(True, "a switch")
     kind: Literal["a", "b"] = option("a", "a choice")
     files: tuple[Path, ...] = option((Path("f"),), "some files")
-
-    def __post_init__(self):
-        require(self.count < 100, f"--count {self.count} must be below 100")
 
 
 def test_the_dataclass_is_the_only_source_of_defaults():
@@ -74,7 +71,7 @@ def test_every_type_parses_and_booleans_are_real_booleans():
         ),
         (["--fas"], "unknown flag --fas; did you mean --fast?"),
         (["--zzz=1"], "unknown flag --zzz; see --help"),
-        (["--count", "100"], "--count 100 must be below 100"),
+        (["--count", "100"], "count=100 must be below 100"),
         *((flag.split(), f"{flag} is gone") for flag in RETIRED_FLAGS),
     ],
 )
@@ -84,11 +81,43 @@ def test_wrong_flags_are_explained(argv, said):
     assert said in str(error.value)
 
 
+@dataclass
+class Heir(Example):
+    """Another default, and nothing else said again."""
+
+    kind: Literal["b", "c"] = option("c", "a choice")
+    count: int = 4
+    rate: float | None = 0.5
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"count": 100},
+        {"count": 1.5},
+        {"count": True},
+        {"count": 10**400},
+        {"rate": 0},
+        {"rate": float("nan")},
+        {"rate": float("inf")},
+        {"rate": "fast"},
+        {"kind": "a"},
+    ],
+)
+def test_a_dataclass_refuses_what_its_options_exclude_whoever_makes_it(values):
+    ((name, value),) = values.items()
+    with pytest.raises(UserError, match=rf"^{name}={value!r} must be "):
+        Heir(**values)
+    assert Heir(rate=None).count == 4
+
+
 def test_help_shows_every_flag_with_its_default(capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(Example, ["--help"])
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
     assert stopped.value.code == 0
+    assert printed.index("--files") < printed.index("\ndata:\n") < printed.index("--count")
+    printed = " ".join(printed.split())
     for text in (
         "a number, 5 % of something (default: 3)",
         "--no-fast",
