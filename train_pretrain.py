@@ -73,4 +73,4 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, keep_working=True)

@@ -5,10 +5,9 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import operator
-import types
 import typing
 from math import inf
+from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -17,12 +16,7 @@ from core.errors import UserError
 T = TypeVar("T")
 
 GROUPS = ("most used", "data", "skill", "training", "run", "device")  # the order of --help
-BOUNDS = {
-    "at_least": operator.ge,
-    "at_most": operator.le,
-    "above": operator.gt,
-    "below": operator.lt,
-}
+BOUNDS = {"at_least": ge, "at_most": le, "above": gt, "below": lt}
 # Flags of MiniMind that are gone, and what to use instead.
 RETIRED_FLAGS = {
     "--use_moe": "mixture-of-experts models are not supported; leave it out",
@@ -34,14 +28,7 @@ RETIRED_FLAGS = {
 }
 
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    group: str | None = None,
-    positional: bool = False,
-    **bounds: float,
-) -> Any:
+def option(default: Any, help: str, *, group: str = "", positional=False, **bounds: float) -> Any:
     """A dataclass field that becomes the flag of the same name, or a required value without a flag.
 
     ``--help`` lists it under the heading ``group``, one of ``GROUPS``. ``bounds`` are any of
@@ -49,9 +36,9 @@ def option(
     subclass may declare the field again, as ``epochs: int = 20`` or ``option(20, "other help")``:
     it inherits whatever it does not state.
     """
-    assert group in (None, *GROUPS) and bounds.keys() <= BOUNDS.keys(), (group, bounds)
-    stated = {"help": help, "positional": positional, **bounds}
-    return dataclasses.field(default=default, metadata=stated | ({"group": group} if group else {}))
+    assert group in ("", *GROUPS) and bounds.keys() <= BOUNDS.keys(), (group, bounds)
+    stated = {"help": help, "positional": positional, **({"group": group} if group else {})}
+    return dataclasses.field(default=default, metadata={**stated, **bounds})
 
 
 @dataclasses.dataclass
@@ -91,8 +78,8 @@ def parse(options: type[T], argv: list[str] | None) -> T:
         description=(options.__doc__ or "").strip(),
         allow_abbrev=False,
     )
-    for group in (None, *GROUPS):
-        names = [name for name, declared in declarations.items() if declared.get("group") == group]
+    for group in ("", *GROUPS):
+        names = [name for name, found in declarations.items() if found.get("group", "") == group]
         section = parser.add_argument_group(group) if group and names else parser
         for name in names:
             _add_flag(section, name, declarations[name])
@@ -109,17 +96,18 @@ def _declarations(options: type) -> dict[str, dict[str, Any]]:
     derived class declares come first.
     """
     hints = typing.get_type_hints(options)
-    fields = {field.name: field for field in dataclasses.fields(options)}
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
     found: dict[str, dict[str, Any]] = {}
     for owner in options.__mro__:
-        of_owner = vars(owner).get("__dataclass_fields__", {})
+        fields = vars(owner).get("__dataclass_fields__", {})
         for name in inspect.get_annotations(owner):
-            if name in fields and name in of_owner:
-                found[name] = {**of_owner[name].metadata, **found.get(name, {})}
+            if name in defaults and name in fields:
+                found[name] = {**fields[name].metadata, **found.get(name, {})}
     for name, declared in found.items():
-        hint, optional = _strip_none(hints[name])
-        declared |= {"type": hint, "optional": optional, "default": fields[name].default}
-        assert optional or declared["default"] is not None, f"{name} defaults to None unsaid"
+        kinds = typing.get_args(hints[name])
+        optional = type(None) in kinds
+        hint = kinds[kinds[0] is type(None)] if optional else hints[name]
+        declared |= {"type": hint, "optional": optional, "default": defaults[name]}
         bounded = not BOUNDS.keys().isdisjoint(declared)
         assert not bounded or issubclass(options, CheckedOptions), f"nobody checks {name}"
     return found
@@ -179,14 +167,6 @@ def _int(text: str) -> int:
     if not text.lstrip("-").isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
-
-
-def _strip_none(hint: Any) -> tuple[Any, bool]:
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        kept = [part for part in typing.get_args(hint) if part is not type(None)]
-        assert len(kept) == 1, hint
-        return kept[0], True
-    return hint, False
 
 
 def _explain_unknown(argument: str, known: list[str]) -> str:

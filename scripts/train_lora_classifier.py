@@ -296,4 +296,4 @@ def opened_tokenizer(options: Options, model):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, keep_working=True)
