@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TextIO
 
 NEEDED = {"torch", "transformers", "datasets", "tokenizers", "tqdm", "wandb", "matplotlib", "numpy"}
@@ -54,7 +54,10 @@ def run(main: Callable[[], object], *, keep_working: bool = False) -> None:
     limit_spinning()
     _open_streams()
     try:
-        with _unread_output_dropped() if keep_working else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if keep_working:
+                stack.enter_context(contextlib.redirect_stdout(_Unfailing(sys.stdout)))
+                stack.enter_context(contextlib.redirect_stderr(_Unfailing(sys.stderr)))
             main()
             sys.stdout.flush()
         return
@@ -129,16 +132,8 @@ def _open_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-@contextlib.contextmanager
-def _unread_output_dropped() -> Iterator[None]:
-    """Inside, printing never fails: what cannot be written, and all that follows it, is dropped."""
-    out, err = _Unfailing(sys.stdout), _Unfailing(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        yield
-
-
 class _Unfailing:
-    """A text stream whose ``write`` and ``flush`` do not fail."""
+    """A text stream whose ``write`` and ``flush`` never fail: what cannot be written is dropped."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
