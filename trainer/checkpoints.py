@@ -26,8 +26,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from core.errors import UserError
-from core.files import fsync_folder, set_ordinary_mode, sha256_file
-from core.locks import try_lock
+from core.files import fsync_folder, set_ordinary_mode, sha256_file, try_lock
 from trainer.runtime import Runtime
 
 FORMAT = 2

@@ -130,7 +130,8 @@ def run_stage(
     """
     name = path.name.removesuffix(".pth")
     folder = checkpoints_dir(options.out_dir, name)
-    states = RunStates(folder, identity(options, record), resume=options.resume)
+    resume = options.resume and not options.dry_run
+    states = RunStates(folder, identity(options, record), resume=resume)
     if path.exists() and not (states.found or options.dry_run):
         print(f"starting clean: {path} of an earlier run will be replaced")
     run = Run(

@@ -11,14 +11,14 @@ from math import inf, sqrt
 from typing import Literal, get_args
 
 from core.errors import UserError
-from core.options import option, require
+from core.options import CheckedOptions, option, require
 
 SHORTHANDS = ("square", "all-linear")
 Init = Literal["minimind", "kaiming", "gaussian", "pissa"]
 
 
 @dataclass
-class LoRAConfig:
+class LoRAConfig(CheckedOptions):
     """Names and meanings are PEFT's, the defaults are MiniMind's.
 
     ``target_modules`` and ``exclude_modules``: a list of names or name endings, or, as a string, a
@@ -29,33 +29,45 @@ class LoRAConfig:
     values that no LoRA can have.
     """
 
-    rank: int = option(16, "rank of the update")
+    rank: int = option(16, "rank of the update", group="most used", at_least=1)
     alpha: float | None = option(
-        None, "the update is scaled by alpha / rank (default: a scale of 1)"
+        None, "the update is scaled by alpha / rank (default: a scale of 1)", group="skill", above=0
     )
     target_modules: tuple[str, ...] = option(
         ("square",),
         "square, all-linear, names or name endings of Linear layers, or one regular expression",
+        group="skill",
     )
     exclude_modules: tuple[str, ...] = option(
-        (), "names or name endings to leave out, or one regular expression"
+        (), "names or name endings to leave out, or one regular expression", group="skill"
     )
     layers_to_transform: tuple[int, ...] = option(
-        (), "numbers of the layers to adapt (default: all)"
+        (), "numbers of the layers to adapt (default: all)", group="skill"
     )
-    rank_pattern: tuple[str, ...] = option((), "other ranks for some names: wo=4 'layers.7.*=32'")
-    alpha_pattern: tuple[str, ...] = option((), "other alphas for some names")
-    use_rslora: bool = option(False, "scale by alpha / sqrt(rank)")
-    use_dora: bool = option(False, "learn each output's magnitude apart from its direction (DoRA)")
+    rank_pattern: tuple[str, ...] = option(
+        (), "other ranks for some names: wo=4 'layers.7.*=32'", group="skill"
+    )
+    alpha_pattern: tuple[str, ...] = option((), "other alphas for some names", group="skill")
+    use_rslora: bool = option(False, "scale by alpha / sqrt(rank)", group="skill")
+    use_dora: bool = option(
+        False, "learn each output's magnitude apart from its direction (DoRA)", group="skill"
+    )
     lora_dropout: float = option(
-        0.0, "probability that an input of the update is left out in training"
+        0.0,
+        "probability that an input of the update is left out in training",
+        group="skill",
+        at_least=0,
+        below=1,
     )
     init_lora_weights: Init = option(
         "minimind",
-        "A starts from N(0, 0.02), U(+-1/sqrt(inputs)) or N(0, 1/rank) and B at 0; pissa: from W's SVD",
+        "A starts from N(0, 0.02), U(+-1/sqrt(inputs)) or N(0, 1/rank) and B at 0;"
+        " pissa: from W's SVD",
+        group="skill",
     )
 
     def __post_init__(self):
+        super().__post_init__()
         self.target_modules = _names(self.target_modules or ())
         self.exclude_modules = _names(self.exclude_modules or ())
         shorthand = self.exclude_modules if self.exclude_modules in SHORTHANDS else ""
