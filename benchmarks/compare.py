@@ -21,6 +21,8 @@ from core.options import option, parse, require
 from core.paths import REPOSITORY, base_path, bundled_data, lora_path, metrics_path
 
 COMMON = "--device cpu --max_seq_len 256 --batch_size 8 --val_tokens 256 --log_interval 1"
+PRETRAIN = "train_pretrain.py --data_path TEXTS"
+SMALL = "--dim 256 --n_layers 6"  # the quick start's model
 LORA = "train_lora.py --data_path IDENTITY --general_data CHATS --lora_name"
 DATA = {
     "TEXTS": bundled_data("pretrain_mini.jsonl"),
@@ -29,22 +31,15 @@ DATA = {
 }
 # Run once, uncounted: they fill the caches of tokens and make a chat base and two skills.
 PREPARED = (
-    "train_pretrain.py --data_path TEXTS --dim 256 --n_layers 6 --max_steps 1",
+    f"{PRETRAIN} {SMALL} --max_steps 1",
     "train_full_sft.py --data_path CHATS --max_steps 1",
     f"{LORA} a --max_steps 1",
     f"{LORA} b --max_steps 1 --seed 1",
 )
-# What is timed -> the run whose metrics hold the time, and its command. 256 x 6 is the quick
-# start's model.
+# What is timed -> the run whose metrics hold the time, and its command.
 TIMED = {
-    "pretraining steps, dim 256": (
-        "pretrain_256",
-        "train_pretrain.py --data_path TEXTS --dim 256 --n_layers 6 --max_steps 16",
-    ),
-    "pretraining steps, default model": (
-        "pretrain_512",
-        "train_pretrain.py --data_path TEXTS --max_steps 6",
-    ),
+    "pretraining steps, dim 256": ("pretrain_256", f"{PRETRAIN} {SMALL} --max_steps 16"),
+    "pretraining steps, default model": ("pretrain_512", f"{PRETRAIN} --max_steps 6"),
     "LoRA epochs, dim 256": ("lora_a_256", f"{LORA} a --epochs 3"),
 }
 SWAP_NAME, SWAPS = "skill swap, dim 256", 200
@@ -54,7 +49,7 @@ from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 from model.model_lora import attach_lora
 
-base, turns, *skills = sys.argv[1:]
+turns, base, *skills = sys.argv[1:]
 model = MiniMindLM(LMConfig(dim=256, n_layers=6))
 model.load_state_dict(torch.load(base))
 seconds = []
@@ -72,37 +67,33 @@ class Options:
 
     other: Path | None = option(None, "folder of the other checkout of this repository")
     rounds: int = option(5, "turns of each checkout; the ratios are medians over them")
-    result: Path | None = option(
-        REPOSITORY / "benchmarks" / "results" / "compare.json", "file of the figures"
-    )
+    result: Path | None = option(None, "write the figures to this JSON file")
 
     def __post_init__(self):
-        require(self.other is not None, "--other DIR is needed: another checkout to compare with")
-        require(
-            (self.other / "train_lora.py").is_file(),
-            f"--other {self.other} is no checkout of this repository: it has no train_lora.py",
-        )
+        found = self.other is not None and (self.other / "train_lora.py").is_file()
+        require(found, f"--other must be another checkout of this repository, not {self.other}")
         require(self.rounds >= 1, f"--rounds {self.rounds} must be at least 1")
 
 
 def main(argv: list[str] | None = None) -> dict:
     options = parse(Options, argv)
     with tempfile.TemporaryDirectory() as folder:
-        sides = [
-            Side(REPOSITORY, Path(folder) / "this"),
-            Side(options.other.resolve(), Path(folder) / "other"),
-        ]
-        for side in sides:
+        this = Side(REPOSITORY, Path(folder) / "this")
+        other = Side(options.other.resolve(), Path(folder) / "other")
+        for side in (this, other):
             for command in PREPARED:
                 side.train(command)
         for number in range(options.rounds):
             for name in (*TIMED, SWAP_NAME):
-                for side in sides if number % 2 else sides[::-1]:
+                for side in (this, other) if number % 2 else (other, this):
                     side.time(name)
-                print(name, *(f"{side.seconds[name][-1]:.4g} s" for side in sides), flush=True)
-    this, other = (side.seconds for side in sides)
-    figures = {"rounds": options.rounds, "other_over_this": ratios(this, other)}
-    figures |= {"seconds": {"this": this, "other": other}, **measured_on(("torch", "transformers"))}
+                print(f"{name}: {this.seconds[name][-1]:.4g} s, {other.seconds[name][-1]:.4g} s")
+    figures = {
+        "rounds": options.rounds,
+        "other_over_this": ratios(this.seconds, other.seconds),
+        "seconds": {"this": this.seconds, "other": other.seconds},
+        **measured_on(("torch", "transformers")),
+    }
     print(json.dumps(figures["other_over_this"], indent=1))
     write_results(options.result, figures)
     return figures
@@ -125,9 +116,9 @@ class Side:
             self.train(command)
             found = seconds_in(metrics_path(self.out, run_name))
         else:
-            skills = [str(lora_path(self.out, skill, 256)) for skill in "ab"]
-            base = base_path(self.out, "full_sft", 256)
-            found = json.loads(self._python("-c", SWAP, str(base), str(SWAPS), *skills))
+            files = [base_path(self.out, "full_sft", 256)]
+            files += [lora_path(self.out, skill, 256) for skill in "ab"]
+            found = json.loads(self._python("-c", SWAP, str(SWAPS), *map(str, files)))
         self.seconds[name].append(found)
 
     def _python(self, *arguments: str) -> str:
@@ -151,14 +142,12 @@ def seconds_in(metrics: Path) -> float:
     return seconds[-1] - seconds[0]
 
 
-def ratios(this: dict[str, list], other: dict[str, list]) -> dict[str, dict[str, float]]:
-    """For each figure the spread of the rounds' quotients."""
-    found = {}
-    for name in this:
-        quotients = sorted(b / a for a, b in zip(this[name], other[name], strict=True))
-        middle = statistics.median(quotients)
-        found[name] = {"min": quotients[0], "median": middle, "max": quotients[-1]}
-    return found
+def ratios(this: dict[str, list], other: dict[str, list]) -> dict[str, float]:
+    """For each figure the median of the rounds' quotients."""
+    return {
+        name: statistics.median(b / a for a, b in zip(this[name], other[name], strict=True))
+        for name in this
+    }
 
 
 if __name__ == "__main__":
