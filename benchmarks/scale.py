@@ -134,8 +134,8 @@ def speed(path: Path, prepared: dict, tiny: dict) -> float:
 
 
 def watched(command: str, data: Path, out: Path, threads: str = "true") -> dict:
-    """Run a command that ends with its data; its seconds, what it ``said``, and the most memory and processor
-    time of it and of its children.
+    """Run a command that ends with its data; its seconds, what it ``said``, and the most memory and
+    processor time of it and of its children.
 
     Pages that forked children share with their parent count for each of them.
     """
