@@ -17,7 +17,7 @@ from core.errors import run
 from core.options import option, parse, require
 
 SIZES, RANKS, ROWS = (4096, 768, 512), (4, 8, 16, 32, 64), 32
-SWAPS, MIX = 1000, {"a": 0.7, "b": -0.2}
+MIX = {"a": 0.7, "b": -0.2}
 
 
 @dataclass
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> dict:
         on_the_model(targets, options.rounds) for targets in ("square", "all-linear")
     ]
     show(figures["model"])
-    figures["thousand_swaps"] = thousand_swaps()
+    figures["thousand_swaps"] = random_swaps(1000)
     show([figures["thousand_swaps"]])
     figures |= measured_on(("torch", "transformers"))
     write_results(options.result, figures)
@@ -146,7 +146,7 @@ def moved_by_merging(model, ids, library) -> dict:
     return {"largest": float(drift.max()), "mean_share_of_skill": float(share)}
 
 
-def thousand_swaps() -> dict:
+def random_swaps(count: int) -> dict:
     """Whether random swaps between nothing, two skills and mixes of them leave a trace in the
     base.
     """
@@ -169,7 +169,7 @@ def thousand_swaps() -> dict:
             remove_lora(model)
             library.add(name, Path(folder) / f"lora_{name}.pth")
     draw = random.Random(0)
-    for _ in range(SWAPS):
+    for _ in range(count):
         mix = {"a": draw.uniform(-1, 1), "b": draw.uniform(-1, 1)}
         library.use(draw.choice([None, "a", "b", mix]))
     library.use(None)
@@ -177,7 +177,7 @@ def thousand_swaps() -> dict:
         equal = torch.equal(model(ids).logits, before)
     same = exact_hash(model) == weights
     same &= fingerprint(model.named_parameters(), model.config) == forward
-    return {"swaps": SWAPS, "sha256_unchanged": same, "logits_bit_equal": equal}
+    return {"swaps": count, "sha256_unchanged": same, "logits_bit_equal": equal}
 
 
 def exact_hash(model) -> str:
