@@ -175,15 +175,14 @@ def unrelated_bits(model, tokenizer, options: Options) -> float:
     from core.paths import cache_dir
     from dataset.batches import SFTDataset, validation_batches
     from dataset.tokenizer import control_ids
-    from model.loss import nats_of
-    from trainer.evaluation import evaluate
+    from trainer.metrics import evaluate
     from trainer.runtime import Runtime
 
     settings = {"cache": cache_dir(options.out_dir), "val_ratio": UNRELATED_SHARE}
     data = SFTDataset((options.unrelated,), tokenizer, 512, **settings).val
     batches = validation_batches(data, 8, UNRELATED_TOKENS)
     runtime = Runtime.start("cpu", "float32")
-    return evaluate(model, batches, runtime, loss_sum=nats_of(control_ids(tokenizer))).bits_per_byte
+    return evaluate(model, batches, runtime, control_ids(tokenizer)).bits_per_byte
 
 
 def logits_of(model, tokenizer):

@@ -122,7 +122,7 @@ class Job:
 
     def saved_step(self) -> int:
         """The step of the newest whole state."""
-        from trainer.state_files import newest_state
+        from trainer.checkpoints import newest_state
 
         found = newest_state(checkpoints_dir(self.out, RUN))
         return found.manifest["progress"]["step"] if found else 0
