@@ -2,7 +2,7 @@
 my_chats.jsonl
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from core.errors import UserError, run
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> Path:
     options = parse(Options, argv)
     from dataset.batches import SFTDataset
     from model.model import MiniMindLM
-    from model.weights import save_base
+    from model.weights import RunRecord, save_base
     from trainer.runtime import Runtime
     from trainer.stage import Validation, opened_base, read_data, run_record, train_and_save
 
@@ -42,10 +42,13 @@ def main(argv: list[str] | None = None) -> Path:
     path = base_path(options.out_dir, "full_sft", model.config.dim)
     memory = {}
     validate = Validation(model, {"val": data.val}, tokenizer, options, runtime, memory)
-    record = run_record("full_sft", options, tokenizer, base.origin)
+    record = run_record(
+        RunRecord, "full_sft", options, tokenizer, val_ratio=options.val_ratio, base=base.origin
+    )
 
     def on_save(step: int) -> None:
-        save_base(path, model, {**record, "metrics": {"step": step, **validate.record()}})
+        metrics = {"step": step, **validate.record()}
+        save_base(path, model, replace(record, metrics=metrics))
 
     train_and_save(
         model,

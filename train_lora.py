@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> Path:
     options = parse(Options, argv)
     from dataset.batches import SFTDataset
     from model.lora.layer import output_parameters
+    from model.lora.skill_file import SkillMeta
     from model.lora.targets import table_of
     from model.model_lora import apply_lora, save_lora
     from model.quantized import quantize
@@ -81,10 +82,20 @@ def main(argv: list[str] | None = None) -> Path:
     )
     if not options.dry_run:
         runtime.on_first(validate)
-    record = run_record("lora", options, tokenizer, base.origin)
+    record = run_record(
+        SkillMeta,
+        "lora",
+        options,
+        tokenizer,
+        base=base.origin,
+        prompt_template=options.prompt_template,
+        load_in_4bit=options.load_in_4bit,
+        max_seq_len=options.max_seq_len,
+    )
 
     def on_save(step: int) -> None:
-        save_lora(model, path, {**record, "metrics": {"step": step, **validate.record()}})
+        metrics = {"step": step, **validate.record()}
+        save_lora(model, path, replace(record, metrics=metrics))
 
     callbacks = {"on_save": on_save, "validate": validate, "memory": memory}
     faster = output_parameters(model), options.loraplus_lr_ratio

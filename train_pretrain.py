@@ -1,6 +1,6 @@
 """Train a MiniMindLM from zero on documents: python train_pretrain.py --data_path my.jsonl"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> Path:
     from dataset.tokenizer import load_tokenizer
     from model.LMConfig import LMConfig, check_length
     from model.model import MiniMindLM
-    from model.weights import save_base
+    from model.weights import RunRecord, save_base
     from trainer.runtime import Runtime
     from trainer.stage import Validation, read_data, run_record, train_and_save
 
@@ -53,10 +53,11 @@ def main(argv: list[str] | None = None) -> Path:
     model = MiniMindLM(config).to(runtime.device)
     memory = {}
     validate = Validation(model, {"val": data.val}, tokenizer, options, runtime, memory)
-    record = run_record("pretrain", options, tokenizer)
+    record = run_record(RunRecord, "pretrain", options, tokenizer, val_ratio=options.val_ratio)
 
     def on_save(step: int) -> None:
-        save_base(path, model, {**record, "metrics": {"step": step, **validate.record()}})
+        metrics = {"step": step, **validate.record()}
+        save_base(path, model, replace(record, metrics=metrics))
 
     train_and_save(
         model,

@@ -55,9 +55,9 @@ def main(argv: list[str] | None = None) -> dict:
     from benchmarks.result_file import measured_on, write_results
     from core.files import sha256_file
     from dataset.tokenizer import foreign_tokenizer
-    from model.bases import open_base
     from model.generation import Sampling
     from model.lora.skill_file import read_lora
+    from model.weights import open_base
     from serving.session import ChatSession
 
     base = smollm2(options.out_dir / "smollm2")
@@ -136,7 +136,9 @@ def main(argv: list[str] | None = None) -> dict:
             for question, answer in before["answers"].items()
         },
         "skill_file_bytes": skill.stat().st_size,
-        "trained": {name: read_lora(skill)[1][name] for name in ("base", "data", "options")},
+        "trained": {
+            name: getattr(read_lora(skill)[1], name) for name in ("base", "data", "options")
+        },
         **measured_on(("torch", "transformers")),
     }
     print(

@@ -93,7 +93,7 @@ def train(method: str, seed: int, options: Options) -> dict:
 
     options.train(f"{method}-{seed}", ["--seed", seed, *METHODS[method]])
     (path,) = lora_paths(options.out_dir, f"{method}-{seed}")
-    held_out = read_lora(path)[1]["metrics"]["domain"]
+    held_out = read_lora(path)[1].metrics["domain"]
     return {"base_loss": held_out["first"]["loss"], "loss": held_out["last"]["loss"]}
 
 

@@ -92,7 +92,7 @@ def train(targets: str, rank: int, rate: float, options: Options) -> dict:
     (path,) = lora_paths(options.out_dir, name)
     tensors, meta = read_lora(path)
     path.unlink()
-    held_out = meta["metrics"]["domain"]
+    held_out = meta.metrics["domain"]
     parameters = sum(tensor.numel() for tensor in tensors.values())
     return {
         "parameters": parameters,

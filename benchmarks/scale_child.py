@@ -19,6 +19,7 @@ from transformers import AutoTokenizer  # noqa: F401
 from core.paths import TOKENIZER_DIR, cache_dir
 from dataset.batches import Batches, PretrainDataset
 from dataset.tokenizer import load_tokenizer
+from model.weights import RunRecord
 from train_pretrain import Options
 from trainer.stage import run_record
 
@@ -34,7 +35,7 @@ def main(path: Path, out_dir: Path) -> None:
     batches = Batches(data.train, options.batch_size, 1, options.seed).steps(0)
     next(batches)
     first = time.perf_counter()
-    run_record("pretrain", options, tokenizer)
+    run_record(RunRecord, "pretrain", options, tokenizer)
     recorded = time.perf_counter()
     drawn = sum(1 for _ in islice(batches, DRAWN))
     seconds = {

@@ -50,7 +50,7 @@ class SkillStudy:
         """
         from model.weights import read_record
 
-        found = {"base": read_record(self.base)["fingerprint"], "data": sha256_file(self.data)}
+        found = {"base": read_record(self.base).fingerprint, "data": sha256_file(self.data)}
         return found | {
             name: getattr(self, name) for name in ("max_steps", "batch_size", "val_tokens")
         }

@@ -37,8 +37,8 @@ def main(argv: list[str] | None = None) -> dict:
     options = parse(Options, argv)
     import train_lora
     from benchmarks.result_file import measured_on, write_results
-    from model.bases import choose_base
     from model.lora.skill_file import read_lora
+    from model.weights import choose_base
     from scripts.quickstart_answers import ask_all
 
     base = choose_base(options.out_dir, stages=("full_sft",))
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> dict:
             path = train_lora.main(
                 [*argv, "--epochs", str(options.epochs), "--max_seq_len", str(options.max_seq_len)]
             )
-            metrics = read_lora(path)[1]["metrics"]
+            metrics = read_lora(path)[1].metrics
             probes = ask_all(base, (skill,), options.out_dir / "sweep")
             row = {"skill": skill, "learning_rate": rate}
             for data in ("domain", "general"):

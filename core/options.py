@@ -33,7 +33,8 @@ def parse(options: type[T], argv: list[str] | None) -> T:
     """Parse ``argv`` (None: the process's own) into an instance of the dataclass ``options``.
 
     Supported types: bool (``--flag`` / ``--no-flag``), int, float, str, Path, ``Literal`` choices,
-    any of these ``| None``, and ``tuple[Path, ...]`` (one or more). Raises ``UserError`` for
+    any of these ``| None``, and ``tuple[Path, ...]`` or ``dict`` (one or more words). Of
+    ``str | tuple[str, ...]`` a command line gives the tuple. Raises ``UserError`` for
     unknown, malformed, retired or contradicting flags; the class's ``__post_init__`` does the
     cross-checks. ``--help`` prints and exits 0.
     """
@@ -78,7 +79,7 @@ class _StoreTuple(argparse.Action):
 
 def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -> None:
     hint, optional = _strip_none(hint)
-    several = typing.get_origin(hint) is tuple
+    several = typing.get_origin(hint) in (tuple, dict)
     hint = typing.get_args(hint)[0] if several else hint
     default = " ".join(map(str, field.default)) if several else field.default
     shown = "" if default in (None, "") else f" (default: {default})"
@@ -116,8 +117,9 @@ def _int(text: str) -> int:
 def _strip_none(hint: Any) -> tuple[Any, bool]:
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         kept = [part for part in typing.get_args(hint) if part is not type(None)]
-        assert len(kept) == 1, hint
-        return kept[0], True
+        several = [part for part in kept if typing.get_origin(part) is tuple]
+        assert len(several or kept) == 1, hint
+        return (several or kept)[0], type(None) in typing.get_args(hint)
     return hint, False
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
 from core.errors import UserError, reason_of
-from core.paths import pretrained_name
-from model.bases import is_pretrained, load_pretrained
+from core.paths import is_pretrained, pretrained_name
+from model.huggingface import load_pretrained
 from model.kernels import IGNORED
 from model.LMConfig import check_length, context_of
 from model.weights import copy_strictly, fingerprint
@@ -95,6 +95,9 @@ def check_row_length(model: nn.Module, max_seq_len: int) -> None:
     check_length(model.config, max_seq_len)
 
 
+HEAD = "_head."  # before their names in a skill file
+
+
 def head_state(model: nn.Module) -> dict[str, Tensor]:
     """What trains in a classifier beside a LoRA, by name."""
     added = {
@@ -108,12 +111,20 @@ def head_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def head_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The head among the tensors of a skill file, by name in the model; empty where there is
+    none.
+    """
+    found = {name: tensor for name, tensor in tensors.items() if name.startswith(HEAD)}
+    return {name.removeprefix(HEAD): tensor for name, tensor in found.items()}
+
+
 def load_head(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Copy the head of the skill file ``path`` into a classifier from ``open_classifier``.
 
     Raises ``UserError`` where it does not fit.
     """
-    copy_strictly(head_state(model), tensors, path)
+    copy_strictly(head_state(model), head_of(tensors), path)
 
 
 def class_loss_sum(model: nn.Module, batch) -> Tensor:

@@ -5,7 +5,7 @@
 import json
 import sys
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -119,9 +119,15 @@ def train(options: Options, runtime) -> Path:
         split_labelled,
     )
     from dataset.tokenizer import reading_fingerprint
-    from model.bases import save_folder
-    from model.classifier import check_row_length, class_loss_sum, head_state, open_classifier
-    from model.lora.skill_file import base_fingerprint
+    from model.classifier import (
+        HEAD,
+        check_row_length,
+        class_loss_sum,
+        head_state,
+        open_classifier,
+    )
+    from model.huggingface import save_folder
+    from model.lora.skill_file import SkillMeta, base_fingerprint
     from model.lora.targets import table_of
     from model.model_lora import apply_lora, save_lora
     from model.quantized import quantize
@@ -180,11 +186,18 @@ def train(options: Options, runtime) -> Path:
         memory["val"] = asdict(scores) if scores.targets else {}
         return scores
 
-    record = run_record("classifier", options, tokenizer, origin) | {
-        "labels": labels,
-        "pairs": pairs,
-    }
-    record["tokenizer"] = reading_fingerprint(tokenizer)
+    record = run_record(
+        SkillMeta,
+        "classifier",
+        options,
+        tokenizer,
+        base=origin,
+        labels=labels,
+        pairs=pairs,
+        max_seq_len=options.max_seq_len,
+        load_in_4bit=options.load_in_4bit,
+    )
+    record = replace(record, tokenizer=reading_fingerprint(tokenizer))
 
     def on_save(step: int) -> None:
         if memory.get("val"):
@@ -194,9 +207,9 @@ def train(options: Options, runtime) -> Path:
         if options.full:
             save_folder(model, tokenizer, path)
         else:
-            save_lora(
-                body, path, {**record, "metrics": {"step": step, **memory}}, head_state(model)
-            )
+            meta = replace(record, metrics={"step": step, **memory})
+            head = {HEAD + name: tensor for name, tensor in head_state(model).items()}
+            save_lora(body, path, meta, head)
 
     callbacks = {
         "on_save": on_save,
@@ -219,7 +232,7 @@ def predict(options: Options, runtime) -> None:
 
     from dataset.labelled import LabelledSamples, clean_unlabelled, read_labelled
     from dataset.tokenizer import reading_fingerprint
-    from model.classifier import load_head, open_classifier, read_config
+    from model.classifier import head_of, load_head, open_classifier, read_config
     from model.lora.skill_file import check_lora, read_lora
     from model.model_lora import attach_lora
     from model.quantized import quantize
@@ -227,28 +240,26 @@ def predict(options: Options, runtime) -> None:
     path = lora_path(options.out_dir, options.lora_name, read_config(options.base).hidden_size)
     if not path.is_file():
         raise UserError(f"there is no skill file {path}; train it with --data_path, without --full")
-    _, meta = read_lora(path)
-    labels, max_seq_len = meta.get("labels"), meta["options"].get("max_seq_len")
-    if not meta["head"] or not are_names(labels) or type(max_seq_len) is not int:
+    skill = tensors, meta = read_lora(path)
+    labels, max_seq_len = meta.labels, meta.max_seq_len
+    if not head_of(tensors) or not are_names(labels) or type(max_seq_len) is not int:
         raise UserError(
             f"{path} is no classifier's skill: it has no head, labels and length of rows"
         )
     with redirect_stdout(sys.stderr):  # what is printed below can be piped
         rows = read_labelled((options.predict,), "refuse", clean_unlabelled)
         model = open_classifier(options.base, labels).to(runtime.device).eval()
-        check_lora(model.base_model, path)
+        check_lora(model.base_model, path, skill, with_extra=True)
         tokenizer = opened_tokenizer(options, model)
-        if reading_fingerprint(tokenizer) != meta.get("tokenizer"):
+        if reading_fingerprint(tokenizer) != meta.tokenizer:
             raise UserError(
                 f"{path} was trained with another tokenizer; name that one with --tokenizer_path"
             )
-        samples = LabelledSamples(
-            rows, labels, tokenizer, max_seq_len, pairs=bool(meta.get("pairs"))
-        )
-        load_head(model, meta["head"], path)
-        if meta["options"].get("load_in_4bit"):
+        samples = LabelledSamples(rows, labels, tokenizer, max_seq_len, pairs=bool(meta.pairs))
+        load_head(model, tensors, path)
+        if meta.load_in_4bit:
             quantize(model.base_model, runtime.dtype)
-        attach_lora(model.base_model, path)
+        attach_lora(model.base_model, path, with_extra=True)
     for index in range(len(samples)):
         batch = runtime.move(samples.collate(np.array([index])))
         with torch.no_grad(), runtime.autocast():

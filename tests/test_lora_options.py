@@ -232,17 +232,17 @@ def test_a_file_gives_every_kind_back(sharp_model, tmp_path, options):
         ({"lora_dropout": 1.0}, r"lora_dropout=1.0 must lie in \[0, 1\)"),
         ({"rank_pattern": ["wq"]}, "rank_pattern 'wq' must be NAME=NUMBER"),
         ({"rank_pattern": ["wq=x"]}, "rank_pattern 'wq=x' must be NAME=NUMBER"),
-        ({"rank_pattern": {"w9": 2}}, "rank_pattern 'w9' matches no target; there are wo, wq"),
-        ({"alpha_pattern": {"w1": 2}}, "alpha_pattern 'w1' matches no target; there are wo, wq"),
+        ({"rank_pattern": {"w9": 2}}, "rank_pattern 'w9' matches nothing; there are wo, wq"),
+        ({"alpha_pattern": {"w1": 2}}, "alpha_pattern 'w1' matches nothing; there are wo, wq"),
         ({"target_modules": "("}, r"'\(' is no regular expression"),
         (
             {"target_modules": ["wq", "w9"]},
-            "target_modules='w9' matches no Linear; there are w1, w2, w3, wk, wo, wq",
+            "target_modules='w9' matches nothing; there are w1, w2, w3, wk, wo, wq",
         ),
-        ({"exclude_modules": "w1"}, "exclude_modules='w1' matches no target; there are wo, wq"),
+        ({"exclude_modules": "w1"}, "exclude_modules='w1' matches nothing; there are wo, wq"),
         (
             {"exclude_modules": ["wo", "w1", "w9"]},
-            "exclude_modules='w1', 'w9' matches no target; there are wo, wq",
+            "exclude_modules='w1', 'w9' matches nothing; there are wo, wq",
         ),
         ({"exclude_modules": ["wq", "wo"]}, "leaves no target"),
         (
@@ -258,7 +258,7 @@ def test_a_file_gives_every_kind_back(sharp_model, tmp_path, options):
         ({"rank_pattern": {"wq": 2.7}}, "rank_pattern 'wq=2.7' must be NAME=NUMBER"),
         ({"rank_pattern": {"(": 2}}, r"'\(' is no regular expression"),
         ({"rank_pattern": ["wo=4", "wo=8"]}, "rank_pattern has 'wo' twice"),
-        ({"target_modules": None}, r"target_modules=\(\) matches no Linear"),
+        ({"target_modules": None}, r"target_modules=\(\) matches nothing"),
         ({"exclude_modules": "square"}, "exclude_modules=square is no name of a module"),
         (
             {"init_lora_weights": "none"},

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -22,9 +23,9 @@ from dataset.batches import (
     validation_batches,
 )
 from dataset.tokenizer import control_ids, tokenizer_fingerprint, tokenizer_of
-from model.bases import choose_base, open_base
 from model.LMConfig import check_length
 from model.loss import loss_sum, nats_of
+from model.weights import Record, RunRecord, choose_base, open_base
 from trainer.evaluation import Metrics, evaluate
 from trainer.loop import train
 from trainer.optimizer import param_groups
@@ -42,19 +43,19 @@ class Base:
     path: Path
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
-    record: dict
+    record: RunRecord
 
     @property
     def origin(self) -> dict:
         """What the file of the run says of it."""
-        return {"file": self.path.name, "fingerprint": self.record["fingerprint"]}
+        return {"file": self.path.name, "fingerprint": self.record.fingerprint}
 
     @property
     def held_out_share(self) -> float:
         """``val_ratio`` of the run that made the base, as its record says; the default where it
         says nothing.
         """
-        found = self.record.get("options", {}).get("val_ratio") or TrainOptions.val_ratio
+        found = self.record.val_ratio or TrainOptions.val_ratio
         if not isinstance(found, float) or not 0 < found < 1:
             beside = self.path.with_suffix(".json")
             raise UserError(
@@ -171,7 +172,7 @@ def train_and_save(
     options: TrainOptions,
     runtime: Runtime,
     path: Path,
-    record: dict,
+    record: Record,
     *,
     on_save: Callable[[int], None],
     validate: Callable[[], Metrics],
@@ -227,24 +228,29 @@ def pass_size(options: TrainOptions, runtime: Runtime) -> int:
     )
 
 
-def identity(options: TrainOptions, record: dict) -> dict:
+def identity(options: TrainOptions, record: Record) -> dict:
     """What must be the same when a run is resumed: flags, files by their content, and the base."""
-    flags = {
-        f"--{name}": value for name, value in record["options"].items() if name not in MAY_CHANGE
-    }
+    flags = {f"--{name}": value for name, value in record.options.items() if name not in MAY_CHANGE}
     files = {}
-    for kind in ("data", "general data", "val data"):
-        found = record.get(kind.replace(" ", "_"), [])
+    groups = (record.data, record.general_data, record.val_data)
+    for kind, found in zip(("data", "general data", "val data"), groups, strict=True):
         files |= {f"{kind} file {n}": entry["sha256"] for n, entry in enumerate(found, 1)}
-    base = (record["base"] or {}).get("fingerprint")
-    return flags | files | {"the tokenizer": record["tokenizer"], "the base": base}
+    base = (record.base or {}).get("fingerprint")
+    return flags | files | {"the tokenizer": record.tokenizer, "the base": base}
+
+
+R = TypeVar("R", bound=Record)
 
 
 def run_record(
-    stage: str, options: TrainOptions, tokenizer: PreTrainedTokenizerBase, base: dict | None = None
-) -> dict:
-    """What a file says of the run that made it; paths are cut to file names. ``base``: what the run
-    started from.
+    kind: type[R],
+    stage: str,
+    options: TrainOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    **more: object,
+) -> R:
+    """What a file says of the run that made it; paths are cut to file names. ``more``: other
+    entries of the record, among them the ``base`` that the run started from.
     """
 
     def file_name(path: Path) -> str:
@@ -263,16 +269,14 @@ def run_record(
             for path in paths
         ]
 
-    names = [field.name for field in fields(options)]
-    return {
-        "stage": stage,
-        "base": base,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "data": described(options.data_path),
-        "general_data": described(getattr(options, "general_data", ())),
-        "val_data": described(getattr(options, "val_path", ())),
+    names = [field.name for field in fields(options) if field.name not in ("resume", "dry_run")]
+    return kind(
+        stage=stage,
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        data=described(options.data_path),
+        general_data=described(getattr(options, "general_data", ())),
+        val_data=described(getattr(options, "val_path", ())),
         # A resumed run leaves the same file as one that was never interrupted.
-        "options": {
-            name: cut(getattr(options, name)) for name in names if name not in ("resume", "dry_run")
-        },
-    }
+        options={name: cut(getattr(options, name)) for name in names},
+        **more,
+    )
