@@ -69,9 +69,9 @@ class Record:
         for name, value in known.items():
             if not isinstance(value, kinds[name]):
                 raise ValueError(f"{name} is {value!r}")
-        for name in cls.ONCE_OPTIONS:
-            if name not in content and name in (options := known.get("options", {})):
-                known[name] = options[name]
+        for name, value in known.get("options", {}).items():
+            if name in cls.ONCE_OPTIONS:
+                known.setdefault(name, value)
         return cls(**known, more={key: content[key] for key in content.keys() - kinds.keys()})
 
     def to_json(self) -> dict:

@@ -2,6 +2,7 @@
 without a trace.
 """
 
+import copy
 import json
 import textwrap
 
@@ -9,13 +10,14 @@ import pytest
 import torch
 from conftest import logits_of, strengthen
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from benchmarks.seeded_model import fill
 from core.errors import UserError
 from model.LMConfig import LMConfig
 from model.lora.layer import adapted, lora_parameters
-from model.lora.library import SkillLibrary
-from model.lora.skill_file import META_KEY, SkillMeta, base_fingerprint, write_lora
+from model.lora.library import SkillLibrary, merge_lora, unmerge_lora
+from model.lora.skill_file import META_KEY, SkillMeta, base_fingerprint, read_lora, write_lora
 from model.model import MiniMindLM
 from model.model_lora import apply_lora, attach_lora, load_lora, remove_lora, save_lora
 from model.weights import fingerprint, save_base
@@ -248,6 +250,76 @@ def test_every_target_that_does_not_fit_stands_in_one_error(skill, sharp_model):
         "1.attention.wo is missing",
     ):
         assert part in message
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda part: torch.compile(part, backend="eager"), checkpoint_wrapper]
+)
+def test_layers_wrapped_one_by_one_make_and_take_the_skills_of_a_plain_base(
+    sharp_model, tmp_path, wrap
+):
+    plain, wrapped = sharp_model, copy.deepcopy(sharp_model)
+    for n, layer in enumerate(wrapped.layers):
+        layer.feed_forward.w1 = wrap(layer.feed_forward.w1)
+        wrapped.layers[n] = wrap(layer)
+    bare = logits_of(plain)
+    for maker, taker in ((wrapped, plain), (plain, wrapped)):
+        expected = written(maker, tmp_path / "x.pth", target_modules="all-linear")
+        tensors, meta = read_lora(tmp_path / "x.pth")
+        assert not any(
+            "_orig_mod" in name or "_wrapped" in name for name in (*tensors, *meta.ranks)
+        )
+        library = SkillLibrary(taker)
+        library.add("x", tmp_path / "x.pth")
+        library.use({"x": 1.0})
+        torch.testing.assert_close(logits_of(taker), expected, atol=1e-5, rtol=1e-5)
+        merge_lora(taker)
+        torch.testing.assert_close(logits_of(taker), expected, atol=1e-5, rtol=1e-5)
+        unmerge_lora(taker)
+        apply_lora_again(taker, tmp_path / "x.pth", expected)
+        assert torch.equal(logits_of(taker), bare)
+
+
+def apply_lora_again(model, path, expected):
+    """``load_lora`` into LoRA applied by name, and its removal."""
+    remove_lora(model)
+    apply_lora(model, 4, target_modules="all-linear")
+    load_lora(model, path)
+    torch.testing.assert_close(logits_of(model), expected, atol=1e-5, rtol=1e-5)
+    remove_lora(model)
+
+
+def test_files_with_the_names_of_wrappers_still_load(sharp_model, tmp_path):
+    expected = written(sharp_model, tmp_path / "x.pth")
+    meta, content = meta_of(tmp_path / "x.pth"), torch.load(tmp_path / "x.pth")
+
+    def wrapped(name):
+        return name.replace("layers.0.", "layers.0._orig_mod.")
+
+    meta["targets"] = [wrapped(name) for name in meta["targets"]]
+    meta["scaling"] = {wrapped(name): scale for name, scale in meta["scaling"].items()}
+    torch.save({wrapped(name): tensor for name, tensor in content.items()}, tmp_path / "x.pth")
+    attach_lora(sharp_model, edited(tmp_path / "x.pth", meta))
+    assert torch.equal(logits_of(sharp_model), expected)
+
+
+def test_a_file_that_keeps_its_answers_among_the_options_loads(sharp_model, skill):
+    """As files were written before these entries had names of their own."""
+    options = {"prompt_template": "Q: {user}", "load_in_4bit": True, "max_seq_len": 64}
+    meta = read_lora(edited(skill, dict.fromkeys(options) | {"options": options}))[1]
+    assert (meta.prompt_template, meta.load_in_4bit, meta.max_seq_len) == ("Q: {user}", True, 64)
+    assert meta.options == options
+
+
+def test_tensors_beside_the_lora_come_back_and_are_not_left_out_by_mistake(sharp_model, tmp_path):
+    add_lora(sharp_model)
+    save_lora(sharp_model, tmp_path / "x.pth", None, {"_head.weight": torch.ones(2, 3)})
+    remove_lora(sharp_model)
+    assert torch.equal(read_lora(tmp_path / "x.pth")[0]["_head.weight"], torch.ones(2, 3))
+    for action in (attach_lora, load_lora):
+        assert "_head.weight" in refusal(action, sharp_model, tmp_path / "x.pth")
+    attach_lora(sharp_model, tmp_path / "x.pth", with_extra=True)
+    assert len(list(adapted(sharp_model))) == 4
 
 
 # swapping

@@ -190,6 +190,29 @@ def test_every_kind_starts_from_the_base_exactly_and_leaves_it_bit_for_bit(sharp
     )
 
 
+@pytest.mark.parametrize("value", [0.0, 1e-30])
+@pytest.mark.parametrize("in_fp16", [False, True])
+def test_dora_learns_on_a_row_without_length(value, in_fp16):
+    """Under fp16 autocast also a product B A may vanish: nothing is divided by a norm of 0."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    with torch.no_grad():
+        model[0].weight[0] = value
+    apply_lora(model, 2, use_dora=True)
+    optimizer = torch.optim.AdamW(lora_parameters(model), lr=0.01)
+    x = torch.randn(4, 8)
+    for _ in range(3):
+        with torch.autocast("cpu", torch.float16, enabled=in_fp16):
+            y = model(x)
+        y.float().square().mean().backward()
+        numbers = [y, *(p.grad for p in lora_parameters(model))]
+        assert all(tensor.isfinite().all() for tensor in numbers)
+        optimizer.step()
+        optimizer.zero_grad()
+    merge_lora(model)
+    torch.testing.assert_close(model(x), y.float(), atol=0.05, rtol=0.05)
+
+
 def test_dropout_is_for_training_alone(sharp_model):
     apply_lora(sharp_model.eval(), 4, lora_dropout=0.5)
     strengthen(sharp_model, 2)
