@@ -1,7 +1,6 @@
 """LoRA (Hu et al. 2021) of one Linear: what it computes, and how a Linear gets and loses it."""
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from types import MethodType
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 Linear = nn.Linear | Conv1D  # Conv1D is GPT-2's Linear, with a transposed weight
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # parts of names
 
 
 def forward_with_lora(linear: Linear, x: Tensor) -> Tensor:
@@ -93,7 +93,10 @@ def base_name(name: str) -> str:
     """A module's or parameter's name without the parts that ``torch.compile`` and activation
     checkpointing add to it, so that skills fit the model whether its layers are wrapped or not.
     """
-    return re.sub(r"(^|\.)(?:_orig_mod|_checkpoint_wrapped_module)(?=\.|$)", "", name).lstrip(".")
+    for wrapper in WRAPPERS:
+        if wrapper in name:
+            name = ".".join(part for part in name.split(".") if part != wrapper)
+    return name
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, Linear]]:
