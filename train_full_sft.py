@@ -15,12 +15,16 @@ from trainer.options import TrainOptions
 class Options(TrainOptions):
     """Fine-tune all weights of a pretrained base on chats and save out/full_sft_<dim>.pth."""
 
-    data_path: tuple[Path, ...] = option((bundled_data("sft_mini.jsonl"),), "chat files")
-    base: Path | None = option(
-        None, "base to start from (default: the newest pretrain_*.pth in out_dir)"
+    data_path: tuple[Path, ...] = option(
+        (bundled_data("sft_mini.jsonl"),), "chat files", group="most used"
     )
-    epochs: int = option(2, "passes over the data")
-    learning_rate: float = option(5e-4, "peak learning rate")
+    base: Path | None = option(
+        None,
+        "base to start from (default: the newest pretrain_*.pth in out_dir)",
+        group="most used",
+    )
+    epochs: int = 2
+    learning_rate: float = 5e-4
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -65,4 +69,4 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, keep_working=True)

@@ -3,11 +3,10 @@ my_chats.jsonl
 """
 
 from dataclasses import dataclass, fields, replace
-from math import inf
 from pathlib import Path
 
 from core.errors import run
-from core.options import option, parse, require
+from core.options import option, parse
 from core.paths import bundled_data, lora_path, skill_name
 from model.lora.config import LoRAConfig
 from trainer.options import TrainOptions
@@ -17,38 +16,35 @@ from trainer.options import TrainOptions
 class Options(LoRAConfig, TrainOptions):
     """Freeze a chat base, train rank-16 LoRA on chats and save out/lora/lora_<name>_<dim>.pth."""
 
-    lora_name: str = option("identity", "name of the skill; it names the file")
+    lora_name: str = option("identity", "name of the skill; it names the file", group="most used")
     data_path: tuple[Path, ...] = option(
-        (bundled_data("lora_identity.jsonl"),), "chat files of the skill"
+        (bundled_data("lora_identity.jsonl"),), "chat files of the skill", group="most used"
     )
     general_data: tuple[Path, ...] = option(
-        (bundled_data("sft_mini.jsonl"),), "chats that show what the skill costs"
+        (bundled_data("sft_mini.jsonl"),), "chats that show what the skill costs", group="data"
     )
     base: Path | None = option(
-        None, "file, Hugging Face folder or owner/model to freeze (default: newest full_sft_*)"
+        None,
+        "file, Hugging Face folder or owner/model to freeze (default: newest full_sft_*)",
+        group="most used",
     )
     prompt_template: str | None = option(
-        None, r"how a base without chat template is asked: 'Q: {user}\nA: '"
+        None, r"how a base without chat template is asked: 'Q: {user}\nA: '", group="data"
     )
     load_in_4bit: bool = option(
-        False, "freeze the base in 4 bits (QLoRA; needs requirements-4bit.txt)"
+        False, "freeze the base in 4 bits (QLoRA; needs requirements-4bit.txt)", group="device"
     )
-    loraplus_lr_ratio: float = option(1.0, "B learns at so many times the rate of A (LoRA+)")
-    epochs: int = option(20, "passes over the data")
-    learning_rate: float = option(
-        3e-3, "peak learning rate"
-    )  # 5e-5 teaches nothing: results/sweep_lora_lr.json
-    weight_decay: float = option(0.0, "decoupled weight decay")
-    val_ratio: float = option(0.05, "share of rows held out for validation; 0: none")
+    loraplus_lr_ratio: float = option(
+        1.0, "B learns at so many times the rate of A (LoRA+)", group="training", above=0
+    )
+    epochs: int = 20
+    learning_rate: float = 3e-3  # 5e-5 teaches nothing: results/sweep_lora_lr.json
+    weight_decay: float = 0.0
+    val_ratio: float = 0.05
 
     def __post_init__(self):
-        TrainOptions.__post_init__(self)
-        LoRAConfig.__post_init__(self)
+        super().__post_init__()
         skill_name(self.lora_name)
-        require(
-            0 < self.loraplus_lr_ratio < inf,
-            f"--loraplus_lr_ratio {self.loraplus_lr_ratio} must be positive",
-        )
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -105,4 +101,4 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, keep_working=True)

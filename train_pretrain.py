@@ -15,18 +15,18 @@ class Options(TrainOptions):
     """Train a language model from zero on {"text": ...} rows and save out/pretrain_<dim>.pth."""
 
     data_path: tuple[Path, ...] = option(
-        (bundled_data("pretrain_mini.jsonl"),), "pretraining files"
+        (bundled_data("pretrain_mini.jsonl"),), "pretraining files", group="most used"
     )
-    batch_size: int = option(8, "rows of a micro-batch")
-    learning_rate: float = option(2e-3, "peak learning rate")
+    dim: int = option(512, "width of the model", group="most used")
+    n_layers: int = option(8, "number of blocks", group="most used")
+    batch_size: int = 8
+    learning_rate: float = 2e-3
     optimizer: Literal["muon", "adamw"] = option(
-        "muon", "of the Linear layers' weights; AdamW has all others"
+        "muon", "updates the weights of the Linear layers; AdamW updates all others"
     )
-    dim: int = option(512, "width of the model")
-    n_layers: int = option(8, "number of blocks")
-    n_heads: int = option(8, "query heads")
-    n_kv_heads: int = option(2, "key/value heads")
-    dropout: float = option(0.0, "dropout while training")
+    n_heads: int = option(8, "query heads", group="training")
+    n_kv_heads: int = option(2, "key/value heads", group="training")
+    dropout: float = option(0.0, "dropout while training", group="training")
     tokenizer_path: Path | None = option(TOKENIZER_DIR, "tokenizer folder")
 
 
@@ -74,4 +74,4 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, keep_working=True)

@@ -35,42 +35,47 @@ class Options(LoRAConfig, TrainOptions):
     --val_path.
     """
 
-    base: Path | None = option(None, "pretrained model: a Hugging Face folder or owner/model")
+    base: Path | None = option(
+        None, "pretrained model: a Hugging Face folder or owner/model", group="most used"
+    )
     data_path: tuple[Path, ...] = option(
-        (), "rows with text, label and perhaps text_pair: .jsonl, .json or .tsv"
+        (),
+        "rows with text, label and perhaps text_pair: .jsonl, .json or .tsv",
+        group="most used",
     )
-    val_path: tuple[Path, ...] = option(
-        (), "rows to score (default: --val_ratio of the training rows)"
-    )
-    lora_name: str = option("classifier", "name of the skill; it names the files")
-    full: bool = option(
-        False, "train all weights instead of LoRA, into the folder out/classifier_<name>"
-    )
-    load_in_4bit: bool = option(
-        False, "freeze the body in 4 bits (QLoRA; needs requirements-4bit.txt)"
+    lora_name: str = option(
+        "classifier", "name of the skill; it names the files", group="most used"
     )
     predict: Path | None = option(
-        None, "train nothing: print the label of each row of this file, with its probability"
+        None,
+        "train nothing: print the label of each row of this file, with its probability",
+        group="most used",
     )
-    rank: int = option(8, "rank of the update")
+    val_path: tuple[Path, ...] = option(
+        (), "rows to score (default: val_ratio of the training rows)", group="data"
+    )
+    full: bool = option(
+        False,
+        "train all weights instead of LoRA, into the folder out/classifier_<name>",
+        group="skill",
+    )
+    load_in_4bit: bool = option(
+        False, "freeze the body in 4 bits (QLoRA; needs requirements-4bit.txt)", group="device"
+    )
+    rank: int = 8
     alpha: float | None = option(16.0, "the update is scaled by alpha / rank")
-    target_modules: tuple[str, ...] = option(
-        ("query", "value"),
-        "square, all-linear, names or name endings of Linear layers, or one regular expression",
-    )
-    epochs: int = option(3, "passes over the data")
-    batch_size: int = option(32, "rows of a micro-batch")
+    target_modules: tuple[str, ...] = ("query", "value")
+    epochs: int = 3
+    batch_size: int = 32
     learning_rate: float | None = option(
         None, "peak learning rate (default: 1e-3, with --full 5e-5)"
     )
-    warmup_ratio: float = option(0.06, "share of the steps in which the rate rises")
-    decay_ratio: float = option(
-        1.0, "share of the steps after the warm-up in which the rate falls to 0"
-    )
-    weight_decay: float = option(0.01, "decoupled weight decay of matrices (not of norms)")
-    max_seq_len: int = option(128, "tokens of a row")
+    warmup_ratio: float = 0.06
+    decay_ratio: float = 1.0
+    weight_decay: float = 0.01
+    max_seq_len: int = 128
     val_ratio: float = option(0.1, "share of rows held out where there is no --val_path")
-    val_tokens: int = option(10**9, "how many held-out tokens a validation reads")
+    val_tokens: int = 10**9
 
     def __post_init__(self):
         defaults = {field.name: field.default for field in fields(self)}
@@ -79,8 +84,7 @@ class Options(LoRAConfig, TrainOptions):
         of_training = [name for name in given if name not in OF_PREDICTION]
         if self.learning_rate is None:
             self.learning_rate = 5e-5 if self.full else 1e-3
-        TrainOptions.__post_init__(self)
-        LoRAConfig.__post_init__(self)
+        super().__post_init__()
         skill_name(self.lora_name)
         require(self.base is not None, "name a pretrained model with --base")
         require(
@@ -303,4 +307,4 @@ def opened_tokenizer(options: Options, model):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, keep_working=True)

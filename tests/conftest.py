@@ -10,6 +10,11 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+
+from core.errors import limit_spinning
+
+limit_spinning()  # before torch is imported
+
 import torch
 from transformers import PreTrainedTokenizerBase
 

@@ -682,11 +682,11 @@ def test_other_validation_rows_are_another_run(bases, data, tmp_path):
         ),
         (
             ["--base", "BASE", "--data_path", "TRAIN", "--warmup_ratio", "1"],
-            "--warmup_ratio 1.0 must lie in",
+            "warmup_ratio=1.0 must be",
         ),
         (
             ["--base", "BASE", "--data_path", "TRAIN", "--decay_ratio", "0"],
-            "--decay_ratio 0.0 must lie in",
+            "decay_ratio=0.0 must be",
         ),
     ],
 )

@@ -82,28 +82,9 @@ def test_a_signal_that_ends_the_processes_of_the_source_too_still_saves(
     assert saved == steps
 
 
-def test_a_run_outlives_the_readers_of_its_output(tiny_model, tmp_path, monkeypatch):
-    """A Ctrl-C ends `| tee` too, and before the run."""
-    reading, writing = os.pipe()
-    os.close(reading)
-    saved = []
-    with os.fdopen(writing, "w", encoding="utf-8") as unread, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", unread)
-        patch.setattr(sys, "stderr", unread)
-        run_training(
-            tiny_model,
-            Source([ragged_batch(2, seed=11)]),
-            tmp_path,
-            on_save=saved.append,
-            log_interval=1,
-        )
-        print("what the door prints afterwards", flush=True)
-    assert saved == [4]
-
-
 HOLDER = """
 from pathlib import Path
-from core.locks import try_lock
+from core.files import try_lock
 path = Path("states/run.lock")
 path.parent.mkdir()
 with path.open("a") as file:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from core.errors import Stopped, UserError
-from core.output import unread_output_dropped
 from trainer.evaluation import Metrics
 from trainer.measure import announce, peak_memory_mb, speed_figures
 from trainer.metrics import NoLog, RunLog
@@ -74,7 +73,6 @@ class Summary:
         )
 
 
-@unread_output_dropped()
 def train(
     model: nn.Module,
     source: BatchSource,

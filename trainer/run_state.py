@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
-from core.locks import try_lock
+from core.files import try_lock
 from trainer.progress import Progress
 from trainer.runtime import Runtime
 from trainer.state_files import State, newest_state, planned_steps, saved_states, write_state
