@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
-from core.errors import UserError, run
+from core.errors import run
 from core.options import option, parse, require
-from core.paths import lora_path, lora_paths, skill_name
+from core.paths import find_skill, skill_name
 
 
 @dataclass
@@ -86,9 +86,10 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from dataset.tokenizer import tokenizer_of
-    from model.bases import choose_base, open_base
     from model.generation import Sampling
+    from model.lora.skill_file import read_lora
     from model.quantized import quantize
+    from model.weights import choose_base, open_base
     from serving.session import ChatSession
     from serving.terminal import answer, chat
     from trainer.runtime import Runtime
@@ -97,64 +98,41 @@ def main(argv: list[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):  # a pipe on Windows is not UTF-8 by itself
             stream.reconfigure(encoding="utf-8", errors="replace")
     runtime = Runtime.start(options.device, "float32")
-    base = choose_base(options.out_dir, options.base, skill_base(options))
+    # The skill decides the base, unless one is named, and the base which of the skill's files.
+    path = skill = template = None
+    if options.lora_name is not None and options.base is None:
+        path = find_skill(options.out_dir, options.lora_name)
+        skill = read_lora(path)
+    base = choose_base(options.out_dir, options.base, skill and skill[1].base)
     model, record = open_base(base, runtime.device)
     if options.load_in_4bit:
         with redirect_stdout(sys.stderr):  # an answer can be piped
             quantize(model)
-    templates = options.prompt_template, skill_template(options, model.config.hidden_size)
+    if options.lora_name is not None:
+        found = find_skill(options.out_dir, options.lora_name, model.config.hidden_size)
+        skill = skill if found == path else read_lora(found)
+        template = skill[1].prompt_template
+    templates = options.prompt_template, template
     tokenizer = tokenizer_of(record, base, options.tokenizer_path, options.out_dir, *templates)
+    names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
     session = ChatSession(
         model,
         tokenizer,
-        Sampling(
-            options.temperature,
-            options.top_p,
-            options.top_k,
-            options.repetition_penalty,
-            options.max_new_tokens,
-        ),
+        Sampling(**{name: getattr(options, name) for name in names}),
         seed=torch.seed() if options.seed is None else options.seed,
         history_cnt=options.history_cnt,
-        continues=record.get("stage", base.name.partition("_")[0]) == "pretrain",
+        continues=(record.stage or base.name.partition("_")[0]) == "pretrain",
         out_dir=options.out_dir,
         allow_base_mismatch=options.allow_base_mismatch,
         keeps_template=options.prompt_template is not None,
     )
     if options.lora_name is not None:
-        session.use_skill(options.lora_name)
+        session.use_skill(options.lora_name, skill)
     print(f"base: {base}, skill: {session.skill or 'none'}, {runtime}", file=sys.stderr, flush=True)
     if options.prompt is None:
         chat(session)
     else:
         answer(session, options.prompt)
-
-
-def skill_base(options: Options) -> dict | None:
-    """What the asked-for skill's file says of its base, if it and no ``--base`` is named."""
-    from model.lora.skill_file import read_lora
-
-    if options.lora_name is None or options.base is not None:
-        return None
-    found = lora_paths(options.out_dir, options.lora_name)
-    if not found:
-        missing = lora_path(options.out_dir, options.lora_name, "<dim>")
-        raise UserError(
-            f"there is no skill file {missing}; train it with train_lora.py --lora_name {options.lora_name}"
-        )
-    return read_lora(found[-1])[1]["base"]
-
-
-def skill_template(options: Options, dim: int) -> str | None:
-    """The ``--prompt_template`` that the asked-for skill was trained with, if there was one."""
-    from model.lora.skill_file import read_lora
-
-    if (
-        options.lora_name is None
-        or not (path := lora_path(options.out_dir, options.lora_name, dim)).is_file()
-    ):
-        return None
-    return read_lora(path)[1]["options"].get("prompt_template")
 
 
 if __name__ == "__main__":

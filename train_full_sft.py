@@ -31,13 +31,13 @@ def main(argv: list[str] | None = None) -> Path:
     options = parse(Options, argv)
     from dataset.batches import SFTDataset
     from model.model import MiniMindLM
-    from model.weights import save_base
+    from model.weights import RunRecord, save_base
     from trainer.runtime import Runtime
     from trainer.stage import (
         open_stage_base,
         read_data,
         result_path,
-        run_record,
+        run_facts,
         run_stage,
         validation_of,
     )
@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> Path:
             f"--base {base.path} is no MiniMindLM, and this trains no other; train_lora.py does"
         )
     path = result_path(options, "full_sft", base)
+    facts = run_facts("full_sft", options, tokenizer, base)
     data = read_data(SFTDataset, options, tokenizer, runtime)
     return run_stage(
         model,
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> Path:
         options,
         runtime,
         path=path,
-        record=run_record("full_sft", options, tokenizer, base),
+        record=RunRecord(**facts, val_ratio=options.val_ratio),
         validation=validation_of(model, {"val": data.val}, tokenizer, options, runtime),
         write=lambda record: save_base(path, model, record),
     )

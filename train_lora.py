@@ -51,11 +51,12 @@ def main(argv: list[str] | None = None) -> Path:
     options = parse(Options, argv)
     from dataset.batches import SFTDataset
     from model.lora.layer import output_parameters
+    from model.lora.skill_file import SkillMeta
     from model.lora.targets import table_of
     from model.model_lora import apply_lora, save_lora
     from model.quantized import quantize
     from trainer.runtime import Runtime
-    from trainer.stage import open_stage_base, read_data, run_record, run_stage, validation_of
+    from trainer.stage import open_stage_base, read_data, run_facts, run_stage, validation_of
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
     base = open_stage_base(options, runtime, ("full_sft",), options.prompt_template)
@@ -75,13 +76,15 @@ def main(argv: list[str] | None = None) -> Path:
     if not options.dry_run:
         runtime.on_first(lambda: validation(step=0))
     path = lora_path(options.out_dir, options.lora_name, model.config.hidden_size)
+    asked = {name: getattr(options, name) for name in ("prompt_template", "load_in_4bit")}
+    facts = run_facts("lora", options, tokenizer, base)
     return run_stage(
         model,
         data.train,
         options,
         runtime,
         path=path,
-        record=run_record("lora", options, tokenizer, base),
+        record=SkillMeta(**facts, **asked, max_seq_len=options.max_seq_len),
         validation=validation,
         write=lambda record: save_lora(model, path, record),
         fast=(output_parameters(model), options.loraplus_lr_ratio),

@@ -36,9 +36,9 @@ def main(argv: list[str] | None = None) -> Path:
     from dataset.tokenizer import load_tokenizer
     from model.LMConfig import LMConfig, check_length
     from model.model import MiniMindLM
-    from model.weights import save_base
+    from model.weights import RunRecord, save_base
     from trainer.runtime import Runtime
-    from trainer.stage import read_data, run_record, run_stage, validation_of
+    from trainer.stage import read_data, run_facts, run_stage, validation_of
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
     tokenizer = load_tokenizer(options.tokenizer_path)
@@ -54,13 +54,14 @@ def main(argv: list[str] | None = None) -> Path:
     data = read_data(PretrainDataset, options, tokenizer, runtime)
     model = MiniMindLM(config).to(runtime.device)
     path = base_path(options.out_dir, "pretrain", options.dim)
+    facts = run_facts("pretrain", options, tokenizer)
     return run_stage(
         model,
         data.train,
         options,
         runtime,
         path=path,
-        record=run_record("pretrain", options, tokenizer),
+        record=RunRecord(**facts, val_ratio=options.val_ratio),
         validation=validation_of(model, {"val": data.val}, tokenizer, options, runtime),
         write=lambda record: save_base(path, model, record),
     )

@@ -78,7 +78,9 @@ def main(argv: list[str] | None = None) -> dict:
             for question, answer in before["answers"].items()
         },
         "skill_file_bytes": skill.stat().st_size,
-        "trained": {name: read_lora(skill)[1][name] for name in ("base", "data", "options")},
+        "trained": {
+            name: getattr(read_lora(skill)[1], name) for name in ("base", "data", "options")
+        },
         **measured_on(("torch", "transformers")),
     }
     print(f"bits per byte rise by {figures['rise']:+.4f}")
@@ -108,8 +110,8 @@ def paraphrases(rows: Path) -> list[str]:
 def asked(options: Options, base: Path, questions: list[str]) -> list[dict]:
     """What the base, the skill and the base after the skill answer, and what the skill costs."""
     from dataset.tokenizer import foreign_tokenizer
-    from model.bases import open_base
     from model.generation import Sampling
+    from model.weights import open_base
     from serving.session import ChatSession
 
     model, _ = open_base(base)

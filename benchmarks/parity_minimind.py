@@ -89,7 +89,7 @@ def write_ours(folder: Path, settings: dict, rank: int) -> None:
     from model.weights import save_base
 
     model, ids = seeded_model(settings)
-    save_base(folder / "ours.pth", model, {})
+    save_base(folder / "ours.pth", model)
     config = json.loads((folder / "ours.json").read_text(encoding="utf-8"))["config"]
     add_seeded_lora(model, rank)
     save_lora(model, folder / "ours_lora.pth")

@@ -19,7 +19,7 @@ from core.paths import TOKENIZER_DIR, cache_dir
 from dataset.batches import Batches, PretrainDataset
 from dataset.tokenizer import load_tokenizer
 from train_pretrain import Options
-from trainer.stage import run_record
+from trainer.stage import run_facts
 
 DRAWN = 300
 
@@ -33,7 +33,7 @@ def main(path: Path, out_dir: Path) -> None:
     batches = Batches(data.train, options.batch_size, 1, options.seed).steps(0)
     next(batches)
     first = time.perf_counter()
-    run_record("pretrain", options, tokenizer)
+    run_facts("pretrain", options, tokenizer)
     recorded = time.perf_counter()
     drawn = sum(1 for _ in islice(batches, DRAWN))
     milliseconds = 1000 * (time.perf_counter() - recorded) / max(drawn, 1)

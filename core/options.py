@@ -68,8 +68,9 @@ def parse(options: type[T], argv: list[str] | None) -> T:
     """Parse ``argv`` (None: the process's own) into an instance of the dataclass ``options``.
 
     Supported types: bool (``--flag`` / ``--no-flag``), int, float, str, Path, ``Literal`` choices,
-    any of these ``| None``, and tuples of them (one or more values). Raises ``UserError`` for
-    unknown, malformed, retired or contradicting flags. ``--help`` prints and exits 0.
+    any of these ``| None``, and tuples of them or a dict (one or more values; of ``str |
+    tuple[str, ...]`` the tuple). Raises ``UserError`` for unknown, malformed, retired or
+    contradicting flags. ``--help`` prints and exits 0.
     """
     declarations = _declarations(options)
     positional = [name for name, declared in declarations.items() if declared["positional"]]
@@ -144,7 +145,9 @@ class _StoreTuple(argparse.Action):
 
 def _add_flag(section: argparse._ActionsContainer, name: str, declared: dict[str, Any]) -> None:
     hint, default = declared["type"], declared["default"]
-    several = typing.get_origin(hint) is tuple
+    tuples = [kind for kind in typing.get_args(hint) if typing.get_origin(kind) is tuple]
+    hint = tuples[0] if tuples else hint
+    several = typing.get_origin(hint) in (tuple, dict)
     hint = typing.get_args(hint)[0] if several else hint
     shown = " ".join(map(str, default)) if several else default
     help_text = declared["help"] + ("" if shown in (None, "") else f" (default: {shown})")

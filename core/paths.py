@@ -21,7 +21,7 @@ def base_path(out_dir: str | Path, stage: str, dim: int) -> Path:
     return Path(out_dir) / f"{stage}_{dim}.pth"
 
 
-def lora_path(out_dir: str | Path, name: str, dim: int) -> Path:
+def lora_path(out_dir: str | Path, name: str, dim: int | str) -> Path:
     """``out/lora/lora_<name>_<dim>.pth``, for the names ``medical`` and ``lora_medical`` alike.
 
     Raises ``UserError`` for a name that is more than letters, digits, ``_``, ``-`` and ``.``.
@@ -40,6 +40,18 @@ def lora_paths(out_dir: str | Path, name: str | None = None) -> list[Path]:
     found = [path for path in files if SKILL_FILE.fullmatch(path.name)]
     found = [path for path in found if name is None or skill_of(path) == skill_name(name)]
     return sorted(found, key=lambda path: path.stat().st_mtime_ns)
+
+
+def find_skill(out_dir: str | Path, name: str, dim: int | None = None) -> Path:
+    """The file of skill ``name``: of this ``dim``, or the newest of any. Raises ``UserError`` with
+    the skills there are when there is none.
+    """
+    found = [lora_path(out_dir, name, dim)] if dim else lora_paths(out_dir, name)
+    if not found or not found[-1].is_file():
+        there = ", ".join(sorted({skill_of(path) for path in lora_paths(out_dir)})) or "none yet"
+        wanted = lora_path(out_dir, name, dim or "<dim>")
+        raise UserError(f"there is no skill file {wanted}; skills here: {there}")
+    return found[-1]
 
 
 def skill_of(path: Path) -> str:
@@ -84,6 +96,15 @@ def weights_text(weights: Mapping[str, float]) -> str:
 def pretrained_name(base: Path) -> str:
     """The name of ``base`` for Hugging Face's libraries: a folder's path, or ``owner/model``."""
     return str(base) if base.exists() else base.as_posix()
+
+
+def is_pretrained(base: Path) -> bool:
+    """Whether this names a Hugging Face model: a folder with a config.json, or ``owner/model`` on
+    the hub.
+    """
+    if base.exists() or (base.parent.exists() and base.parent != Path()):
+        return (base / "config.json").is_file()
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", base.as_posix()) is not None and base.suffix != ".pth"
 
 
 def bundled_data(name: str) -> Path:

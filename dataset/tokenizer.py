@@ -35,7 +35,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_of(
-    record: dict,
+    record,
     base: Path,
     named: Path | None,
     out_dir: Path,
@@ -49,8 +49,8 @@ def tokenizer_of(
     Raises ``UserError`` if none of them is, if the record does not say (MiniMind's files) and none
     is named, and for a tokenizer without chat template.
     """
-    wanted = record.get("tokenizer")
-    if is_foreign := wanted is None and "stage" in record:
+    wanted = record.tokenizer
+    if is_foreign := wanted is None and record.stage is not None:
         folders = [named or base]
     elif prompt_template is not None:
         raise UserError(
@@ -74,7 +74,7 @@ def tokenizer_of(
         )
         if wanted not in (None, tokenizer_fingerprint(tokenizer)):
             continue
-        size = record["config"]["vocab_size"]
+        size = record.config["vocab_size"]
         # Others pad their embeddings to round numbers.
         if len(tokenizer) > size or (len(tokenizer) < size and not is_foreign):
             raise UserError(
@@ -183,11 +183,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_trained_with(tokenizer: PreTrainedTokenizerBase, meta: dict, skill: str) -> None:
+def check_trained_with(tokenizer: PreTrainedTokenizerBase, meta, skill: str) -> None:
     """Raise ``UserError`` if the ``_meta`` of a skill's file names another tokenizer, or another
     template of it.
     """
-    if meta.get("tokenizer") not in (None, tokenizer_fingerprint(tokenizer)):
+    if meta.tokenizer not in (None, tokenizer_fingerprint(tokenizer)):
         raise UserError(
             f"skill {skill} was trained with another tokenizer or chat template; name that one with --tokenizer_path"
             " or pass --allow_base_mismatch"

@@ -23,10 +23,10 @@ from dataset.tokenizer import load_tokenizer, tokenizer_of
 from model.generation import Sampling
 from model.lora.skill_file import base_fingerprint, read_lora
 from model.model_lora import attach_lora, remove_lora
-from model.weights import load_base
+from model.weights import RunRecord, load_base
 from serving.session import ChatSession
 from serving.terminal import command
-from trainer.stage import Base, run_record
+from trainer.stage import Base, run_facts
 
 
 def load(trained, stage="full_sft"):
@@ -64,17 +64,14 @@ def test_every_stage_leaves_files_that_explain_themselves(trained):
     pretrain = json.loads((trained.out / "pretrain_64.json").read_text(encoding="utf-8"))
     full_sft = json.loads((trained.out / "full_sft_64.json").read_text(encoding="utf-8"))
     _, skill = read_lora(trained.out / "lora" / "lora_a_64.pth")
-    assert [record["stage"] for record in (pretrain, full_sft, skill)] == [
-        "pretrain",
-        "full_sft",
-        "lora",
-    ]
+    stages = (pretrain["stage"], full_sft["stage"], skill.stage)
+    assert stages == ("pretrain", "full_sft", "lora")
     assert full_sft["base"]["fingerprint"] == pretrain["fingerprint"]
-    assert skill["base"] == {"file": "full_sft_64.pth", "fingerprint": full_sft["fingerprint"]}
-    assert skill["options"]["data_path"] == ["chats.jsonl"]  # no folder of this machine
-    assert skill["metrics"]["step"] == 4
-    assert {"first", "last"} == set(skill["metrics"]["domain"]) == set(skill["metrics"]["general"])
-    assert str(trained.out.parent) not in json.dumps([pretrain, full_sft, skill])
+    assert skill.base == {"file": "full_sft_64.pth", "fingerprint": full_sft["fingerprint"]}
+    assert skill.options["data_path"] == ["chats.jsonl"]  # no folder of this machine
+    assert skill.metrics["step"] == 4
+    assert {"first", "last"} == set(skill.metrics["domain"]) == set(skill.metrics["general"])
+    assert str(trained.out.parent) not in json.dumps([pretrain, full_sft, skill.to_json()])
 
 
 def test_a_file_name_that_is_no_utf_8_does_not_cost_the_record(trained, tmp_path):
@@ -84,16 +81,17 @@ def test_a_file_name_that_is_no_utf_8_does_not_cost_the_record(trained, tmp_path
     except (OSError, UnicodeError):
         pytest.skip("this file system knows no such names")
     options = train_pretrain.Options(data_path=(path,), out_dir=tmp_path)
-    record = run_record("pretrain", options, load_tokenizer(TOKENIZER_DIR))
-    assert record["data"][0]["file"] == record["options"]["data_path"][0] == r"bad\xff.jsonl"
-    json.dumps(record, ensure_ascii=False).encode()
+    record = RunRecord(**run_facts("pretrain", options, load_tokenizer(TOKENIZER_DIR)))
+    assert record.data[0]["file"] == record.options["data_path"][0] == r"bad\xff.jsonl"
+    json.dumps(record.to_json(), ensure_ascii=False).encode()
 
 
 def test_a_share_that_a_base_s_record_cannot_mean_is_named(tmp_path):
-    def share(record):
-        return Base(tmp_path / "x.pth", None, None, record).held_out_share
+    def share(content):
+        return Base(tmp_path / "x.pth", None, None, RunRecord.from_json(content)).held_out_share
 
     assert share({}) == share({"options": {"val_ratio": 0.0}}) == 0.02
+    assert share({"val_ratio": 0.3}) == share({"options": {"val_ratio": 0.3}}) == 0.3
     for nonsense in ("a", 5, 1.5, [1]):
         with pytest.raises(UserError, match=r"x\.json says val_ratio"):
             share({"options": {"val_ratio": nonsense}})
@@ -198,7 +196,7 @@ def test_without_held_out_rows_no_score_is_claimed(trained, tmp_path, capsys):
     )
     path = train_lora.main(argv)
     assert "domain: nothing held out" in capsys.readouterr().out
-    metrics = read_lora(path)[1]["metrics"]
+    metrics = read_lora(path)[1].metrics
     assert metrics["domain"] == {} and metrics["general"]["last"]["targets"] > 0
     path.unlink()
 
@@ -257,18 +255,19 @@ def test_the_options_of_lora_reach_the_file(trained, tmp_path):
         values["base"] = trained.out / "full_sft_64.pth"
         return read_lora(train_lora.main([*flags(out_dir=tmp_path, **values), *words]))
 
-    _, meta = train(
+    tensors, meta = train(
         "--use_dora", "--rank_pattern", "wo=2", "--alpha", "8", "--use_rslora", "--rank", "4"
     )
-    assert meta["ranks"] == {
+    assert meta.ranks == {
         f"layers.{n}.attention.{name}": r for n in (0, 1) for name, r in (("wq", 4), ("wo", 2))
     }
-    assert meta["use_dora"] and set(meta["scaling"].values()) == {4.0, 8 / 2**0.5}
+    assert tensors["layers.0.attention.wq.lora.magnitude"].shape == (64,)
+    assert set(meta.scaling.values()) == {4.0, 8 / 2**0.5}
     plain, _ = train("--layers_to_transform", "1", "--init_lora_weights", "kaiming")
     faster, meta = train(
         "--layers_to_transform", "1", "--init_lora_weights", "kaiming", "--loraplus_lr_ratio", "8"
     )
-    assert meta["targets"] == ["layers.1.attention.wq", "layers.1.attention.wo"]
+    assert meta.targets == ["layers.1.attention.wq", "layers.1.attention.wo"]
     name = "layers.1.attention.wq.lora.B.weight"
     assert faster[name].abs().mean() > 3 * plain[name].abs().mean() > 0
 

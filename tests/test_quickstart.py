@@ -21,7 +21,7 @@ from dataset.tokenizer import load_tokenizer
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 from model.model_lora import apply_lora, remove_lora, save_lora
-from model.weights import save_base
+from model.weights import RunRecord, save_base
 from scripts.quickstart_answers import Probe, ask_all, columns, read_probes, report
 from scripts.quickstart_stages import SKILLS, Stage, how_to_go_on, plan, run_stage
 
@@ -139,7 +139,7 @@ def test_the_exam_is_the_chat(tmp_path, capsys):
     torch.manual_seed(0)
     model = MiniMindLM(LMConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, max_seq_len=256))
     fill(model.named_parameters())
-    save_base(base := tmp_path / "full_sft_32.pth", model, {"stage": "full_sft"})
+    save_base(base := tmp_path / "full_sft_32.pth", model, RunRecord(stage="full_sft"))
     for seed, skill in enumerate(SKILLS):
         apply_lora(model, 2)
         strengthen(model, seed)

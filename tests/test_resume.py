@@ -286,7 +286,7 @@ def test_every_change_that_matters_is_refused_in_one_sentence(run, trained, tmp_
     assert "optimizer was muon and is now adamw" in str(refused.value)
     assert "seed was 1337 and is now 5" in str(refused.value)
     assert "val_tokens was 256 and is now 64" in str(refused.value)
-    assert "data file 1 changed since step 22" in str(refused.value)
+    assert "file 1 of data_path changed since step 22" in str(refused.value)
     assert "without resume" in str(refused.value)
 
 
@@ -305,12 +305,12 @@ def test_a_skill_is_stopped_without_another_validation_and_resumed_with_the_same
     assert max(states_in(tmp_path / "out")) == 5 and len(validations) == 4, (
         "two before the first step, two at step 4"
     )
-    metrics = read_lora(tmp_path / "out" / "lora" / "lora_x_64.pth")[1]["metrics"]
+    metrics = read_lora(tmp_path / "out" / "lora" / "lora_x_64.pth")[1].metrics
     assert metrics["step"] == 5
     assert [metrics["domain"][when]["step"] for when in ("first", "last")] == [0, 4]
     other = tmp_path / trained.chats.name
     other.write_bytes(trained.chats.read_bytes().partition(b"\n")[2])
-    with pytest.raises(UserError, match="general_data file 1 changed since step 5;"):
+    with pytest.raises(UserError, match="file 1 of general_data changed since step 5"):
         door.main([*door_and_flags("lora", trained, **settings, general_data=other)[1], "--resume"])
 
 

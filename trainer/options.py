@@ -117,10 +117,10 @@ class TrainOptions(CheckedOptions):
     )
 
 
-# What a resumed run may change: on one machine none of it alters the arithmetic or the order of the
-# rows. Files are compared by their content instead.
+# What a resumed run may change: on one machine it alters neither the arithmetic nor the order of the
+# rows. The base, the tokenizer and data files are compared by their content instead.
 MAY_CHANGE = {
-    *("data_path", "general_data", "val_path", "base", "tokenizer_path", "out_dir"),
+    *("base", "tokenizer_path", "out_dir"),
     *("device", "num_workers", "log_interval", "save_interval"),
     *("resume", "dry_run", "use_wandb", "wandb_project"),
 }

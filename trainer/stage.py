@@ -1,8 +1,9 @@
 """What the training doors share: their base, their data, the run, and the record it leaves."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from core.files import sha256_file
 from core.paths import base_path, cache_dir, checkpoints_dir, metrics_path
 from dataset.batches import MICRO_TOKENS, Batches, PretrainDataset, Samples, validation_batches
 from dataset.tokenizer import control_ids, tokenizer_fingerprint, tokenizer_of
-from model.bases import choose_base, open_base
 from model.LMConfig import check_length
+from model.weights import Record, RunRecord, choose_base, open_base
 from trainer.checkpoints import RunStates
 from trainer.loop import LossSum, loss_sum, train
 from trainer.metrics import Validation, evaluate
@@ -34,12 +35,17 @@ class Base:
     path: Path
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
-    record: dict
+    record: RunRecord
+
+    @property
+    def origin(self) -> dict:
+        """What the file of the run says of it."""
+        return {"file": self.path.name, "fingerprint": self.record.fingerprint}
 
     @property
     def held_out_share(self) -> float:
         """The share of rows that the base's own run held out; the default where it is unknown."""
-        found = self.record.get("options", {}).get("val_ratio") or TrainOptions.val_ratio
+        found = self.record.val_ratio or TrainOptions.val_ratio
         if not isinstance(found, float) or not 0 < found < 1:
             beside = self.path.with_suffix(".json")
             raise UserError(f"{beside} says val_ratio {found!r}, which is no share of rows")
@@ -117,9 +123,9 @@ def run_stage(
     runtime: Runtime,
     *,
     path: Path,
-    record: dict,
+    record: Record,
     validation: Validation,
-    write: Callable[[dict], None],
+    write: Callable[[Record], None],
     loss_sum: LossSum = loss_sum,
     fast: tuple[Iterable[nn.Parameter], float] = ((), 1.0),
 ) -> Path:
@@ -131,7 +137,7 @@ def run_stage(
     name = path.name.removesuffix(".pth")
     folder = checkpoints_dir(options.out_dir, name)
     resume = options.resume and not options.dry_run
-    states = RunStates(folder, identity(options, record), resume=resume)
+    states = RunStates(folder, identity(record), resume=resume)
     if path.exists() and not (states.found or options.dry_run):
         print(f"starting clean: {path} of an earlier run will be replaced")
     run = Run(
@@ -139,7 +145,7 @@ def run_stage(
         runtime,
         states=states,
         validation=validation,
-        write_files=lambda metrics: write({**record, "metrics": metrics}),
+        write_files=lambda metrics: write(replace(record, metrics=metrics)),
         log_to=metrics_path(options.out_dir, name),
     )
     rows = options.batch_size * options.accumulation_steps * runtime.world_size
@@ -170,41 +176,43 @@ def batches_of(
     )
 
 
-def identity(options: TrainOptions, record: dict) -> dict:
+def identity(record: Record) -> dict:
     """What must be the same when a run is resumed: options, and files by their content."""
-    same = {name: value for name, value in record["options"].items() if name not in MAY_CHANGE}
-    for kind in ("data", "general_data", "val_data"):
-        for n, entry in enumerate(record[kind], 1):
-            same[f"the content of {kind} file {n}"] = entry["sha256"]
-    same["the content of the tokenizer"] = record["tokenizer"]
-    same["the content of the base"] = (record["base"] or {}).get("fingerprint")
+    may_change = MAY_CHANGE | {entry["option"] for entry in record.data}
+    same = {name: value for name, value in record.options.items() if name not in may_change}
+    numbers = Counter()
+    for entry in record.data:
+        numbers[entry["option"]] += 1
+        name = f"file {numbers[entry['option']]} of {entry['option']}"
+        same[f"the content of {name}"] = entry["sha256"]
+    same["the content of the tokenizer"] = record.tokenizer
+    same["the content of the base"] = (record.base or {}).get("fingerprint")
     return same
 
 
-def run_record(
-    stage: str,
-    options: TrainOptions,
-    tokenizer: PreTrainedTokenizerBase,
-    base: Base | None = None,
+def run_facts(
+    stage: str, options: TrainOptions, tokenizer: PreTrainedTokenizerBase, base: Base | None = None
 ) -> dict:
-    """What a file says of the run that made it; paths are cut to file names."""
+    """What any record says of the run that makes the file; paths are cut to file names.
 
-    def described(paths: tuple[Path, ...]) -> list[dict]:
-        cache = cache_dir(options.out_dir)
-        return [{"file": shown(path), "sha256": sha256_file(path, cache)} for path in paths]
-
-    origin = base and {"file": base.path.name, "fingerprint": base.record["fingerprint"]}
+    Its ``data`` lists the files of every option that takes several, by their content.
+    """
+    data = []
+    for field in fields(options):
+        value = getattr(options, field.name)
+        for path in value if isinstance(value, tuple) else ():
+            if isinstance(path, Path):
+                digest = sha256_file(path, cache_dir(options.out_dir))
+                data.append({"option": field.name, "file": shown(path), "sha256": digest})
     # A resumed run leaves the same file as one that was never interrupted.
     names = [field.name for field in fields(options) if field.name not in ("resume", "dry_run")]
-    return {
+    facts = {
         "stage": stage,
-        "base": origin,
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "data": described(options.data_path),
-        "general_data": described(getattr(options, "general_data", ())),
-        "val_data": described(getattr(options, "val_path", ())),
+        "data": data,
         "options": {name: shown(getattr(options, name)) for name in names},
     }
+    return facts | ({"base": base.origin} if base else {})
 
 
 def shown(value: object) -> object:
