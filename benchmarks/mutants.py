@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> dict:
     listed = json.loads(options.list.read_text(encoding="utf-8"))
     chosen = [m for m in listed if not options.only or any(w in m["name"] for w in options.only)]
     require(bool(chosen), f"no name in {options.list} has one of the words {options.only}")
-    figures = {"mutants": {}} if options.result is None else read_results(options.result)
+    figures = {} if options.result is None else read_results(options.result)
+    figures |= measured_on(("torch", "pytest"))
     found = figures.setdefault("mutants", {})
     with tempfile.TemporaryDirectory() as folder:
         copy = Checkout(options.root, Path(folder))
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> dict:
             test = copy.caught_by(mutant, () if options.all_tests else mutant["tests"])
             seconds = round(time.perf_counter() - began)
             found[mutant["name"]] = {"file": mutant["file"], "caught_by": test, "seconds": seconds}
-            write_results(options.result, measured_on(("torch", "pytest")) | figures)
+            write_results(options.result, figures)
             said = f"caught by {test}" if test else "MISSED"
             print(f"{number}/{len(chosen)} {mutant['name']}: {said}, {seconds} s", flush=True)
     missed = [mutant["name"] for mutant in chosen if not found[mutant["name"]]["caught_by"]]
