@@ -3,16 +3,15 @@
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 
 from core.errors import run
-from core.options import option, parse, require
+from core.options import CheckedOptions, option, parse, require
 from core.paths import find_skill, skill_name
 
 
 @dataclass
-class Options:
+class Options(CheckedOptions):
     """Chat with a base and its skills in the terminal; a pretrained base continues your text
     instead.
     """
@@ -20,26 +19,32 @@ class Options:
     out_dir: Path = option(Path("out"), "folder of the trained files")
     base: Path | None = option(
         None,
-        "base file, Hugging Face folder or owner/model (default: the skill's own file, else the newest full_sft_*.pth,"
-        " else pretrain_*.pth)",
+        "base file, Hugging Face folder or owner/model (default: the skill's own file, else the"
+        " newest full_sft_*.pth, else pretrain_*.pth)",
     )
     prompt_template: str | None = option(
         None,
-        r"how a Hugging Face base without a chat template is asked (default: as its skill was): 'Q: {user}\nA: '",
+        "how a Hugging Face base without a chat template is asked (default: as its skill was):"
+        r" 'Q: {user}\nA: '",
     )
     lora_name: str | None = option(None, "skill to start with")
     prompt: str | None = option(None, "answer this once and leave")
-    temperature: float = option(0.7, "0 always takes the likeliest token")
+    temperature: float = option(0.7, "0 always takes the likeliest token", at_least=0)
     top_p: float = option(
-        0.9, "draw from the likeliest tokens that sum to this probability; 1: all"
+        0.9,
+        "draw from the likeliest tokens that sum to this probability; 1: all",
+        above=0,
+        at_most=1,
     )
-    top_k: int = option(0, "draw from this many likeliest tokens; 0: all")
+    top_k: int = option(0, "draw from this many likeliest tokens; 0: all", at_least=0)
     repetition_penalty: float = option(
-        1.0, "above 1 makes tokens that were used before less likely"
+        1.0, "above 1 makes tokens that were used before less likely", at_least=0.1, at_most=10
     )
-    max_new_tokens: int = option(512, "longest answer")
-    history_cnt: int = option(6, "earlier messages that go with a question, an even number")
-    seed: int | None = option(None, "makes answers repeatable")
+    max_new_tokens: int = option(512, "longest answer", at_least=1)
+    history_cnt: int = option(
+        6, "earlier messages that go with a question, an even number", at_least=0
+    )
+    seed: int | None = option(None, "makes answers repeatable", at_least=0, below=2**63)
     load_in_4bit: bool = option(False, "the base in 4 bits, as its QLoRA skills were trained")
     device: str = option(
         "auto", "auto (cuda, then mps, then cpu), or a torch device such as cuda:1"
@@ -50,27 +55,15 @@ class Options:
     allow_base_mismatch: bool = option(False, "use a skill on a base it was not trained on")
 
     def __post_init__(self):
+        super().__post_init__()
         # A temperature so small that the division overflows means greedy, and that is written 0.
         require(
-            self.temperature == 0 or 0.01 <= self.temperature < inf,
+            self.temperature == 0 or self.temperature >= 0.01,
             f"--temperature {self.temperature} must be 0 (greedy) or at least 0.01",
         )
-        require(0 < self.top_p <= 1, f"--top_p {self.top_p} must lie in (0, 1]")
-        require(self.top_k >= 0, f"--top_k {self.top_k} must not be negative")
         require(
-            0.1 <= self.repetition_penalty <= 10,
-            f"--repetition_penalty {self.repetition_penalty} must lie between 0.1 and 10; 1 is none",
-        )
-        require(
-            self.max_new_tokens >= 1, f"--max_new_tokens {self.max_new_tokens} must be at least 1"
-        )
-        require(
-            self.history_cnt >= 0 and self.history_cnt % 2 == 0,
-            f"--history_cnt {self.history_cnt} must be an even number: a question and its answer make two",
-        )
-        require(
-            self.seed is None or 0 <= self.seed < 2**63,
-            f"--seed {self.seed} must lie between 0 and 2^63",
+            self.history_cnt % 2 == 0,
+            f"--history_cnt {self.history_cnt} must be even: a question and its answer make two",
         )
         if self.prompt is not None:
             # Bytes of the command line that were no text in the terminal's encoding arrive as lone

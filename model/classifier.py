@@ -14,7 +14,7 @@ from model.huggingface import load_pretrained
 from model.kernels import IGNORED
 from model.LMConfig import check_length, context_of
 from model.lora.layer import lora_parameters
-from model.weights import copy_strictly, fingerprint
+from model.weights import check_keys, fingerprint
 
 HEAD = "_head."  # comes before the names of a head's tensors in a skill file
 
@@ -102,9 +102,13 @@ def head_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_head(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Copy the head of the skill file ``path`` into a classifier from ``open_classifier``.
 
-    Raises ``UserError`` where it does not fit.
+    Raises ``UserError``, before anything changes, where it does not fit.
     """
-    copy_strictly(head_state(model), head_of(tensors), path)
+    own, head = head_state(model), head_of(tensors)
+    check_keys(own, head, path)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(head[name])
 
 
 def class_loss_sum(model: nn.Module, batch) -> Tensor:

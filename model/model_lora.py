@@ -44,18 +44,18 @@ def apply_lora(
         raise UserError("LoRA is already applied to this model; call remove_lora(model) first")
     check_receptive(model)
     config = LoRAConfig(rank, alpha, target_modules, **options)
-    targets, loras = choose_targets(model, config), []
-    for target in targets:
-        settings = (target.linear, target.rank, target.scaling, config.lora_dropout)
+    loras = {}
+    for name, linear in choose_targets(model, config).items():
+        settings = (linear, *config.rank_and_scaling(name), config.lora_dropout)
         if config.init_lora_weights == "pissa":
-            loras.append(PiSSA(*settings))
+            loras[name] = linear, PiSSA(*settings)
         else:
             kind = DoRA if config.use_dora else LoRA
-            loras.append(kind(*settings, config.init_lora_weights))
+            loras[name] = linear, kind(*settings, config.init_lora_weights)
     model.requires_grad_(False)  # freeze first: whatever is added below is what trains
-    for target, lora in zip(targets, loras, strict=True):
-        attach(target.linear, lora)
-    return [target.name for target in targets]
+    for linear, lora in loras.values():
+        attach(linear, lora)
+    return list(loras)
 
 
 def remove_lora(model: nn.Module) -> None:

@@ -162,18 +162,6 @@ def arithmetic(config: object) -> dict:
     return {}
 
 
-def copy_strictly(own: dict[str, Tensor], tensors: dict[str, Tensor], source: str | Path) -> None:
-    """Copy ``tensors`` into the like-named ``own`` ones (a state dict), in place, keeping their
-    device and dtype.
-
-    Raises ``UserError`` as ``check_keys`` does, before anything is copied.
-    """
-    check_keys(own, tensors, source)
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
-
-
 def check_keys(own: dict[str, Tensor], tensors: dict[str, Tensor], source: str | Path) -> None:
     """One ``UserError`` that names every missing, unexpected, mis-shaped and mistyped key of
     ``tensors``, if any.

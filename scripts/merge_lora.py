@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> Path:
     from model.weights import choose_base, open_base
 
     weights = skill_weights(options.skills)
-    first, *others = weights
+    first = next(iter(weights))
     _, meta = read_lora(find_skill(options.out_dir, first))
     base = choose_base(options.out_dir, options.base, meta.base)
     model, record = open_base(base)
@@ -88,8 +88,9 @@ def main(argv: list[str] | None = None) -> Path:
         print(
             f"note: the skills were trained with other tokenizers or templates; {first}'s is taken"
         )
-    action = merge_into_base if options.output else fuse
-    return action(options, base, record, metas[0], library, weights)
+    if options.output:
+        return merge_into_base(options, base, record, metas[0], library, weights)
+    return fuse(options, base, metas[0], library, weights)
 
 
 def merge_into_base(
@@ -146,12 +147,13 @@ def merge_into_base(
     return output
 
 
-def fuse(options: Options, base: Path, record, first, library, weights: dict[str, float]) -> Path:
+def fuse(options: Options, base: Path, first, library, weights: dict[str, float]) -> Path:
     """Write the weighted sum of the skills as one skill, which is asked as the first of them
     was.
     """
-    from model.lora.library import truncated
-    from model.lora.skill_file import SkillMeta, write_lora
+    from model.lora.layer import exchange
+    from model.lora.library import loras_of, truncated
+    from model.lora.skill_file import SkillMeta, save_lora
 
     path = lora_path(options.out_dir, options.lora_name, library.model.config.hidden_size)
     if path.exists():
@@ -159,18 +161,15 @@ def fuse(options: Options, base: Path, record, first, library, weights: dict[str
     factors, lost = library.factors(weights), 0.0
     if options.rank:
         factors, lost = truncated(factors, options.rank)
-    tensors = {}
-    for target, (A, B) in factors.items():
-        tensors |= {f"{target}.lora.A.weight": A, f"{target}.lora.B.weight": B}
+    exchange(library.model, loras_of(library.model, factors))
     meta = SkillMeta(
         stage="lora",
-        base={"file": base.name, "fingerprint": record.fingerprint},
+        base={"file": base.name},
         tokenizer=first.tokenizer,
         prompt_template=first.prompt_template,
-        scaling=dict.fromkeys(factors, 1.0),
         more={"fused": weights},
     )
-    write_lora(path, tensors, meta)
+    save_lora(library.model, path, meta)
     ranks = ", ".join(map(str, sorted({A.size(0) for A, _ in factors.values()})))
     print(f"fused {weights_text(weights)}: rank {ranks}, {100 * lost:.2f} % of the update is lost")
     print(f"saved {path}")

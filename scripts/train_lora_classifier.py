@@ -211,7 +211,7 @@ def predict(options: Options, runtime) -> None:
     from dataset.labelled import LabelledSamples, clean_unlabelled, read_labelled
     from dataset.tokenizer import reading_fingerprint
     from model.classifier import head_of, load_head, open_classifier, read_config
-    from model.lora.skill_file import check_lora, read_lora
+    from model.lora.skill_file import adapters_in, read_lora
     from model.model_lora import attach_lora
     from model.quantized import quantize
 
@@ -225,7 +225,7 @@ def predict(options: Options, runtime) -> None:
     with redirect_stdout(sys.stderr):  # what is printed below can be piped
         rows = read_labelled((options.predict,), "refuse", clean_unlabelled)
         model = open_classifier(options.base, meta.labels).to(runtime.device).eval()
-        check_lora(model.base_model, path, (tensors, meta), with_extra=True)
+        adapters_in(model.base_model, path, (tensors, meta), with_extra=True)
         tokenizer = opened_tokenizer(options, model)
         if reading_fingerprint(tokenizer) != meta.tokenizer:
             raise UserError(f"{path} was trained with another tokenizer; name it: --tokenizer_path")

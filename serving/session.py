@@ -15,7 +15,7 @@ from dataset.tokenizer import check_trained_with, use_template
 from model.generation import Sampling, generate
 from model.LMConfig import context_of
 from model.lora.library import SkillLibrary
-from model.lora.skill_file import Skill, SkillMeta, check_lora
+from model.lora.skill_file import Skill, SkillMeta, adapters_in, read_lora
 
 
 class ChatSession:
@@ -100,10 +100,11 @@ class ChatSession:
         written = path.stat().st_mtime_ns
         if self._read.get(name, (0,))[0] != written:
             allowed = {"allow_base_mismatch": self.allow_base_mismatch}
-            skill = check_lora(self.model, path, skill, **allowed)
-            self._ask_with(skill[1].prompt_template)
+            skill = skill or read_lora(path)
+            _, meta = adapters_in(self.model, path, skill, **allowed)
+            self._ask_with(meta.prompt_template)
             if not (self._keeps_template or self.allow_base_mismatch):
-                check_trained_with(self.tokenizer, skill[1], name)
+                check_trained_with(self.tokenizer, meta, name)
             self._read[name] = written, self.library.add(name, path, skill, **allowed)
         return self._read[name][1]
 
@@ -118,7 +119,7 @@ class ChatSession:
                 continue
             reason = None
             try:
-                check_lora(self.model, path, allow_base_mismatch=self.allow_base_mismatch)
+                adapters_in(self.model, path, allow_base_mismatch=self.allow_base_mismatch)
             except UserError as error:
                 reason = str(error)
             yield skill_of(path), reason

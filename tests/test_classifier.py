@@ -43,7 +43,7 @@ from model.classifier import (
     open_classifier,
 )
 from model.lora.layer import lora_parameters
-from model.lora.skill_file import check_lora, read_lora
+from model.lora.skill_file import adapters_in, read_lora
 from model.model_lora import apply_lora, save_lora
 from model.quantized import quantize
 from model.weights import open_base
@@ -533,7 +533,7 @@ def test_a_decoder_is_a_classifier_too(data, tmp_path, capsys):
     quantize(small)
     for model in (chat, small):
         with pytest.raises(UserError, match="is more than a LoRA: _head"):
-            check_lora(model, path)
+            adapters_in(model, path)
     meta = read_lora(path)[1]
     apply_lora(chat, 2)
     save_lora(chat, tmp_path / "again.pth", meta)

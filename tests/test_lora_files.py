@@ -17,7 +17,7 @@ from core.errors import UserError
 from model.LMConfig import LMConfig
 from model.lora.layer import adapted, lora_parameters
 from model.lora.library import SkillLibrary, merge_lora, unmerge_lora
-from model.lora.skill_file import META_KEY, SkillMeta, base_fingerprint, read_lora, write_lora
+from model.lora.skill_file import META_KEY, SkillMeta, base_fingerprint, read_lora
 from model.model import MiniMindLM
 from model.model_lora import apply_lora, attach_lora, load_lora, remove_lora, save_lora
 from model.weights import fingerprint, save_base
@@ -171,7 +171,7 @@ def test_a_bf16_copy_of_the_base_is_the_same_base(sharp_model, skill):
     [
         ({"rank": 2}, "LoRA of rank 2 on 4 Linears (wo, wq)"),
         ({"rank": 4, "target_modules": ["wv"]}, "LoRA of rank 4 on 2 Linears (wv)"),
-        (None, "none"),
+        (None, "no LoRA"),
     ],
 )
 def test_a_mismatch_names_rank_and_targets_of_both_and_attaching_takes_it(
@@ -410,11 +410,8 @@ def test_a_sum_of_skills_attaches_with_a_rank_that_cannot_be_trained(sharp_model
     library = SkillLibrary(sharp_model)
     for name in "ab":
         library.add(name, tmp_path / "x.pth")
-    factors = library.factors({"a": 1.0, "b": 0.5})
-    tensors = {}
-    for name, (A, B) in factors.items():
-        tensors |= {f"{name}.lora.A.weight": A, f"{name}.lora.B.weight": B}
-    write_lora(tmp_path / "sum.pth", tensors, SkillMeta(scaling=dict.fromkeys(factors, 1.0)))
+    library.use({"a": 1.0, "b": 0.5})
+    save_lora(sharp_model, tmp_path / "sum.pth")
     attach_lora(sharp_model, tmp_path / "sum.pth")
     assert {linear.lora.rank for _, linear in adapted(sharp_model)} == {80}
 

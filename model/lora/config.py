@@ -6,7 +6,7 @@ Standard library only, so that a door can print its help at once.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import inf, sqrt
 from typing import Literal
 
 from core.errors import UserError
@@ -86,6 +86,22 @@ class LoRAConfig(CheckedOptions):
             not (self.use_dora and self.init_lora_weights == "pissa"),
             "use_dora and init_lora_weights=pissa exclude each other: choose one",
         )
+
+    def rank_and_scaling(self, name: str) -> tuple[int, float]:
+        """Of the update of module ``name``: scaled by alpha / rank, or alpha / sqrt(rank)
+        (Kalajdzievski 2023), or by 1 without an alpha.
+        """
+        ranks = [rank for key, rank in self.rank_pattern.items() if ends_with(name, key)]
+        alphas = [alpha for key, alpha in self.alpha_pattern.items() if ends_with(name, key)]
+        rank, alpha = [*ranks, self.rank][0], [*alphas, self.alpha][0]
+        if alpha is None:
+            return rank, 1.0
+        return rank, alpha / (sqrt(rank) if self.use_rslora else rank)
+
+
+def ends_with(name: str, key: str) -> bool:
+    """Whether a module's ``name`` is, or ends in, what the regular expression ``key`` matches."""
+    return re.fullmatch(rf"(.*\.)?({key})", name) is not None
 
 
 def _names(words: str | Sequence[str]) -> str | tuple[str, ...]:

@@ -84,11 +84,6 @@ def detach(linear: Linear) -> LoRA:
     return lora
 
 
-def is_adapted(module: nn.Module) -> bool:
-    """Whether ``module`` is a Linear that carries a LoRA."""
-    return isinstance(module._modules.get("lora"), LoRA)
-
-
 def base_name(name: str) -> str:
     """A module's or parameter's name without the parts that ``torch.compile`` and activation
     checkpointing add to it, so that skills fit the model whether its layers are wrapped or not.
@@ -102,7 +97,7 @@ def base_name(name: str) -> str:
 def adapted(model: nn.Module) -> Iterator[tuple[str, Linear]]:
     """The Linears that carry a LoRA, with their names in the base."""
     for name, module in model.named_modules():
-        if is_adapted(module):
+        if isinstance(module._modules.get("lora"), LoRA):
             yield base_name(name), module
 
 
@@ -110,8 +105,8 @@ def exchange(model: nn.Module, loras: Mapping[str, LoRA]) -> dict[str, LoRA]:
     """Take every LoRA off ``model``, put each of ``loras`` on the Linear of its name, and return
     what was taken off, by name. The base stays frozen.
     """
-    modules = {base_name(name): module for name, module in model.named_modules()}
-    taken = {name: detach(module) for name, module in modules.items() if is_adapted(module)}
+    taken = {name: detach(linear) for name, linear in list(adapted(model))}
+    modules = {base_name(name): module for name, module in model.named_modules()} if loras else {}
     for name, lora in loras.items():
         attach(modules[name], lora)
     return taken

@@ -57,7 +57,7 @@ class SkillLibrary:
         meta. What the model carries changes at the next ``use``.
 
         ``skill``: what ``read_lora`` gave for ``path``, where it was read already. ``allowed``:
-        ``allow_base_mismatch``, as for ``check_lora``, which raises ``UserError`` for a file that
+        ``allow_base_mismatch``, as for ``adapters_in``, which raises ``UserError`` for a file that
         does not fit.
         """
         loras, meta = adapters_in(self.model, path, skill, **allowed)
@@ -107,19 +107,12 @@ class SkillLibrary:
         """The exact weighted sum of these skills, as products. Raises ``UserError`` as ``use``
         does.
         """
-        return mixed(
-            [(factors_of(self._skill(name), name), weight) for name, weight in weights.items()]
-        )
+        return mixed([(factors_of(self._skill(name), name), w) for name, w in weights.items()])
 
     def _mixed(self, weights: dict[str, float]) -> dict[str, LoRA]:
         if list(weights.values()) == [1.0]:
-            (name,) = weights
-            return self._skill(name)
-        factors, found = self.factors(weights), linears(self.model)
-        return {
-            target: lora_of(found[target], {"A.weight": A, "B.weight": B})
-            for target, (A, B) in factors.items()
-        }
+            return self._skill(*weights)
+        return loras_of(self.model, self.factors(weights))
 
     def _skill(self, name: str) -> dict[str, LoRA]:
         if name not in self._skills:
@@ -138,26 +131,22 @@ def merge_lora(model: nn.Module) -> None:
     another module uses too, and where a merged weight would not be finite.
     """
     check_receptive(model)
-    found = dict(adapted(model))
+    found, weights = dict(adapted(model)), {}
     if not found:
         raise UserError(
             "there is no LoRA on this model to merge; call apply_lora or attach_lora first"
         )
     if any(map(is_quantized, found.values())):
         raise UserError("a 4-bit weight has no room for an update; call dequantize(model) first")
-    parameters = [p for module in model.modules() for p in module.parameters(recurse=False)]
-    users, weights = Counter(map(id, parameters)), {}
+    users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for name, linear in found.items():
         weights[name] = linear.lora.merged(dense_weight(linear))
         if users[id(linear.weight)] > 1:
-            raise UserError(
-                f"{name} shares its weight with another module, so keep its LoRA attached: none is"
-                " merged"
-            )
+            wrong = f"{name} shares its weight with another module: keep its LoRA attached"
+            raise UserError(f"{wrong}; none is merged")
         if not weights[name].isfinite().all():
-            raise UserError(
-                f"merging would put NaN or infinity into {name}; go back to an earlier skill file"
-            )
+            wrong = f"merging would put NaN or infinity into {name}"
+            raise UserError(f"{wrong}; go back to an earlier skill file")
     for name, linear in found.items():
         # A tuple is no child: state-dict keys stay.
         linear.unmerged = linear.weight.clone(), detach(linear)
@@ -184,6 +173,15 @@ def _merged(model: nn.Module) -> list[Linear]:
     return [module for module in model.modules() if "unmerged" in vars(module)]
 
 
+def loras_of(model: nn.Module, factors: Factors) -> dict[str, LoRA]:
+    """The updates that compute these products, for the Linears of ``model``, by name."""
+    found = linears(model)
+    return {
+        target: lora_of(found[target], {"A.weight": A, "B.weight": B})
+        for target, (A, B) in factors.items()
+    }
+
+
 def factors_of(loras: Mapping[str, LoRA], name: str) -> Factors:
     """The updates of the skill ``name`` as products. Raises ``UserError`` for DoRA, which is
     none.
@@ -192,8 +190,7 @@ def factors_of(loras: Mapping[str, LoRA], name: str) -> Factors:
     for target, lora in loras.items():
         if isinstance(lora, DoRA):
             raise UserError(
-                f"skill {name} is a DoRA, which rescales the base's weights and so has no"
-                " weighted sum"
+                f"skill {name} is a DoRA, which rescales weights: it has no weighted sum"
             )
         A, B = (tensor.detach() for tensor in lora.exported().values())
         factors[target] = A, lora.scaling * B

@@ -2,8 +2,7 @@
 
 import json
 import math
-import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -16,7 +15,7 @@ from core.files import atomic_write
 from model.lora.layer import LoRA, adapted, base_name, exchange, features, lora_parameters
 from model.lora.targets import check_receptive, endings, linears
 from model.lora.variants import lora_of
-from model.weights import FORMAT, Record, arithmetic, copy_strictly, fingerprint, read_tensors
+from model.weights import FORMAT, Record, arithmetic, fingerprint, read_tensors
 
 KEYS = ("A.weight", "B.weight", "magnitude")  # of a target, after ".lora."
 META_KEY = "_meta"  # a uint8 tensor of JSON; MiniMind's own loader passes over it
@@ -72,29 +71,25 @@ def save_lora(
     for name, lora in loras.items():
         tensors |= {f"{name}.lora.{key}": tensor for key, tensor in lora.exported().items()}
     tensors = {name: tensor.detach().float().cpu() for name, tensor in tensors.items()}
-    meta = meta or SkillMeta()
+    ranks = {name: tensors[f"{name}.lora.A.weight"].size(0) for name in loras}
     scaling = {name: lora.scaling for name, lora in loras.items()}
+    usual = Counter((rank, scaling[name] * rank) for name, rank in ranks.items())
+    (rank, alpha), _ = usual.most_common(1)[0]
+    meta = meta or SkillMeta()
     base = {**meta.base, "fingerprint": base_fingerprint(model)}
-    write_lora(path, tensors, replace(meta, scaling=scaling, base=base))
-
-
-def write_lora(path: str | PathLike, tensors: dict[str, Tensor], meta: SkillMeta) -> None:
-    """Write the skill file of ``tensors``, whose targets and their scales are ``meta.scaling``."""
-    ranks = {name: tensors[f"{name}.lora.A.weight"].size(0) for name in meta.scaling}
-    settings = [(rank, meta.scaling[name] * rank) for name, rank in ranks.items()]
-    (rank, alpha), _ = Counter(settings).most_common(1)[0]
-    meta = replace(meta, rank=rank, alpha=alpha, targets=list(ranks), ranks=ranks)
+    known = {"rank": rank, "alpha": alpha, "targets": list(loras), "scaling": scaling}
+    meta = replace(meta, base=base, ranks=ranks, **known)
     packed = json.dumps(meta.to_json(), ensure_ascii=False).encode()
-    content = {**tensors, META_KEY: torch.frombuffer(bytearray(packed), dtype=torch.uint8)}
-    atomic_write(path, lambda file: torch.save(content, file))
+    tensors[META_KEY] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+    atomic_write(path, lambda file: torch.save(tensors, file))
 
 
 def read_lora(path: str | PathLike) -> Skill:
     """The tensors of a skill file, ``extra`` ones included, and its meta, checked against them.
 
     A file without ``_meta`` (MiniMind's) gets rank and targets from its tensors, scale 1, and no
-    base. Names lose the parts of wrappers, which earlier versions wrote. Raises ``UserError`` for
-    anything that is no LoRA file.
+    base, which is noted in print. Names lose the parts of wrappers, which earlier versions wrote.
+    Raises ``UserError`` for anything that is no LoRA file.
     """
     tensors = {base_name(name): tensor for name, tensor in read_tensors(path).items()}
     packed = tensors.pop(META_KEY, None)
@@ -105,67 +100,60 @@ def read_lora(path: str | PathLike) -> Skill:
         content = {} if packed is None else json.loads(bytes(packed.to(torch.uint8).tolist()))
         meta = SkillMeta.from_json(implied | content)
         usual = meta.alpha / meta.rank
-        scaling = {name: float(meta.scaling.get(name, usual)) for name in meta.targets}
-        meta.scaling = {base_name(name): scale for name, scale in scaling.items()}
-        meta.targets = list(meta.scaling)
-        consistent = set(meta.targets) == set(ranks) and meta.rank in ranks.values()
-        positive = all(0 < number < math.inf for number in (meta.alpha, *meta.scaling.values()))
+        scaling = {base_name(n): float(meta.scaling.get(n, usual)) for n in meta.targets}
+        consistent = set(scaling) == set(ranks) and meta.rank in ranks.values()
+        positive = all(0 < number < math.inf for number in (meta.alpha, *scaling.values()))
         if not consistent or not positive or meta.format != FORMAT:
             raise ValueError
     except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
         raise UserError(
             f"{path} is no LoRA file: its {META_KEY} does not describe its tensors; train it again"
         ) from error
-    return tensors, replace(meta, ranks=ranks)
+    if meta.base.get("fingerprint") is None:
+        print(f"note: {path} does not say which base it was trained on, so that cannot be checked")
+    return tensors, replace(meta, targets=list(scaling), scaling=scaling, ranks=ranks)
 
 
 def _ranks(tensors: dict[str, Tensor], path: str | PathLike) -> dict[str, int]:
     """The rank of each target. Raises ``UserError`` that names the keys which make ``tensors`` no
-    LoRA; those that begin with "_" are none of its.
+    LoRA; those that begin with "_" are not looked at.
     """
-    problems, parts = [], {}
+    ranks, shapes, problems = {}, defaultdict(dict), []
     for name, tensor in tensors.items():
+        target, _, key = name.rpartition(".lora.")
         if name.startswith("_"):
             continue
-        if not (found := re.fullmatch(rf"(.+)\.lora\.({'|'.join(map(re.escape, KEYS))})", name)):
+        if not target or key not in KEYS:
             problems.append(f"unexpected {name}")
         elif not tensor.is_floating_point():
             problems.append(f"{name} is {tensor.dtype}, not floating point")
         else:
-            parts.setdefault(found[1], {})[found[2]] = tuple(tensor.shape)
-    ranks = {}
-    for target, shapes in parts.items():
-        problems += [
-            f"missing {target}.lora.{key}" for key in ("A.weight", "B.weight") if key not in shapes
-        ]
-        match shapes:
-            case {"A.weight": (rank, _), "B.weight": (outputs, columns), **others} if (
-                rank == columns >= 1
+            shapes[target][key] = tuple(tensor.shape)
+    for target, found in shapes.items():
+        match [found.get(key) for key in KEYS]:
+            case [(rank, _), (outputs, columns), magnitude] if (
+                rank == columns >= 1 and magnitude in (None, (outputs,))
             ):
                 ranks[target] = rank
-                if others not in ({}, {"magnitude": (outputs,)}):
-                    problems.append(
-                        f"{target}.lora.magnitude is {others['magnitude']}, not {(outputs,)}"
-                    )
-            case {"A.weight": first, "B.weight": second}:
-                problems.append(f"{target} has A {first} and B {second}, of no common rank")
+            case _:
+                problems.append(f"{target} has the shapes {found}, which make no update")
     if problems or not ranks:
-        few = "; ".join(problems[:5]) + (
-            f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        )
-        raise UserError(f"{path} is no LoRA file: {few or 'it holds no tensors'}")
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        few = "; ".join(problems[:5]) or "it holds no tensors"
+        raise UserError(f"{path} is no LoRA file: {few}{more}")
     return ranks
 
 
-def check_lora(
+def adapters_in(
     model: nn.Module,
     path: str | PathLike,
     skill: Skill | None = None,
     *,
     allow_base_mismatch: bool = False,
     with_extra: bool = False,
-) -> Skill:
-    """``read_lora``, once it is sure that the file fits ``model``; nothing is changed.
+) -> tuple[dict[str, LoRA], SkillMeta]:
+    """The updates in a skill file that fits ``model``, by target, ready for ``attach``; and its
+    meta. ``model`` stays as it is.
 
     ``skill``: what ``read_lora`` gave for ``path``, where it was read already. Raises ``UserError``
     for a file with ``extra`` tensors (unless the caller uses them: ``with_extra``), one that was
@@ -187,84 +175,57 @@ def check_lora(
             f"{path} was trained on {name} ({str(trained_on)[:12]}), but this model is"
             f" {present[:12]}; use that base{'' if extra else ' or allow_base_mismatch'}"
         )
-    found, problems = linears(model), []
-    for target in meta.targets:
-        outputs = tensors[f"{target}.lora.B.weight"].size(0)
-        wanted = outputs, tensors[f"{target}.lora.A.weight"].size(1)
-        if target not in found:
-            problems.append(f"{target} is missing")
-        elif features(found[target]) != wanted:
-            problems.append(f"{target} is {features(found[target])}, not {wanted}")
+    found, loras, problems = linears(model), {}, []
+    for name in meta.targets:
+        keys = {key: f"{name}.lora.{key}" for key in KEYS}
+        parts = {key: tensors[whole] for key, whole in keys.items() if whole in tensors}
+        size = parts["B.weight"].size(0), parts["A.weight"].size(1)
+        if name not in found:
+            problems.append(f"{name} is missing")
+        elif features(found[name]) != size:
+            problems.append(f"{name} is {features(found[name])}, not {size}")
+        else:
+            loras[name] = lora_of(found[name], parts, meta.scaling[name])
     if problems:
         raise UserError(f"{path} does not fit this model: {'; '.join(problems)}")
-    return tensors, meta
-
-
-def load_lora(
-    model: nn.Module, path: str | PathLike, *, allow_base_mismatch: bool = False
-) -> SkillMeta:
-    """Copy a skill file into the LoRA applied to ``model``; returns its meta.
-
-    Device and dtype of the model stay. Raises ``UserError``, before anything changes, for what
-    ``check_lora`` refuses and if ranks, targets or kind differ from what is applied.
-    """
-    tensors, meta = check_lora(model, path, allow_base_mismatch=allow_base_mismatch)
-    loras = {name: linear.lora for name, linear in adapted(model)}
-    own = {
-        f"{name}.lora.{key}": tensor
-        for name, lora in loras.items()
-        for key, tensor in lora.state_dict().items()
-    }
-    ranks = {name: lora.rank for name, lora in loras.items()}
-    if own.keys() != tensors.keys() or ranks != meta.ranks:
-        raise UserError(
-            f"{path} has {_described(meta.ranks, tensors)}, the model {_described(ranks, own)};"
-            " use attach_lora, which prepares the model for the file"
-        )
-    copy_strictly(own, tensors, path)
-    _note_unknown_base(meta, path)
-    for name, lora in loras.items():
-        lora.scaling = meta.scaling[name]
-    return meta
-
-
-def _described(ranks: Mapping[str, int], tensors: Mapping[str, Tensor]) -> str:
-    """Kind, rank and targets of an update, for a sentence."""
-    kind = "DoRA" if any(name.endswith(".magnitude") for name in tensors) else "LoRA"
-    numbers = ", ".join(map(str, sorted(set(ranks.values()))))
-    return (
-        f"{kind} of rank {numbers} on {len(ranks)} Linears ({endings(ranks)})" if ranks else "none"
-    )
-
-
-def adapters_in(
-    model: nn.Module, path: str | PathLike, skill: Skill | None = None, **allowed: bool
-) -> tuple[dict[str, LoRA], SkillMeta]:
-    """The updates in a skill file that fits ``model``, by target, ready for ``attach``; and its
-    meta.
-
-    Takes and refuses what ``check_lora`` does; ``model`` stays as it is.
-    """
-    tensors, meta = check_lora(model, path, skill, **allowed)
-    found, loras = linears(model), {}
-    for name in meta.targets:
-        keys = {key: f"{name}.lora.{key}" for key in KEYS if f"{name}.lora.{key}" in tensors}
-        parts = {key: tensors[whole] for key, whole in keys.items()}
-        loras[name] = lora_of(found[name], parts, meta.scaling[name])
-    _note_unknown_base(meta, path)
     return loras, meta
 
 
-def _note_unknown_base(meta: SkillMeta, path: str | PathLike) -> None:
-    if meta.base.get("fingerprint") is None:
-        print(f"note: {path} does not say which base it was trained on, so that cannot be checked")
+def load_lora(model: nn.Module, path: str | PathLike, **allowed: bool) -> SkillMeta:
+    """Copy a skill file into the LoRA applied to ``model``; returns its meta.
+
+    Device and dtype of the model stay. Raises ``UserError``, before anything changes, for what
+    ``adapters_in`` refuses (``allowed`` is for that), and if ranks, targets or kind differ from
+    what is applied.
+    """
+    loras, meta = adapters_in(model, path, **allowed)
+    own = {name: linear.lora for name, linear in adapted(model)}
+    kinds = [{name: (type(lora), lora.rank) for name, lora in of.items()} for of in (own, loras)]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"{path} has {_described(loras)}, the model {_described(own)}; use attach_lora, which"
+            " prepares the model for the file"
+        )
+    for name, lora in loras.items():
+        own[name].load_state_dict(lora.state_dict())
+        own[name].scaling = lora.scaling
+    return meta
+
+
+def _described(loras: Mapping[str, LoRA]) -> str:
+    """Kinds, ranks and targets, for a sentence."""
+    if not loras:
+        return "no LoRA"
+    kinds = ", ".join(sorted({type(lora).__name__ for lora in loras.values()}))
+    ranks = ", ".join(map(str, sorted({lora.rank for lora in loras.values()})))
+    return f"{kinds} of rank {ranks} on {len(loras)} Linears ({endings(loras)})"
 
 
 def attach_lora(model: nn.Module, path: str | PathLike, **allowed: bool) -> SkillMeta:
     """Put a skill file on ``model`` whatever its rank and targets, in place of an active one;
     returns its meta.
 
-    ``allowed``: ``allow_base_mismatch`` and ``with_extra``, as for ``check_lora``. When that
+    ``allowed``: ``allow_base_mismatch`` and ``with_extra``, as for ``adapters_in``. When that
     refuses the file, the active skill stays.
     """
     loras, meta = adapters_in(model, path, **allowed)

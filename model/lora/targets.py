@@ -1,25 +1,15 @@
-"""Which Linears of a model get a LoRA, and with which rank and scale."""
+"""Which Linears of a model get a LoRA."""
 
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
-from math import sqrt
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from core.errors import UserError
-from model.lora.config import SHORTHANDS, LoRAConfig
+from model.lora.config import SHORTHANDS, LoRAConfig, ends_with
 from model.lora.layer import Linear, adapted, base_name, features, lora_parameters
-
-
-@dataclass(frozen=True)
-class Target:
-    name: str
-    linear: Linear
-    rank: int
-    scaling: float
 
 
 def check_receptive(model: nn.Module) -> None:
@@ -54,8 +44,8 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
-def choose_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:
-    """What ``config`` chooses of ``model``'s Linears, in their order.
+def choose_targets(model: nn.Module, config: LoRAConfig) -> dict[str, Linear]:
+    """What ``config`` chooses of ``model``'s Linears, by name, in their order.
 
     Raises ``UserError`` if nothing is left, for a name, pattern or layer number that matches
     nothing, and for a rank beyond a Linear's features. It lists what could match.
@@ -69,33 +59,37 @@ def choose_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:
         names = [name for name in names if len(set(features(found[name]))) == 1]
     if not names:
         raise UserError(f"target_modules={wanted!r} matches nothing; there are {endings(found)}")
-    excluded = _matching(names, config.exclude_modules, "exclude_modules")
-    if not (names := [name for name in names if name not in excluded]):
-        raise UserError(f"exclude_modules={config.exclude_modules!r} leaves no target")
+    if config.exclude_modules:
+        excluded = _matching(names, config.exclude_modules, "exclude_modules")
+        names = [name for name in names if name not in excluded]
     if config.layers_to_transform:
         names = _in_layers(names, config.layers_to_transform)
-    patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
-    for option, pattern in patterns.items():
-        for key in pattern:
-            if not any(_ends_with(key, name) for name in names):
+    if not names:
+        raise UserError(f"exclude_modules={config.exclude_modules!r} leaves no target")
+    for option in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, option):
+            if not any(ends_with(name, key) for name in names):
                 raise UserError(f"{option} {key!r} matches nothing; there are {endings(names)}")
-    return [_target(name, found[name], config) for name in names]
+    for name in names:
+        rank, smallest = config.rank_and_scaling(name)[0], min(features(found[name]))
+        if rank > smallest:
+            raise UserError(
+                f"rank={rank} exceeds the {smallest} features of {name}: choose a smaller rank"
+            )
+    return {name: found[name] for name in names}
 
 
 def _matching(names: Iterable[str], wanted: str | tuple[str, ...], option: str) -> list[str]:
     """Those of ``names`` that the regular expression ``wanted`` matches whole, or that are or end
     in one of the words ``wanted``. Raises ``UserError`` for what matches nothing.
     """
-    chosen, idle = set(), []
-    for word in (wanted,) if isinstance(wanted, str) else wanted:
-        expression = word if isinstance(wanted, str) else rf"(.*\.)?{re.escape(word)}"
-        matches = {name for name in names if re.fullmatch(expression, name)}
-        chosen |= matches
-        if not matches:
-            idle.append(repr(word))
-    if idle:
+    if isinstance(wanted, str):
+        matches = {wanted: [name for name in names if re.fullmatch(wanted, name)]}
+    else:
+        matches = {w: [name for name in names if ends_with(name, re.escape(w))] for w in wanted}
+    if idle := [repr(word) for word, found in matches.items() if not found]:
         raise UserError(f"{option}={', '.join(idle)} matches nothing; there are {endings(names)}")
-    return [name for name in names if name in chosen]
+    return [name for name in names if any(name in found for found in matches.values())]
 
 
 def _in_layers(names: list[str], wanted: tuple[int, ...]) -> list[str]:
@@ -106,24 +100,6 @@ def _in_layers(names: list[str], wanted: tuple[int, ...]) -> list[str]:
         there = ", ".join(map(str, sorted(set(layers.values())))) or "none"
         raise UserError(f"layers_to_transform {missing} match no target; there are layers {there}")
     return [name for name in names if layers.get(name) in wanted]
-
-
-def _ends_with(key: str, name: str) -> bool:
-    return re.fullmatch(rf"(.*\.)?({key})", name) is not None
-
-
-def _target(name: str, linear: Linear, config: LoRAConfig) -> Target:
-    """Scaled by alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023); by 1 without an alpha."""
-    ranks = [rank for key, rank in config.rank_pattern.items() if _ends_with(key, name)]
-    alphas = [alpha for key, alpha in config.alpha_pattern.items() if _ends_with(key, name)]
-    rank, alpha = [*ranks, config.rank][0], [*alphas, config.alpha][0]
-    if rank > (smallest := min(features(linear))):
-        raise UserError(
-            f"rank={rank} exceeds the {smallest} features of {name}: choose a smaller rank"
-        )
-    if alpha is None:
-        return Target(name, linear, rank, 1.0)
-    return Target(name, linear, rank, alpha / (sqrt(rank) if config.use_rslora else rank))
 
 
 def endings(names: Iterable[str]) -> str:
