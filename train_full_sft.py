@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> Path:
             f"--base {base.path} is no MiniMindLM, and this trains no other; train_lora.py does"
         )
     path = result_path(options, "full_sft", base)
-    facts = run_facts("full_sft", options, tokenizer, base)
     data = read_data(SFTDataset, options, tokenizer, runtime)
+    facts = run_facts("full_sft", options, tokenizer, base)
     return run_stage(
         model,
         data.train,

@@ -50,7 +50,8 @@ def _compiler_missing() -> bool:
 
 needs_compiler = pytest.mark.skipif(
     _compiler_missing(),
-    reason="torch.compile needs a C++ compiler and Python.h: install g++ and python3-dev, the Xcode tools or MSVC",
+    reason="torch.compile needs a C++ compiler and Python.h: install g++ and python3-dev, the Xcode"
+    " tools or MSVC",
 )
 
 
@@ -202,6 +203,7 @@ def run_training(
     write=lambda metrics: None,
     validation=None,
     runtime=CPU,
+    groups=None,
     **flags,
 ) -> Summary:
     """Train ``model`` as a door would, with run states and metrics in ``folder``."""
@@ -215,5 +217,5 @@ def run_training(
         write_files=write,
         log_to=folder / "metrics" / "run.jsonl",
     )
-    groups = param_groups(model, options.weight_decay, options.optimizer)
+    groups = groups or param_groups(model, options.weight_decay, options.optimizer)
     return train(model, source, groups, run, loss)

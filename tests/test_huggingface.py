@@ -308,7 +308,7 @@ def test_what_is_no_base_is_named(folders, tmp_path, trained):
     argv = flags(out_dir=tmp_path / "out", base=folders / "llama", data_path=trained.chats, **SMALL)
     with pytest.raises(UserError, match="is no MiniMindLM"):
         train_full_sft.main(argv)
-    with pytest.raises(UserError, match="--max_seq_len 512 exceeds the model's context of 256"):
+    with pytest.raises(UserError, match="max_seq_len 512 exceeds the model's context of 256"):
         train_lora.main([*argv, "--max_seq_len", "512"])
 
 

@@ -117,8 +117,8 @@ class TrainOptions(CheckedOptions):
     )
 
 
-# What a resumed run may change: on one machine it alters neither the arithmetic nor the order of the
-# rows. The base, the tokenizer and data files are compared by their content instead.
+# What a resumed run may change: on one machine it alters neither the arithmetic nor the order of
+# the rows. The base, the tokenizer and data files are compared by their content instead.
 MAY_CHANGE = {
     *("base", "tokenizer_path", "out_dir"),
     *("device", "num_workers", "log_interval", "save_interval"),

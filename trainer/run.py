@@ -130,7 +130,7 @@ class Run:
                 runtime.on_first(lambda: stack.enter_context(states.alone()))
             self.progress = states.restore(*self.trained, runtime)
             self.saved = self.started_at = self.step
-            self.validation.results = states.remembered("validation", {})
+            self.validation.results = states.remembered("validation", self.validation.results)
             if not self.options.dry_run:
                 runtime.on_first(lambda: stack.enter_context(self._open_log()))
             every, trainable = count_parameters(model)
