@@ -78,16 +78,8 @@ def main(argv: list[str] | None = None) -> Path:
     )
     if not options.dry_run:
         runtime.on_first(validate)
-    record = run_record(
-        SkillMeta,
-        "lora",
-        options,
-        tokenizer,
-        base=base.origin,
-        prompt_template=options.prompt_template,
-        load_in_4bit=options.load_in_4bit,
-        max_seq_len=options.max_seq_len,
-    )
+    asked = {name: getattr(options, name) for name in ("prompt_template", "load_in_4bit")}
+    record = run_record(SkillMeta, "lora", options, tokenizer, base=base.origin, **asked)
 
     def on_save(step: int) -> None:
         metrics = {"step": step, **validate.record()}

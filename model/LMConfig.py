@@ -92,4 +92,4 @@ def check_length(config: PretrainedConfig, max_seq_len: int) -> None:
     this config.
     """
     if max_seq_len > (context := context_of(config)):
-        raise UserError(f"--max_seq_len {max_seq_len} exceeds the model's context of {context}")
+        raise UserError(f"max_seq_len {max_seq_len} exceeds the model's context of {context}")

@@ -70,7 +70,7 @@ def command(session: ChatSession, line: str) -> None:
             mark = "*" if skill in session.weights else " "
             print(f"{mark} {skill}" + (f"  unfit: {reason}" if reason else ""))
         if not found:
-            print(f"no skills in {session.out_dir}; train_lora.py makes them")
+            print(f"no skills in {session.out_dir}: none was trained yet")
     elif name == "/lora" and argument:
         session.use_skill(None if argument == "off" else argument)
         print(f"skill: {session.skill or 'off'}")

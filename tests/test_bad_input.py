@@ -143,7 +143,7 @@ CASES = [
     (("lora",), "--rank 99999999999", "exceeds the 64 features"),
     (("lora",), "--lora_dropout 1", "lora_dropout=1.0 must be"),
     (("lora",), "--loraplus_lr_ratio nan", "loraplus_lr_ratio=nan must be"),
-    (("lora",), "--target_modules wq w9", "'w9' matches no Linear; there are w1,"),
+    (("lora",), "--target_modules wq w9", "'w9' matches nothing; there are w1,"),
     (("lora",), "--target_modules (", "'(' is no regular expression"),
     (("lora",), "--rank_pattern wq", "rank_pattern 'wq' must be NAME=NUMBER"),
     (("lora",), "--layers_to_transform 7", "[7] match no target; there are layers 0, 1"),
