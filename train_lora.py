@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> Path:
         options,
         runtime,
         path=path,
-        record=SkillMeta(**facts, **asked, max_seq_len=options.max_seq_len),
+        record=SkillMeta(**facts, **asked),
         validation=validation,
         write=lambda record: save_lora(model, path, record),
         fast=(output_parameters(model), options.loraplus_lr_ratio),

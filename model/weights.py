@@ -234,12 +234,10 @@ def load_base(path: str | Path, device: torch.device | str = "cpu") -> tuple[Min
         described = record.config or _config_from_shapes(tensors, path)
         architecture = {name: described[name] for name in ARCHITECTURE}
         config = LMConfig(**architecture)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, UserError) as error:
         raise UserError(
-            f"{source} describes no possible model ({error}); delete it or retrain"
+            f"{source} describes no possible model ({error}); correct it or retrain the base"
         ) from error
-    except UserError as error:
-        raise UserError(f"{source} describes no possible model: {error}") from error
     head, embedding = tensors.get("output.weight"), tensors.get("tok_embeddings.weight")
     if head is not None and embedding is not None and not torch.equal(head, embedding):
         raise UserError(
@@ -273,7 +271,7 @@ def read_record(path: Path) -> RunRecord:
 
 
 def _config_from_shapes(tensors: dict[str, Tensor], path: Path) -> dict:
-    """``ARCHITECTURE`` of a file without a record. Raises ``UserError`` for one of no MiniMindLM."""
+    """``ARCHITECTURE`` of a file that has no record. Raises ``UserError`` if it is no MiniMindLM."""
     try:
         vocab_size, dim = tensors["tok_embeddings.weight"].shape
         layers = [int(name.split(".")[1]) for name in tensors if name.startswith("layers.")]

@@ -9,16 +9,14 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from core.errors import UserError, run
-from core.options import option, parse, require
+from core.errors import run
+from core.options import CheckedOptions, option, parse, require
 from core.paths import find_skill, is_pretrained, lora_path, skill_name, skill_weights, weights_text
 
 
 @dataclass
-class Options:
-    """Write skills into a copy of their base (--output), or several skills into one
-    (--lora_name).
-    """
+class Options(CheckedOptions):
+    """Write skills into a copy of their base (--output), or several into one (--lora_name)."""
 
     skills: tuple[str, ...] = option(
         (), "NAME or NAME=WEIGHT; a negative weight subtracts", positional=True
@@ -29,32 +27,25 @@ class Options:
     )
     output: Path | None = option(None, "new base: a .pth file, or a folder for a Hugging Face base")
     dtype: Literal["float32", "bfloat16"] = option("float32", "of the new base's weights")
-    load_in_4bit: bool = option(
-        False, "into the base as its 4 bits stand for it, as QLoRA skills were trained"
-    )
+    load_in_4bit: bool = option(False, "merge into the base as its 4 bits stand for it (QLoRA)")
     lora_name: str | None = option(None, "new skill: the weighted sum, exact unless --rank cuts it")
-    rank: int = option(
-        0, "largest rank of the new skill, by singular values; 0: the sum of all ranks"
-    )
+    rank: int = option(0, "largest rank of the new skill; 0: the sum of all ranks", at_least=0)
     tokenizer_path: Path | None = option(
         None, "tokenizer of a Hugging Face base (default: the base's own)"
     )
     allow_base_mismatch: bool = option(False, "use a skill on a base it was not trained on")
 
     def __post_init__(self):
+        super().__post_init__()
         skill_weights(self.skills)
-        require(
-            (self.output is None) != (self.lora_name is None),
-            "choose --output (a base) or --lora_name (a skill)",
-        )
-        require(self.rank >= 0, f"--rank {self.rank} must not be negative")
-        require(
-            not (self.rank and self.output),
-            "--rank cuts a skill: give --lora_name instead of --output",
-        )
+        is_skill, of_skill = self.lora_name is not None, self.rank > 0
         of_base = self.load_in_4bit or self.dtype != "float32" or self.tokenizer_path is not None
+        wrong = "choose --output (a base) or --lora_name (a skill)"
+        require((self.output is None) == is_skill, wrong)
+        wrong = "--rank cuts a skill: give --lora_name instead of --output"
+        require(is_skill or not of_skill, wrong)
         wrong = "--dtype, --load_in_4bit and --tokenizer_path are for --output, not for --lora_name"
-        require(not (of_base and self.lora_name), wrong)
+        require(not (of_base and is_skill), wrong)
         if self.lora_name is not None:
             skill_name(self.lora_name)
 
@@ -74,28 +65,23 @@ def main(argv: list[str] | None = None) -> Path:
     print(f"base: {base}")
     if options.load_in_4bit:
         quantize(model)
-    library = SkillLibrary(model)
-    metas = []
+    library, metas = SkillLibrary(model), []
     for name in weights:
         path = find_skill(options.out_dir, name, model.config.hidden_size)
         metas.append(library.add(name, path, allow_base_mismatch=options.allow_base_mismatch))
         if options.output and metas[-1].load_in_4bit and not options.load_in_4bit:
-            print(
-                f"note: {name} was trained on 4 bits; --load_in_4bit merges into the weights that"
-                " it has seen"
-            )
+            print(f"note: {name} was trained on 4 bits; --load_in_4bit merges into what it saw")
     if len({meta.tokenizer for meta in metas} - {None}) > 1:
-        print(
-            f"note: the skills were trained with other tokenizers or templates; {first}'s is taken"
-        )
+        print(f"note: the skills had other tokenizers or templates in training; {first}'s is taken")
     if options.output:
-        return merge_into_base(options, base, record, metas[0], library, weights)
+        merge_into_base(options, base, record, metas[0], library, weights)
+        return options.output
     return fuse(options, base, metas[0], library, weights)
 
 
 def merge_into_base(
     options: Options, base: Path, record, first, library, weights: dict[str, float]
-) -> Path:
+) -> None:
     """Write the base with the skills in its weights, and say how far its logits are from the
     attached skills'.
     """
@@ -109,23 +95,20 @@ def merge_into_base(
     from model.weights import save_base
 
     model, output, ours = library.model, options.output, not is_pretrained(base)
-    ending = "end in .pth" if ours else "be a folder, not a .pth file"
-    require((output.suffix == ".pth") == ours, f"--output {output} must {ending}")
+    wrong = f"--output {output} must {'end in .pth' if ours else 'be a folder, not a .pth file'}"
+    require((output.suffix == ".pth") == ours, wrong)
     for path in (output, output.with_suffix(".json")) if ours else (output,):
         require(not path.exists(), f"--output: {path} exists; choose another or delete it")
     if ours:
-        require(
-            options.tokenizer_path is None,
-            f"--tokenizer_path is for Hugging Face bases, and {base} is none",
-        )
+        wrong = f"--tokenizer_path is for Hugging Face bases, and {base} is none"
+        require(options.tokenizer_path is None, wrong)
     else:
-        tokenizer = tokenizer_of(
-            record, base, options.tokenizer_path, options.out_dir, first.prompt_template
-        )
+        named, template = options.tokenizer_path, first.prompt_template
+        tokenizer = tokenizer_of(record, base, named, options.out_dir, template)
         if not options.allow_base_mismatch:
             check_trained_with(tokenizer, first, next(iter(weights)))
-    count = min(64, context_of(model.config))
-    ids = torch.arange(count)[None] * 31 % record.config["vocab_size"]
+    length = min(64, context_of(model.config))
+    ids = torch.arange(length)[None] * 31 % record.config["vocab_size"]
     library.use(weights)
     with torch.no_grad():
         attached = model(input_ids=ids).logits.float()
@@ -140,11 +123,10 @@ def merge_into_base(
     if ours:
         origin = {"file": base.name, "fingerprint": record.fingerprint}
         merged = {"merged": {"base": origin, "skills": weights}}
-        save_base(output, model, replace(record, more={**record.more, **merged}))
+        save_base(output, model, replace(record, more=record.more | merged))
     else:
         save_folder(model, tokenizer, output)
     print(f"saved {output}")
-    return output
 
 
 def fuse(options: Options, base: Path, first, library, weights: dict[str, float]) -> Path:
@@ -155,21 +137,16 @@ def fuse(options: Options, base: Path, first, library, weights: dict[str, float]
     from model.lora.library import loras_of, truncated
     from model.lora.skill_file import SkillMeta, save_lora
 
-    path = lora_path(options.out_dir, options.lora_name, library.model.config.hidden_size)
-    if path.exists():
-        raise UserError(f"{path} exists; choose another --lora_name or delete it")
+    model = library.model
+    path = lora_path(options.out_dir, options.lora_name, model.config.hidden_size)
+    require(not path.exists(), f"{path} exists; choose another --lora_name or delete it")
     factors, lost = library.factors(weights), 0.0
     if options.rank:
         factors, lost = truncated(factors, options.rank)
-    exchange(library.model, loras_of(library.model, factors))
-    meta = SkillMeta(
-        stage="lora",
-        base={"file": base.name},
-        tokenizer=first.tokenizer,
-        prompt_template=first.prompt_template,
-        more={"fused": weights},
-    )
-    save_lora(library.model, path, meta)
+    exchange(model, loras_of(model, factors))
+    asked = {"tokenizer": first.tokenizer, "prompt_template": first.prompt_template}
+    more = {"fused": weights}
+    save_lora(model, path, SkillMeta(stage="lora", base={"file": base.name}, more=more, **asked))
     ranks = ", ".join(map(str, sorted({A.size(0) for A, _ in factors.values()})))
     print(f"fused {weights_text(weights)}: rank {ranks}, {100 * lost:.2f} % of the update is lost")
     print(f"saved {path}")

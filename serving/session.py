@@ -138,10 +138,9 @@ class ChatSession:
         name.
         """
         named = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        named = named if isinstance(named, list) else [named] * (named is not None)
-        return {self.tokenizer.eos_token_id, *named} | (
-            set() if self.continues else ends_of_answer(self.tokenizer)
-        )
+        by_makers = set(named if isinstance(named, list) else [named]) - {None}
+        by_template = set() if self.continues else ends_of_answer(self.tokenizer)
+        return {self.tokenizer.eos_token_id} | by_makers | by_template
 
     def _prompt(self, text: str) -> list[int]:
         if self.continues:
@@ -149,10 +148,9 @@ class ChatSession:
             return [self.tokenizer.bos_token_id, *ids]
         question = {"role": "user", "content": text}
         history = self.messages[-self.history_cnt :] if self.history_cnt else []
+        room = context_of(self.model.config) - self.sampling.max_new_tokens
         while True:
             ids, _ = encode_chat(self.tokenizer, [*history, question], add_generation_prompt=True)
-            if not history or len(ids) + self.sampling.max_new_tokens <= context_of(
-                self.model.config
-            ):
+            if not history or len(ids) <= room:
                 return ids
             history = history[2:]  # the oldest exchange makes room

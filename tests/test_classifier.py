@@ -455,11 +455,8 @@ def test_a_row_is_answered_as_the_classifier_was_trained(bases, data, tmp_path):
     ):
         train_classifier([*argv, *flags(predict=dev, bad_rows="skip")])
     tensors = torch.load(path)
-    for damaged in (
-        {"labels": [["0"], ["1"]]},
-        {"labels": ["0", "0"]},
-        {"max_seq_len": None, "options": {"max_seq_len": "x"}},
-    ):
+    bad_length = {"max_seq_len": None, "options": {"max_seq_len": "x"}}
+    for damaged in ({"labels": [["0"], ["1"]]}, {"labels": ["0", "0"]}, bad_length):
         packed = json.dumps(json.loads(bytes(tensors["_meta"].tolist())) | damaged).encode()
         torch.save(
             tensors | {"_meta": torch.frombuffer(bytearray(packed), dtype=torch.uint8)}, path

@@ -197,6 +197,14 @@ def test_dora_is_no_lora(sharp_model, tmp_path):
     assert "has DoRA of rank 4" in message and "the model LoRA of rank 4" in message
 
 
+def test_a_file_is_not_loaded_into_pissa_which_would_subtract_its_start(sharp_model, tmp_path):
+    written(sharp_model, tmp_path / "x.pth", rank=4)
+    apply_lora(sharp_model, 4, init_lora_weights="pissa")
+    before = logits_of(sharp_model)
+    assert "the model PiSSA of rank 4" in refusal(load_lora, sharp_model, tmp_path / "x.pth")
+    assert torch.equal(logits_of(sharp_model), before)
+
+
 @pytest.mark.parametrize(
     ("meta", "tensors", "words"),
     [
