@@ -102,8 +102,16 @@ def main(argv: list[str] | None = None) -> None:
     if options.load_in_4bit:
         with redirect_stdout(sys.stderr):  # an answer can be piped
             quantize(model)
-    templates = options.prompt_template, skill_template(options, model.config.hidden_size)
-    tokenizer = tokenizer_of(record, base, options.tokenizer_path, options.out_dir, *templates)
+    tokenizer = tokenizer_of(
+        base,
+        options.tokenizer_path,
+        options.out_dir,
+        fingerprint=record.get("tokenizer"),
+        vocab_size=record["config"]["vocab_size"],
+        is_foreign="stage" in record and record.get("tokenizer") is None,
+        prompt_template=options.prompt_template,
+        otherwise=skill_template(options, model.config.hidden_size),
+    )
     session = ChatSession(
         model,
         tokenizer,

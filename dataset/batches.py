@@ -1,5 +1,6 @@
 """From tokenised rows to the micro-batches of optimizer steps."""
 
+import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,20 +9,17 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
-from dataset.token_table import TokenRows
-from dataset.tokenized import CHAT, TEXT, split_rows, tokenize_files
+from dataset.cache import CHAT, TEXT, TokenRows, split_rows, tokenize_files
 from dataset.tokenizer import token_bytes
-from dataset.workers import started
+from dataset.workers import by_workers
 
-MICRO_TOKENS = (
-    2048  # of one forward and backward pass: a CPU is no faster with more, and needs more memory
-)
+MICRO_TOKENS = 2048  # of one pass: a CPU is no faster with more, and needs more memory
 PASS_COST = 64  # a pass takes as long as this fraction of its largest size, however small it is
-POOL = 50  # steps whose rows are sorted by length together: enough for little padding, few enough to stay random
+POOL = 50  # steps sorted by length together: enough for little padding, few enough to stay random
+PROBED = 100  # steps of an epoch that are cut to find the largest micro-batch
 IGNORED = -100  # the label of a position that is not learned, PyTorch's own default
 
 
@@ -32,7 +30,7 @@ class Batch:
     ``inputs``: what the model's forward takes, ``input_ids`` (B, T) int64, right-padded. ``labels``
     (B, T) int64: the id itself where it is learned, else -100; ``labels[:, 0]`` is -100 because
     nothing predicts it. ``n_targets``: how many labels are learned. ``n_bytes``: how many UTF-8
-    bytes they stand for. ``n_tokens``: ids that are no padding.
+    bytes they stand for. ``n_tokens``: how many ids are not padding.
     """
 
     inputs: dict[str, Tensor]
@@ -43,8 +41,8 @@ class Batch:
 
 
 class Samples(Protocol):
-    """What ``Batches`` draws from: rows of ``lengths[n]`` tokens, and a micro-batch of some of
-    them.
+    """What ``Batches`` draws from: sample ``n`` has ``lengths[n]`` tokens, and ``collate`` makes
+    some of them a micro-batch.
     """
 
     lengths: np.ndarray
@@ -54,8 +52,8 @@ class Samples(Protocol):
 
 
 class TokenSamples:
-    """Samples for a causal model: ``samples[n]`` is ``(ids, learned)``, two numpy arrays of length
-    ``lengths[n]``.
+    """Samples for a causal model: ``samples[n]`` is ``2 * id + learned`` for each of ``lengths[n]``
+    tokens, a numpy array.
     """
 
     pad_id: int
@@ -63,21 +61,17 @@ class TokenSamples:
 
     def collate(self, indices: np.ndarray) -> Batch:
         """Right-pad the chosen samples to the longest of them."""
-        rows = [self[int(index)] for index in indices]
-        longest = max(len(ids) for ids, _ in rows)
-        input_ids = torch.full((len(rows), longest), self.pad_id, dtype=torch.int64)
-        labels = torch.full((len(rows), longest), IGNORED, dtype=torch.int64)
-        n_bytes = 0
-        for row, (ids, learned) in enumerate(rows):
-            input_ids[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
-            targets = np.where(learned, ids.astype(np.int64), IGNORED)
-            targets[0] = IGNORED
-            labels[row, : len(ids)] = torch.from_numpy(targets)
-            n_bytes += int(self.bytes_of[targets[targets != IGNORED]].sum())
-        n_tokens = sum(len(ids) for ids, _ in rows)
-        return Batch(
-            {"input_ids": input_ids}, labels, int((labels != IGNORED).sum()), n_bytes, n_tokens
-        )
+        rows = [self[int(index)].astype(np.int64) for index in indices]
+        shape = len(rows), max(map(len, rows))
+        input_ids = torch.full(shape, self.pad_id, dtype=torch.int64)
+        labels = torch.full(shape, IGNORED, dtype=torch.int64)
+        for n, row in enumerate(rows):
+            ids, learned = row >> 1, row & 1
+            input_ids[n, : len(ids)] = torch.from_numpy(ids)
+            labels[n, 1 : len(ids)] = torch.from_numpy(np.where(learned, ids, IGNORED)[1:])
+        targets = labels[labels != IGNORED].numpy()
+        n_bytes, n_tokens = int(self.bytes_of[targets].sum()), sum(map(len, rows))
+        return Batch({"input_ids": input_ids}, labels, len(targets), n_bytes, n_tokens)
 
 
 class PretrainSamples(TokenSamples):
@@ -89,12 +83,8 @@ class PretrainSamples(TokenSamples):
     """
 
     def __init__(self, rows: TokenRows, max_seq_len: int, pad_id: int, bytes_of: np.ndarray):
-        self.rows, self.max_seq_len, self.pad_id, self.bytes_of = (
-            rows,
-            max_seq_len,
-            pad_id,
-            bytes_of,
-        )
+        self.rows, self.max_seq_len = rows, max_seq_len
+        self.pad_id, self.bytes_of = pad_id, bytes_of
         self._ends = np.cumsum(rows.lengths, dtype=np.int64)  # of each document in the stream
         tokens = int(self._ends[-1]) if len(rows) else 0
         count = -(-max(tokens - 1, 0) // (max_seq_len - 1))
@@ -104,53 +94,54 @@ class PretrainSamples(TokenSamples):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> np.ndarray:
         start = index * (self.max_seq_len - 1)
         end = start + int(self.lengths[index])
         first, last = np.searchsorted(self._ends, (start, end - 1), side="right")
         pieces = []
         for row in range(int(first), int(last) + 1):
             begin = int(self._ends[row]) - int(self.rows.lengths[row])
-            pieces.append((row, max(start - begin, 0), end - begin))
-        ids = np.concatenate([self.rows.ids(*piece) for piece in pieces])
-        return ids, np.concatenate([self.rows.learned(*piece) for piece in pieces])
+            pieces.append(self.rows[row][max(start - begin, 0) : end - begin])
+        return np.concatenate(pieces)
 
     def describe(self) -> str:
-        return f"{len(self.rows)} documents, {int(self.rows.lengths.sum())} tokens, {len(self)} windows, 0 % truncated"
+        counts = f"{len(self.rows)} documents, {int(self.rows.lengths.sum())} tokens"
+        return f"{counts}, {len(self)} windows, 0 % truncated"
 
 
 class ChatSamples(TokenSamples):
-    """Chats cut after ``max_seq_len`` tokens; one whose cut leaves nothing to learn is left out and
+    """Chats cut after ``max_seq_len`` tokens; those with nothing left to learn are left out and
     counted.
     """
 
     def __init__(self, rows: TokenRows, max_seq_len: int, pad_id: int, bytes_of: np.ndarray):
         self.max_seq_len, self.pad_id, self.bytes_of = max_seq_len, pad_id, bytes_of
         self.truncated = int((rows.lengths > max_seq_len).sum())
-        kept = np.flatnonzero(rows.first_target < max_seq_len)
-        self.without_targets = len(rows) - len(kept)
-        self.rows = TokenRows(rows.table, rows.chosen[kept])
+        self.rows = rows.only(rows.first_target < np.minimum(rows.lengths, max_seq_len))
+        self.without_targets = len(rows) - len(self.rows)
         self.lengths = np.minimum(self.rows.lengths, max_seq_len)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.rows.ids(index)[: self.max_seq_len], self.rows.learned(index)[
-            : self.max_seq_len
-        ]
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.rows[index][: self.max_seq_len]
 
     def describe(self) -> str:
-        total = len(self) + self.without_targets
-        cut = f"{100 * self.truncated / max(total, 1):.1f} % truncated at {self.max_seq_len}"
-        left_out = (
-            f", {self.without_targets} left out: nothing to learn" if self.without_targets else ""
-        )
-        return f"{len(self)} chats, {int(self.lengths.sum())} tokens, {cut}{left_out}"
+        share = 100 * self.truncated / max(len(self) + self.without_targets, 1)
+        counts = f"{len(self)} chats, {int(self.lengths.sum())} tokens"
+        found = f"{counts}, {share:.1f} % truncated at {self.max_seq_len}"
+        if self.without_targets:
+            found += f", {self.without_targets} left out: nothing to learn"
+        return found
 
 
 class PretrainDataset:
-    """Training and validation windows of pretraining files: ``train`` and ``val``."""
+    """Training and validation windows of pretraining files: ``train`` and ``val``.
+
+    ``cache`` is the folder of token tables. Raises ``UserError`` if nothing is left to train on,
+    and whatever ``tokenize_files`` and ``split_rows`` raise.
+    """
 
     kind, samples = TEXT, PretrainSamples
 
@@ -164,16 +155,13 @@ class PretrainDataset:
         val_ratio: float = 0.02,
         bad_rows: str = "stop",
     ):
-        table = tokenize_files(paths, self.kind, tokenizer, cache, bad_rows)
-        sizes = token_bytes(tokenizer)
-        self.train, self.val = (
-            self.samples(rows, max_seq_len, tokenizer.pad_token_id or 0, sizes)
-            for rows in split_rows(table, val_ratio)
-        )
+        rows = tokenize_files(paths, self.kind, tokenizer, cache, bad_rows)
+        settings = max_seq_len, tokenizer.pad_token_id or 0, token_bytes(tokenizer)
+        train, val = split_rows(rows, val_ratio)
+        self.train, self.val = self.samples(train, *settings), self.samples(val, *settings)
         if not len(self.train):
-            raise UserError(
-                f"--max_seq_len {max_seq_len} leaves nothing to learn in {', '.join(map(str, paths))}"
-            )
+            names = ", ".join(map(str, paths))
+            raise UserError(f"max_seq_len {max_seq_len} leaves nothing to learn in {names}")
 
 
 class SFTDataset(PretrainDataset):
@@ -206,117 +194,96 @@ class Batches:
         world_size: int = 1,
         rows_per_step: int | None = None,
     ):
-        self.samples, self.batch_size, self.micro_tokens, self.seed = (
-            samples,
-            batch_size,
-            micro_tokens,
-            seed,
-        )
-        self.num_workers, self.rank, self.world_size = num_workers, rank, world_size
+        self.samples, self.seed, self.num_workers = samples, seed, num_workers
+        self.batch_size, self.micro_tokens = batch_size, micro_tokens
+        self.rank, self.world_size = rank, world_size
         self.rows_per_step = rows_per_step or batch_size * accumulation_steps * world_size
         self.steps_per_epoch = -(-len(samples.lengths) // self.rows_per_step)
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
         """This process' micro-batches, one list a step, from step ``start`` of the epoch on."""
-        # A generator of its own: the loader draws a seed, which would shift dropout after a resume
-        # within an epoch.
-        settings = {
-            "num_workers": self.num_workers,
-            "collate_fn": self._caught,
-            "generator": torch.Generator(),
-        }
-        remaining = range(start, self.steps_per_epoch)
-        for step in started(
-            DataLoader(self._plan(epoch), batch_size=None, sampler=remaining, **settings)
-        ):
-            if isinstance(step, UserError):
-                raise step
-            yield step
+        planned = self._planned(epoch, start)
+        if self.num_workers:
+            yield from by_workers(self._made, planned, self.num_workers)
+        else:
+            yield from map(self._made, planned)
+
+    def largest_step(self, epoch: int = 0) -> list[Batch]:
+        """The step of the epoch whose micro-batches need the most memory, made in this process.
+
+        The largest micro-batch counts, padding included. Of a long epoch only ``PROBED`` steps are
+        compared, those whose samples could fill the largest micro-batches.
+        """
+        lengths = self.samples.lengths
+        fullest = lengths * np.clip(self.micro_tokens // lengths, 1, self.batch_size)
+
+        def padded(step: np.ndarray) -> int:
+            return max((len(part) * lengths[part].max() for part in self._cut(step)), default=0)
+
+        steps = self._planned(epoch)
+        likely = heapq.nlargest(PROBED, steps, key=lambda step: fullest[step].max())
+        return self._made(max(likely, key=padded))
 
     def useful_share(self, epoch: int = 0) -> float:
-        """Tokens that are no padding / all tokens computed, over the whole epoch of this
+        """Tokens that are not padding / all tokens computed, over the whole epoch of this
         process.
         """
         useful = padded = 0
-        for indices in map(self._plan(epoch).__getitem__, range(self.steps_per_epoch)):
-            for part in micro_batches(
-                self.samples, self._share(indices), self.batch_size, self.micro_tokens
-            ):
+        for step in self._planned(epoch):
+            for part in self._cut(step):
                 lengths = self.samples.lengths[part]
-                useful, padded = (
-                    useful + int(lengths.sum()),
-                    padded + len(part) * int(lengths.max()),
-                )
+                useful += int(lengths.sum())
+                padded += len(part) * int(lengths.max())
         return useful / padded
 
-    def _plan(self, epoch: int) -> "_Plan":
+    def _planned(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
+        """The samples of each step of an epoch, those of all processes, from step ``start`` on."""
         rng = np.random.default_rng([self.seed, epoch])
-        lengths, pool = self.samples.lengths, POOL * self.rows_per_step
+        lengths, rows = self.samples.lengths, self.rows_per_step
         order = rng.permutation(len(lengths))
-        for begin in range(0, len(order), pool):
-            part = order[begin : begin + pool]
+        for begin in range(0, len(order), POOL * rows):
+            pool = order[begin : begin + POOL * rows]
             # Blurred by a tenth, or small data sets would meet in the same batches every epoch.
-            order[begin : begin + pool] = part[
-                np.argsort(lengths[part] * rng.uniform(1.0, 1.1, len(part)))
-            ]
-        return _Plan(order, self.rows_per_step, rng.permutation(self.steps_per_epoch))
+            pool[:] = pool[np.argsort(lengths[pool] * rng.uniform(1.0, 1.1, len(pool)))]
+        for step in rng.permutation(self.steps_per_epoch)[start:]:
+            yield order[step * rows : (step + 1) * rows]
 
-    def _share(self, indices: np.ndarray) -> np.ndarray:
-        """Neighbours by length, so that little is padding, and as many tokens for each process as
-        can be.
+    def _cut(self, step: np.ndarray) -> list[np.ndarray]:
+        """The samples of this process' micro-batches of a step.
+
+        Its share are neighbours by length, so that little is padding, and as many tokens for each
+        process as can be.
         """
-        longest_first = indices[np.argsort(-self.samples.lengths[indices], kind="stable")]
-        ends = np.cumsum(self.samples.lengths[longest_first])
-        middles = ends - self.samples.lengths[longest_first] / 2
-        return longest_first[(middles * self.world_size / ends[-1]).astype(np.int64) == self.rank]
+        lengths = self.samples.lengths
+        longest_first = step[np.argsort(-lengths[step], kind="stable")]
+        ends = np.cumsum(lengths[longest_first])
+        middles = ends - lengths[longest_first] / 2
+        ranks = (middles * self.world_size / ends[-1]).astype(np.int64)
+        share = longest_first[ranks == self.rank]
+        return micro_batches(lengths, share, self.batch_size, self.micro_tokens)
 
-    def _caught(self, indices: np.ndarray) -> list[Batch] | UserError:
-        """Raised in a loader's process, the sentence would come in a traceback, which keeps that
-        process alive.
-        """
-        try:
-            return self._step(indices)
-        except UserError as error:
-            return error
-
-    def _step(self, indices: np.ndarray) -> list[Batch]:
-        share = self._share(indices)
-        if not len(share):
-            return [masked(self.samples.collate(indices[:1]))]
-        parts = micro_batches(self.samples, share, self.batch_size, self.micro_tokens)
+    def _made(self, step: np.ndarray) -> list[Batch]:
+        parts = self._cut(step)
+        if not parts:
+            return [masked(self.samples.collate(step[:1]))]
         return [self.samples.collate(part) for part in parts]
 
 
-@dataclass
-class _Plan:
-    """The samples of each step of an epoch: consecutive ``rows`` of ``order``, the steps shuffled
-    by ``turn``.
-    """
-
-    order: np.ndarray
-    rows: int
-    turn: np.ndarray
-
-    def __getitem__(self, step: int) -> np.ndarray:
-        first = int(self.turn[step]) * self.rows
-        return self.order[first : first + self.rows]
-
-
 def micro_batches(
-    samples: Samples, indices: np.ndarray, batch_size: int, micro_tokens: int = MICRO_TOKENS
+    lengths: np.ndarray, indices: np.ndarray, batch_size: int, micro_tokens: int = MICRO_TOKENS
 ) -> list[np.ndarray]:
-    """Cut the chosen samples into micro-batches, the longest first, in the way that costs least.
+    """Cut the samples ``indices`` into micro-batches, the longest first, in the way that costs
+    least.
 
     A micro-batch has at most ``batch_size`` samples and ``micro_tokens`` tokens, padding included
     (or one sample). It costs its padded tokens and, for starting it, ``micro_tokens / PASS_COST``
-    more.
+    more. ``lengths`` are those of all samples.
     """
-    indices = indices[np.argsort(-samples.lengths[indices], kind="stable")]
-    lengths, count = samples.lengths[indices], len(indices)
+    indices = indices[np.argsort(-lengths[indices], kind="stable")]
+    lengths, count = lengths[indices], len(indices)
+    # The cheapest way to cut the first ``end`` samples begins its last part at cut[end].
     cost, cut = np.zeros(count + 1), np.zeros(count + 1, np.int64)
-    for end in range(
-        1, count + 1
-    ):  # the cheapest way to cut the first ``end``: its last part begins at cut[end]
+    for end in range(1, count + 1):
         begin = np.arange(max(0, end - batch_size), end)
         padded = (end - begin) * lengths[begin]
         fits = (padded <= micro_tokens) | (begin == end - 1)
@@ -330,22 +297,19 @@ def micro_batches(
 
 
 def masked(batch: Batch) -> Batch:
-    """The same shapes without anything to learn or to count."""
-    return Batch(
-        batch.inputs, torch.full_like(batch.labels, IGNORED), n_targets=0, n_bytes=0, n_tokens=0
-    )
+    """The same shapes with nothing to learn and nothing to count."""
+    return Batch(batch.inputs, torch.full_like(batch.labels, IGNORED), 0, 0, 0)
 
 
 def validation_batches(
     samples: Samples, batch_size: int, max_tokens: int, micro_tokens: int = MICRO_TOKENS
 ) -> list[Batch]:
-    """About ``max_tokens`` tokens of samples spread evenly over all (files follow one another), as
-    batches.
+    """Batches of about ``max_tokens`` tokens of samples, spread evenly over all (the samples of
+    one file after those of another).
     """
     if not len(samples):
         return []
     count = max(1, min(len(samples), len(samples) * max_tokens // int(samples.lengths.sum())))
     spread = np.linspace(0, len(samples) - 1, count).round().astype(np.int64)
-    return [
-        samples.collate(part) for part in micro_batches(samples, spread, batch_size, micro_tokens)
-    ]
+    parts = micro_batches(samples.lengths, spread, batch_size, micro_tokens)
+    return [samples.collate(part) for part in parts]

@@ -136,10 +136,17 @@ def merge_into_base(
             f"--tokenizer_path is for Hugging Face bases, and {base} is none",
         )
     else:
-        template = first["options"].get("prompt_template")
-        tokenizer = tokenizer_of(record, base, options.tokenizer_path, options.out_dir, template)
+        tokenizer = tokenizer_of(
+            base,
+            options.tokenizer_path,
+            options.out_dir,
+            fingerprint=record.get("tokenizer"),
+            vocab_size=record["config"]["vocab_size"],
+            is_foreign="stage" in record and record.get("tokenizer") is None,
+            prompt_template=first["options"].get("prompt_template"),
+        )
         if not options.allow_base_mismatch:
-            check_trained_with(tokenizer, first, next(iter(weights)))
+            check_trained_with(tokenizer, first.get("tokenizer"), next(iter(weights)))
     ids = (
         torch.arange(min(64, context_of(model.config)))[None] * 31 % record["config"]["vocab_size"]
     )

@@ -40,18 +40,15 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(Options, argv)
-    from dataset.tokenized import CHAT, TEXT, split_rows, tokenize_files
+    from dataset.cache import kind_of, tokenize_files
     from dataset.tokenizer import load_tokenizer
-    from scripts.inspect_data import detect
 
-    kind = {kind.name: kind for kind in (TEXT, CHAT)}.get(detect(options.files[0]).name)
+    kind = kind_of(options.files[0])
     if kind is None:
-        raise UserError(
-            f"no usable row in {options.files[0]}; look at it with scripts/inspect_data.py"
-        )
+        advice = "look at it with scripts/inspect_data.py"
+        raise UserError(f"no usable row in {options.files[0]}; {advice}")
     tokenizer, cache = load_tokenizer(options.tokenizer_path), cache_dir(options.out_dir)
-    table = tokenize_files(options.files, kind, tokenizer, cache, options.bad_rows, options.workers)
-    rows, _ = split_rows(table, 0.0)
+    rows = tokenize_files(options.files, kind, tokenizer, cache, options.bad_rows, options.workers)
     print(f"{len(rows):,} {kind.name} rows, {int(rows.lengths.sum()):,} tokens in {cache}")
 
 

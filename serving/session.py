@@ -117,7 +117,7 @@ class ChatSession:
             try:
                 self._ask_with(template)
                 if not (self._keeps_template or self.allow_base_mismatch):
-                    check_trained_with(self.tokenizer, meta, name)
+                    check_trained_with(self.tokenizer, meta.get("tokenizer"), name)
             except UserError:
                 self.library.remove(key)
                 raise

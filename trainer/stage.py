@@ -78,7 +78,15 @@ def opened_base(
         False  # of keys and values: training has no use for it, and decoding asks for it
     )
     print(f"base: {path}")
-    tokenizer = tokenizer_of(record, path, options.tokenizer_path, options.out_dir, prompt_template)
+    tokenizer = tokenizer_of(
+        path,
+        options.tokenizer_path,
+        options.out_dir,
+        fingerprint=record.get("tokenizer"),
+        vocab_size=record["config"]["vocab_size"],
+        is_foreign="stage" in record and record.get("tokenizer") is None,
+        prompt_template=prompt_template,
+    )
     check_length(model.config, options.max_seq_len)
     return Base(path, model, tokenizer, record)
 

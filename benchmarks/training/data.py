@@ -9,9 +9,9 @@ import torch
 
 from core.errors import UserError
 from dataset.batches import ChatSamples, PretrainDataset, SFTDataset
+from dataset.cache import TEXT
 from dataset.chat import encode_chats
 from dataset.rows import BadRow, clean_chat, clean_text, read_rows
-from dataset.tokenized import TEXT
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 from model.model_lora import apply_lora, load_lora
