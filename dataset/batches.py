@@ -47,7 +47,6 @@ class Samples(Protocol):
 
     lengths: np.ndarray
 
-    def __len__(self) -> int: ...
     def collate(self, indices: np.ndarray) -> Batch: ...
 
 
@@ -56,8 +55,12 @@ class TokenSamples:
     tokens, a numpy array.
     """
 
+    lengths: np.ndarray
     pad_id: int
     bytes_of: np.ndarray  # UTF-8 bytes each id stands for
+
+    def __len__(self) -> int:
+        return len(self.lengths)
 
     def collate(self, indices: np.ndarray) -> Batch:
         """Right-pad the chosen samples to the longest of them."""
@@ -91,9 +94,6 @@ class PretrainSamples(TokenSamples):
         self.lengths = np.full(count, max_seq_len, np.int32)
         self.lengths[-1:] = tokens - (count - 1) * (max_seq_len - 1)
 
-    def __len__(self) -> int:
-        return len(self.lengths)
-
     def __getitem__(self, index: int) -> np.ndarray:
         start = index * (self.max_seq_len - 1)
         end = start + int(self.lengths[index])
@@ -120,9 +120,6 @@ class ChatSamples(TokenSamples):
         self.rows = rows.only(rows.first_target < np.minimum(rows.lengths, max_seq_len))
         self.without_targets = len(rows) - len(self.rows)
         self.lengths = np.minimum(self.rows.lengths, max_seq_len)
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.rows[index][: self.max_seq_len]
@@ -307,9 +304,10 @@ def validation_batches(
     """Batches of about ``max_tokens`` tokens of samples, spread evenly over all (the samples of
     one file after those of another).
     """
-    if not len(samples):
+    total = len(samples.lengths)
+    if not total:
         return []
-    count = max(1, min(len(samples), len(samples) * max_tokens // int(samples.lengths.sum())))
-    spread = np.linspace(0, len(samples) - 1, count).round().astype(np.int64)
+    count = max(1, min(total, total * max_tokens // int(samples.lengths.sum())))
+    spread = np.linspace(0, total - 1, count).round().astype(np.int64)
     parts = micro_batches(samples.lengths, spread, batch_size, micro_tokens)
     return [samples.collate(part) for part in parts]

@@ -7,7 +7,6 @@ A table is three files: ``.tokens``, one number ``2 * id + learned`` a token, th
 
 import hashlib
 import json
-import os
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -37,20 +36,18 @@ from dataset.rows import (
     settle_bad_rows,
 )
 from dataset.tokenizer import tokenizer_fingerprint
-from dataset.workers import by_workers
+from dataset.workers import by_workers, usable_cores
 
 FORMAT = 6  # raise it when the meaning of a cached table changes
 ROW = np.dtype([("start", "<i8"), ("digest", "<i8"), ("length", "<i4"), ("first_target", "<i4")])
 SMALL_BYTES = 1 << 24  # of text: less is tokenised sooner than worker processes start
-PACKED = 3  # text shrinks to about a third in .gz and .zst files
+SHRINK = {".gz": 3, ".zst": 3}  # about how many times more text a packed file holds
 MOST_WORKERS = 16  # where one reading and writing process becomes the bottleneck
 BAR_SECONDS = 2  # work that takes longer gets a bar
 
 
 class Kind(NamedTuple):
-    """What the rows of a file are: how one is cleaned, and how the contents at its ``key`` are
-    encoded.
-    """
+    """What a row is: how it is cleaned, and how the contents at its ``key`` are encoded."""
 
     name: str
     key: str
@@ -63,13 +60,12 @@ CHAT = Kind("chat", "conversations", clean_chat, encode_chats)
 
 
 def kind_of(path: Path) -> Kind | None:
-    """The kind of the first usable row of a file, which its other rows must have too; None without
+    """The kind of the first usable row of a file, to which its other rows are held; None without
     one.
     """
-    for _, row in read_rows(path, clean_any):
-        if not isinstance(row, BadRow):
-            return TEXT if TEXT.key in row else CHAT
-    return None
+    rows = (row for _, row in read_rows(path, clean_any) if not isinstance(row, BadRow))
+    first = next(rows, {})
+    return next((kind for kind in (TEXT, CHAT) if kind.key in first), None)
 
 
 class TokenRows:
@@ -112,7 +108,7 @@ def tokenize_files(
     bad_rows: str = "stop",
     workers: int = 0,
 ) -> TokenRows:
-    """The usable rows of the files, tokenised, in their order.
+    """The usable rows of all files in order, tokenised.
 
     The cache is keyed by the bytes of the files, the tokenizer's fingerprint and the format.
     ``workers`` processes tokenise (0: one for each core, none for small files); the table is the
@@ -123,7 +119,6 @@ def tokenize_files(
     for path in paths:
         if not path.is_file():
             raise UserError(f"data file {path} does not exist; check data_path")
-    stamps = _stamps(paths)
     hashes = [sha256_file(path, cache) for path in paths]
     identity = json.dumps([FORMAT, kind.name, tokenizer_fingerprint(tokenizer), *hashes])
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
@@ -133,14 +128,11 @@ def tokenize_files(
         if table.exists():
             print(f"the token cache {table} is damaged or unfinished: it is made again", flush=True)
         try:
-            _write_table(table, paths, stamps, kind, tokenizer, workers)
+            facts = _write_table(table, paths, hashes, kind, tokenizer, workers)
         except UserError:
             # Windows replaces no open file: a process that began together with this was first.
-            if _facts_of(table) is None:
+            if (facts := _facts_of(table)) is None:
                 raise
-        facts = _facts_of(table)
-    if facts is None:
-        raise UserError(f"cannot read {table} back, which was just written; choose another out_dir")
     # The cache may have been filled from files with other names.
     shown = [f"{paths[file]}:{line}: {reason}" for file, line, reason in facts["shown"]]
     settle_bad_rows(facts["bad"], shown, bad_rows)
@@ -149,76 +141,67 @@ def tokenize_files(
     return TokenRows(table, np.dtype(facts["dtype"]))
 
 
-def _stamps(paths: tuple[Path, ...]) -> list[tuple[int, int]]:
-    """Size and time of each file."""
-    return [(status.st_size, status.st_mtime_ns) for status in map(os.stat, paths)]
-
-
 def _facts_of(table: Path) -> dict | None:
-    """What the seal of a table says; None if a file of it is missing or differs from what was
-    written.
+    """What the seal says of a table; None if a file of it is missing or not as it was written.
 
     CRC-32 tells: an accident passes once in four billion times; intent is not guarded against. The
-    check reads the whole table, about a second for each gigabyte.
+    whole table is read, which takes about a second for each gigabyte.
     """
     try:
         sealed = json.loads(table.read_text(encoding="utf-8"))
         facts = sealed["facts"]
-        if sealed["crc32"] != zlib.crc32(json.dumps(facts).encode()):
-            return None
+        is_whole = sealed["crc32"] == zlib.crc32(json.dumps(facts).encode())
         for suffix, expected in facts["crc32"].items():
             crc = 0
             with table.with_suffix(suffix).open("rb") as file:
                 while chunk := file.read(1 << 20):
                     crc = zlib.crc32(chunk, crc)
-            if crc != expected:
-                return None
-        return facts
-    except (OSError, ValueError, TypeError, KeyError):  # the cache may be harmed at any time
+            is_whole = is_whole and crc == expected
+        return facts if is_whole else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # harmed in any way
         return None
 
 
 def _write_table(
     table: Path,
     paths: tuple[Path, ...],
-    stamps: list[tuple[int, int]],
+    hashes: list[str],
     kind: Kind,
     tokenizer: PreTrainedTokenizerBase,
     workers: int,
-) -> None:
-    """Write the files of ``table``, each whole or not at all, the seal last.
-
-    ``stamps``: those of the data files when they were hashed.
-    """
+) -> dict:
+    """Write the files of ``table``, each whole or not at all, the seal last; returns its facts."""
     # The largest id decides, because the ids of some vocabularies have gaps.
     dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 15 else np.uint32)
-    facts = {"dtype": dtype.str, "rows": 0, "bad": 0, "shown": [], "crc32": {}}
-
-    def append(file: BinaryIO, suffix: str, array: np.ndarray) -> None:
-        file.write(array.tobytes())
-        facts["crc32"][suffix] = zlib.crc32(array.tobytes(), facts["crc32"].get(suffix, 0))
+    crc32 = {".tokens": 0, ".rows": 0}
+    facts = {"dtype": dtype.str, "rows": 0, "bad": 0, "shown": [], "crc32": crc32}
 
     def write(token_file: BinaryIO, row_file: BinaryIO) -> None:
-        start = 0
-        with closing(_encoded(paths, partial(_encode, kind, tokenizer, dtype), workers)) as parts:
+        encode, start = partial(_encode, kind, tokenizer, dtype), 0
+        with closing(_encoded(paths, encode, workers)) as parts:
             for part in parts:
                 part.rows["start"] += start
                 start += len(part.tokens)
-                append(token_file, ".tokens", part.tokens)
-                append(row_file, ".rows", part.rows)
+                token_file.write(part.tokens.tobytes())
+                row_file.write(part.rows.tobytes())
+                crc32[".tokens"] = zlib.crc32(part.tokens.tobytes(), crc32[".tokens"])
+                crc32[".rows"] = zlib.crc32(part.rows.tobytes(), crc32[".rows"])
                 facts["rows"] += len(part.rows)
                 facts["bad"] += len(part.bad)
                 facts["shown"] += part.bad[: SHOWN_BAD_ROWS - len(facts["shown"])]
-        if _stamps(paths) != stamps:
-            names = ", ".join(map(str, paths))
-            raise UserError(f"{names} changed while it was read; start again once it is complete")
+        for path, before in zip(paths, hashes, strict=True):
+            if sha256_file(path, table.parent) != before:
+                raise UserError(
+                    f"{path} changed while it was read; start again once it is complete"
+                )
 
-    def write_rows_with(token_file: BinaryIO) -> None:
+    def write_both(token_file: BinaryIO) -> None:
         atomic_write(table.with_suffix(".rows"), lambda row_file: write(token_file, row_file))
 
-    atomic_write(table.with_suffix(".tokens"), write_rows_with)
+    atomic_write(table.with_suffix(".tokens"), write_both)
     seal = {"crc32": zlib.crc32(json.dumps(facts).encode()), "facts": facts}
     atomic_write(table, lambda file: file.write(json.dumps(seal).encode()))
+    return facts
 
 
 class Part(NamedTuple):
@@ -233,37 +216,30 @@ class Part(NamedTuple):
 def _encoded(
     paths: tuple[Path, ...], encode: Callable[[tuple[int, Block]], Part], workers: int
 ) -> Iterator[Part]:
-    """The parts of all files in order; what takes long is announced, and shows a bar."""
-    sizes = [path.stat().st_size for path in paths]
-    text = sum(
-        size * (PACKED if path.suffix in (".gz", ".zst") else 1)
-        for path, size in zip(paths, sizes, strict=True)
-    )
-    names, total = ", ".join(path.name for path in paths), sum(sizes)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = workers or (1 if text < SMALL_BYTES else min(cores or 1, MOST_WORKERS))
-    if text >= SMALL_BYTES:
+    """The parts of all files in order. Work that takes long is announced and shows a bar."""
+    sizes = {path: path.stat().st_size for path in paths}
+    total = sum(sizes.values())
+    is_small = sum(SHRINK.get(path.suffix, 1) * size for path, size in sizes.items()) < SMALL_BYTES
+    workers = workers or (1 if is_small else min(usable_cores(), MOST_WORKERS))
+    if not is_small:
+        names = ", ".join(path.name for path in paths)
         print(f"tokenising {names}: {total / 1e6:,.0f} MB, {workers} processes", flush=True)
-    blocks = ((n, block) for n, path in enumerate(paths) for block in read_blocks(path))
-    parts = by_workers(encode, blocks, workers) if workers > 1 else map(encode, blocks)
-    bar = tqdm(total=total, unit="B", unit_scale=True, leave=False, delay=BAR_SECONDS, disable=None)
     rows, began = 0, time.perf_counter()
-    with bar:
-        for part in parts:
+    blocks = ((n, block) for n, path in enumerate(paths) for block in read_blocks(path))
+    look = {"unit": "B", "unit_scale": True, "leave": False, "delay": BAR_SECONDS, "disable": None}
+    with tqdm(total=total, **look) as bar:
+        for part in by_workers(encode, blocks, workers) if workers > 1 else map(encode, blocks):
             yield part
             rows += len(part.rows)
             bar.update(part.read)
-    if text >= SMALL_BYTES:
+    if not is_small:
         seconds = time.perf_counter() - began
         speed = f"{rows / seconds:,.0f} rows/s, {total / 1e6 / seconds:.1f} MB/s"
         print(f"tokenised {rows:,} rows in {seconds:.0f} s ({speed})", flush=True)
 
 
 def _encode(
-    kind: Kind,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: np.dtype,
-    numbered: tuple[int, Block],
+    kind: Kind, tokenizer: PreTrainedTokenizerBase, dtype: np.dtype, numbered: tuple[int, Block]
 ) -> Part:
     """Clean and tokenise a block of the file with the given number."""
     file, block = numbered
@@ -280,9 +256,8 @@ def _encode(
     rows["start"] = np.cumsum(rows["length"]) - rows["length"]
     # The closing True gives a row without targets its length.
     rows["first_target"] = [[*learned[1:], True].index(True) + 1 for _, learned in encoded]
-    ids, learned = (
-        np.fromiter(chain.from_iterable(row[n] for row in encoded), dtype) for n in (0, 1)
-    )
+    ids = np.fromiter(chain.from_iterable(ids for ids, _ in encoded), dtype)
+    learned = np.fromiter(chain.from_iterable(learned for _, learned in encoded), dtype)
     return Part(2 * ids + learned, rows, bad, block.read)
 
 

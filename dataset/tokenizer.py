@@ -8,29 +8,20 @@ from pathlib import Path
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from core.errors import UserError, reason_of
 from core.paths import TOKENIZER_DIR, pretrained_name
 
-# How byte-level vocabularies spell (GPT-2's choice): a printable byte as its Latin-1 character, the
-# others from U+0100.
-_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
-    chr(0x100 + n): byte for n, byte in enumerate(sorted(set(range(0x100)) - set(_PRINTABLE)))
-}
+# The byte that each character stands for in byte-level vocabularies.
+BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in folder ``path``, read from disk only. Raises ``UserError`` if we cannot
-    train with it.
-    """
-    path = Path(path)
-    if not (path / "tokenizer.json").is_file():
+    """The tokenizer in folder ``path``. Raises ``UserError`` if it cannot be used for training."""
+    if not (Path(path) / "tokenizer.json").is_file():
         raise UserError(f"no tokenizer.json in {path}; correct tokenizer_path, or train one")
-    tokenizer = read_tokenizer(path, local_files_only=True)
-    if tokenizer.eos_token_id is None or not tokenizer.chat_template:
-        raise UserError(f"the tokenizer in {path} lacks an end-of-turn token or a chat template")
-    return tokenizer
+    return foreign_tokenizer(path)
 
 
 def tokenizer_of(
@@ -54,30 +45,25 @@ def tokenizer_of(
     Raises ``UserError`` if no such tokenizer is found, if nothing tells which one it is, and for
     one without a chat template.
     """
+    shipped, folder = (TOKENIZER_DIR, out_dir / "tokenizer"), named or base
     if is_foreign:
-        folder = named or base
         tokenizer = foreign_tokenizer(folder, prompt_template, otherwise)
+    elif prompt_template is not None:
+        raise UserError(f"{base} has a chat template of its own; leave out prompt_template")
+    elif named is None and fingerprint is None:
+        raise UserError(f"{base} does not say which tokenizer it needs; name its tokenizer_path")
     else:
-        if prompt_template is not None:
-            reason = f"{base} has a template of its own"
-            raise UserError(f"prompt_template is for Hugging Face bases; {reason}")
-        if named is None and fingerprint is None:
-            reason = f"{base} does not say which tokenizer it was trained with"
-            raise UserError(f"{reason}; name it as tokenizer_path")
-        own = [path for path in (TOKENIZER_DIR, out_dir / "tokenizer") if path.is_dir()]
-        folders = own if named is None else [named]
-        for folder in folders:
+        for folder in [named] if named else filter(Path.is_dir, shipped):
             tokenizer = load_tokenizer(folder)
             if fingerprint in (None, tokenizer_fingerprint(tokenizer)):
                 break
         else:
-            tried = " or ".join(map(str, folders))
-            reason = f"{base} was trained with another tokenizer than {tried}"
-            raise UserError(f"{reason}; name it as tokenizer_path")
+            tried = named or " or ".join(map(str, shipped))
+            raise UserError(f"{base} needs another tokenizer than {tried}; name its tokenizer_path")
     # Other makers pad their embeddings to round numbers.
     if len(tokenizer) > vocab_size or (len(tokenizer) < vocab_size and not is_foreign):
-        reason = f"{folder} has {len(tokenizer)} entries, {base} has {vocab_size}"
-        raise UserError(f"{reason}; name the tokenizer of the base as tokenizer_path")
+        sizes = f"{folder} has {len(tokenizer)} entries, {base} has {vocab_size}"
+        raise UserError(f"{sizes}; name its tokenizer_path")
     return tokenizer
 
 
@@ -87,18 +73,20 @@ def foreign_tokenizer(
     """The tokenizer of a Hugging Face folder or hub name, with ``prompt_template`` in place of its
     chat template, or ``otherwise`` if it has none.
 
-    Raises ``UserError`` if it cannot be read (see ``read_tokenizer``), ends no text, or has no
-    template either way.
+    Raises ``UserError`` if it cannot be read (see ``read_tokenizer``), has no token that ends a
+    turn, or has no template either way.
     """
     tokenizer = read_tokenizer(name)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {name} lacks an end-of-text token")
+        raise UserError(
+            f"the tokenizer of {name} lacks an end-of-turn token; train or name another"
+        )
     if prompt_template is None and not tokenizer.chat_template:
         prompt_template = otherwise
     if prompt_template is not None:
         use_template(tokenizer, prompt_template)
     if not tokenizer.chat_template:
-        example = "prompt_template='Q: {user}\\nA: '"
+        example = "prompt_template 'Q: {user}\\nA: '"
         raise UserError(f"{name} has no chat template: write one, such as {example}")
     return tokenizer
 
@@ -116,8 +104,8 @@ def use_template(tokenizer: PreTrainedTokenizerBase, prompt_template: str) -> No
         raise UserError("prompt_template holds bytes that are no text in the terminal's encoding")
     parts = prompt_template.replace("\\n", "\n").split("{user}")
     if len(parts) != 2:
-        place = "one {user}, where the question goes"
-        raise UserError(f"prompt_template {prompt_template!r} must have {place}")
+        wanted = "must have one {user}, where the question goes"
+        raise UserError(f"prompt_template {prompt_template!r} {wanted}")
     before, after = (json.dumps(part, ensure_ascii=False) for part in parts)
     bos = tokenizer.bos_token_id
     begins = bos is not None and tokenizer("a").input_ids[:1] == [bos]
@@ -130,14 +118,16 @@ def use_template(tokenizer: PreTrainedTokenizerBase, prompt_template: str) -> No
     )
 
 
-def read_tokenizer(name: str | Path, **settings) -> PreTrainedTokenizerBase:
+def read_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """Any tokenizer of a Hugging Face folder or hub name.
 
     Raises ``UserError`` if it cannot be read, or does not come from the `tokenizers` library.
     """
-    name = pretrained_name(Path(name))
+    path = Path(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **settings)
+        tokenizer = AutoTokenizer.from_pretrained(
+            pretrained_name(path), local_files_only=path.is_dir()
+        )
     except Exception as error:  # the libraries raise bare Exception for a broken file
         reason = f"the tokenizer in {name} cannot be read ({reason_of(error)})"
         raise UserError(f"{reason}; train or copy it again") from error
@@ -150,36 +140,32 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hex SHA-256 over everything that decides which ids a text or a chat becomes."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     decisive = {key: backend[key] for key in ("normalizer", "pre_tokenizer", "model")}
-    added = {
-        token_id: token.content
-        for token_id, token in sorted(tokenizer.added_tokens_decoder.items())
-    }
-    text = json.dumps(
-        [decisive, added, tokenizer.chat_template], sort_keys=True, ensure_ascii=False
-    )
+    tokens = sorted(tokenizer.added_tokens_decoder.items())
+    added = {token_id: token.content for token_id, token in tokens}
+    found = [decisive, added, tokenizer.chat_template]
+    text = json.dumps(found, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_trained_with(
     tokenizer: PreTrainedTokenizerBase, fingerprint: str | None, skill: str
 ) -> None:
-    """Raise ``UserError`` if ``skill`` was trained with another tokenizer or template of it.
-
-    ``fingerprint`` is what its file says; None says nothing.
+    """Raise ``UserError`` if ``skill`` was trained with another tokenizer or template of it, by the
+    ``fingerprint`` in its file; None fits any.
     """
     if fingerprint not in (None, tokenizer_fingerprint(tokenizer)):
-        reason = f"skill {skill} was trained with another tokenizer or chat template"
-        raise UserError(f"{reason}; name that one as tokenizer_path or set allow_base_mismatch")
+        advice = "name that one as tokenizer_path or set allow_base_mismatch"
+        reason = "was trained with another tokenizer or chat template"
+        raise UserError(f"skill {skill} {reason}; {advice}")
 
 
 def reading_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hex SHA-256 over everything that decides how a classifier's rows are framed and cut, the ids
-    included.
+    """Hex SHA-256 over everything that decides which ids a classifier's row becomes, framed and
+    cut.
     """
     frame = json.loads(tokenizer.backend_tokenizer.to_str())["post_processor"]
-    text = json.dumps(
-        [tokenizer_fingerprint(tokenizer), frame, tokenizer.truncation_side, tokenizer.pad_token_id]
-    )
+    rest = frame, tokenizer.truncation_side, tokenizer.pad_token_id
+    text = json.dumps([tokenizer_fingerprint(tokenizer), *rest])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -194,11 +180,10 @@ def spelled_bytes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> lis
     spelled = []
     for token in tokenizer.convert_ids_to_tokens(ids):
         token = token or ""
-        lone = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
-        if is_byte_level and all(character in BYTE_OF for character in token):
+        if is_byte_level and BYTE_OF.keys() >= set(token):
             spelled.append(bytes(BYTE_OF[character] for character in token))
-        elif lone and not is_byte_level:
-            spelled.append(bytes.fromhex(lone[1]))
+        elif not is_byte_level and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            spelled.append(bytes.fromhex(token[3:5]))
         else:
             spelled.append((token if is_byte_level else token.replace("\u2581", " ")).encode())
     return spelled

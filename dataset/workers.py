@@ -18,6 +18,7 @@ from core.errors import STOPPING, UserError
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 AHEAD = 2  # items on the way for each process: one in work, one waiting
+THREADS = "TOKENIZERS_PARALLELISM"  # each process has one core; also, a fork would be warned of
 
 
 def by_workers(
@@ -55,13 +56,16 @@ def by_workers(
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        raise UserError(
-            "a worker process was killed, perhaps by the system for want of memory: free some and"
-            " start again, or use fewer workers"
-        ) from error
+        reason = "a worker process was killed, perhaps by the system for want of memory"
+        raise UserError(f"{reason}: free some and start again, or use fewer workers") from error
     finally:
         end()
         atexit.unregister(end)
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Work:
@@ -95,17 +99,12 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def _birth_of(started: list[multiprocessing.Process]) -> Iterator[None]:
-    """Collect the processes that start inside; they inherit that signals wait and tokenizers use
-    one thread.
-
-    ``STOPPING`` stays blocked in them: one that is spawned imports for seconds before it gets to
-    ``_begin``. Each has one core, so the tokenizers library must not start threads in it.
+    """Collect the processes that start inside. They inherit that ``STOPPING`` waits, since one that
+    is spawned imports for seconds before it gets to ``_begin``, and that tokenizers use one thread.
     """
-    before = multiprocessing.active_children()
-    threads = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    can_block = hasattr(signal, "pthread_sigmask")  # not on Windows
-    if can_block:
+    before, threads = multiprocessing.active_children(), os.environ.get(THREADS)
+    os.environ[THREADS] = "false"
+    if has_signals := hasattr(signal, "pthread_sigmask"):  # not on Windows
         if multiprocessing.get_start_method() != "fork":
             resource_tracker.ensure_running()  # its start lets signals through again
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
@@ -114,14 +113,12 @@ def _birth_of(started: list[multiprocessing.Process]) -> Iterator[None]:
         yield
     finally:
         started += [child for child in multiprocessing.active_children() if child not in before]
-        if can_block:
+        if has_signals:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             if threading.current_thread() is threading.main_thread():
                 # torch's handler would raise a worker's death wherever the caller happens to be.
                 signal.signal(signal.SIGCHLD, on_death)
-        os.environ.pop("TOKENIZERS_PARALLELISM")
-        if threads is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = threads
+        os.environ.pop(THREADS) if threads is None else os.environ.update({THREADS: threads})
 
 
 def _kill(processes: list[multiprocessing.Process]) -> None:

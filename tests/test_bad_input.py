@@ -115,7 +115,7 @@ CASES = [
     (
         ("sft", "lora"),
         "--data_path {f}/long_questions.jsonl",
-        "--max_seq_len 64 leaves nothing to learn",
+        "max_seq_len 64 leaves nothing to learn",
     ),
     (TRAINING[1:], "--data_path {f}/one_row.jsonl", "no row to train on"),
     (("sft", "lora", "chat"), "--base {f}/nothing.pth", "--base {f}/nothing.pth does not exist"),

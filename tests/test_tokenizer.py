@@ -240,12 +240,9 @@ def test_the_fingerprint_changes_with_whatever_changes_ids(tokenizer, small, tmp
         (lambda folder: (folder / "tokenizer_config.json").write_bytes(b"[]"), "cannot be read"),
         (
             lambda folder: save_without(folder, "chat_template"),
-            "lacks an end-of-turn token or a chat template",
+            "has no chat template",
         ),
-        (
-            lambda folder: save_without(folder, "eos_token"),
-            "lacks an end-of-turn token or a chat template",
-        ),
+        (lambda folder: save_without(folder, "eos_token"), "lacks an end-of-turn token"),
     ],
 )
 def test_a_folder_that_is_no_tokenizer_is_one_sentence(small, tmp_path, damage, reason):
