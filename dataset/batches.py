@@ -51,8 +51,8 @@ class Samples(Protocol):
 
 
 class TokenSamples:
-    """Samples for a causal model: ``samples[n]`` is ``2 * id + learned`` for each of ``lengths[n]``
-    tokens, a numpy array.
+    """Samples for a causal model: ``samples[n]`` is ``2 * id + learned`` for each of its tokens, a
+    numpy array.
     """
 
     lengths: np.ndarray
@@ -64,17 +64,17 @@ class TokenSamples:
 
     def collate(self, indices: np.ndarray) -> Batch:
         """Right-pad the chosen samples to the longest of them."""
-        rows = [self[int(index)].astype(np.int64) for index in indices]
-        shape = len(rows), max(map(len, rows))
-        input_ids = torch.full(shape, self.pad_id, dtype=torch.int64)
-        labels = torch.full(shape, IGNORED, dtype=torch.int64)
+        rows = [self[int(index)] for index in indices]
+        tokens = np.full((len(rows), max(map(len, rows))), 2 * self.pad_id, np.int64)
         for n, row in enumerate(rows):
-            ids, learned = row >> 1, row & 1
-            input_ids[n, : len(ids)] = torch.from_numpy(ids)
-            labels[n, 1 : len(ids)] = torch.from_numpy(np.where(learned, ids, IGNORED)[1:])
-        targets = labels[labels != IGNORED].numpy()
-        n_bytes, n_tokens = int(self.bytes_of[targets].sum()), sum(map(len, rows))
-        return Batch({"input_ids": input_ids}, labels, len(targets), n_bytes, n_tokens)
+            tokens[n, : len(row)] = row
+        ids, learned = tokens >> 1, tokens % 2 == 1
+        learned[:, 0] = False
+        labels = torch.from_numpy(np.where(learned, ids, IGNORED))
+        n_bytes, n_tokens = int(self.bytes_of[ids[learned]].sum()), sum(map(len, rows))
+        return Batch(
+            {"input_ids": torch.from_numpy(ids)}, labels, int(learned.sum()), n_bytes, n_tokens
+        )
 
 
 class PretrainSamples(TokenSamples):
@@ -115,22 +115,21 @@ class ChatSamples(TokenSamples):
     """
 
     def __init__(self, rows: TokenRows, max_seq_len: int, pad_id: int, bytes_of: np.ndarray):
-        self.max_seq_len, self.pad_id, self.bytes_of = max_seq_len, pad_id, bytes_of
-        self.truncated = int((rows.lengths > max_seq_len).sum())
-        self.rows = rows.only(rows.first_target < np.minimum(rows.lengths, max_seq_len))
-        self.without_targets = len(rows) - len(self.rows)
-        self.lengths = np.minimum(self.rows.lengths, max_seq_len)
+        self.rows, self.max_seq_len = rows, max_seq_len
+        self.pad_id, self.bytes_of = pad_id, bytes_of
+        lengths = np.minimum(rows.lengths, max_seq_len)
+        self._kept = np.flatnonzero(rows.first_target < lengths)
+        self.lengths = lengths[self._kept]
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self.rows[index][: self.max_seq_len]
+        return self.rows[int(self._kept[index])][: self.max_seq_len]
 
     def describe(self) -> str:
-        share = 100 * self.truncated / max(len(self) + self.without_targets, 1)
+        share = 100 * (self.rows.lengths > self.max_seq_len).sum() / max(len(self.rows), 1)
         counts = f"{len(self)} chats, {int(self.lengths.sum())} tokens"
         found = f"{counts}, {share:.1f} % truncated at {self.max_seq_len}"
-        if self.without_targets:
-            found += f", {self.without_targets} left out: nothing to learn"
-        return found
+        left_out = len(self.rows) - len(self)
+        return f"{found}, {left_out} left out: nothing to learn" if left_out else found
 
 
 class PretrainDataset:

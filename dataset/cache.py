@@ -76,11 +76,11 @@ class TokenRows:
     Takes twelve bytes of memory a row. Pickles by file name: worker processes map the same pages.
     """
 
-    def __init__(self, table: Path, dtype: np.dtype, chosen: np.ndarray | slice = slice(None)):
+    def __init__(self, table: Path, dtype: np.dtype, chosen: np.ndarray | None = None):
         self.table, self.dtype = table, dtype
         self.tokens = np.asarray(np.memmap(table.with_suffix(".tokens"), dtype, "r"))
         self.rows = np.asarray(np.memmap(table.with_suffix(".rows"), ROW, "r"))
-        self.chosen = np.arange(len(self.rows), dtype=np.int32)[chosen]
+        self.chosen = np.arange(len(self.rows), dtype=np.int32) if chosen is None else chosen
         self.lengths = self.rows["length"][self.chosen]
         self.first_target = self.rows["first_target"][self.chosen]
 
@@ -94,10 +94,6 @@ class TokenRows:
         """``2 * id + learned`` for each token of row ``n``: a view of the file, read when used."""
         start = int(self.rows["start"][self.chosen[n]])
         return self.tokens[start : start + int(self.lengths[n])]
-
-    def only(self, wanted: np.ndarray) -> "TokenRows":
-        """The rows where ``wanted``, (rows,) bool, is true."""
-        return TokenRows(self.table, self.dtype, self.chosen[wanted])
 
 
 def tokenize_files(
@@ -281,4 +277,5 @@ def split_rows(rows: TokenRows, val_ratio: float) -> tuple[TokenRows, TokenRows]
     if held_out.all():
         advice = "give more different rows, or val_ratio 0 to train on those there are"
         raise UserError(f"a held-out share of {val_ratio} leaves no row to train on; {advice}")
-    return rows.only(~held_out), rows.only(held_out)
+    train, val = rows.chosen[~held_out], rows.chosen[held_out]
+    return TokenRows(rows.table, rows.dtype, train), TokenRows(rows.table, rows.dtype, val)
