@@ -41,9 +41,7 @@ class Batch:
 
 
 class Samples(Protocol):
-    """What ``Batches`` draws from: sample ``n`` has ``lengths[n]`` tokens, and ``collate`` makes
-    some of them a micro-batch.
-    """
+    """What ``Batches`` draws from: sample ``n`` has ``lengths[n]`` tokens, (samples,) int."""
 
     lengths: np.ndarray
 
@@ -51,9 +49,7 @@ class Samples(Protocol):
 
 
 class TokenSamples:
-    """Samples for a causal model: ``samples[n]`` is ``2 * id + learned`` for each of its tokens, a
-    numpy array.
-    """
+    """Samples of a causal model: ``samples[n]`` is an array of ``2 * id + learned`` per token."""
 
     lengths: np.ndarray
     pad_id: int
@@ -110,9 +106,7 @@ class PretrainSamples(TokenSamples):
 
 
 class ChatSamples(TokenSamples):
-    """Chats cut after ``max_seq_len`` tokens; those with nothing left to learn are left out and
-    counted.
-    """
+    """Chats cut after ``max_seq_len`` tokens, without those that have nothing left to learn."""
 
     def __init__(self, rows: TokenRows, max_seq_len: int, pad_id: int, bytes_of: np.ndarray):
         self.rows, self.max_seq_len = rows, max_seq_len
@@ -167,8 +161,7 @@ class SFTDataset(PretrainDataset):
 
 
 class Batches:
-    """The optimizer steps of each epoch, in an order that depends on ``seed`` and epoch alone (a
-    ``BatchSource``).
+    """The optimizer steps of each epoch, in an order that depends on seed and epoch alone.
 
     A step takes ``rows_per_step`` samples of like length, so that little is padding: the shuffled
     samples are cut into pools of ``POOL`` steps, sorted by length within each, and the steps are
@@ -221,9 +214,7 @@ class Batches:
         return self._made(max(likely, key=padded))
 
     def useful_share(self, epoch: int = 0) -> float:
-        """Tokens that are not padding / all tokens computed, over the whole epoch of this
-        process.
-        """
+        """Tokens that are not padding / all tokens computed, in this process' whole epoch."""
         useful = padded = 0
         for step in self._planned(epoch):
             for part in self._cut(step):
@@ -268,8 +259,7 @@ class Batches:
 def micro_batches(
     lengths: np.ndarray, indices: np.ndarray, batch_size: int, micro_tokens: int = MICRO_TOKENS
 ) -> list[np.ndarray]:
-    """Cut the samples ``indices`` into micro-batches, the longest first, in the way that costs
-    least.
+    """Cut the samples ``indices`` into micro-batches, longest first, in the way that costs least.
 
     A micro-batch has at most ``batch_size`` samples and ``micro_tokens`` tokens, padding included
     (or one sample). It costs its padded tokens and, for starting it, ``micro_tokens / PASS_COST``
@@ -300,9 +290,7 @@ def masked(batch: Batch) -> Batch:
 def validation_batches(
     samples: Samples, batch_size: int, max_tokens: int, micro_tokens: int = MICRO_TOKENS
 ) -> list[Batch]:
-    """Batches of about ``max_tokens`` tokens of samples, spread evenly over all (the samples of
-    one file after those of another).
-    """
+    """Batches of about ``max_tokens`` tokens, of samples spread evenly over all files."""
     total = len(samples.lengths)
     if not total:
         return []

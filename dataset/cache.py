@@ -60,9 +60,7 @@ CHAT = Kind("chat", "conversations", clean_chat, encode_chats)
 
 
 def kind_of(path: Path) -> Kind | None:
-    """The kind of the first usable row of a file, to which its other rows are held; None without
-    one.
-    """
+    """The kind of a file's first usable row, to which all others are held; None without one."""
     rows = (row for _, row in read_rows(path, clean_any) if not isinstance(row, BadRow))
     first = next(rows, {})
     return next((kind for kind in (TEXT, CHAT) if kind.key in first), None)
@@ -123,8 +121,11 @@ def tokenize_files(
     if facts is None:
         if table.exists():
             print(f"the token cache {table} is damaged or unfinished: it is made again", flush=True)
+        # The largest id decides, because the ids of some vocabularies have gaps.
+        dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 15 else np.uint32
+        encode = partial(_encode, kind, tokenizer, dtype)
         try:
-            facts = _write_table(table, paths, hashes, kind, tokenizer, workers)
+            facts = _write_table(table, paths, hashes, encode, workers)
         except UserError:
             # Windows replaces no open file: a process that began together with this was first.
             if (facts := _facts_of(table)) is None:
@@ -146,34 +147,29 @@ def _facts_of(table: Path) -> dict | None:
     try:
         sealed = json.loads(table.read_text(encoding="utf-8"))
         facts = sealed["facts"]
-        is_whole = sealed["crc32"] == zlib.crc32(json.dumps(facts).encode())
+        if sealed["crc32"] != zlib.crc32(json.dumps(facts).encode()):
+            return None
         for suffix, expected in facts["crc32"].items():
             crc = 0
             with table.with_suffix(suffix).open("rb") as file:
                 while chunk := file.read(1 << 20):
                     crc = zlib.crc32(chunk, crc)
-            is_whole = is_whole and crc == expected
-        return facts if is_whole else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # harmed in any way
+            if crc != expected:
+                return None
+        return facts
+    except (OSError, ValueError, TypeError, KeyError):  # missing, or harmed in whatever way
         return None
 
 
 def _write_table(
-    table: Path,
-    paths: tuple[Path, ...],
-    hashes: list[str],
-    kind: Kind,
-    tokenizer: PreTrainedTokenizerBase,
-    workers: int,
+    table: Path, paths: tuple[Path, ...], hashes: list[str], encode: Callable, workers: int
 ) -> dict:
     """Write the files of ``table``, each whole or not at all, the seal last; returns its facts."""
-    # The largest id decides, because the ids of some vocabularies have gaps.
-    dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 15 else np.uint32)
     crc32 = {".tokens": 0, ".rows": 0}
-    facts = {"dtype": dtype.str, "rows": 0, "bad": 0, "shown": [], "crc32": crc32}
+    facts = {"rows": 0, "bad": 0, "shown": [], "crc32": crc32}
 
     def write(token_file: BinaryIO, row_file: BinaryIO) -> None:
-        encode, start = partial(_encode, kind, tokenizer, dtype), 0
+        start = 0
         with closing(_encoded(paths, encode, workers)) as parts:
             for part in parts:
                 part.rows["start"] += start
@@ -182,14 +178,13 @@ def _write_table(
                 row_file.write(part.rows.tobytes())
                 crc32[".tokens"] = zlib.crc32(part.tokens.tobytes(), crc32[".tokens"])
                 crc32[".rows"] = zlib.crc32(part.rows.tobytes(), crc32[".rows"])
+                facts["dtype"] = part.tokens.dtype.str
                 facts["rows"] += len(part.rows)
                 facts["bad"] += len(part.bad)
                 facts["shown"] += part.bad[: SHOWN_BAD_ROWS - len(facts["shown"])]
         for path, before in zip(paths, hashes, strict=True):
             if sha256_file(path, table.parent) != before:
-                raise UserError(
-                    f"{path} changed while it was read; start again once it is complete"
-                )
+                raise UserError(f"{path} changed while it was read; start again once it is whole")
 
     def write_both(token_file: BinaryIO) -> None:
         atomic_write(table.with_suffix(".rows"), lambda row_file: write(token_file, row_file))
@@ -212,7 +207,7 @@ class Part(NamedTuple):
 def _encoded(
     paths: tuple[Path, ...], encode: Callable[[tuple[int, Block]], Part], workers: int
 ) -> Iterator[Part]:
-    """The parts of all files in order. Work that takes long is announced and shows a bar."""
+    """The parts of all files in order; what takes long is announced and shows a bar."""
     sizes = {path: path.stat().st_size for path in paths}
     total = sum(sizes.values())
     is_small = sum(SHRINK.get(path.suffix, 1) * size for path, size in sizes.items()) < SMALL_BYTES
@@ -235,7 +230,7 @@ def _encoded(
 
 
 def _encode(
-    kind: Kind, tokenizer: PreTrainedTokenizerBase, dtype: np.dtype, numbered: tuple[int, Block]
+    kind: Kind, tokenizer: PreTrainedTokenizerBase, dtype: type, numbered: tuple[int, Block]
 ) -> Part:
     """Clean and tokenise a block of the file with the given number."""
     file, block = numbered

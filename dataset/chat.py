@@ -81,18 +81,15 @@ def _cut_at_contents(
             if len(pieces) == len(written) + 1 and filled == rendered:
                 break
         else:
-            raise UserError(
-                "the tokenizer's chat template drops, repeats or rewrites message contents"
-            )
+            reason = "drops, repeats or rewrites message contents"
+            raise UserError(f"the tokenizer's chat template {reason}; use another one")
         all_pieces.append(pieces)
         all_contents += written
     return all_pieces, all_contents
 
 
 def ends_of_answer(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids that end an answer: the end of text, and the end of turn that ``encode_chat``
-    teaches.
-    """
+    """The ids that end an answer: the end of text and the end of turn that training teaches."""
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
     ids, learned = encode_chat(tokenizer, turns)
     last = max(n for n, is_learned in enumerate(learned) if is_learned)
@@ -109,10 +106,8 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -
 def _encode(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], split_special_tokens: bool
 ) -> list[list[int]]:
-    """What ``tokenizer(texts, add_special_tokens=False, ...)`` gives, without the offsets and masks
-    that nobody reads.
-
-    They would take a third of the time.
+    """``input_ids`` of ``tokenizer(texts, add_special_tokens=False, ...)``, without the offsets and
+    masks that nobody reads, which take a third of the time.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()

@@ -47,8 +47,7 @@ def read_rows(path: Path, clean: Callable[[dict], dict]) -> Iterator[tuple[int, 
 
 
 def read_blocks(path: Path) -> Iterator[Block]:
-    """The rows of ``path`` in order, one block at a time, so that memory does not grow with the
-    file.
+    """The rows of ``path`` in order, a block at a time, so that memory does not grow with it.
 
     Reads JSON lines or one JSON array, plain, ``.gz`` or ``.zst``, UTF-8 with or without a
     byte-order mark. Raises ``UserError`` if the file itself cannot be read.
@@ -79,9 +78,7 @@ def read_blocks(path: Path) -> Iterator[Block]:
 
 
 def _cut(text: io.BufferedReader) -> Iterator[tuple[int, bytes | BadRow]]:
-    """Each row's line number and JSON: the lines of a file, or the items of an array if the file
-    begins with its bracket.
-    """
+    """Line number and JSON of each row: a line, or an item if the file begins with a ``[``."""
     if text.peek(len(codecs.BOM_UTF8)).startswith(codecs.BOM_UTF8):
         text.read(len(codecs.BOM_UTF8))
     line, head = 1, text.readline(CHUNK_BYTES)
@@ -128,9 +125,9 @@ def _array_items(chunks: Iterator[bytes], line: int) -> Iterator[tuple[int, byte
         elif text.startswith("]", start):
             break
         elif error:
-            reason = f"invalid JSON, the rest of the array is unreadable: {_reason(error)}"
-            is_open = start == len(text)
-            yield line, BadRow("the JSON array is not closed" if is_open else reason)
+            reason = getattr(error, "msg", error)
+            reason = f"invalid JSON, the rest of the array is unreadable: {reason}"
+            yield line, BadRow(reason if start < len(text) else "the JSON array is not closed")
             return
         else:
             yield line, text[start:end].encode("utf-8", "surrogateescape")
@@ -166,15 +163,10 @@ def _parsed(row: bytes | BadRow) -> dict:
         RecursionError,
     ) as error:  # also a number with more digits than Python reads
         column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise BadRow(f"invalid JSON{column}: {_reason(error)}") from error
+        raise BadRow(f"invalid JSON{column}: {getattr(error, 'msg', error)}") from error
     if not isinstance(parsed, dict):
         raise BadRow(f"a row must be a JSON object, not {type(parsed).__name__}")
     return parsed
-
-
-def _reason(error: Exception) -> str:
-    """What is wrong, without the place within the row that ``json`` adds."""
-    return getattr(error, "msg", str(error))
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
@@ -202,18 +194,17 @@ def clean_chat(row: dict) -> dict:
     The roles in the data are honoured: an optional system turn, then user and assistant in turn,
     with at least one assistant turn, or there would be nothing to learn. Raises ``BadRow``.
     """
-    if "conversations" in row or "messages" in row:
-        messages = row["conversations" if "conversations" in row else "messages"]
+    if "conversations" in row:
+        messages = row["conversations"]
+    elif "messages" in row:
+        messages = row["messages"]
     elif "instruction" in row and "output" in row:
         question = content(row["instruction"], '"instruction"')
         if row.get("input"):
             question += "\n" + content(row["input"], '"input"')
-        turns = {"system": row.get("system"), "user": question, "assistant": row["output"]}
-        messages = [
-            {"role": role, "content": turn}
-            for role, turn in turns.items()
-            if turn or role != "system"
-        ]
+        turns = {"system": row["system"]} if row.get("system") else {}
+        turns |= {"user": question, "assistant": row["output"]}
+        messages = [{"role": role, "content": turn} for role, turn in turns.items()]
     else:
         names = '"conversations", "messages" or "instruction" with "output"'
         raise BadRow(f"no {names} among its keys {keys_of(row)}")
@@ -276,18 +267,20 @@ def settle_bad_rows(count: int, shown: list[str], bad_rows: str) -> None:
 
 
 def read_texts(path: Path) -> list[str]:
-    """One text for each row of a data file of either kind; the text of a chat is its contents, one
-    a line.
+    """One text for each row of a data file of either kind: a chat's contents, one a line.
 
     Bad rows are left out, and their number is printed. Raises ``UserError`` if no row is left.
     """
-    rows = [row for _, row in read_rows(path, clean_any)]
-    good = [row for row in rows if not isinstance(row, BadRow)]
-    if len(good) < len(rows):
-        print(f"{path}: {len(rows) - len(good)} bad rows left out")
-    if not good:
+    texts, bad = [], 0
+    for _, row in read_rows(path, clean_any):
+        if isinstance(row, BadRow):
+            bad += 1
+        elif "text" in row:
+            texts.append(row["text"])
+        else:
+            texts.append("\n".join(message["content"] for message in row["conversations"]))
+    if bad:
+        print(f"{path}: {bad} bad rows left out")
+    if not texts:
         raise UserError(f"no usable row in {path}; give rows with a text or with a conversation")
-    return [
-        row["text"] if "text" in row else "\n".join(m["content"] for m in row["conversations"])
-        for row in good
-    ]
+    return texts

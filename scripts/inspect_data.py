@@ -22,9 +22,7 @@ BAR = 40  # characters of the longest bar
 
 @dataclass
 class Options:
-    """Show samples token by token, lengths and shares, and list every bad row. Exit code 1: not all
-    rows are usable.
-    """
+    """Show samples, lengths and every bad row. Exit code 1: not all rows are usable."""
 
     files: tuple[Path, ...] = option((), "data files: pretraining or chat rows", positional=True)
     n: int = option(3, "rows to show token by token, the first ones of each file")
@@ -38,9 +36,7 @@ class Options:
 
 @dataclass
 class Report:
-    """What was found in one file. Tokens include the template's; characters and bytes are the
-    contents' alone.
-    """
+    """What one file holds. Tokens include the template's, characters and bytes do not."""
 
     bad: list[str] = field(default_factory=list)  # file:line: reason
     lengths: list[int] = field(default_factory=list)  # of all usable rows
@@ -55,21 +51,17 @@ def main(argv: list[str] | None = None) -> int:
     from dataset.cache import kind_of
     from dataset.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(options.tokenizer_path)
-    exit_code = 0
+    tokenizer, is_usable = load_tokenizer(options.tokenizer_path), True
     for path in options.files:
         kind = kind_of(path)
         report = inspect(path, kind, tokenizer, options)
         show(path, kind, report, options.max_seq_len)
-        if report.bad or not report.taken:
-            exit_code = 1
-    return exit_code
+        is_usable = is_usable and bool(report.taken) and not report.bad
+    return 0 if is_usable else 1
 
 
 def inspect(path: Path, kind, tokenizer, options: Options) -> Report:
-    """Read ``path`` once, as training would, and show its first rows. Without a ``kind`` each row
-    is bad.
-    """
+    """Read ``path`` as training would and show its first rows; without a kind, all are bad."""
     from dataset.cache import TEXT
     from dataset.rows import BadRow, clean_any, clean_rows, read_blocks
 
@@ -98,16 +90,15 @@ def show_row(place: str, ids: list[int], learned: list[bool], kind, tokenizer, m
     from dataset.tokenizer import spelled_bytes
 
     print(f"\n{place}: {len(ids)} tokens\n{'token':<24} | {'id':>6} | learned")
-    shown = ids[:max_seq_len]
-    for token_id, spelled, flag in zip(
-        shown, spelled_bytes(tokenizer, shown), learned, strict=False
-    ):
+    tokens = spelled_bytes(tokenizer, ids[:max_seq_len])
+    for token_id, token, flag in zip(ids, tokens, learned, strict=False):
         try:
-            token = repr(spelled.decode())
+            text = repr(token.decode())
         except UnicodeDecodeError:
-            token = repr(spelled)
-        wide = sum(unicodedata.east_asian_width(character) in "WF" for character in token)
-        print(f"{token:<{24 - wide}} | {token_id:>6} | {'yes' if flag else '-'}")
+            text = repr(token)
+        wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+        text += " " * (24 - len(text) - wide)
+        print(f"{text} | {token_id:>6} | {'yes' if flag else '-'}")
     if len(ids) > max_seq_len:
         fate = "go to the next window" if kind.name == "text" else "are cut off"
         print(f"... {len(ids) - max_seq_len} more tokens {fate}")
@@ -115,9 +106,13 @@ def show_row(place: str, ids: list[int], learned: list[bool], kind, tokenizer, m
 
 def show(path: Path, kind, report: Report, max_seq_len: int) -> None:
     """Print the bad rows, the figures of the whole file and how its lengths are spread."""
+    import numpy as np
+
+    from dataset.batches import Batches
+
     names = {"text": "pretraining rows", "chat": "chat rows"}
-    name = names[kind.name] if kind else "neither pretraining nor chat rows"
-    print("", *report.bad, f"{path}: {name}", sep="\n")
+    found = names[kind.name] if kind else "neither pretraining nor chat rows"
+    print("", *report.bad, f"{path}: {found}", sep="\n")
     rows, tokens = len(report.lengths), sum(report.lengths)
     print(f"rows: {rows} usable, {len(report.bad)} bad")
     if not rows:
@@ -134,27 +129,17 @@ def show(path: Path, kind, report: Report, max_seq_len: int) -> None:
         left_out = share(rows - len(report.taken))
         print(f"truncated at {max_seq_len}: {long}")
         print(f"without targets after truncation, left out in training: {left_out}")
-        if report.taken:
-            batch, found = TrainOptions.batch_size, padding(report.taken)
-            print(f"padding in an epoch of training at batch {batch}: {found:.1%}")
+        if report.taken:  # on a CPU, with the doors' defaults
+            door, chats = TrainOptions, SimpleNamespace(lengths=np.array(report.taken))
+            epoch = Batches(chats, door.batch_size, door.accumulation_steps, door.seed)
+            padding = f"{1 - epoch.useful_share():.1%}"
+            print(f"padding in an epoch of training at batch {door.batch_size}: {padding}")
     characters, size = report.characters / tokens, report.bytes / tokens
     print(f"per token: {characters:.2f} characters, {size:.2f} bytes")
     counts = Counter((length - 1).bit_length() for length in report.lengths)
     for n in range(min(counts), max(counts) + 1):  # 2^(n-1) < length <= 2^n
         bar = "#" * -(-BAR * counts[n] // max(counts.values()))
         print(f"{2 ** (n - 1) + 1:>8} to {2**n:>8} tokens | {bar:<{BAR}} | {counts[n]}")
-
-
-def padding(lengths: list[int]) -> float:
-    """The part of all computed tokens that is padding, in one epoch on a CPU with the doors'
-    defaults.
-    """
-    import numpy as np
-
-    from dataset.batches import Batches
-
-    chats, door = SimpleNamespace(lengths=np.array(lengths)), TrainOptions
-    return 1 - Batches(chats, door.batch_size, door.accumulation_steps, door.seed).useful_share()
 
 
 if __name__ == "__main__":
