@@ -1,5 +1,6 @@
 """From tokenised rows to the micro-batches of optimizer steps."""
 
+import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,20 +9,17 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
-from dataset.token_table import TokenRows
-from dataset.tokenized import CHAT, TEXT, split_rows, tokenize_files
+from dataset.cache import CHAT, TEXT, TokenRows, split_rows, tokenize_files
 from dataset.tokenizer import token_bytes
-from dataset.workers import started
+from dataset.workers import by_workers
 
-MICRO_TOKENS = (
-    2048  # of one forward and backward pass: a CPU is no faster with more, and needs more memory
-)
+MICRO_TOKENS = 2048  # of one pass: a CPU is no faster with more, and needs more memory
 PASS_COST = 64  # a pass takes as long as this fraction of its largest size, however small it is
-POOL = 50  # steps whose rows are sorted by length together: enough for little padding, few enough to stay random
+POOL = 50  # steps sorted by length together: enough for little padding, few enough to stay random
+PROBED = 100  # steps of an epoch that are cut to find the largest micro-batch
 IGNORED = -100  # the label of a position that is not learned, PyTorch's own default
 
 
@@ -32,7 +30,7 @@ class Batch:
     ``inputs``: what the model's forward takes, ``input_ids`` (B, T) int64, right-padded. ``labels``
     (B, T) int64: the id itself where it is learned, else -100; ``labels[:, 0]`` is -100 because
     nothing predicts it. ``n_targets``: how many labels are learned. ``n_bytes``: how many UTF-8
-    bytes they stand for. ``n_tokens``: ids that are no padding.
+    bytes they stand for. ``n_tokens``: how many ids are not padding.
     """
 
     inputs: dict[str, Tensor]
@@ -43,40 +41,35 @@ class Batch:
 
 
 class Samples(Protocol):
-    """What ``Batches`` draws from: rows of ``lengths[n]`` tokens, and a micro-batch of some of
-    them.
-    """
+    """What ``Batches`` draws from: sample ``n`` has ``lengths[n]`` tokens, (samples,) int."""
 
     lengths: np.ndarray
 
-    def __len__(self) -> int: ...
     def collate(self, indices: np.ndarray) -> Batch: ...
 
 
 class TokenSamples:
-    """Samples for a causal model: ``samples[n]`` is ``(ids, learned)``, two numpy arrays of length
-    ``lengths[n]``.
-    """
+    """Samples of a causal model: ``samples[n]`` is an array of ``2 * id + learned`` per token."""
 
+    lengths: np.ndarray
     pad_id: int
     bytes_of: np.ndarray  # UTF-8 bytes each id stands for
+
+    def __len__(self) -> int:
+        return len(self.lengths)
 
     def collate(self, indices: np.ndarray) -> Batch:
         """Right-pad the chosen samples to the longest of them."""
         rows = [self[int(index)] for index in indices]
-        longest = max(len(ids) for ids, _ in rows)
-        input_ids = torch.full((len(rows), longest), self.pad_id, dtype=torch.int64)
-        labels = torch.full((len(rows), longest), IGNORED, dtype=torch.int64)
-        n_bytes = 0
-        for row, (ids, learned) in enumerate(rows):
-            input_ids[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
-            targets = np.where(learned, ids.astype(np.int64), IGNORED)
-            targets[0] = IGNORED
-            labels[row, : len(ids)] = torch.from_numpy(targets)
-            n_bytes += int(self.bytes_of[targets[targets != IGNORED]].sum())
-        n_tokens = sum(len(ids) for ids, _ in rows)
+        tokens = np.full((len(rows), max(map(len, rows))), 2 * self.pad_id, np.int64)
+        for n, row in enumerate(rows):
+            tokens[n, : len(row)] = row
+        ids, learned = tokens >> 1, tokens % 2 == 1
+        learned[:, 0] = False
+        labels = torch.from_numpy(np.where(learned, ids, IGNORED))
+        n_bytes, n_tokens = int(self.bytes_of[ids[learned]].sum()), sum(map(len, rows))
         return Batch(
-            {"input_ids": input_ids}, labels, int((labels != IGNORED).sum()), n_bytes, n_tokens
+            {"input_ids": torch.from_numpy(ids)}, labels, int(learned.sum()), n_bytes, n_tokens
         )
 
 
@@ -89,68 +82,56 @@ class PretrainSamples(TokenSamples):
     """
 
     def __init__(self, rows: TokenRows, max_seq_len: int, pad_id: int, bytes_of: np.ndarray):
-        self.rows, self.max_seq_len, self.pad_id, self.bytes_of = (
-            rows,
-            max_seq_len,
-            pad_id,
-            bytes_of,
-        )
+        self.rows, self.max_seq_len = rows, max_seq_len
+        self.pad_id, self.bytes_of = pad_id, bytes_of
         self._ends = np.cumsum(rows.lengths, dtype=np.int64)  # of each document in the stream
         tokens = int(self._ends[-1]) if len(rows) else 0
         count = -(-max(tokens - 1, 0) // (max_seq_len - 1))
         self.lengths = np.full(count, max_seq_len, np.int32)
         self.lengths[-1:] = tokens - (count - 1) * (max_seq_len - 1)
 
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> np.ndarray:
         start = index * (self.max_seq_len - 1)
         end = start + int(self.lengths[index])
         first, last = np.searchsorted(self._ends, (start, end - 1), side="right")
         pieces = []
         for row in range(int(first), int(last) + 1):
             begin = int(self._ends[row]) - int(self.rows.lengths[row])
-            pieces.append((row, max(start - begin, 0), end - begin))
-        ids = np.concatenate([self.rows.ids(*piece) for piece in pieces])
-        return ids, np.concatenate([self.rows.learned(*piece) for piece in pieces])
+            pieces.append(self.rows[row][max(start - begin, 0) : end - begin])
+        return np.concatenate(pieces)
 
     def describe(self) -> str:
-        return f"{len(self.rows)} documents, {int(self.rows.lengths.sum())} tokens, {len(self)} windows, 0 % truncated"
+        counts = f"{len(self.rows)} documents, {int(self.rows.lengths.sum())} tokens"
+        return f"{counts}, {len(self)} windows, 0 % truncated"
 
 
 class ChatSamples(TokenSamples):
-    """Chats cut after ``max_seq_len`` tokens; one whose cut leaves nothing to learn is left out and
-    counted.
-    """
+    """Chats cut after ``max_seq_len`` tokens, without those that have nothing left to learn."""
 
     def __init__(self, rows: TokenRows, max_seq_len: int, pad_id: int, bytes_of: np.ndarray):
-        self.max_seq_len, self.pad_id, self.bytes_of = max_seq_len, pad_id, bytes_of
-        self.truncated = int((rows.lengths > max_seq_len).sum())
-        kept = np.flatnonzero(rows.first_target < max_seq_len)
-        self.without_targets = len(rows) - len(kept)
-        self.rows = TokenRows(rows.table, rows.chosen[kept])
-        self.lengths = np.minimum(self.rows.lengths, max_seq_len)
+        self.rows, self.max_seq_len = rows, max_seq_len
+        self.pad_id, self.bytes_of = pad_id, bytes_of
+        lengths = np.minimum(rows.lengths, max_seq_len)
+        self._kept = np.flatnonzero(rows.first_target < lengths)
+        self.lengths = lengths[self._kept]
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.rows.ids(index)[: self.max_seq_len], self.rows.learned(index)[
-            : self.max_seq_len
-        ]
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.rows[int(self._kept[index])][: self.max_seq_len]
 
     def describe(self) -> str:
-        total = len(self) + self.without_targets
-        cut = f"{100 * self.truncated / max(total, 1):.1f} % truncated at {self.max_seq_len}"
-        left_out = (
-            f", {self.without_targets} left out: nothing to learn" if self.without_targets else ""
-        )
-        return f"{len(self)} chats, {int(self.lengths.sum())} tokens, {cut}{left_out}"
+        share = 100 * (self.rows.lengths > self.max_seq_len).sum() / max(len(self.rows), 1)
+        counts = f"{len(self)} chats, {int(self.lengths.sum())} tokens"
+        found = f"{counts}, {share:.1f} % truncated at {self.max_seq_len}"
+        left_out = len(self.rows) - len(self)
+        return f"{found}, {left_out} left out: nothing to learn" if left_out else found
 
 
 class PretrainDataset:
-    """Training and validation windows of pretraining files: ``train`` and ``val``."""
+    """Training and validation windows of pretraining files: ``train`` and ``val``.
+
+    ``cache`` is the folder of token tables. Raises ``UserError`` if nothing is left to train on,
+    and whatever ``tokenize_files`` and ``split_rows`` raise.
+    """
 
     kind, samples = TEXT, PretrainSamples
 
@@ -164,16 +145,13 @@ class PretrainDataset:
         val_ratio: float = 0.02,
         bad_rows: str = "stop",
     ):
-        table = tokenize_files(paths, self.kind, tokenizer, cache, bad_rows)
-        sizes = token_bytes(tokenizer)
-        self.train, self.val = (
-            self.samples(rows, max_seq_len, tokenizer.pad_token_id or 0, sizes)
-            for rows in split_rows(table, val_ratio)
-        )
+        rows = tokenize_files(paths, self.kind, tokenizer, cache, bad_rows)
+        settings = max_seq_len, tokenizer.pad_token_id or 0, token_bytes(tokenizer)
+        train, val = split_rows(rows, val_ratio)
+        self.train, self.val = self.samples(train, *settings), self.samples(val, *settings)
         if not len(self.train):
-            raise UserError(
-                f"--max_seq_len {max_seq_len} leaves nothing to learn in {', '.join(map(str, paths))}"
-            )
+            names = ", ".join(map(str, paths))
+            raise UserError(f"max_seq_len {max_seq_len} leaves nothing to learn in {names}")
 
 
 class SFTDataset(PretrainDataset):
@@ -183,8 +161,7 @@ class SFTDataset(PretrainDataset):
 
 
 class Batches:
-    """The optimizer steps of each epoch, in an order that depends on ``seed`` and epoch alone (a
-    ``BatchSource``).
+    """The optimizer steps of each epoch, in an order that depends on seed and epoch alone.
 
     A step takes ``rows_per_step`` samples of like length, so that little is padding: the shuffled
     samples are cut into pools of ``POOL`` steps, sorted by length within each, and the steps are
@@ -206,131 +183,89 @@ class Batches:
         world_size: int = 1,
         rows_per_step: int | None = None,
     ):
-        self.samples, self.batch_size, self.micro_tokens, self.seed = (
-            samples,
-            batch_size,
-            micro_tokens,
-            seed,
-        )
-        self.num_workers, self.rank, self.world_size = num_workers, rank, world_size
+        self.samples, self.seed, self.num_workers = samples, seed, num_workers
+        self.batch_size, self.micro_tokens = batch_size, micro_tokens
+        self.rank, self.world_size = rank, world_size
         self.rows_per_step = rows_per_step or batch_size * accumulation_steps * world_size
         self.steps_per_epoch = -(-len(samples.lengths) // self.rows_per_step)
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
         """This process' micro-batches, one list a step, from step ``start`` of the epoch on."""
-        # A generator of its own: the loader draws a seed, which would shift dropout after a resume
-        # within an epoch.
-        settings = {
-            "num_workers": self.num_workers,
-            "collate_fn": self._caught,
-            "generator": torch.Generator(),
-        }
-        remaining = range(start, self.steps_per_epoch)
-        for step in started(
-            DataLoader(self._plan(epoch), batch_size=None, sampler=remaining, **settings)
-        ):
-            if isinstance(step, UserError):
-                raise step
-            yield step
+        planned = self._planned(epoch, start)
+        if self.num_workers:
+            yield from by_workers(self._made, planned, self.num_workers)
+        else:
+            yield from map(self._made, planned)
 
     def largest_batch(self) -> Batch:
-        """The micro-batch of the epoch with most tokens, padding included."""
-        plan = self._plan(0)
-        parts = [
-            p
-            for n in range(self.steps_per_epoch)
-            for p in micro_batches(
-                self.samples, self._share(plan[n]), self.batch_size, self.micro_tokens
-            )
-        ]
-        return self.samples.collate(
-            max(parts, key=lambda p: len(p) * int(self.samples.lengths[p].max()))
-        )
+        """The micro-batch of the first epoch that needs the most memory, made in this process.
+
+        Padding counts. Only the ``PROBED`` steps whose samples could fill the largest
+        micro-batches are compared.
+        """
+        lengths = self.samples.lengths
+        fullest = lengths * np.clip(self.micro_tokens // lengths, 1, self.batch_size)
+        steps = heapq.nlargest(PROBED, self._planned(0), key=lambda step: fullest[step].max())
+        parts = [part for step in steps for part in self._cut(step)] or [steps[0][:1]]
+        return self.samples.collate(max(parts, key=lambda part: len(part) * lengths[part].max()))
 
     def useful_share(self, epoch: int = 0) -> float:
-        """Tokens that are no padding / all tokens computed, over the whole epoch of this
-        process.
-        """
+        """Tokens that are not padding / all tokens computed, in this process' whole epoch."""
         useful = padded = 0
-        for indices in map(self._plan(epoch).__getitem__, range(self.steps_per_epoch)):
-            for part in micro_batches(
-                self.samples, self._share(indices), self.batch_size, self.micro_tokens
-            ):
+        for step in self._planned(epoch):
+            for part in self._cut(step):
                 lengths = self.samples.lengths[part]
-                useful, padded = (
-                    useful + int(lengths.sum()),
-                    padded + len(part) * int(lengths.max()),
-                )
+                useful += int(lengths.sum())
+                padded += len(part) * int(lengths.max())
         return useful / padded
 
-    def _plan(self, epoch: int) -> "_Plan":
+    def _planned(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
+        """The samples of each step of an epoch, those of all processes, from step ``start`` on."""
         rng = np.random.default_rng([self.seed, epoch])
-        lengths, pool = self.samples.lengths, POOL * self.rows_per_step
+        lengths, rows = self.samples.lengths, self.rows_per_step
         order = rng.permutation(len(lengths))
-        for begin in range(0, len(order), pool):
-            part = order[begin : begin + pool]
+        for begin in range(0, len(order), POOL * rows):
+            pool = order[begin : begin + POOL * rows]
             # Blurred by a tenth, or small data sets would meet in the same batches every epoch.
-            order[begin : begin + pool] = part[
-                np.argsort(lengths[part] * rng.uniform(1.0, 1.1, len(part)))
-            ]
-        return _Plan(order, self.rows_per_step, rng.permutation(self.steps_per_epoch))
+            pool[:] = pool[np.argsort(lengths[pool] * rng.uniform(1.0, 1.1, len(pool)))]
+        for step in rng.permutation(self.steps_per_epoch)[start:]:
+            yield order[step * rows : (step + 1) * rows]
 
-    def _share(self, indices: np.ndarray) -> np.ndarray:
-        """Neighbours by length, so that little is padding, and as many tokens for each process as
-        can be.
+    def _cut(self, step: np.ndarray) -> list[np.ndarray]:
+        """The samples of this process' micro-batches of a step.
+
+        Its share are neighbours by length, so that little is padding, and as many tokens for each
+        process as can be.
         """
-        longest_first = indices[np.argsort(-self.samples.lengths[indices], kind="stable")]
-        ends = np.cumsum(self.samples.lengths[longest_first])
-        middles = ends - self.samples.lengths[longest_first] / 2
-        return longest_first[(middles * self.world_size / ends[-1]).astype(np.int64) == self.rank]
+        lengths = self.samples.lengths
+        longest_first = step[np.argsort(-lengths[step], kind="stable")]
+        ends = np.cumsum(lengths[longest_first])
+        middles = ends - lengths[longest_first] / 2
+        ranks = (middles * self.world_size / ends[-1]).astype(np.int64)
+        share = longest_first[ranks == self.rank]
+        return micro_batches(lengths, share, self.batch_size, self.micro_tokens)
 
-    def _caught(self, indices: np.ndarray) -> list[Batch] | UserError:
-        """Raised in a loader's process, the sentence would come in a traceback, which keeps that
-        process alive.
-        """
-        try:
-            return self._step(indices)
-        except UserError as error:
-            return error
-
-    def _step(self, indices: np.ndarray) -> list[Batch]:
-        share = self._share(indices)
-        if not len(share):
-            return [masked(self.samples.collate(indices[:1]))]
-        parts = micro_batches(self.samples, share, self.batch_size, self.micro_tokens)
+    def _made(self, step: np.ndarray) -> list[Batch]:
+        parts = self._cut(step)
+        if not parts:
+            return [masked(self.samples.collate(step[:1]))]
         return [self.samples.collate(part) for part in parts]
 
 
-@dataclass
-class _Plan:
-    """The samples of each step of an epoch: consecutive ``rows`` of ``order``, the steps shuffled
-    by ``turn``.
-    """
-
-    order: np.ndarray
-    rows: int
-    turn: np.ndarray
-
-    def __getitem__(self, step: int) -> np.ndarray:
-        first = int(self.turn[step]) * self.rows
-        return self.order[first : first + self.rows]
-
-
 def micro_batches(
-    samples: Samples, indices: np.ndarray, batch_size: int, micro_tokens: int = MICRO_TOKENS
+    lengths: np.ndarray, indices: np.ndarray, batch_size: int, micro_tokens: int = MICRO_TOKENS
 ) -> list[np.ndarray]:
-    """Cut the chosen samples into micro-batches, the longest first, in the way that costs least.
+    """Cut the samples ``indices`` into micro-batches, longest first, in the way that costs least.
 
     A micro-batch has at most ``batch_size`` samples and ``micro_tokens`` tokens, padding included
     (or one sample). It costs its padded tokens and, for starting it, ``micro_tokens / PASS_COST``
-    more.
+    more. ``lengths`` are those of all samples.
     """
-    indices = indices[np.argsort(-samples.lengths[indices], kind="stable")]
-    lengths, count = samples.lengths[indices], len(indices)
+    indices = indices[np.argsort(-lengths[indices], kind="stable")]
+    lengths, count = lengths[indices], len(indices)
+    # The cheapest way to cut the first ``end`` samples begins its last part at cut[end].
     cost, cut = np.zeros(count + 1), np.zeros(count + 1, np.int64)
-    for end in range(
-        1, count + 1
-    ):  # the cheapest way to cut the first ``end``: its last part begins at cut[end]
+    for end in range(1, count + 1):
         begin = np.arange(max(0, end - batch_size), end)
         padded = (end - begin) * lengths[begin]
         fits = (padded <= micro_tokens) | (begin == end - 1)
@@ -344,22 +279,18 @@ def micro_batches(
 
 
 def masked(batch: Batch) -> Batch:
-    """The same shapes without anything to learn or to count."""
-    return Batch(
-        batch.inputs, torch.full_like(batch.labels, IGNORED), n_targets=0, n_bytes=0, n_tokens=0
-    )
+    """The same shapes with nothing to learn and nothing to count."""
+    return Batch(batch.inputs, torch.full_like(batch.labels, IGNORED), 0, 0, 0)
 
 
 def validation_batches(
     samples: Samples, batch_size: int, max_tokens: int, micro_tokens: int = MICRO_TOKENS
 ) -> list[Batch]:
-    """About ``max_tokens`` tokens of samples spread evenly over all (files follow one another), as
-    batches.
-    """
-    if not len(samples):
+    """Batches of about ``max_tokens`` tokens, of samples spread evenly over all files."""
+    total = len(samples.lengths)
+    if not total:
         return []
-    count = max(1, min(len(samples), len(samples) * max_tokens // int(samples.lengths.sum())))
-    spread = np.linspace(0, len(samples) - 1, count).round().astype(np.int64)
-    return [
-        samples.collate(part) for part in micro_batches(samples, spread, batch_size, micro_tokens)
-    ]
+    count = max(1, min(total, total * max_tokens // int(samples.lengths.sum())))
+    spread = np.linspace(0, total - 1, count).round().astype(np.int64)
+    parts = micro_batches(samples.lengths, spread, batch_size, micro_tokens)
+    return [samples.collate(part) for part in parts]

@@ -2,7 +2,7 @@
 chatting and serving.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,6 +10,7 @@ from core.errors import UserError
 from dataset.tokenizer import control_ids
 
 Encoded = tuple[list[int], list[bool]]
+PLACEHOLDER = "\ue000"  # of private use: no template contains it, and trimming leaves it alone
 
 
 def encode_chat(
@@ -21,9 +22,9 @@ def encode_chat(
 
     The template is rendered with a placeholder for each content; template pieces and contents are
     tokenised apart and joined. So labels are right by construction, and a content can never spell a
-    control token. Learned are the assistant's texts, each with its end of turn (up to the first
+    control token. The assistant's texts are learned, each with its end of turn (up to the first
     control token after the text). The decoded ids equal the rendered template. Raises ``UserError``
-    if the template rewrites contents, other than by trimming them.
+    if the template changes contents in any way other than trimming them.
     """
     return encode_chats(tokenizer, [messages], add_generation_prompt)[0]
 
@@ -34,75 +35,31 @@ def encode_chats(
     add_generation_prompt: bool = False,
 ) -> list[Encoded]:
     """``encode_chat`` of each chat; the tokenizer spreads many texts over the processor's cores."""
-    pieces, chats = _template_pieces(tokenizer, chats, add_generation_prompt)
-    kinds = list(
-        {piece for chat in pieces for piece in chat}
-    )  # many chats, few kinds of template pieces
+    pieces, contents = _cut_at_contents(tokenizer, chats, add_generation_prompt)
+    kinds = list({piece for chat in pieces for piece in chat})  # few, however many the chats
     ids_of = dict(zip(kinds, _encode(tokenizer, kinds, split_special_tokens=False), strict=True))
-    contents = [message["content"] for messages in chats for message in messages]
     content_ids = iter(_encode(tokenizer, contents, split_special_tokens=True))
     control = control_ids(tokenizer)
-    return [
-        _join(messages, [ids_of[piece] for piece in chat], content_ids, control)
-        for messages, chat in zip(chats, pieces, strict=True)
-    ]
+    encoded = []
+    for messages, (first, *others) in zip(chats, pieces, strict=True):
+        ids = list(ids_of[first])
+        learned = [False] * len(ids)
+        for message, piece in zip(messages, others, strict=True):
+            content, after = next(content_ids), ids_of[piece]
+            is_answer = message["role"] == "assistant"
+            end_of_turn = next((n for n, token in enumerate(after, 1) if token in control), 0)
+            ids += content + after
+            learned += [is_answer] * (len(content) + end_of_turn)
+            learned += [False] * (len(after) - end_of_turn)
+        encoded.append((ids, learned))
+    return encoded
 
 
-def ends_of_answer(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids that end an answer: the end of text, and what ``encode_chat`` teaches as the end of
-    turn.
-    """
-    turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
-    ids, learned = encode_chat(tokenizer, turns)
-    last = max(n for n, is_learned in enumerate(learned) if is_learned)
-    return {tokenizer.eos_token_id, ids[last]} & control_ids(tokenizer)
-
-
-def _join(
-    messages: Sequence[dict],
-    pieces: list[list[int]],
-    content_ids: Iterator[list[int]],
-    control: set[int],
-) -> Encoded:
-    ids = list(pieces[0])
-    learned = [False] * len(ids)
-    for message, piece in zip(messages, pieces[1:], strict=True):
-        is_answer = message["role"] == "assistant"
-        content = next(content_ids)
-        end_of_turn = next((n for n, token in enumerate(piece, 1) if token in control), 0)
-        ids += content + piece
-        learned += [is_answer] * len(content)
-        learned += [is_answer and n < end_of_turn for n in range(len(piece))]
-    return ids, learned
-
-
-def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Encoded]:
-    """Pretraining documents, each as bos (a context, not learned), the text, eos."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    encoded = _encode(tokenizer, texts, split_special_tokens=True)
-    return [([bos, *ids, eos], [False, *[True] * len(ids), True]) for ids in encoded]
-
-
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], split_special_tokens: bool
-) -> list[list[int]]:
-    """What ``tokenizer(texts, add_special_tokens=False, ...)`` gives, without the offsets and masks
-    that nobody reads.
-
-    They would take a third of the time.
-    """
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = split_special_tokens
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-def _template_pieces(
+def _cut_at_contents(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[dict]], add_generation_prompt: bool
-) -> tuple[list[list[str]], list[Sequence[dict]]]:
-    """Each chat's rendered template cut at the contents: one string before each content, one after
-    the last; and the chats with their contents as the template writes them: as they are, or
+) -> tuple[list[list[str]], list[str]]:
+    """The rendered template of each chat, cut at its contents: one string before each content and
+    one after the last; and the contents of all chats as the template writes them: unchanged or
     trimmed.
     """
 
@@ -111,30 +68,49 @@ def _template_pieces(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
 
-    rendered: dict[str, list[str]] = {}  # pieces of chats that differ in their contents alone
-    found, written = [], []
+    known: dict[str, list[str]] = {}  # chats that differ in their contents alone share their pieces
+    all_pieces, all_contents = [], []
     for messages in chats:
-        # A placeholder is a private-use character, which no template contains; trimming templates
-        # leave it alone.
-        empty = [{**message, "content": "\ue000"} for message in messages]
-        if (shape := repr(empty)) not in rendered:
-            rendered[shape] = render(empty).split("\ue000")
-        pieces, text = rendered[shape], render(messages)
-        if _filled(pieces, messages) != text:
-            messages = [{**message, "content": message["content"].strip()} for message in messages]
-            if _filled(pieces, messages) != text:
-                raise UserError(
-                    "the tokenizer's chat template drops, repeats or rewrites message contents"
-                )
-        found.append(pieces)
-        written.append(messages)
-    return found, written
+        shape = [{**message, "content": PLACEHOLDER} for message in messages]
+        if repr(shape) not in known:
+            known[repr(shape)] = render(shape).split(PLACEHOLDER)
+        pieces, rendered = known[repr(shape)], render(messages)
+        contents = [message["content"] for message in messages]
+        for written in (contents, [content.strip() for content in contents]):
+            filled = pieces[0] + "".join(map(str.__add__, written, pieces[1:]))
+            if len(pieces) == len(written) + 1 and filled == rendered:
+                break
+        else:
+            reason = "drops, repeats or rewrites message contents"
+            raise UserError(f"the tokenizer's chat template {reason}; use another one")
+        all_pieces.append(pieces)
+        all_contents += written
+    return all_pieces, all_contents
 
 
-def _filled(pieces: list[str], messages: Sequence[dict]) -> str | None:
-    """The rendered chat of which these are the pieces; None when they are of another number."""
-    if len(pieces) != len(messages) + 1:
-        return None
-    return pieces[0] + "".join(
-        message["content"] + piece for message, piece in zip(messages, pieces[1:], strict=True)
-    )
+def ends_of_answer(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids that end an answer: the end of text and the end of turn that training teaches."""
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+    ids, learned = encode_chat(tokenizer, turns)
+    last = max(n for n, is_learned in enumerate(learned) if is_learned)
+    return {tokenizer.eos_token_id, ids[last]} & control_ids(tokenizer)
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Encoded]:
+    """Pretraining documents, each as bos (context, not learned), the text, eos."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    encoded = _encode(tokenizer, texts, split_special_tokens=True)
+    return [([bos, *ids, eos], [False, *[True] * len(ids), True]) for ids in encoded]
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], split_special_tokens: bool
+) -> list[list[int]]:
+    """``input_ids`` of ``tokenizer(texts, add_special_tokens=False, ...)``, without the offsets and
+    masks that nobody reads, which take a third of the time.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = split_special_tokens
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]

@@ -15,9 +15,16 @@ from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
 from dataset.batches import Batch
-from dataset.blocks import SUFFIXES, BadRow
-from dataset.rows import SHOWN_BAD_ROWS, content, keys_of, read_rows, settle_bad_rows
-from dataset.tokenized import digest
+from dataset.cache import digest
+from dataset.rows import (
+    SHOWN_BAD_ROWS,
+    SUFFIXES,
+    BadRow,
+    content,
+    keys_of,
+    read_rows,
+    settle_bad_rows,
+)
 
 TABLES = (".tsv", ".tsv.gz")
 # What the columns of one text, or of two, may be called: ours first, then those of GLUE's tasks.

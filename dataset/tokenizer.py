@@ -3,167 +3,141 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from core.errors import UserError, reason_of
 from core.paths import TOKENIZER_DIR, pretrained_name
 
-# How byte-level vocabularies spell (GPT-2's choice): a printable byte as its Latin-1 character, the
-# others from U+0100.
-_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
-    chr(0x100 + n): byte for n, byte in enumerate(sorted(set(range(0x100)) - set(_PRINTABLE)))
-}
+# The byte that each character stands for in byte-level vocabularies.
+BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in folder ``path``, read from disk only. Raises ``UserError`` if we cannot
-    train with it.
-    """
-    path = Path(path)
-    if not (path / "tokenizer.json").is_file():
-        raise UserError(
-            f"no tokenizer.json in {path}; make one with scripts/train_tokenizer.py or fix --tokenizer_path"
-        )
-    tokenizer = read_tokenizer(path, local_files_only=True)
-    if tokenizer.eos_token_id is None or not tokenizer.chat_template:
-        raise UserError(f"the tokenizer in {path} lacks an end-of-turn token or a chat template")
-    return tokenizer
+    """The tokenizer in folder ``path``. Raises ``UserError`` if it cannot be used for training."""
+    if not (Path(path) / "tokenizer.json").is_file():
+        raise UserError(f"no tokenizer.json in {path}; correct tokenizer_path, or train one")
+    return foreign_tokenizer(path)
+
+
+class BaseRecord(Protocol):
+    """What the record of a base says of the tokenizer it was trained with."""
+
+    stage: str | None
+    tokenizer: str | None  # the fingerprint; MiniMind's files have none
+    config: dict  # with "vocab_size"
 
 
 def tokenizer_of(
-    record,
+    record: BaseRecord,
     base: Path,
     named: Path | None,
     out_dir: Path,
     prompt_template: str | None = None,
     otherwise: str | None = None,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that the base with this ``record`` was trained with: the one ``named`` if it is
-    that, else the shipped one or ``out_dir/tokenizer``, or what a Hugging Face base brings.
-    ``prompt_template`` replaces its template, ``otherwise`` serves where there is none.
+    """The tokenizer that ``base``, whose file has this ``record``, was trained with.
 
-    Raises ``UserError`` if none of them is, if the record does not say (MiniMind's files) and none
-    is named, and for a tokenizer without chat template.
+    It is the one ``named``, else whichever of the shipped one and ``out_dir/tokenizer`` has the
+    fingerprint. A base of other makers brings its own; ``prompt_template`` replaces its chat
+    template, and ``otherwise`` serves if it has none.
+
+    Raises ``UserError`` if no such tokenizer is found, if nothing tells which one it is, and for
+    one without a chat template.
     """
-    wanted = record.tokenizer
-    if is_foreign := wanted is None and record.stage is not None:
-        folders = [named or base]
+    shipped, folder = (TOKENIZER_DIR, out_dir / "tokenizer"), named or base
+    fingerprint, vocab_size = record.tokenizer, record.config["vocab_size"]
+    is_foreign = fingerprint is None and record.stage is not None
+    if is_foreign:
+        tokenizer = foreign_tokenizer(folder, prompt_template, otherwise)
     elif prompt_template is not None:
-        raise UserError(
-            f"--prompt_template is for Hugging Face bases; {base} has a template of its own"
-        )
-    elif named is None and wanted is None:
-        raise UserError(
-            f"{base} does not say which tokenizer it was trained with; name it with --tokenizer_path"
-        )
+        raise UserError(f"{base} has a chat template of its own; leave out prompt_template")
+    elif named is None and fingerprint is None:
+        raise UserError(f"{base} does not say which tokenizer it needs; name its tokenizer_path")
     else:
-        folders = (
-            [named]
-            if named
-            else [folder for folder in (TOKENIZER_DIR, out_dir / "tokenizer") if folder.is_dir()]
-        )
-    for folder in folders:
-        tokenizer = (
-            foreign_tokenizer(folder, prompt_template, otherwise)
-            if is_foreign
-            else load_tokenizer(folder)
-        )
-        if wanted not in (None, tokenizer_fingerprint(tokenizer)):
-            continue
-        size = record.config["vocab_size"]
-        # Others pad their embeddings to round numbers.
-        if len(tokenizer) > size or (len(tokenizer) < size and not is_foreign):
-            raise UserError(
-                f"{folder} has {len(tokenizer)} entries, {base} has {size}; name its own --tokenizer_path"
-            )
-        return tokenizer
-    tried = " or ".join(map(str, folders))
-    raise UserError(
-        f"{base} was trained with another tokenizer than {tried}; name it with --tokenizer_path"
-    )
+        for folder in [named] if named else filter(Path.is_dir, shipped):
+            tokenizer = load_tokenizer(folder)
+            if fingerprint in (None, tokenizer_fingerprint(tokenizer)):
+                break
+        else:
+            tried = named or " or ".join(map(str, shipped))
+            raise UserError(f"{base} needs another tokenizer than {tried}; name its tokenizer_path")
+    # Other makers pad their embeddings to round numbers.
+    if len(tokenizer) > vocab_size or (len(tokenizer) < vocab_size and not is_foreign):
+        sizes = f"{folder} has {len(tokenizer)} entries, {base} has {vocab_size}"
+        raise UserError(f"{sizes}; name its tokenizer_path")
+    return tokenizer
 
 
 def foreign_tokenizer(
     name: str | Path, prompt_template: str | None = None, otherwise: str | None = None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder or hub name, with ``prompt_template`` in place of its
-    chat template, or ``otherwise`` where it has none.
+    chat template, or ``otherwise`` if it has none.
 
-    Raises ``UserError`` if it cannot be read (see ``read_tokenizer``), ends no text, or has no
-    template either.
+    Raises ``UserError`` if it cannot be read (see ``read_tokenizer``), has no token that ends a
+    turn, or has no template either way.
     """
     tokenizer = read_tokenizer(name)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {name} lacks an end-of-text token")
+        raise UserError(
+            f"the tokenizer of {name} lacks an end-of-turn token; train or name another"
+        )
     if prompt_template is None and not tokenizer.chat_template:
         prompt_template = otherwise
     if prompt_template is not None:
         use_template(tokenizer, prompt_template)
     if not tokenizer.chat_template:
-        raise UserError(
-            f"{name} has no chat template: write one, such as --prompt_template 'Q: {{user}}\\nA: '"
-        )
+        example = "prompt_template 'Q: {user}\\nA: '"
+        raise UserError(f"{name} has no chat template: write one, such as {example}")
     return tokenizer
 
 
 def use_template(tokenizer: PreTrainedTokenizerBase, prompt_template: str) -> None:
-    """Make ``prompt_template`` the chat template. Raises ``UserError`` as ``template_of`` does."""
-    tokenizer.chat_template = template_of(prompt_template, begins=_begins_with_bos(tokenizer))
+    """Give the tokenizer a chat template in which a question takes the place of ``{user}`` in
+    ``prompt_template``, and an answer ends the text.
 
-
-def template_of(prompt_template: str, begins: bool = False) -> str:
-    """The chat template in which a question stands in ``prompt_template`` for ``{user}`` and an
-    answer ends the text.
-
-    ``\\n`` in it is a line break. ``begins``: the beginning-of-text token comes first. Raises
-    ``UserError`` unless ``{user}`` stands in it once.
+    ``\\n`` in it is a line break. The beginning-of-text token comes first if the tokenizer puts it
+    before every text. Raises ``UserError`` unless ``{user}`` occurs exactly once.
     """
     if not isinstance(prompt_template, str):
-        raise UserError(
-            f"the skill's file gives {prompt_template!r} as prompt_template, which is no text"
-        )
+        raise UserError(f"the skill's file gives a prompt_template {prompt_template!r}, not a text")
     if prompt_template != prompt_template.encode(errors="replace").decode():
-        raise UserError("--prompt_template holds bytes that are no text in the terminal's encoding")
-    before, *after = prompt_template.replace("\\n", "\n").split("{user}")
-    if len(after) != 1:
-        raise UserError(
-            f"--prompt_template {prompt_template!r} must have one {{user}}, where the question goes"
-        )
-    question = " + message['content'] + ".join(
-        json.dumps(part, ensure_ascii=False) for part in (before, *after)
-    )
-    return (
+        raise UserError("prompt_template holds bytes that are no text in the terminal's encoding")
+    parts = prompt_template.replace("\\n", "\n").split("{user}")
+    if len(parts) != 2:
+        wanted = "must have one {user}, where the question goes"
+        raise UserError(f"prompt_template {prompt_template!r} {wanted}")
+    before, after = (json.dumps(part, ensure_ascii=False) for part in parts)
+    bos = tokenizer.bos_token_id
+    begins = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    tokenizer.chat_template = (
         ("{{ bos_token }}" if begins else "")
-        + "{% for message in messages %}"
-        + f"{{% if message['role'] == 'user' %}}{{{{ {question} }}}}"
+        + "{% for message in messages %}{% if message['role'] == 'user' %}"
+        + f"{{{{ {before} + message['content'] + {after} }}}}"
         + "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
         + "{% else %}{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}"
     )
 
 
-def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [
-        tokenizer.bos_token_id
-    ]
-
-
-def read_tokenizer(name: str | Path, **settings) -> PreTrainedTokenizerBase:
+def read_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """Any tokenizer of a Hugging Face folder or hub name.
 
-    Raises ``UserError`` if it cannot be read, or is none of the `tokenizers` library.
+    Raises ``UserError`` if it cannot be read, or does not come from the `tokenizers` library.
     """
-    name = pretrained_name(Path(name))
+    path = Path(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **settings)
+        tokenizer = AutoTokenizer.from_pretrained(
+            pretrained_name(path), local_files_only=path.is_dir()
+        )
     except Exception as error:  # the libraries raise bare Exception for a broken file
-        reason = reason_of(error)
-        raise UserError(
-            f"the tokenizer in {name} cannot be read ({reason}); train or copy it again"
-        ) from error
+        reason = f"the tokenizer in {name} cannot be read ({reason_of(error)})"
+        raise UserError(f"{reason}; train or copy it again") from error
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise UserError(f"the tokenizer of {name} lacks a tokenizer.json")
     return tokenizer
@@ -173,78 +147,68 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hex SHA-256 over everything that decides which ids a text or a chat becomes."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     decisive = {key: backend[key] for key in ("normalizer", "pre_tokenizer", "model")}
-    added = {
-        token_id: token.content
-        for token_id, token in sorted(tokenizer.added_tokens_decoder.items())
-    }
-    text = json.dumps(
-        [decisive, added, tokenizer.chat_template], sort_keys=True, ensure_ascii=False
-    )
+    tokens = sorted(tokenizer.added_tokens_decoder.items())
+    added = {token_id: token.content for token_id, token in tokens}
+    found = [decisive, added, tokenizer.chat_template]
+    text = json.dumps(found, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_trained_with(tokenizer: PreTrainedTokenizerBase, meta, skill: str) -> None:
-    """Raise ``UserError`` if the ``_meta`` of a skill's file names another tokenizer, or another
-    template of it.
+def check_trained_with(
+    tokenizer: PreTrainedTokenizerBase, fingerprint: str | None, skill: str
+) -> None:
+    """Raise ``UserError`` if ``skill`` was trained with another tokenizer or template of it, by the
+    ``fingerprint`` in its file; None fits any.
     """
-    if meta.tokenizer not in (None, tokenizer_fingerprint(tokenizer)):
-        raise UserError(
-            f"skill {skill} was trained with another tokenizer or chat template; name that one with --tokenizer_path"
-            " or pass --allow_base_mismatch"
-        )
+    if fingerprint not in (None, tokenizer_fingerprint(tokenizer)):
+        advice = "name that one as tokenizer_path or set allow_base_mismatch"
+        reason = "was trained with another tokenizer or chat template"
+        raise UserError(f"skill {skill} {reason}; {advice}")
 
 
 def reading_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hex SHA-256 over everything that decides how a classifier's rows are framed and cut, the ids
-    included.
+    """Hex SHA-256 over everything that decides which ids a classifier's row becomes, framed and
+    cut.
     """
     frame = json.loads(tokenizer.backend_tokenizer.to_str())["post_processor"]
-    text = json.dumps(
-        [tokenizer_fingerprint(tokenizer), frame, tokenizer.truncation_side, tokenizer.pad_token_id]
-    )
+    rest = frame, tokenizer.truncation_side, tokenizer.pad_token_id
+    text = json.dumps([tokenizer_fingerprint(tokenizer), *rest])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def spelled_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes:
-    """The bytes an id stands for, a part of a character perhaps; a control token's are those of its
-    name.
+def spelled_bytes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[bytes]:
+    """The bytes that each id stands for, perhaps a part of a character; a control token's are those
+    of its name, and an id without a token has none.
 
     Byte-level vocabularies spell a byte as a character; those with byte fallback write a space as
     U+2581 and a lone byte as <0xNN>.
     """
-    return _bytes_of(tokenizer.convert_ids_to_tokens(token_id), _is_byte_level(tokenizer))
-
-
-def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
-
-
-def _bytes_of(token: str, is_byte_level: bool) -> bytes:
-    if is_byte_level:
-        is_spelled = all(character in BYTE_OF for character in token)
-        return bytes(BYTE_OF[character] for character in token) if is_spelled else token.encode()
-    lone = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
-    return bytes.fromhex(lone[1]) if lone else token.replace("\u2581", " ").encode()
+    is_byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
+    spelled = []
+    for token in tokenizer.convert_ids_to_tokens(ids):
+        token = token or ""
+        if is_byte_level and BYTE_OF.keys() >= set(token):
+            spelled.append(bytes(BYTE_OF[character] for character in token))
+        elif not is_byte_level and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            spelled.append(bytes.fromhex(token[3:5]))
+        else:
+            spelled.append((token if is_byte_level else token.replace("\u2581", " ")).encode())
+    return spelled
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids that stand for no text: those with a name of their own such as eos, and all that are
+    """The ids that stand for no text: those with a name of their own, such as eos, and all that are
     marked special.
 
-    The marked ones are more where a template ends a turn by another token than eos, as those of
-    Qwen2's bases do.
+    More are marked where a template ends a turn with another token than eos, as in Qwen2's bases.
     """
-    marked = {
-        token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
-    return marked | set(tokenizer.all_special_ids)
+    added = tokenizer.added_tokens_decoder.items()
+    return {token_id for token_id, token in added if token.special} | set(tokenizer.all_special_ids)
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """UTF-8 bytes each id stands for, (vocabulary,) int64; 0 for control tokens."""
-    sizes = np.zeros(len(tokenizer), dtype=np.int64)
-    is_byte_level = _is_byte_level(tokenizer)
-    for token, token_id in tokenizer.get_vocab().items():
-        sizes[token_id] = len(_bytes_of(token, is_byte_level))
+    """UTF-8 bytes each id stands for, (largest id + 1,) int64; 0 for control tokens."""
+    ids = range(1 + max(tokenizer.get_vocab().values()))
+    sizes = np.array([len(spelled) for spelled in spelled_bytes(tokenizer, ids)], np.int64)
     sizes[sorted(control_ids(tokenizer))] = 0
     return sizes

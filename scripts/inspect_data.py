@@ -5,8 +5,7 @@ scripts/inspect_data.py my_chats.jsonl
 import sys
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -18,20 +17,12 @@ from core.options import option, parse, require
 from core.paths import TOKENIZER_DIR
 from trainer.options import TrainOptions
 
-ROWS_AT_ONCE = 1000  # encoded together
 BAR = 40  # characters of the longest bar
-ROW_NAMES = {
-    "text": "pretraining rows",
-    "chat": "chat rows",
-    "unknown": "neither pretraining nor chat rows",
-}
 
 
 @dataclass
 class Options:
-    """Show samples token by token, lengths and shares, and list every bad row. Exit code 1: not all
-    rows are usable.
-    """
+    """Show samples, lengths and every bad row. Exit code 1: not all rows are usable."""
 
     files: tuple[Path, ...] = option((), "data files: pretraining or chat rows", positional=True)
     n: int = option(3, "rows to show token by token, the first ones of each file")
@@ -45,16 +36,10 @@ class Options:
 
 @dataclass
 class Report:
-    """What was found in one file. Tokens include the template's, characters and bytes are the
-    contents' alone.
-    """
+    """What one file holds. Tokens include the template's, characters and bytes do not."""
 
-    kind: str
     bad: list[str] = field(default_factory=list)  # file:line: reason
-    samples: list[tuple[int, list[int], list[bool]]] = field(
-        default_factory=list
-    )  # line, ids, learned
-    lengths: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)  # of all usable rows
     taken: list[int] = field(default_factory=list)  # of the rows that training uses, truncated
     characters: int = 0
     bytes: int = 0
@@ -63,132 +48,98 @@ class Report:
 def main(argv: list[str] | None = None) -> int:
     """Report on each file; returns the exit code: 0 if training can use every row, else 1."""
     options = parse(Options, argv)
+    from dataset.cache import kind_of
     from dataset.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(options.tokenizer_path)
-    exit_code = 0
+    tokenizer, is_usable = load_tokenizer(options.tokenizer_path), True
     for path in options.files:
-        report = inspect(path, tokenizer, options)
-        show(path, report, tokenizer, options.max_seq_len)
-        if report.bad or not report.taken:
-            exit_code = 1
-    return exit_code
+        kind = kind_of(path)
+        report = inspect(path, kind, tokenizer, options)
+        show(path, kind, report, options.max_seq_len)
+        is_usable = is_usable and bool(report.taken) and not report.bad
+    return 0 if is_usable else 1
 
 
-def inspect(path: Path, tokenizer, options: Options) -> Report:
-    """Read ``path`` once, as training would."""
-    from dataset.rows import BadRow, read_rows
-    from dataset.tokenized import TEXT
+def inspect(path: Path, kind, tokenizer, options: Options) -> Report:
+    """Read ``path`` as training would and show its first rows; without a kind, all are bad."""
+    from dataset.cache import TEXT
+    from dataset.rows import BadRow, clean_any, clean_rows, read_blocks
 
-    kind = detect(path)
-    report = Report(kind.name)
-    rows = read_rows(path, kind.clean)
-    while some := list(islice(rows, ROWS_AT_ONCE)):
-        report.bad += [f"{path}:{line}: {row}" for line, row in some if isinstance(row, BadRow)]
-        good = [(line, row) for line, row in some if not isinstance(row, BadRow)]
-        encoded = kind.encode(tokenizer, [row for _, row in good])
+    report = Report()
+    for block in read_blocks(path):
+        rows = list(clean_rows(block, kind.clean if kind else clean_any))
+        report.bad += [f"{path}:{line}: {row}" for line, row in rows if isinstance(row, BadRow)]
+        good = [(line, row[kind.key]) for line, row in rows if not isinstance(row, BadRow)]
+        encoded = kind.encode(tokenizer, [row for _, row in good]) if kind else []
         for (line, row), (ids, learned) in zip(good, encoded, strict=True):
-            if len(report.samples) < options.n:
-                report.samples.append((line, ids, learned))
-            contents = (
-                [row["text"]]
-                if kind is TEXT
-                else [message["content"] for message in row["conversations"]]
-            )
+            if len(report.lengths) < options.n:
+                show_row(f"{path}:{line}", ids, learned, kind, tokenizer, options.max_seq_len)
+            text = row if kind is TEXT else "".join(message["content"] for message in row)
             report.lengths.append(len(ids))
             if kind is TEXT or any(learned[1 : options.max_seq_len]):
                 report.taken.append(min(len(ids), options.max_seq_len))
-            report.characters += sum(map(len, contents))
-            report.bytes += sum(len(content.encode()) for content in contents)
+            report.characters += len(text)
+            report.bytes += len(text.encode())
     return report
 
 
-def detect(path: Path):
-    """The kind of the first usable row; rows of the other kind are bad, as they are in training."""
-    from dataset.rows import BadRow, clean_any, read_rows
-    from dataset.tokenized import CHAT, TEXT
-
-    for _, row in read_rows(path, clean_any):
-        if not isinstance(row, BadRow):
-            return TEXT if "text" in row else CHAT
-    return replace(CHAT, name="unknown", clean=clean_any)
-
-
-def show(path: Path, report: Report, tokenizer, max_seq_len: int) -> None:
-    for line, ids, learned in report.samples:
-        print(f"\n{path}:{line}: {len(ids)} tokens\n{'token':<24} | {'id':>6} | learned")
-        for token_id, flag in list(zip(ids, learned, strict=True))[:max_seq_len]:
-            print(f"{spelling(tokenizer, token_id, 24)} | {token_id:>6} | {'yes' if flag else '-'}")
-        if len(ids) > max_seq_len:
-            fate = "go to the next window" if report.kind == "text" else "are cut off"
-            print(f"... {len(ids) - max_seq_len} more tokens {fate}")
-    print("", *report.bad, f"{path}: {ROW_NAMES[report.kind]}", sep="\n")
-    rows, tokens = len(report.lengths), sum(report.lengths)
-    print(f"rows: {rows} usable, {len(report.bad)} bad")
-    if not rows:
-        return
-    long = sum(length > max_seq_len for length in report.lengths)
-    print(f"tokens: {tokens}, median {median(report.lengths):.0f}, longest {max(report.lengths)}")
-    if report.kind == "text":
-        print(
-            f"longer than a window of {max_seq_len}: {share(long, rows)}; they are split, 0 % is truncated"
-        )
-    else:
-        left_out = rows - len(report.taken)
-        print(f"truncated at {max_seq_len}: {share(long, rows)}")
-        print(f"without targets after truncation, left out in training: {share(left_out, rows)}")
-        if report.taken:
-            print(
-                f"padding in an epoch of training at batch {TrainOptions.batch_size}: {padding(report.taken):.1%}"
-            )
-    print(
-        f"per token: {report.characters / tokens:.2f} characters, {report.bytes / tokens:.2f} bytes"
-    )
-    histogram(report.lengths)
-
-
-def padding(lengths: list[int]) -> float:
-    """The part of all computed tokens that is padding, in one epoch on a CPU with the doors'
-    defaults.
+def show_row(place: str, ids: list[int], learned: list[bool], kind, tokenizer, max_seq_len: int):
+    """Print a row token by token: as Python text, so that blanks and newlines show, and part of a
+    character as Python bytes.
     """
+    from dataset.tokenizer import spelled_bytes
+
+    print(f"\n{place}: {len(ids)} tokens\n{'token':<24} | {'id':>6} | learned")
+    tokens = spelled_bytes(tokenizer, ids[:max_seq_len])
+    for token_id, token, flag in zip(ids, tokens, learned, strict=False):
+        try:
+            text = repr(token.decode())
+        except UnicodeDecodeError:
+            text = repr(token)
+        wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+        text += " " * (24 - len(text) - wide)
+        print(f"{text} | {token_id:>6} | {'yes' if flag else '-'}")
+    if len(ids) > max_seq_len:
+        fate = "go to the next window" if kind.name == "text" else "are cut off"
+        print(f"... {len(ids) - max_seq_len} more tokens {fate}")
+
+
+def show(path: Path, kind, report: Report, max_seq_len: int) -> None:
+    """Print the bad rows, the figures of the whole file and how its lengths are spread."""
     import numpy as np
 
     from dataset.batches import Batches
 
-    chats = SimpleNamespace(lengths=np.array(lengths))
-    epoch = Batches(
-        chats, TrainOptions.batch_size, TrainOptions.accumulation_steps, TrainOptions.seed
-    )
-    return 1 - epoch.useful_share()
+    names = {"text": "pretraining rows", "chat": "chat rows"}
+    found = names[kind.name] if kind else "neither pretraining nor chat rows"
+    print("", *report.bad, f"{path}: {found}", sep="\n")
+    rows, tokens = len(report.lengths), sum(report.lengths)
+    print(f"rows: {rows} usable, {len(report.bad)} bad")
+    if not rows:
+        return
 
+    def share(part: int) -> str:
+        return f"{part} ({100 * part / rows:.1f} %)"
 
-def histogram(lengths: list[int]) -> None:
-    counts = Counter((length - 1).bit_length() for length in lengths)  # n: 2^(n-1) < length <= 2^n
-    most = max(counts.values())
-    for n in range(min(counts), max(counts) + 1):
-        bar = "#" * -(-BAR * counts[n] // most)
+    long = share(sum(length > max_seq_len for length in report.lengths))
+    print(f"tokens: {tokens}, median {median(report.lengths):.0f}, longest {max(report.lengths)}")
+    if kind.name == "text":
+        print(f"longer than a window of {max_seq_len}: {long}; they are split, 0 % is truncated")
+    else:
+        left_out = share(rows - len(report.taken))
+        print(f"truncated at {max_seq_len}: {long}")
+        print(f"without targets after truncation, left out in training: {left_out}")
+        if report.taken:  # on a CPU, with the doors' defaults
+            door, chats = TrainOptions, SimpleNamespace(lengths=np.array(report.taken))
+            epoch = Batches(chats, door.batch_size, door.accumulation_steps, door.seed)
+            padding = f"{1 - epoch.useful_share():.1%}"
+            print(f"padding in an epoch of training at batch {door.batch_size}: {padding}")
+    characters, size = report.characters / tokens, report.bytes / tokens
+    print(f"per token: {characters:.2f} characters, {size:.2f} bytes")
+    counts = Counter((length - 1).bit_length() for length in report.lengths)
+    for n in range(min(counts), max(counts) + 1):  # 2^(n-1) < length <= 2^n
+        bar = "#" * -(-BAR * counts[n] // max(counts.values()))
         print(f"{2 ** (n - 1) + 1:>8} to {2**n:>8} tokens | {bar:<{BAR}} | {counts[n]}")
-
-
-def spelling(tokenizer, token_id: int, columns: int) -> str:
-    """A token as Python text, so that blanks and newlines show; part of a character as Python
-    bytes. Padded.
-    """
-    from dataset.tokenizer import spelled_bytes
-
-    spelled = spelled_bytes(tokenizer, token_id)
-    try:
-        text = repr(spelled.decode())
-    except UnicodeDecodeError:
-        text = repr(spelled)
-    wide = sum(
-        unicodedata.east_asian_width(character) in "WF" for character in text
-    )  # two columns each
-    return text + " " * (columns - len(text) - wide)
-
-
-def share(part: int, whole: int) -> str:
-    return f"{part} ({100 * part / whole:.1f} %)"
 
 
 if __name__ == "__main__":

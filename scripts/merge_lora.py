@@ -106,7 +106,7 @@ def merge_into_base(
         named, template = options.tokenizer_path, first.prompt_template
         tokenizer = tokenizer_of(record, base, named, options.out_dir, template)
         if not options.allow_base_mismatch:
-            check_trained_with(tokenizer, first, next(iter(weights)))
+            check_trained_with(tokenizer, first.tokenizer, next(iter(weights)))
     length = min(64, context_of(model.config))
     ids = torch.arange(length)[None] * 31 % record.config["vocab_size"]
     library.use(weights)

@@ -20,18 +20,12 @@ from trainer.options import TrainOptions
 
 @dataclass
 class Options:
-    """Tokenise pretraining or chat rows into out/cache, where training with the same --out_dir
-    finds them.
-    """
+    """Tokenise rows into out/cache, where training with the same --out_dir finds them."""
 
-    files: tuple[Path, ...] = option(
-        (), "data files of one training run: pretraining or chat rows", positional=True
-    )
+    files: tuple[Path, ...] = option((), "data files of one run, texts or chats", positional=True)
     out_dir: Path = option(TrainOptions.out_dir, "folder of all results, made if missing")
     tokenizer_path: Path = option(TOKENIZER_DIR, "tokenizer folder")
-    bad_rows: Literal["stop", "skip"] = option(
-        TrainOptions.bad_rows, "what to do about unusable rows"
-    )
+    bad_rows: Literal["stop", "skip"] = option(TrainOptions.bad_rows, "what to do about bad rows")
     workers: int = option(0, "processes; 0: one a core")
 
     def __post_init__(self):
@@ -40,18 +34,14 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(Options, argv)
-    from dataset.tokenized import CHAT, TEXT, split_rows, tokenize_files
+    from dataset.cache import kind_of, tokenize_files
     from dataset.tokenizer import load_tokenizer
-    from scripts.inspect_data import detect
 
-    kind = {kind.name: kind for kind in (TEXT, CHAT)}.get(detect(options.files[0]).name)
-    if kind is None:
-        raise UserError(
-            f"no usable row in {options.files[0]}; look at it with scripts/inspect_data.py"
-        )
+    first = options.files[0]
+    if (kind := kind_of(first)) is None:
+        raise UserError(f"no usable row in {first}; look at it with scripts/inspect_data.py")
     tokenizer, cache = load_tokenizer(options.tokenizer_path), cache_dir(options.out_dir)
-    table = tokenize_files(options.files, kind, tokenizer, cache, options.bad_rows, options.workers)
-    rows, _ = split_rows(table, 0.0)
+    rows = tokenize_files(options.files, kind, tokenizer, cache, options.bad_rows, options.workers)
     print(f"{len(rows):,} {kind.name} rows, {int(rows.lengths.sum()):,} tokens in {cache}")
 
 

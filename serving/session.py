@@ -104,7 +104,7 @@ class ChatSession:
             _, meta = adapters_in(self.model, path, skill, **allowed)
             self._ask_with(meta.prompt_template)
             if not (self._keeps_template or self.allow_base_mismatch):
-                check_trained_with(self.tokenizer, meta, name)
+                check_trained_with(self.tokenizer, meta.tokenizer, name)
             self._read[name] = written, self.library.add(name, path, skill, **allowed)
         return self._read[name][1]
 

@@ -121,7 +121,7 @@ CASES = [
     (BASED, "--base {f}/hostile.pth", "hostile.pth is not a readable"),
     (BASED, "--base {f}/not_a_model.pth", "is no MiniMindLM"),
     (BASED, "--base {f}/nan.pth", "NaN or infinity in norm.weight"),
-    (BASED, "--base {f}/bare.pth", "name it with --tokenizer_path"),
+    (BASED, "--base {f}/bare.pth", "name its tokenizer_path"),
     (BASED, "--base {f}/mismatch.pth", "not from the same run"),
     (BASED, "--out_dir {f}/nowhere", "no base model"),
     (

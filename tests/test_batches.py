@@ -5,11 +5,7 @@ alike.
 import json
 import math
 import multiprocessing
-import os
 import random
-import signal
-import subprocess
-import sys
 from collections import Counter
 from itertools import combinations, pairwise
 
@@ -18,20 +14,18 @@ import pytest
 import torch
 from conftest import write_rows as write
 
-from core.errors import STOPPING, UserError
-from core.paths import REPOSITORY, bundled_data
+from core.errors import UserError
+from core.paths import bundled_data
 from dataset.batches import (
     IGNORED,
     PASS_COST,
     Batches,
     PretrainDataset,
     SFTDataset,
-    TokenSamples,
     micro_batches,
     validation_batches,
 )
 from dataset.chat import encode_chat, encode_documents
-from dataset.tokenized import TEXT, split_rows, tokenize_files
 from dataset.tokenizer import spelled_bytes
 
 RNG = random.Random(2)
@@ -88,7 +82,7 @@ def learned_texts(tokenizer, batch):
     """What each row of a batch learns, as bytes without control tokens."""
     control = set(tokenizer.all_special_ids)
     rows = [[int(n) for n in row if n != IGNORED and int(n) not in control] for row in batch.labels]
-    return [b"".join(spelled_bytes(tokenizer, n) for n in row) for row in rows]
+    return [b"".join(spelled_bytes(tokenizer, row)) for row in rows]
 
 
 def check_batch(tokenizer, batch):
@@ -103,7 +97,7 @@ def check_batch(tokenizer, batch):
 
 
 def window_rows(samples):
-    return [samples[n] for n in range(len(samples))]
+    return [(samples[n] >> 1, samples[n] & 1) for n in range(len(samples))]
 
 
 # Pretraining
@@ -165,21 +159,19 @@ def test_a_chat_loses_its_tail_and_is_left_out_when_nothing_remains(
     ]
     if not kept:
         with pytest.raises(
-            UserError, match=f"--max_seq_len {max_seq_len} leaves nothing to learn in .*chats.jsonl"
+            UserError, match=f"max_seq_len {max_seq_len} leaves nothing to learn in .*chats.jsonl"
         ):
             make(SFTDataset, chats, max_seq_len)
         return
     samples = make(SFTDataset, chats, max_seq_len).train
     assert [(ids.tolist(), flags.tolist()) for ids, flags in window_rows(samples)] == kept
-    assert samples.truncated == sum(len(ids) > max_seq_len for ids, _ in encoded)
-    assert samples.without_targets == len(CHATS) - len(kept)
-    share = 100 * samples.truncated / len(CHATS)
-    expected = f"{len(kept)} chats, {sum(len(ids) for ids, _ in kept)} tokens, {share:.1f} % truncated at {max_seq_len}"
-    left_out = (
-        f", {samples.without_targets} left out: nothing to learn" if samples.without_targets else ""
-    )
-    assert samples.describe() == expected + left_out
-    assert max_seq_len != 20 or 0 < samples.without_targets < samples.truncated, "the case is there"
+    truncated = sum(len(ids) > max_seq_len for ids, _ in encoded)
+    without_targets = len(CHATS) - len(kept)
+    words = samples.describe()
+    assert words.startswith(f"{len(kept)} chats, {sum(len(ids) for ids, _ in kept)} tokens, ")
+    assert f", {100 * truncated / len(CHATS):.1f} % truncated at {max_seq_len}" in words
+    assert (f", {without_targets} left out" in words) == (without_targets > 0)
+    assert max_seq_len != 20 or 0 < without_targets < truncated, "the case is there"
 
 
 def test_answers_alone_are_learned_and_counted(make, tokenizer, chats):
@@ -259,67 +251,6 @@ def test_worker_processes_change_nothing(make, chats, capfd):
     assert capfd.readouterr().err == ""
 
 
-class Deafness(TokenSamples):
-    """Samples whose ids say which of ``STOPPING`` the process that reads them keeps back, and which
-    it ignores.
-    """
-
-    lengths, pad_id, bytes_of = np.full(2, 1 + 2 * len(STOPPING)), 0, np.ones(2)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        back = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        facts = [
-            fact for n in STOPPING for fact in (n in back, signal.getsignal(n) == signal.SIG_IGN)
-        ]
-        return np.array([1, *facts]), np.zeros(len(facts) + 1, bool)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows cannot keep signals back")
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_are_deaf_to_a_stop_from_their_birth_on(method):
-    """Kept back: already while they import. Ignored: in case another process of theirs, forkserver,
-    was born before.
-    """
-    before = multiprocessing.get_start_method()
-    multiprocessing.set_start_method(method, force=True)
-    try:
-        ((batch,),) = Batches(Deafness(), 2, 1, seed=1, num_workers=1).steps(0)
-    finally:
-        multiprocessing.set_start_method(before, force=True)
-    assert batch.inputs["input_ids"].all()
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOPPING)
-
-
-CRASH = """
-import numpy as np
-from dataset.batches import Batches, TokenSamples
-class Samples(TokenSamples):
-    lengths, pad_id, bytes_of = np.full(8, 4), 0, np.ones(9)
-    __len__ = lambda self: 8
-    def __getitem__(self, index):
-        raise ValueError("a bug")
-if __name__ == "__main__":
-    list(Batches(Samples(), 1, 1, seed=1, num_workers=2).steps(0))
-"""
-
-
-def test_a_crash_in_a_worker_ends_the_process(tmp_path):
-    """Its traceback keeps the workers alive to the end, where multiprocessing would wait for them
-    for ever.
-    """
-    (tmp_path / "crash.py").write_text(CRASH, encoding="utf-8")
-    settings = {
-        "env": os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        "capture_output": True,
-        "text": True,
-    }
-    end = subprocess.run([sys.executable, "crash.py"], cwd=tmp_path, timeout=40, **settings)
-    assert end.returncode == 1 and end.stderr.strip().endswith("ValueError: a bug")
-
-
 def test_drawing_batches_leaves_the_random_state_alone(make, chats):
     """Otherwise dropout would go another way after a resume within an epoch."""
     samples = make(SFTDataset, chats, 40).train
@@ -334,7 +265,7 @@ def test_steps_join_rows_of_like_length(make, chats, monkeypatch):
     for pool in (1, 10):
         monkeypatch.setattr("dataset.batches.POOL", pool)
         sizes[pool] = sum(
-            int(samples.lengths[part].max()) for part in Batches(samples, 3, 1, seed=1)._plan(0)
+            max(map(len, rows_in(step))) for step in Batches(samples, 3, 1, seed=1).steps(0)
         )
     assert sizes[10] < 0.8 * sizes[1]
 
@@ -374,7 +305,7 @@ def test_micro_batches_are_the_cheapest_cut_within_their_limits(
 
     inner = range(1, len(lengths))
     cheapest = min(cost(cuts) for n in range(len(lengths)) for cuts in combinations(inner, n))
-    parts = micro_batches(samples, indices, batch_size, micro_tokens)
+    parts = micro_batches(samples.lengths, indices, batch_size, micro_tokens)
     assert sorted(np.concatenate(parts)) == indices.tolist()
     assert cost(np.cumsum([len(part) for part in parts])[:-1]) == cheapest
     order = np.concatenate([samples.lengths[part] for part in parts])
@@ -429,6 +360,24 @@ def test_a_process_without_rows_gets_one_masked_batch(make, chats):
     assert (idle.n_targets, idle.n_bytes, idle.n_tokens) == (0, 0, 0) and busy.n_targets
 
 
+@pytest.mark.parametrize("probed", [1000, 1])
+@pytest.mark.parametrize(("batch_size", "micro_tokens"), [(3, 100_000), (100, 200), (4, 10)])
+def test_the_largest_step_has_the_largest_micro_batch_of_the_epoch(
+    make, chats, monkeypatch, batch_size, micro_tokens, probed
+):
+    samples = make(SFTDataset, chats, 10_000).train
+    monkeypatch.setattr("dataset.batches.PROBED", probed)
+    for rank in (0, 1):
+        share = {"rank": rank, "world_size": 2, "num_workers": 1}
+        batches = Batches(samples, batch_size, 2, 7, micro_tokens=micro_tokens, **share)
+        sizes = [max(batch.labels.numel() for batch in step) for step in batches.steps(1)]
+        found = batches.largest_step(1)
+        largest = max(batch.labels.numel() for batch in found)
+        assert largest == max(sizes) or (probed == 1 and largest > 0.8 * max(sizes))
+        assert flat([found])[0] in flat(batches.steps(1)), "a step of this epoch"
+        assert multiprocessing.active_children() == []
+
+
 def test_validation_reads_about_so_many_tokens_spread_over_all(make, chats):
     samples = make(SFTDataset, chats, 10_000).train
     total = sum(len(ids) for ids, _ in window_rows(samples))
@@ -438,39 +387,8 @@ def test_validation_reads_about_so_many_tokens_spread_over_all(make, chats):
     assert abs(len(rows) - len(samples) // 3) <= 1 and all(
         len(batch.labels) <= 4 for batch in batches
     )
-    firsts, lasts = (tuple(samples[n][0].tolist()) for n in (0, len(samples) - 1))
+    firsts, lasts = (tuple((samples[n] >> 1).tolist()) for n in (0, len(samples) - 1))
     assert firsts in rows and lasts in rows
     assert len(rows_in(validation_batches(samples, 4, 10 * total))) == len(samples)
     assert len(rows_in(validation_batches(samples, 4, 1))) == 1
     assert validation_batches(make(SFTDataset, chats, 40).val, 4, 100) == []
-
-
-# The split
-
-
-def contents(rows, tokenizer):
-    return Counter(tokenizer.decode(rows.ids(n)) for n in range(len(rows)))
-
-
-def test_duplicates_land_on_one_side_whatever_the_order(tokenizer, tmp_path, texts):
-    rows = TEXTS * 3 + [{"text": row["text"], "source": "copy"} for row in TEXTS]
-    RNG.shuffle(rows)
-    sides = []
-    for path in (texts, write(tmp_path / "shuffled.jsonl", rows)):
-        table = tokenize_files((path,), TEXT, tokenizer, tmp_path / "cache")
-        train, val = split_rows(table, 0.2)
-        assert len(train) + len(val) == len(table) and len(train) and len(val)
-        sides.append([set(contents(side, tokenizer)) for side in (train, val)])
-    assert sides[0] == sides[1] and not sides[0][0] & sides[0][1]
-
-
-def test_the_split_takes_its_share_and_at_least_one_row(make, tokenizer, tmp_path):
-    path = write(tmp_path / "many.jsonl", [{"text": f"row {n}"} for n in range(2000)])
-    table = tokenize_files((path,), TEXT, tokenizer, tmp_path / "cache")
-    sizes = {ratio: tuple(map(len, split_rows(table, ratio))) for ratio in (0.0, 1e-9, 0.02, 0.5)}
-    assert sizes[0.0] == (2000, 0) and sizes[1e-9] == (1999, 1)
-    assert 20 <= sizes[0.02][1] <= 60 and 920 <= sizes[0.5][1] <= 1080
-    lone = write(tmp_path / "lone.jsonl", [{"text": "the same"}] * 5)
-    with pytest.raises(UserError, match=r"share of 0\.02 leaves no row to train on"):
-        make(PretrainDataset, lone, 64, val_ratio=0.02)
-    assert len(make(PretrainDataset, lone, 64).train.rows) == 5

@@ -132,9 +132,7 @@ def test_a_chat_is_prompted_exactly_as_it_was_trained(tokenizer):
 
 
 def test_many_chats_at_once_are_the_same_as_one_by_one(tokenizer):
-    assert encode_chats(tokenizer, CHATS[:50]) == [
-        encode_chat(tokenizer, messages) for messages in CHATS[:50]
-    ]
+    assert encode_chats(tokenizer, CHATS) == [encode_chat(tokenizer, chat) for chat in CHATS]
     assert encode_chats(tokenizer, []) == []
 
 
@@ -169,8 +167,8 @@ def test_a_foreign_template_without_generation_marks(tokenizer, default):
 
 TRIMMING = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}{{ eos_token }}{% endfor %}"
 BAD_TEMPLATES = {
-    "rewrites": "{% for m in messages %}[{{ m.role }}]{{ m.content | replace('2', 'two') }}{% endfor %}",
-    "drops": "{% for m in messages if m.role != 'system' %}[{{ m.role }}]{{ m.content }}{% endfor %}",
+    "rewrites": "{% for m in messages %}[]{{ m.content | replace('2', 'two') }}{% endfor %}",
+    "drops": "{% for m in messages if m.role != 'system' %}[]{{ m.content }}{% endfor %}",
     "drops the last": "{% for m in messages[:-1] %}[{{ m.role }}]{{ m.content }}{% endfor %}",
     "repeats": "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",
     "reorders": "{% for m in messages | reverse %}[{{ m.role }}]{{ m.content }}{% endfor %}",
@@ -221,10 +219,3 @@ def test_texts_become_the_ids_that_transformers_gives(tokenizer):
     for (ids, _), text in zip(encode_documents(other, texts), texts, strict=True):
         plain = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         assert ids == [tokenizer.bos_token_id, *plain, tokenizer.eos_token_id]
-
-
-def test_many_chats_are_encoded_as_each_alone(tokenizer):
-    assert encode_chats(tokenizer, CHATS) == [
-        encode_chat(tokenizer, messages) for messages in CHATS
-    ]
-    assert encode_chats(tokenizer, []) == []

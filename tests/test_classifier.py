@@ -167,7 +167,7 @@ def test_json_and_tsv_say_the_same(tmp_path):
         ('{"text": "a", "label": true}', r":1: .label. True is neither"),
         ('{"text": " ", "label": 1}', r':1: "text" is empty'),
         ('{"words": "a", "label": 1}', r""":1: no "text" among its keys \('words', 'label'\)"""),
-        ('["a", 1]', r":1: a row must be an object"),
+        ('["a", 1]', r":1: a row must be a JSON object"),
         ('{"text": "a", "label": 1}\nnonsense', r":2: "),
         (
             '{"text": "a", "label": 1}\n{"text": "a", "text_pair": "b", "label": 1}',

@@ -32,7 +32,15 @@ from trainer.stage import Base, run_facts
 def load(trained, stage="full_sft"):
     base = trained.out / f"{stage}_64.pth"
     model, record = load_base(base)
-    return model, record, tokenizer_of(record, base, None, trained.out)
+    tokenizer = tokenizer_of(
+        base,
+        None,
+        trained.out,
+        fingerprint=record["tokenizer"],
+        vocab_size=record["config"]["vocab_size"],
+        is_foreign=False,
+    )
+    return model, record, tokenizer
 
 
 def session_on(trained, stage="full_sft", **more) -> ChatSession:
@@ -168,11 +176,10 @@ def test_general_validation_uses_only_chats_that_the_base_never_saw(trained, tmp
     seen, held_out = [], []
     split = batches.split_rows
 
-    def spy(table, val_ratio):
-        train, val = split(table, val_ratio)
-        rows = table.with_format("numpy")["digest"][:]
-        seen.append(set(rows[train.chosen]))
-        held_out.append(set(rows[val.chosen]))
+    def spy(rows, val_ratio):
+        train, val = split(rows, val_ratio)
+        seen.append(set(rows.rows["digest"][train.chosen]))
+        held_out.append(set(rows.rows["digest"][val.chosen]))
         return train, val
 
     monkeypatch.setattr(batches, "split_rows", spy)

@@ -88,28 +88,24 @@ def test_its_figures_are_those_of_training(tmp_path, capsys, tokenizer, max_seq_
     path.write_bytes(
         b"".join(bundled_data("sft_mini.jsonl").read_bytes().splitlines(keepends=True)[:150])
     )
-    samples = SFTDataset(
-        (path,), tokenizer, max_seq_len, cache=tmp_path / "cache", val_ratio=0.0
-    ).train
+    rows = [json.loads(line)["conversations"] for line in path.read_bytes().splitlines()]
+    encoded = [encode_chat(tokenizer, row) for row in rows]
+    lengths = [len(ids) for ids, _ in encoded]
+    truncated = sum(length > max_seq_len for length in lengths)
+    left_out = sum(not any(learned[1:max_seq_len]) for _, learned in encoded)
+    data = SFTDataset((path,), tokenizer, max_seq_len, cache=tmp_path / "cache", val_ratio=0.0)
+    samples = data.train
     code, out = report(capsys, path, "--n", 0, "--max_seq_len", max_seq_len)
     assert code == 0 and "chat rows\nrows: 150 usable, 0 bad\n" in out
-    assert (
-        f"truncated at {max_seq_len}: {samples.truncated} ({samples.truncated / 1.5:.1f} %)" in out
-    )
-    assert (
-        f"left out in training: {samples.without_targets} ({samples.without_targets / 1.5:.1f} %)"
-        in out
-    )
+    assert f"truncated at {max_seq_len}: {truncated} ({truncated / 1.5:.1f} %)" in out
+    assert f"left out in training: {left_out} ({left_out / 1.5:.1f} %)" in out
+    assert len(samples) == 150 - left_out
     steps = Batches(samples, TrainOptions().batch_size, 1, TrainOptions().seed).steps(0)
     shapes = [(batch.labels.numel(), batch.n_tokens) for batches in steps for batch in batches]
     computed, useful = map(sum, zip(*shapes, strict=True))
     assert f"padding in an epoch of training at batch 16: {1 - useful / computed:.1%}\n" in out
-    assert max_seq_len != 20 or samples.without_targets > 0, "the case is there"
-    rows = [
-        json.loads(line)["conversations"] for line in path.read_text(encoding="utf-8").splitlines()
-    ]
+    assert max_seq_len != 20 or left_out > 0, "the case is there"
     text = "".join(message["content"] for row in rows for message in row)
-    lengths = [len(encode_chat(tokenizer, row)[0]) for row in rows]
     assert f"tokens: {sum(lengths)}, " in out and f"longest {max(lengths)}\n" in out
     assert (
         f"{len(text) / sum(lengths):.2f} characters, {len(text.encode()) / sum(lengths):.2f} bytes"

@@ -14,7 +14,7 @@ import eval_model
 from core.errors import UserError
 from core.files import sha256_file
 from core.paths import TOKENIZER_DIR
-from dataset.tokenizer import load_tokenizer, template_of, tokenizer_fingerprint
+from dataset.tokenizer import load_tokenizer, tokenizer_fingerprint, use_template
 from model.lora.library import SkillLibrary
 from model.lora.skill_file import SkillMeta, read_lora
 from model.model_lora import apply_lora, attach_lora, remove_lora, save_lora
@@ -130,7 +130,7 @@ def test_a_hugging_face_base_is_merged_into_a_folder_that_its_library_loads(out,
     model.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(TOKENIZER_DIR).save_pretrained(tmp_path / "base")
     tokenizer = load_tokenizer(TOKENIZER_DIR)
-    tokenizer.chat_template = template_of(TEMPLATE)
+    use_template(tokenizer, TEMPLATE)
     write_skills(model, out, ("llama",), 32, tokenizer_fingerprint(tokenizer))
     attach_lora(model, out / "lora" / "lora_llama_32.pth")
     for name in (".merged.unfinished", "merged.part"):

@@ -10,9 +10,16 @@ import pytest
 import zstandard
 
 from core.errors import UserError
-from dataset import blocks
-from dataset.blocks import read_blocks
-from dataset.rows import BadRow, clean_any, clean_chat, clean_text, read_rows, read_texts
+from dataset import rows
+from dataset.rows import (
+    BadRow,
+    clean_any,
+    clean_chat,
+    clean_text,
+    read_blocks,
+    read_rows,
+    read_texts,
+)
 
 CHAT = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "Hello 👋"}]
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -73,8 +80,8 @@ def test_every_file_format_gives_the_same_rows(tmp_path, name):
 @pytest.mark.parametrize("size", [1, 2, 5, 64])
 @pytest.mark.parametrize("name", FORMATS)
 def test_however_little_is_read_at_once_the_rows_are_the_same(tmp_path, monkeypatch, name, size):
-    monkeypatch.setattr(blocks, "CHUNK_BYTES", size)
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
+    monkeypatch.setattr(rows, "CHUNK_BYTES", size)
+    monkeypatch.setattr(rows, "BLOCK_BYTES", size)
     path = tmp_path / name
     path.write_bytes(FORMATS[name])
     assert rows_of(path) == TEXTS
@@ -87,7 +94,7 @@ def test_neither_a_long_line_nor_a_long_array_is_held_whole(tmp_path):
         "[" + ", ".join(['{"text": "' + "x" * 1000 + '"}'] * 20_000) + "]", encoding="utf-8"
     )
     tracemalloc.start()
-    assert sum(len(block.lines) for block in read_blocks(path)) == 20_000
+    assert sum(len(block.rows) for block in read_blocks(path)) == 20_000
     assert tracemalloc.get_traced_memory()[1] < 8e6 < path.stat().st_size
     tracemalloc.stop()
 
@@ -262,7 +269,7 @@ ARRAYS = [  # a file's content, the reason in each bad line
 @pytest.mark.parametrize("size", [1, 3, 1 << 18])
 @pytest.mark.parametrize(("array", "found"), ARRAYS)
 def test_bad_rows_of_an_array_are_named_by_their_line(tmp_path, monkeypatch, array, found, size):
-    monkeypatch.setattr(blocks, "CHUNK_BYTES", size)
+    monkeypatch.setattr(rows, "CHUNK_BYTES", size)
     path = tmp_path / "a.json"
     path.write_bytes(array if isinstance(array, bytes) else array.encode())
     actual = bad_rows(path)
@@ -272,10 +279,10 @@ def test_bad_rows_of_an_array_are_named_by_their_line(tmp_path, monkeypatch, arr
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_number_is_not_cut_where_reading_paused(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(blocks, "CHUNK_BYTES", size)
+    monkeypatch.setattr(rows, "CHUNK_BYTES", size)
     path = tmp_path / "a.json"
     path.write_text('[12345, -1.5e7, {"text": "a"}]', encoding="utf-8")
-    assert [line for block in read_blocks(path) for _, line in block.lines] == [
+    assert [line for block in read_blocks(path) for _, line in block.rows] == [
         b"12345",
         b"-1.5e7",
         b'{"text": "a"}',
@@ -308,7 +315,7 @@ NOT_DATA = {
     "plain.jsonl.gz": (json_lines(TEXTS), "cannot read"),
     "cut.jsonl.zst": (
         zstandard.compress(json_lines(TEXTS * 500))[:-40],
-        "the compressed file ends too early",
+        "cannot read",
     ),
     "plain.jsonl.zst": (json_lines(TEXTS), "cannot read"),
 }

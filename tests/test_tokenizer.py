@@ -167,18 +167,17 @@ def test_any_text_comes_back_exactly(small, tokenizer, which):
         ids = chosen.encode(text, add_special_tokens=False, split_special_tokens=True)
         assert chosen.decode(ids) == text
         assert sizes[ids].sum() == len(text.encode())
-        assert b"".join(spelled_bytes(chosen, n) for n in ids) == text.encode()
+        assert b"".join(spelled_bytes(chosen, ids)) == text.encode()
 
 
 def test_every_token_is_counted_by_its_own_bytes(tokenizer):
     sizes = token_bytes(tokenizer)
     assert sizes.shape == (6400,) and sizes.dtype == np.int64
     assert (sizes[:3] == 0).all() and (sizes[3:] >= 1).all()
-    assert [len(spelled_bytes(tokenizer, n)) for n in range(3, 6400)] == sizes[3:].tolist()
-    assert {spelled_bytes(tokenizer, n) for n in range(6400)} >= {
-        bytes([byte]) for byte in range(256)
-    }
-    assert spelled_bytes(tokenizer, 1) == b"<|im_start|>"
+    spelled = spelled_bytes(tokenizer, range(6400))
+    assert [len(token) for token in spelled[3:]] == sizes[3:].tolist()
+    assert set(spelled) >= {bytes([byte]) for byte in range(256)}
+    assert spelled[1] == b"<|im_start|>"
 
 
 def test_the_shipped_tokenizer(tokenizer):
@@ -241,12 +240,9 @@ def test_the_fingerprint_changes_with_whatever_changes_ids(tokenizer, small, tmp
         (lambda folder: (folder / "tokenizer_config.json").write_bytes(b"[]"), "cannot be read"),
         (
             lambda folder: save_without(folder, "chat_template"),
-            "lacks an end-of-turn token or a chat template",
+            "has no chat template",
         ),
-        (
-            lambda folder: save_without(folder, "eos_token"),
-            "lacks an end-of-turn token or a chat template",
-        ),
+        (lambda folder: save_without(folder, "eos_token"), "lacks an end-of-turn token"),
     ],
 )
 def test_a_folder_that_is_no_tokenizer_is_one_sentence(small, tmp_path, damage, reason):

@@ -1,0 +1,276 @@
+"""Data files tokenised once: a memory-mapped table of token ids and learned flags in the cache
+folder.
+
+A table is three files: ``.tokens``, one number ``2 * id + learned`` a token, the rows end to end;
+``.rows``, a ``ROW`` for each row; ``.json``, written last, which seals them with their checksums.
+"""
+
+import hashlib
+import json
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from core.errors import UserError
+from core.files import atomic_write, sha256_file
+from dataset.chat import Encoded, encode_chats, encode_documents
+from dataset.rows import (
+    SHOWN_BAD_ROWS,
+    BadRow,
+    Block,
+    clean_any,
+    clean_chat,
+    clean_rows,
+    clean_text,
+    read_blocks,
+    read_rows,
+    settle_bad_rows,
+)
+from dataset.tokenizer import tokenizer_fingerprint
+from dataset.workers import by_workers, usable_cores
+
+FORMAT = 6  # raise it when the meaning of a cached table changes
+ROW = np.dtype([("start", "<i8"), ("digest", "<i8"), ("length", "<i4"), ("first_target", "<i4")])
+SMALL_BYTES = 1 << 24  # of text: less is tokenised sooner than worker processes start
+SHRINK = {".gz": 3, ".zst": 3}  # about how many times more text a packed file holds
+MOST_WORKERS = 16  # where one reading and writing process becomes the bottleneck
+BAR_SECONDS = 2  # work that takes longer gets a bar
+
+
+class Kind(NamedTuple):
+    """What a row is: how it is cleaned, and how the contents at its ``key`` are encoded."""
+
+    name: str
+    key: str
+    clean: Callable[[dict], dict]
+    encode: Callable[[PreTrainedTokenizerBase, list], list[Encoded]]
+
+
+TEXT = Kind("text", "text", clean_text, encode_documents)
+CHAT = Kind("chat", "conversations", clean_chat, encode_chats)
+
+
+def kind_of(path: Path) -> Kind | None:
+    """The kind of a file's first usable row, to which all others are held; None without one."""
+    rows = (row for _, row in read_rows(path, clean_any) if not isinstance(row, BadRow))
+    first = next(rows, {})
+    return next((kind for kind in (TEXT, CHAT) if kind.key in first), None)
+
+
+class TokenRows:
+    """The rows of a memory-mapped table, or a ``chosen`` subset of them.
+
+    ``lengths`` and ``first_target`` are (rows,) int32. The first target is the position of the
+    first learned token that something predicts, so at least 1; it is the length if there is none.
+    Takes twelve bytes of memory a row. Pickles by file name: worker processes map the same pages.
+    """
+
+    def __init__(self, table: Path, dtype: np.dtype, chosen: np.ndarray | None = None):
+        self.table, self.dtype = table, dtype
+        self.tokens = np.asarray(np.memmap(table.with_suffix(".tokens"), dtype, "r"))
+        self.rows = np.asarray(np.memmap(table.with_suffix(".rows"), ROW, "r"))
+        self.chosen = np.arange(len(self.rows), dtype=np.int32) if chosen is None else chosen
+        self.lengths = self.rows["length"][self.chosen]
+        self.first_target = self.rows["first_target"][self.chosen]
+
+    def __reduce__(self) -> tuple:
+        return TokenRows, (self.table, self.dtype, self.chosen)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, n: int) -> np.ndarray:
+        """``2 * id + learned`` for each token of row ``n``: a view of the file, read when used."""
+        start = int(self.rows["start"][self.chosen[n]])
+        return self.tokens[start : start + int(self.lengths[n])]
+
+
+def tokenize_files(
+    paths: tuple[Path, ...],
+    kind: Kind,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Path,
+    bad_rows: str = "stop",
+    workers: int = 0,
+) -> TokenRows:
+    """The usable rows of all files in order, tokenised.
+
+    The cache is keyed by the bytes of the files, the tokenizer's fingerprint and the format.
+    ``workers`` processes tokenise (0: one for each core, none for small files); the table is the
+    same whatever their number. ``bad_rows`` "stop" lists the first bad rows and raises
+    ``UserError``; "skip" leaves all of them out and prints how many. Raises ``UserError`` for files
+    without usable rows, and for files that change while they are read.
+    """
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"data file {path} does not exist; check data_path")
+    hashes = [sha256_file(path, cache) for path in paths]
+    identity = json.dumps([FORMAT, kind.name, tokenizer_fingerprint(tokenizer), *hashes])
+    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    table = cache / f"{kind.name}-{key}.json"
+    facts = _facts_of(table)
+    if facts is None:
+        if table.exists():
+            print(f"the token cache {table} is damaged or unfinished: it is made again", flush=True)
+        # The largest id decides, because the ids of some vocabularies have gaps.
+        dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 15 else np.uint32
+        encode = partial(_encode, kind, tokenizer, dtype)
+        try:
+            facts = _write_table(table, paths, hashes, encode, workers)
+        except UserError:
+            # Windows replaces no open file: a process that began together with this was first.
+            if (facts := _facts_of(table)) is None:
+                raise
+    # The cache may have been filled from files with other names.
+    shown = [f"{paths[file]}:{line}: {reason}" for file, line, reason in facts["shown"]]
+    settle_bad_rows(facts["bad"], shown, bad_rows)
+    if not facts["rows"]:
+        raise UserError(f"no usable row in {', '.join(map(str, paths))}")
+    return TokenRows(table, np.dtype(facts["dtype"]))
+
+
+def _facts_of(table: Path) -> dict | None:
+    """What the seal says of a table; None if a file of it is missing or not as it was written.
+
+    CRC-32 tells: an accident passes once in four billion times; intent is not guarded against. The
+    whole table is read, which takes about a second for each gigabyte.
+    """
+    try:
+        sealed = json.loads(table.read_text(encoding="utf-8"))
+        facts = sealed["facts"]
+        if sealed["crc32"] != zlib.crc32(json.dumps(facts).encode()):
+            return None
+        for suffix, expected in facts["crc32"].items():
+            crc = 0
+            with table.with_suffix(suffix).open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    crc = zlib.crc32(chunk, crc)
+            if crc != expected:
+                return None
+        return facts
+    except (OSError, ValueError, TypeError, KeyError):  # missing, or harmed in whatever way
+        return None
+
+
+def _write_table(
+    table: Path, paths: tuple[Path, ...], hashes: list[str], encode: Callable, workers: int
+) -> dict:
+    """Write the files of ``table``, each whole or not at all, the seal last; returns its facts."""
+    crc32 = {".tokens": 0, ".rows": 0}
+    facts = {"rows": 0, "bad": 0, "shown": [], "crc32": crc32}
+
+    def write(token_file: BinaryIO, row_file: BinaryIO) -> None:
+        start = 0
+        with closing(_encoded(paths, encode, workers)) as parts:
+            for part in parts:
+                part.rows["start"] += start
+                start += len(part.tokens)
+                token_file.write(part.tokens.tobytes())
+                row_file.write(part.rows.tobytes())
+                crc32[".tokens"] = zlib.crc32(part.tokens.tobytes(), crc32[".tokens"])
+                crc32[".rows"] = zlib.crc32(part.rows.tobytes(), crc32[".rows"])
+                facts["dtype"] = part.tokens.dtype.str
+                facts["rows"] += len(part.rows)
+                facts["bad"] += len(part.bad)
+                facts["shown"] += part.bad[: SHOWN_BAD_ROWS - len(facts["shown"])]
+        for path, before in zip(paths, hashes, strict=True):
+            if sha256_file(path, table.parent) != before:
+                raise UserError(f"{path} changed while it was read; start again once it is whole")
+
+    def write_both(token_file: BinaryIO) -> None:
+        atomic_write(table.with_suffix(".rows"), lambda row_file: write(token_file, row_file))
+
+    atomic_write(table.with_suffix(".tokens"), write_both)
+    seal = {"crc32": zlib.crc32(json.dumps(facts).encode()), "facts": facts}
+    atomic_write(table, lambda file: file.write(json.dumps(seal).encode()))
+    return facts
+
+
+class Part(NamedTuple):
+    """What becomes of one block of rows."""
+
+    tokens: np.ndarray  # 2 * id + learned, the rows end to end
+    rows: np.ndarray  # of dtype ROW; each start counts from the part's first token
+    bad: list[tuple[int, int, str]]  # number of the file, line, reason
+    read: int  # bytes of the file
+
+
+def _encoded(
+    paths: tuple[Path, ...], encode: Callable[[tuple[int, Block]], Part], workers: int
+) -> Iterator[Part]:
+    """The parts of all files in order; what takes long is announced and shows a bar."""
+    sizes = {path: path.stat().st_size for path in paths}
+    total = sum(sizes.values())
+    is_small = sum(SHRINK.get(path.suffix, 1) * size for path, size in sizes.items()) < SMALL_BYTES
+    workers = workers or (1 if is_small else min(usable_cores(), MOST_WORKERS))
+    if not is_small:
+        names = ", ".join(path.name for path in paths)
+        print(f"tokenising {names}: {total / 1e6:,.0f} MB, {workers} processes", flush=True)
+    rows, began = 0, time.perf_counter()
+    blocks = ((n, block) for n, path in enumerate(paths) for block in read_blocks(path))
+    look = {"unit": "B", "unit_scale": True, "leave": False, "delay": BAR_SECONDS, "disable": None}
+    with tqdm(total=total, **look) as bar:
+        for part in by_workers(encode, blocks, workers) if workers > 1 else map(encode, blocks):
+            yield part
+            rows += len(part.rows)
+            bar.update(part.read)
+    if not is_small:
+        seconds = time.perf_counter() - began
+        speed = f"{rows / seconds:,.0f} rows/s, {total / 1e6 / seconds:.1f} MB/s"
+        print(f"tokenised {rows:,} rows in {seconds:.0f} s ({speed})", flush=True)
+
+
+def _encode(
+    kind: Kind, tokenizer: PreTrainedTokenizerBase, dtype: type, numbered: tuple[int, Block]
+) -> Part:
+    """Clean and tokenise a block of the file with the given number."""
+    file, block = numbered
+    good, bad = [], []
+    for line, row in clean_rows(block, kind.clean):
+        if isinstance(row, BadRow):
+            bad.append((file, line, str(row)))
+        else:
+            good.append(row)
+    encoded = kind.encode(tokenizer, [row[kind.key] for row in good])
+    rows = np.empty(len(good), ROW)
+    rows["digest"] = [digest(row) for row in good]
+    rows["length"] = [len(ids) for ids, _ in encoded]
+    rows["start"] = np.cumsum(rows["length"]) - rows["length"]
+    # The closing True gives a row without targets its length.
+    rows["first_target"] = [[*learned[1:], True].index(True) + 1 for _, learned in encoded]
+    ids = np.fromiter(chain.from_iterable(ids for ids, _ in encoded), dtype)
+    learned = np.fromiter(chain.from_iterable(learned for _, learned in encoded), dtype)
+    return Part(2 * ids + learned, rows, bad, block.read)
+
+
+def digest(row: dict) -> int:
+    """63 bits of the SHA-256 of a row's content."""
+    content = json.dumps(row, sort_keys=True, ensure_ascii=False).encode()
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little") >> 1
+
+
+def split_rows(rows: TokenRows, val_ratio: float) -> tuple[TokenRows, TokenRows]:
+    """Training and validation rows, told apart by a hash of their content, so that duplicates land
+    on one side.
+
+    At least one row each; ``val_ratio`` 0 holds nothing out. Raises ``UserError`` when nothing is
+    left to train on.
+    """
+    digests = rows.rows["digest"][rows.chosen]
+    held_out = digests < np.float64(val_ratio) * 2.0**63
+    if val_ratio > 0 and not held_out.any():
+        held_out = digests == digests.min()
+    if held_out.all():
+        advice = "give more different rows, or val_ratio 0 to train on those there are"
+        raise UserError(f"a held-out share of {val_ratio} leaves no row to train on; {advice}")
+    train, val = rows.chosen[~held_out], rows.chosen[held_out]
+    return TokenRows(rows.table, rows.dtype, train), TokenRows(rows.table, rows.dtype, val)
