@@ -166,7 +166,7 @@ class LabelledSamples:
         framed = tokenizer.num_special_tokens_to_add(pair=pairs)
         if max_seq_len <= framed:
             raise UserError(
-                f"--max_seq_len {max_seq_len} leaves no room for text beside {framed} control tokens"
+                f"max_seq_len {max_seq_len} has no room for text beside {framed} control tokens"
             )
         self.labels = np.array(
             [number[row["label"]] if "label" in row else 0 for row in rows], np.int64

@@ -143,7 +143,7 @@ def test_a_model_without_a_chat_template_is_asked_in_the_words_of_the_flag(
         lora_name="y",
         **SMALL,
     )
-    with pytest.raises(UserError, match="bare has no chat template: .*prompt_template"):
+    with pytest.raises(UserError, match=r"bare has no chat template: .*prompt_template"):
         train_lora.main(argv)
     path = train_lora.main([*argv, "--prompt_template", TEMPLATE])
     assert read_lora(path)[1].prompt_template == TEMPLATE

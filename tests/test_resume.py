@@ -27,6 +27,7 @@ from trainer.checkpoints import (
     SUMS,
     Progress,
     RunStates,
+    Trained,
     newest_state,
     saved_states,
     write_state,
@@ -444,14 +445,13 @@ def test_any_optimizer_goes_on_where_it_was(tmp_path, make):
     model, optimizer, scaler = parts()
     steps(model, optimizer, 3)
     states = RunStates(tmp_path, {}, resume=False)
-    states.save(
-        model, optimizer, scaler, Progress(3), cpu.rng_states(), cpu, metrics="", total_steps=6
-    )
+    trained = Trained(model, optimizer, scaler)
+    states.save(trained, cpu, cpu.rng_states(), Progress(3), "", total_steps=6)
     steps(model, optimizer, 3)
 
     other, optimizer, scaler = parts()
     found = RunStates(tmp_path, {}, resume=True)
-    assert found.restore(other, optimizer, scaler, cpu).step == 3
+    assert found.restore(Trained(other, optimizer, scaler), cpu).step == 3
     steps(other, optimizer, 3)
     for left, right in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(left, right)
@@ -465,9 +465,8 @@ def test_the_scale_of_fp16_goes_on_where_it_was(tmp_path):
     )
     model(torch.rand(3, 2)).sum().backward()
     optimizer.step()
-    RunStates(tmp_path, {}, resume=False).save(
-        model, optimizer, scaler, Progress(1), cpu.rng_states(), cpu, metrics="", total_steps=6
-    )
+    states, trained = RunStates(tmp_path, {}, resume=False), Trained(model, optimizer, scaler)
+    states.save(trained, cpu, cpu.rng_states(), Progress(1), "", total_steps=6)
     fresh = torch.amp.GradScaler("cpu")
-    RunStates(tmp_path, {}, resume=True).restore(model, optimizer, fresh, cpu)
+    RunStates(tmp_path, {}, resume=True).restore(Trained(model, optimizer, fresh), cpu)
     assert fresh.state_dict() == scaler.state_dict() and fresh.get_scale() == 1024.0

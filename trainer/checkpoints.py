@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +35,14 @@ TENSORS, MANIFEST, METRICS = FILES = "state.safetensors", "manifest.json", "metr
 SUMS = "SHA256SUMS"  # `sha256sum --check SHA256SUMS` checks a state by hand
 LOCK = "run.lock"
 KEPT = 2
+
+
+class Trained(NamedTuple):
+    """What a state restores beside the random numbers; only trainable weights are in it."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
 
 
 @dataclass
@@ -131,13 +140,7 @@ class RunStates:
                 " on with it; this run starts over and deletes it at its first save"
             )
 
-    def restore(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        runtime: Runtime,
-    ) -> Progress:
+    def restore(self, trained: Trained, runtime: Runtime) -> Progress:
         """Put everything back to the found state; without one, return a run's beginning."""
         progress = Progress(**self.remembered("progress", {}))
         if runtime.sum(progress.step)[0] != progress.step * runtime.world_size:
@@ -147,10 +150,11 @@ class RunStates:
         if not self.found:
             return progress
         manifest, tensors = self.found.manifest, self.found.tensors
+        model, optimizer, scaler = trained
         with torch.no_grad():
             for name, parameter in _trainable(model).items():
                 parameter.copy_(tensors[f"model.{name}"])
-        numbers = {name: number for number, name in _numbered(model, optimizer)}
+        numbers = {name: number for number, name in _numbered(trained)}
         state = {}
         for key, value in (tensors | manifest["optimizer"]).items():
             if key.startswith("optimizer."):
@@ -159,9 +163,8 @@ class RunStates:
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
         scaler.load_state_dict(manifest["scaler"])
-        runtime.set_rng_state(
-            {name: tensors.get(f"rng.{runtime.rank}.{name}") for name in runtime.rng_state()}
-        )
+        rng = {name: tensors.get(f"rng.{runtime.rank}.{name}") for name in runtime.rng_state()}
+        runtime.set_rng_state(rng)
         tensors.clear()
         for name, value in runtime.environment().items():
             if (before := manifest["environment"].get(name)) != value:
@@ -173,24 +176,22 @@ class RunStates:
 
     def save(
         self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        progress: Progress,
-        rng: list[dict[str, Tensor]],
+        trained: Trained,
         runtime: Runtime,
-        *,
+        rng: list[dict[str, Tensor]],
+        progress: Progress,
         metrics: str,
         **facts: object,
     ) -> None:
         """Write the state after ``progress.step``; ``rng`` is each rank's, ``facts`` plain JSON."""
+        model, optimizer, scaler = trained
         tensors = {f"model.{name}": parameter for name, parameter in _trainable(model).items()}
         for rank, states in enumerate(rng):
             tensors |= {f"rng.{rank}.{name}": state for name, state in states.items()}
         held = optimizer.state_dict()["state"]
         parts = {
             f"optimizer.{name}.{part}": value
-            for number, name in _numbered(model, optimizer)
+            for number, name in _numbered(trained)
             for part, value in held.get(number, {}).items()
         }
         tensors |= {key: value for key, value in parts.items() if isinstance(value, Tensor)}
@@ -203,8 +204,8 @@ class RunStates:
             "environment": runtime.environment(),
             **facts,
         }
-        step, over = progress.step, self._starts_over
-        write_state(self.folder, step, tensors, manifest, metrics, starts_over=over)
+        settings = {"starts_over": self._starts_over}
+        write_state(self.folder, progress.step, tensors, manifest, metrics, **settings)
         self._starts_over = False
 
 
@@ -333,11 +334,12 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _numbered(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[int, str]]:
+def _numbered(trained: Trained) -> list[tuple[int, str]]:
     """Each parameter's number in the optimizer's state dict, and its name in the model."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    numbers = [n for group in optimizer.state_dict()["param_groups"] for n in group["params"]]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {id(parameter): name for name, parameter in trained.model.named_parameters()}
+    groups = trained.optimizer.state_dict()["param_groups"]
+    numbers = [number for group in groups for number in group["params"]]
+    parameters = [p for group in trained.optimizer.param_groups for p in group["params"]]
     return [(number, names[id(p)]) for number, p in zip(numbers, parameters, strict=True)]
 
 

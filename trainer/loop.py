@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from core.errors import UserError, reason_of
 from dataset.batches import Batch
+from trainer.checkpoints import Trained
 from trainer.optimizer import lr_at, make_optimizer
 from trainer.run import BatchSource, Run, Summary
 from trainer.runtime import Runtime
@@ -46,7 +47,7 @@ def train(
     run.plan(source)
     optimizer = make_optimizer(groups, options.learning_rate, options.optimizer, runtime.device)
     scaler = runtime.scaler()
-    with run.at_work(model, optimizer, scaler):
+    with run.at_work(Trained(model, optimizer, scaler)):
         replica = warm_up(model, source.largest_batch(), run, loss_sum)
         for batches in run.steps(source):
             lr = lr_at(run.step, run.total, run.warmup, options.decay_ratio, options.learning_rate)
@@ -57,7 +58,7 @@ def train(
             norm = clip_gradients(parameters, options.grad_clip or math.inf)
             # Summed over the ranks, so that all of them stop at the same step.
             tokens = sum(batch.n_tokens for batch in batches)
-            loss, tokens, is_stopping = runtime.sum(loss, tokens, run.is_asked_to_stop)
+            loss, tokens, is_stopping = runtime.sum(loss, tokens, run.request.signum > 0)
             run.require_finite(loss, norm)
             scaler.step(optimizer)  # in fp16 it skips a step whose gradient overflowed
             scaler.update()

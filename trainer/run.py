@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from core.errors import ECHO_SECONDS, STOPPING, Stopped, UserError
 from dataset.batches import Batch
-from trainer.checkpoints import RunStates
+from trainer.checkpoints import RunStates, Trained
 from trainer.metrics import (
     Clock,
     NoLog,
@@ -114,52 +114,46 @@ class Run:
             )
 
     @contextmanager
-    def at_work(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-    ) -> Iterator[None]:
+    def at_work(self, trained: Trained) -> Iterator[None]:
         """Inside, the run is alone in its folder, stands where its state was, logs, and may stop.
 
         Raises ``UserError`` when another process is at this run.
         """
-        runtime, states = self.runtime, self.states
-        self.trained = model, optimizer, scaler
-        self.log = NoLog()
+        options, runtime, states = self.options, self.runtime, self.states
+        self.trained, self.log = trained, NoLog()
         with ExitStack() as stack:
+
+            def open_log() -> None:
+                lines = states.found.metrics if states.found else ""
+                wandb_id = states.remembered("wandb_id", None)
+                self.log = stack.enter_context(RunLog(self.log_to, options, lines, wandb_id))
+
             self.request = stack.enter_context(stop_requests())
-            if not self.options.dry_run:
+            if not options.dry_run:
                 runtime.on_first(lambda: stack.enter_context(states.alone()))
-            self.progress = states.restore(*self.trained, runtime)
+            self.progress = states.restore(trained, runtime)
             self.saved = self.started_at = self.step
             self.validation.results = states.remembered("validation", self.validation.results)
-            if not self.options.dry_run:
-                runtime.on_first(lambda: stack.enter_context(self._open_log()))
-            every, trainable = count_parameters(model)
+            if not options.dry_run:
+                runtime.on_first(open_log)
+            every, trainable = count_parameters(trained.model)
             print(f"{runtime}\ntraining {trainable:,} of {every:,} parameters")
             print(f"{self.total - self.step} optimizer steps of {self.rows_per_step} rows")
-            self.bar = stack.enter_context(_bar(self.step, self.total, runtime))
+            look = {"bar_format": "{n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}"}
+            look["disable"] = True if runtime.rank > 0 else None  # None: only on a terminal
+            self.bar = stack.enter_context(tqdm(initial=self.step, total=self.total, **look))
             yield
-
-    def _open_log(self) -> RunLog:
-        lines = self.states.found.metrics if self.states.found else ""
-        wandb_id = self.states.remembered("wandb_id", None)
-        self.log = RunLog(self.log_to, self.options, lines, wandb_id)
-        return self.log
 
     @property
     def step(self) -> int:
         """The optimizer steps that are done."""
         return self.progress.step
 
-    @property
-    def is_asked_to_stop(self) -> bool:
-        """Whether this process was sent a signal of ``STOPPING``."""
-        return self.request.signum > 0
-
     def steps(self, source: BatchSource) -> Iterator[list[Batch]]:
         """The steps that are left, epoch after epoch; none after a stop during the warm-up."""
-        self.floor = matmul_floor(self.trained[0], self.runtime)
+        self.floor = matmul_floor(self.trained.model, self.runtime)
         self.clock = Clock(self.runtime, self.progress.seconds)
-        if self.runtime.sum(self.is_asked_to_stop)[0]:
+        if self.runtime.sum(self.request.signum > 0)[0]:
             return
         while self.step < self.last:
             epoch, done = divmod(self.step, source.steps_per_epoch)
@@ -168,7 +162,7 @@ class Run:
             except (RuntimeError, OSError):
                 # Where no system keeps a Ctrl-C from a process that is still starting, it ends
                 # the source's helpers too. Several ranks must stop at the same step.
-                if not self.is_asked_to_stop or self.runtime.world_size > 1:
+                if not self.request.signum or self.runtime.world_size > 1:
                     raise
                 return
 
@@ -179,7 +173,7 @@ class Run:
         """
         progress = self.progress
         progress.overflows = 0 if math.isfinite(norm) else progress.overflows + 1
-        allowed = MAX_OVERFLOWS if self.trained[2].is_enabled() else 0
+        allowed = MAX_OVERFLOWS if self.trained.scaler.is_enabled() else 0
         if not math.isfinite(loss) or progress.overflows > allowed:
             raise UserError(
                 f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the weights were not"
@@ -249,11 +243,11 @@ class Run:
         self.write_files({"step": self.step, **self.validation.record()})
         self.log.keep()
         self.states.save(
-            *self.trained,
-            self.progress,
-            rng,
+            self.trained,
             self.runtime,
-            metrics=self.log.lines,
+            rng,
+            self.progress,
+            self.log.lines,
             total_steps=self.total,
             rows_per_step=self.rows_per_step,
             validation=self.validation.results,
@@ -262,7 +256,7 @@ class Run:
 
     def _check_weights(self, losses: list[Tensor]) -> None:
         """Raise ``UserError`` when an update, whose own loss was fine, made the weights useless."""
-        groups = self.trained[1].param_groups
+        groups = self.trained.optimizer.param_groups
         extremes = [torch.stack(p.aminmax()) for group in groups for p in group["params"]]
         if not all(numbers.isfinite().all() for numbers in (*extremes, *losses)):
             raise UserError(
@@ -319,16 +313,6 @@ class Run:
         """Print a line above the bar, if there is one."""
         with self.bar.external_write_mode():
             print(text, flush=True)
-
-
-def _bar(step: int, total: int, runtime: Runtime) -> tqdm:
-    """A progress bar on a terminal; nothing where the output goes to a file."""
-    return tqdm(
-        initial=step,
-        total=total,
-        bar_format="{n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}",
-        disable=True if runtime.rank > 0 else None,
-    )
 
 
 @dataclass
