@@ -163,8 +163,8 @@ class RunStates:
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
         scaler.load_state_dict(manifest["scaler"])
-        rng = {name: tensors.get(f"rng.{runtime.rank}.{name}") for name in runtime.rng_state()}
-        runtime.set_rng_state(rng)
+        kinds = ("cpu", runtime.device.type)
+        runtime.set_rng_state({kind: tensors.get(f"rng.{runtime.rank}.{kind}") for kind in kinds})
         tensors.clear()
         for name, value in runtime.environment().items():
             if (before := manifest["environment"].get(name)) != value:

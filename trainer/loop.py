@@ -41,6 +41,7 @@ def train(
     signal ended the run early, after saving it.
     """
     options, runtime = run.options, run.runtime
+    rates = options.decay_ratio, options.learning_rate
     parameters = [parameter for group in groups for parameter in group["params"]]
     if not parameters:
         raise UserError("the model has no trainable parameter: a removed LoRA leaves a frozen base")
@@ -50,7 +51,7 @@ def train(
     with run.at_work(Trained(model, optimizer, scaler)):
         replica = warm_up(model, source.largest_batch(), run, loss_sum)
         for batches in run.steps(source):
-            lr = lr_at(run.step, run.total, run.warmup, options.decay_ratio, options.learning_rate)
+            lr = lr_at(run.progress.step, run.total, run.warmup, *rates)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_ratio"]
             loss, n_targets = accumulate_gradients(replica, batches, scaler, runtime, loss_sum)
@@ -64,12 +65,13 @@ def train(
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             run.finish_step(loss, n_targets, int(tokens), lr, norm)
-            run.save_at_intervals()
+            run.save_when_due()
             if is_stopping:
                 break
         summary = run.finish()
     model.eval()
-    run.tell_end(summary)
+    if summary.steps < run.last:
+        raise run.stopped()
     return summary
 
 
@@ -87,7 +89,7 @@ def warm_up(model: nn.Module, batch: Batch, run: Run, loss_sum: LossSum) -> nn.M
         loss.backward()
         runtime.synchronize()
 
-    random_states = runtime.rng_state()
+    random_states = runtime.rng_states()[runtime.rank]
     model.train()
     forward_and_backward(model)
     idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]

@@ -75,12 +75,12 @@ class Validation:
 
     ``measures`` maps a kind to a function that measures it; each result is a dataclass of numbers
     with ``loss`` and ``targets``, such as ``Metrics``. ``results`` is plain JSON, which a saved run
-    state keeps; a kind of which nothing was held out has none.
+    state keeps: {} for a kind of which nothing was held out, else its "first" and "last".
     """
 
     def __init__(self, measures: dict[str, Callable[[], Metrics]]):
         self.measures = measures
-        self.results: dict[str, dict] = {}
+        self.results: dict[str, dict] = {kind: {} for kind in measures}
 
     def __call__(self, step: int) -> Metrics:
         """Measure every kind after optimizer step ``step``; return the result of the first kind."""
@@ -88,17 +88,13 @@ class Validation:
         for kind, metrics in found.items():
             if metrics.targets:
                 last = {"step": step, **asdict(metrics)}
-                first = self.results.get(kind, {}).get("first", last)
+                first = self.results[kind].get("first", last)
                 self.results[kind] = {"first": first, "last": last}
         return next(iter(found.values()))
 
-    def record(self) -> dict[str, dict]:
-        """What a file says of each kind; {} where nothing was held out."""
-        return {kind: self.results.get(kind, {}) for kind in self.measures}
-
     def __str__(self) -> str:
         lines = []
-        for kind, result in self.record().items():
+        for kind, result in self.results.items():
             steps = (f"{r['loss']:.4f} after step {r['step']}" for r in result.values())
             lines.append(
                 f"{kind}: " + (f"loss {', '.join(steps)}" if result else "nothing held out")

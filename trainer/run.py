@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from core.errors import ECHO_SECONDS, STOPPING, Stopped, UserError
@@ -28,7 +27,7 @@ from trainer.metrics import (
     peak_memory_mb,
 )
 from trainer.options import TrainOptions
-from trainer.runtime import Runtime, count_parameters
+from trainer.runtime import Runtime
 
 DRY_RUN_STEPS = 20
 MAX_OVERFLOWS = 20  # fp16 steps in a row that overflow before the run is given up
@@ -132,22 +131,23 @@ class Run:
             if not options.dry_run:
                 runtime.on_first(lambda: stack.enter_context(states.alone()))
             self.progress = states.restore(trained, runtime)
-            self.saved = self.started_at = self.step
+            self.saved = self.started_at = self.progress.step
             self.validation.results = states.remembered("validation", self.validation.results)
             if not options.dry_run:
                 runtime.on_first(open_log)
-            every, trainable = count_parameters(trained.model)
-            print(f"{runtime}\ntraining {trainable:,} of {every:,} parameters")
-            print(f"{self.total - self.step} optimizer steps of {self.rows_per_step} rows")
+            # A parameter of 4 bits counts as what it stands for.
+            sizes = {
+                p: getattr(p, "quant_state", p).shape.numel() for p in trained.model.parameters()
+            }
+            trainable = sum(size for p, size in sizes.items() if p.requires_grad)
+            print(f"{runtime}\ntraining {trainable:,} of {sum(sizes.values()):,} parameters")
+            print(f"{self.total - self.progress.step} optimizer steps of {self.rows_per_step} rows")
             look = {"bar_format": "{n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}"}
             look["disable"] = True if runtime.rank > 0 else None  # None: only on a terminal
-            self.bar = stack.enter_context(tqdm(initial=self.step, total=self.total, **look))
+            self.bar = stack.enter_context(
+                tqdm(initial=self.progress.step, total=self.total, **look)
+            )
             yield
-
-    @property
-    def step(self) -> int:
-        """The optimizer steps that are done."""
-        return self.progress.step
 
     def steps(self, source: BatchSource) -> Iterator[list[Batch]]:
         """The steps that are left, epoch after epoch; none after a stop during the warm-up."""
@@ -155,10 +155,10 @@ class Run:
         self.clock = Clock(self.runtime, self.progress.seconds)
         if self.runtime.sum(self.request.signum > 0)[0]:
             return
-        while self.step < self.last:
-            epoch, done = divmod(self.step, source.steps_per_epoch)
+        while self.progress.step < self.last:
+            epoch, done = divmod(self.progress.step, source.steps_per_epoch)
             try:
-                yield from islice(source.steps(epoch, done), self.last - self.step)
+                yield from islice(source.steps(epoch, done), self.last - self.progress.step)
             except (RuntimeError, OSError):
                 # Where no system keeps a Ctrl-C from a process that is still starting, it ends
                 # the source's helpers too. Several ranks must stop at the same step.
@@ -176,7 +176,7 @@ class Run:
         allowed = MAX_OVERFLOWS if self.trained.scaler.is_enabled() else 0
         if not math.isfinite(loss) or progress.overflows > allowed:
             raise UserError(
-                f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the weights were not"
+                f"step {progress.step + 1}: loss {loss}, gradient norm {norm}; the weights were not"
                 f" touched and {self._kept()}: lower learning_rate or inspect the data"
             )
 
@@ -187,39 +187,33 @@ class Run:
         """Count a step; every ``log_interval`` steps write a line of the metrics file."""
         progress = self.progress
         progress.step += 1
-        progress.first_loss = loss if self.step == 1 else progress.first_loss
+        progress.first_loss = loss if progress.step == 1 else progress.first_loss
         progress.nats += loss * n_targets
         progress.targets += n_targets
         progress.tokens += tokens
         self.clock.tick(tokens)
-        if self.step % self.options.log_interval == 0 or self.step in (1, self.last):
+        if progress.step % self.options.log_interval == 0 or progress.step in (1, self.last):
             progress.last_loss = progress.nats / max(progress.targets, 1)
             progress.nats, progress.targets = 0.0, 0
             speed, step_seconds = self.clock.pace()
-            left = None if step_seconds is None else step_seconds * (self.total - self.step)
-            self.log.write(
-                {
-                    "step": self.step,
-                    "loss": progress.last_loss,
-                    "lr": lr,
-                    "grad_norm": norm,
-                    "tokens_per_second": round(speed, 1),
-                    "matmul_share": round(speed / self.floor, 4),
-                    "peak_memory_mb": peak_memory_mb(self.runtime),
-                    "seconds": round(self.clock.elapsed(), 2),
-                    "seconds_left": None if left is None else round(left, 1),
-                }
-            )
+            left = step_seconds and step_seconds * (self.total - progress.step)
+            record = {"step": progress.step, "loss": progress.last_loss, "lr": lr}
+            record |= {"grad_norm": norm, "tokens_per_second": round(speed, 1)}
+            record |= {"matmul_share": round(speed / self.floor, 4)}
+            record |= {"peak_memory_mb": peak_memory_mb(self.runtime)}
+            record |= {"seconds": round(self.clock.elapsed(), 2), "seconds_left": left}
+            self.log.write(record)
             text = f"loss {progress.last_loss:.3f}, {speed:,.0f} tokens/s"
-            text += "" if left is None else f", {duration(left)} left"
+            text += f", {duration(left)} left" if left is not None else ""
             self.bar.set_postfix_str(text, refresh=False)
             if self.bar.disable:
-                print(f"step {self.step}/{self.total}: {text}", flush=True)
+                print(f"step {progress.step}/{self.total}: {text}", flush=True)
         self.bar.update()
 
-    def save_at_intervals(self) -> None:
-        """Save every ``save_interval`` steps and at the end, unless this is a dry run."""
-        is_due = self.step % self.options.save_interval == 0 or self.step == self.total
+    def save_when_due(self) -> None:
+        """Validate and save every ``save_interval`` steps and at the end; a dry run never does."""
+        step = self.progress.step
+        is_due = step % self.options.save_interval == 0 or step == self.total
         if is_due and not self.options.dry_run:
             self.save(validate=True)
 
@@ -229,90 +223,64 @@ class Run:
         rng = self.runtime.rng_states()
         with self.clock.paused():
             self.runtime.on_first(lambda: self._write(rng, validate))
-        self.saved = self.step
+        self.saved = self.progress.step
 
     def _write(self, rng: list[dict], validate: bool) -> None:
-        """The state comes last: what a kill cuts short is done again."""
-        losses = []
-        if validate and (metrics := self.validation(self.step)).targets:
-            figures = asdict(metrics).items()
-            self.log.write({"step": self.step} | {f"val_{name}": value for name, value in figures})
-            self._say(f"step {self.step}: validation {metrics}")
-            losses.append(torch.tensor(metrics.loss))
-        self._check_weights(losses)
-        self.write_files({"step": self.step, **self.validation.record()})
-        self.log.keep()
-        self.states.save(
-            self.trained,
-            self.runtime,
-            rng,
-            self.progress,
-            self.log.lines,
-            total_steps=self.total,
-            rows_per_step=self.rows_per_step,
-            validation=self.validation.results,
-            wandb_id=self.log.wandb_id,
-        )
+        """Write the state last, so that what a kill cuts short is done again.
 
-    def _check_weights(self, losses: list[Tensor]) -> None:
-        """Raise ``UserError`` when an update, whose own loss was fine, made the weights useless."""
-        groups = self.trained.optimizer.param_groups
-        extremes = [torch.stack(p.aminmax()) for group in groups for p in group["params"]]
-        if not all(numbers.isfinite().all() for numbers in (*extremes, *losses)):
-            raise UserError(
-                f"step {self.step}: the weights became useless and {self._kept()}: lower"
-                " learning_rate"
-            )
+        Raises ``UserError`` when an update, whose own loss was fine, made the weights useless.
+        """
+        step, numbers = self.progress.step, []
+        if validate and (metrics := self.validation(step)).targets:
+            figures = {f"val_{name}": value for name, value in asdict(metrics).items()}
+            self.log.write({"step": step, **figures})
+            tqdm.write(f"step {step}: validation {metrics}")
+            numbers.append(torch.tensor(metrics.loss))
+        for group in self.trained.optimizer.param_groups:
+            numbers += [torch.stack(parameter.aminmax()) for parameter in group["params"]]
+        if not all(number.isfinite().all() for number in numbers):
+            useless = f"step {step}: the weights became useless and {self._kept()}"
+            raise UserError(f"{useless}: lower learning_rate")
+        self.write_files({"step": step, **self.validation.results})
+        self.log.keep()
+        facts = {"total_steps": self.total, "rows_per_step": self.rows_per_step}
+        facts |= {"validation": self.validation.results, "wandb_id": self.log.wandb_id}
+        lines = self.log.lines
+        self.states.save(self.trained, self.runtime, rng, self.progress, lines, **facts)
 
     def finish(self) -> Summary:
-        """Save what is not saved yet, and sum the run up in the last line of its log."""
-        if self.saved < self.step and not self.options.dry_run:
+        """Save what is not saved yet, and sum the run up in print and in its log's last line."""
+        progress, total = self.progress, self.total
+        if self.saved < progress.step and not self.options.dry_run:
             self.save(validate=False)
-        if self.started_at == self.total:
-            self._say(f"this run was finished at step {self.total}: its files are written again")
-            metrics = {"step": self.step, **self.validation.record()}
+        if self.started_at == total:
+            tqdm.write(f"this run was finished at step {total}: its files are written again")
+            metrics = {"step": total, **self.validation.results}
             self.runtime.on_first(lambda: self.write_files(metrics))
-            self.log.keep()
-        progress, seconds = self.progress, self.clock.elapsed()
-        speed = progress.tokens / seconds
-        main_result = next(iter(self.validation.record().values()))
-        summary = Summary(
-            self.step,
-            progress.first_loss,
-            progress.last_loss,
-            main_result.get("last"),
-            progress.tokens,
-            seconds,
-            speed,
-            speed / self.floor,
-            peak_memory_mb(self.runtime),
-        )
-        if self.step == self.total:
-            self.log.write({"step": self.total, "summary": asdict(summary)})
+        seconds, final = self.clock.elapsed(), next(iter(self.validation.results.values()))
+        speed, memory = progress.tokens / seconds, peak_memory_mb(self.runtime)
+        losses = progress.first_loss, progress.last_loss, final.get("last")
+        pace = progress.tokens, seconds, speed, speed / self.floor
+        summary = Summary(progress.step, *losses, *pace, memory)
+        if progress.step == total:
+            self.log.write({"step": total, "summary": asdict(summary)})
+        if progress.step == self.last:
+            did = "measured, nothing written" if self.options.dry_run else "trained"
+            tqdm.write(f"{did}: {summary}")
+        step_seconds = self.clock.pace()[1]
+        if self.options.dry_run and step_seconds:
+            whole = duration(step_seconds * total)
+            tqdm.write(f"the whole run of {total} steps takes about {whole}, saves not counted")
         return summary
 
-    def tell_end(self, summary: Summary) -> None:
-        """Print how the run went. Raises ``Stopped`` where a signal ended it early."""
-        if self.step < self.last:
-            # Where this process had no signal of its own, another rank had one.
-            signum = self.request.signum or signal.SIGTERM
-            kept = "all is saved: resume goes on from there" if self.saved else "nothing is saved"
-            name = signal.Signals(signum).name
-            print(f"stopped by {name} after step {self.step} of {self.total}; {kept}", flush=True)
-            raise Stopped(signum)
-        dry_run = self.options.dry_run
-        print(f"{'measured, nothing written' if dry_run else 'trained'}: {summary}")
-        _, step_seconds = self.clock.pace()
-        if dry_run and step_seconds:
-            print(
-                f"the whole run of {self.total} steps takes about"
-                f" {duration(step_seconds * self.total)}, validations and saves not counted"
-            )
-
-    def _say(self, text: str) -> None:
-        """Print a line above the bar, if there is one."""
-        with self.bar.external_write_mode():
-            print(text, flush=True)
+    def stopped(self) -> Stopped:
+        """What to raise where a signal ended the run early; it is printed here."""
+        # Where this process had no signal of its own, another rank had one.
+        signum = self.request.signum or signal.SIGTERM
+        kept = "all is saved: resume goes on from there" if self.saved else "nothing is saved"
+        place = f"after step {self.progress.step} of {self.total}"
+        print(f"stopped by {signal.Signals(signum).name} {place}; {kept}")
+        return Stopped(signum)
 
 
 @dataclass

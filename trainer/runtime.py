@@ -119,21 +119,17 @@ class Runtime:
         if self.sum(error is not None)[0]:
             raise error or SystemExit(2)
 
-    def rng_state(self) -> dict[str, Tensor]:
-        """torch's random states by device type, each a uint8 tensor."""
-        states = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.device)
-        if self.device.type == "mps":
-            states["mps"] = torch.mps.get_rng_state()
-        return states
-
     def rng_states(self) -> list[dict[str, Tensor]]:
-        """The ``rng_state`` of every rank, in every rank. All must call it."""
+        """torch's random states by device type, uint8, of every rank. All ranks must call it."""
+        own = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            own["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.device.type == "mps":
+            own["mps"] = torch.mps.get_rng_state()
         if self.world_size == 1:
-            return [self.rng_state()]
+            return [own]
         states = [{} for _ in range(self.world_size)]
-        for name, state in self.rng_state().items():
+        for name, state in own.items():
             gathered = [torch.empty_like(state) for _ in states]
             dist.all_gather(gathered, state)
             for rank, other in enumerate(gathered):
@@ -141,7 +137,7 @@ class Runtime:
         return states
 
     def set_rng_state(self, states: dict[str, Tensor | None]) -> None:
-        """Put ``rng_state`` back; None leaves a generator as it is."""
+        """Put this rank's ``rng_states`` back; None leaves a generator as it is."""
         for name, state in states.items():
             if state is not None and name == "cuda":
                 torch.cuda.set_rng_state(state, self.device)
@@ -220,13 +216,3 @@ def multiplies_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
     return device.type != "cpu" or bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """All parameters and the trainable ones. Tied ones count once, those of 4 bits unpacked."""
-    every = trainable = 0
-    for parameter in model.parameters():
-        shape = getattr(parameter, "quant_state", parameter).shape
-        every += shape.numel()
-        trainable += shape.numel() if parameter.requires_grad else 0
-    return every, trainable

@@ -38,11 +38,6 @@ class Base:
     record: RunRecord
 
     @property
-    def origin(self) -> dict:
-        """What the file of the run says of it."""
-        return {"file": self.path.name, "fingerprint": self.record.fingerprint}
-
-    @property
     def held_out_share(self) -> float:
         """The share of rows that the base's own run held out; the default where it is unknown."""
         found = self.record.val_ratio or TrainOptions.val_ratio
@@ -149,31 +144,24 @@ def run_stage(
         log_to=metrics_path(options.out_dir, name),
     )
     rows = options.batch_size * options.accumulation_steps * runtime.world_size
-    source = batches_of(samples, options, runtime, states.remembered("rows_per_step", rows))
+    pass_tokens = MICRO_TOKENS if runtime.device.type == "cpu" else GPU_MICRO_TOKENS
+    source = Batches(
+        samples,
+        options.batch_size,
+        options.accumulation_steps,
+        options.seed,
+        options.num_workers,
+        micro_tokens=options.micro_tokens or pass_tokens,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        rows_per_step=states.remembered("rows_per_step", rows),
+    )
     groups = param_groups(model, options.weight_decay, options.optimizer, *fast)
     train(model, source, groups, run, loss_sum)
     runtime.stop()
     if not options.dry_run:
         print(f"saved {path}\n{validation}")
     return path
-
-
-def batches_of(
-    samples: Samples, options: TrainOptions, runtime: Runtime, rows_per_step: int
-) -> Batches:
-    """This process' share of the optimizer steps; a pass takes what keeps the device busy."""
-    on_cpu = runtime.device.type == "cpu"
-    return Batches(
-        samples,
-        options.batch_size,
-        options.accumulation_steps,
-        options.seed,
-        options.num_workers,
-        micro_tokens=options.micro_tokens or (MICRO_TOKENS if on_cpu else GPU_MICRO_TOKENS),
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        rows_per_step=rows_per_step,
-    )
 
 
 def identity(record: Record) -> dict:
@@ -212,7 +200,9 @@ def run_facts(
         "data": data,
         "options": {name: shown(getattr(options, name)) for name in names},
     }
-    return facts | ({"base": base.origin} if base else {})
+    if base:
+        facts["base"] = {"file": base.path.name, "fingerprint": base.record.fingerprint}
+    return facts
 
 
 def shown(value: object) -> object:
