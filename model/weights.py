@@ -273,7 +273,7 @@ def read_record(path: Path) -> RunRecord:
 
 
 def _config_from_shapes(tensors: dict[str, Tensor], path: Path) -> dict:
-    """``ARCHITECTURE`` of a file that has no record. Raises ``UserError`` if it is no MiniMindLM."""
+    """``ARCHITECTURE`` of a file without record. Raises ``UserError`` if it is no MiniMindLM."""
     try:
         vocab_size, dim = tensors["tok_embeddings.weight"].shape
         layers = [int(name.split(".")[1]) for name in tensors if name.startswith("layers.")]
