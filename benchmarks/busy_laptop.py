@@ -79,8 +79,9 @@ def tokens_per_second(flags: dict[str, int], variables: dict[str, str]) -> float
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         command = [sys.executable, str(REPOSITORY / "train_pretrain.py"), *words]
         subprocess.run(command, env=environment | variables, check=True, stdout=subprocess.DEVNULL)
-        lines = metrics_path(folder, f"pretrain_{flags['dim']}").read_text(encoding="utf-8")
-    return json.loads(lines.splitlines()[-1])["tokens_per_second"]
+        text = metrics_path(folder, f"pretrain_{flags['dim']}").read_text(encoding="utf-8")
+    records = [json.loads(line) for line in text.splitlines()]
+    return [of["tokens_per_second"] for of in records if "tokens_per_second" in of][-1]
 
 
 @contextmanager
