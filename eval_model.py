@@ -80,9 +80,6 @@ def main(argv: list[str] | None = None) -> None:
 
     from dataset.tokenizer import tokenizer_of
     from model.generation import Sampling
-    from model.lora.skill_file import read_lora
-    from model.quantized import quantize
-    from model.weights import choose_base, open_base
     from serving.session import ChatSession
     from serving.terminal import answer, chat
     from trainer.runtime import Runtime
@@ -91,21 +88,8 @@ def main(argv: list[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):  # a pipe on Windows is not UTF-8 by itself
             stream.reconfigure(encoding="utf-8", errors="replace")
     runtime = Runtime.start(options.device, "float32")
-    # The skill decides the base, unless one is named, and the base which of the skill's files.
-    path = skill = template = None
-    if options.lora_name is not None and options.base is None:
-        path = find_skill(options.out_dir, options.lora_name)
-        skill = read_lora(path)
-    base = choose_base(options.out_dir, options.base, skill and skill[1].base)
-    model, record = open_base(base, runtime.device)
-    if options.load_in_4bit:
-        with redirect_stdout(sys.stderr):  # an answer can be piped
-            quantize(model)
-    if options.lora_name is not None:
-        found = find_skill(options.out_dir, options.lora_name, model.config.hidden_size)
-        skill = skill if found == path else read_lora(found)
-        template = skill[1].prompt_template
-    templates = options.prompt_template, template
+    base, model, record, skill = opened(options, runtime.device)
+    templates = options.prompt_template, skill and skill[1].prompt_template
     tokenizer = tokenizer_of(record, base, options.tokenizer_path, options.out_dir, *templates)
     names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
     session = ChatSession(
@@ -126,6 +110,29 @@ def main(argv: list[str] | None = None) -> None:
         chat(session)
     else:
         answer(session, options.prompt)
+
+
+def opened(options: Options, device) -> tuple:
+    """Path, model and record of the base, and what ``read_lora`` gave for the skill (None without
+    one). The skill decides the base, unless one is named, and the base which of its files.
+    """
+    from model.lora.skill_file import read_lora
+    from model.quantized import quantize
+    from model.weights import choose_base, open_base
+
+    path = skill = None
+    if options.lora_name is not None and options.base is None:
+        path = find_skill(options.out_dir, options.lora_name)
+        skill = read_lora(path)
+    base = choose_base(options.out_dir, options.base, skill and skill[1].base)
+    model, record = open_base(base, device)
+    if options.load_in_4bit:
+        with redirect_stdout(sys.stderr):  # an answer can be piped
+            quantize(model)
+    if options.lora_name is not None:
+        found = find_skill(options.out_dir, options.lora_name, model.config.hidden_size)
+        skill = skill if found == path else read_lora(found)
+    return base, model, record, skill
 
 
 if __name__ == "__main__":

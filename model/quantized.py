@@ -33,19 +33,11 @@ def quantize(model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> No
         raise UserError("4 bits need bitsandbytes: pip install -r requirements-4bit.txt") from error
     check_receptive(model)
     if any(True for _ in adapted(model)):
-        raise UserError(
-            "quantize the base first and apply LoRA then; call remove_lora(model) first"
-        )
-    kept = _kept(model)
-    chosen = [
-        linear
-        for linear in linears(model).values()
-        if type(linear) is nn.Linear and linear not in kept
-    ]
+        raise UserError("quantize before LoRA is applied; call remove_lora(model) first")
+    kept, found = _kept(model), linears(model).values()
+    chosen = [linear for linear in found if type(linear) is nn.Linear and linear not in kept]
     if not chosen:
-        raise UserError(
-            "no Linear here can go into 4 bits (GPT-2's Conv1D cannot); leave out load_in_4bit"
-        )
+        raise UserError("no Linear here can go into 4 bits; leave out load_in_4bit")
     model.known_as, places = base_fingerprint(model), _places(model)
     for linear in chosen:
         weight, bias = linear.weight, linear.bias
@@ -60,14 +52,11 @@ def quantize(model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> No
     model.requires_grad_(False)
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and not hasattr(parameter, "quant_state"):
-            # One tensor that still lies in the file it was read from keeps all of the file in
-            # memory.
+            # One tensor that still lies in the file it was read from keeps all of it in memory.
             parameter.data = parameter.data.clone()
-    linear_bits, all_bits = bits_per_parameter(model)
-    print(
-        f"{len(chosen)} Linears in NF4: {linear_bits:.3f} bits a parameter there,"
-        f" {all_bits:.3f} in the whole base"
-    )
+    bits, all_bits = bits_per_parameter(model)
+    cost = f"{bits:.3f} bits a parameter there, {all_bits:.3f} in the whole base"
+    print(f"{len(chosen)} Linears in NF4: {cost}")
 
 
 def dequantize(model: nn.Module) -> None:

@@ -170,6 +170,17 @@ def test_what_is_refused_changes_nothing(sharp_model, files, library, tmp_path):
     assert list(library) == ["a", "wide", "dora", "pissa"] and "b" not in library
 
 
+def test_a_skill_read_again_changes_the_model_at_the_next_use(sharp_model, files, library):
+    library.use("b")
+    other = logits_of(sharp_model)
+    library.use("a")
+    before = logits_of(sharp_model)
+    library.add("a", files["b"])
+    assert torch.equal(logits_of(sharp_model), before)
+    library.use("a")
+    assert torch.equal(logits_of(sharp_model), other)
+
+
 def test_a_compiled_model_swaps_skills_of_like_rank_without_a_new_program(sharp_model, library):
     library.use("a")
     logits_of(sharp_model)  # the rotary table is made at the first call

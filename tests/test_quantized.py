@@ -227,7 +227,7 @@ def test_without_the_library_the_way_to_it_is_named(sharp_model, monkeypatch):
 
 def test_wrong_order_is_named(sharp_model):
     apply_lora(sharp_model, 4)
-    with pytest.raises(UserError, match="quantize the base first"):
+    with pytest.raises(UserError, match="quantize before LoRA"):
         quantize(sharp_model)
     merge_lora(sharp_model)
     with pytest.raises(UserError, match="a LoRA is merged into this model"):
