@@ -129,8 +129,8 @@ def sha256_file(path: Path, cache: Path | None = None) -> str:
 
 
 def _stamp(path: Path) -> list[int]:
-    """What changes when a file is written: size, and on Unix the second time too if the first was
-    set back.
+    """Size and times, of which at least one changes when a file is written. On Unix nobody can set
+    back the second time.
     """
     status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]

@@ -105,9 +105,10 @@ def _declarations(options: type) -> dict[str, dict[str, Any]]:
             if name in defaults and name in fields:
                 found[name] = {**fields[name].metadata, **found.get(name, {})}
     for name, declared in found.items():
-        kinds = typing.get_args(hints[name])
-        optional = type(None) in kinds
-        hint = kinds[kinds[0] is type(None)] if optional else hints[name]
+        hint = hints[name]
+        optional = type(None) in typing.get_args(hint)
+        if optional:  # ``X | None``: the type is X
+            (hint,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
         declared |= {"type": hint, "optional": optional, "default": defaults[name]}
         bounded = not BOUNDS.keys().isdisjoint(declared)
         assert not bounded or issubclass(options, CheckedOptions), f"nobody checks {name}"

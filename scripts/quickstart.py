@@ -16,9 +16,8 @@ if sys.version_info < (3, 10):  # this file parses on any Python 3, the ones it 
     sys.stderr.write("error: this Python is too old: use 3.10 to 3.14, 64-bit, from python.org\n")
     sys.exit(2)
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+from core import errors
 from core.environment import ROOT, choose_python, run
-from core.errors import UserError
-from core.errors import run as run_main
 
 
 def main(argv=None):
@@ -28,10 +27,10 @@ def main(argv=None):
         print(__doc__)
         return
     if arguments not in ([], ["--use_this_python"]):
-        raise UserError("quickstart.py takes no argument but --use_this_python and --help")
+        raise errors.UserError("quickstart.py takes no argument but --use_this_python and --help")
     python, _ = choose_python(["requirements.txt"], arguments)
     sys.exit(run([python, os.path.join(ROOT, "scripts", "quickstart_stages.py")]))
 
 
 if __name__ == "__main__":
-    run_main(main)
+    errors.run(main)

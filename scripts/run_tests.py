@@ -14,8 +14,8 @@ if sys.version_info < (3, 10):  # this file parses on any Python 3, the ones it 
     sys.stderr.write("error: this Python is too old: use 3.10 to 3.14, 64-bit, from python.org\n")
     sys.exit(2)
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+from core import errors
 from core.environment import ROOT, choose_python, run
-from core.errors import run as run_main
 
 
 def main(argv=None):
@@ -42,4 +42,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    errors.run(main)

@@ -50,8 +50,7 @@ def _compiler_missing() -> bool:
 
 needs_compiler = pytest.mark.skipif(
     _compiler_missing(),
-    reason="torch.compile needs a C++ compiler and Python.h: install g++ and python3-dev, the Xcode"
-    " tools or MSVC",
+    reason="torch.compile needs a C++ compiler and Python.h (g++, python3-dev; Xcode; MSVC)",
 )
 
 

@@ -1,14 +1,17 @@
 """Options become flags, mistakes become one line, and files are whole or as they were."""
 
 import hashlib
+import io
 import json
 import os
+import re
 import shlex
 import stat
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -39,45 +42,30 @@ def test_the_dataclass_is_the_only_source_of_defaults():
 
 
 def test_every_type_parses_and_booleans_are_real_booleans():
-    argv = [
-        "--count",
-        "-4",
-        "--rate",
-        "1e-3",
-        "--name=y z",
-        "--no-fast",
-        "--kind",
-        "b",
-        "--files",
-        "p",
-        "q",
-    ]
-    assert parse(Example, argv) == Example(-4, 1e-3, "y z", False, "b", (Path("p"), Path("q")))
+    words = "--count -4 --rate 1e-3 --name=y --no-fast --kind b --files p q"
+    wanted = Example(-4, 1e-3, "y", False, "b", (Path("p"), Path("q")))
+    assert parse(Example, words.split()) == wanted
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("words", "said"),
     [
-        (["--count", "1.5"], "--count: '1.5' is not a whole number"),
-        (["--count", "1_0"], "is not a whole number"),
-        (["--count"], "expected one argument"),
-        (["--rate", "fast"], "invalid float value"),
-        (["--kind", "c"], "invalid choice"),
-        (["--fast", "False"], "unexpected argument 'False'"),
-        (
-            ["--files", "p", "--count", "1", "--files", "q"],
-            "--files is given twice: write all its values after one",
-        ),
-        (["--fas"], "unknown flag --fas; did you mean --fast?"),
-        (["--zzz=1"], "unknown flag --zzz; see --help"),
-        (["--count", "100"], "count=100 must be below 100"),
-        *((flag.split(), f"{flag} is gone") for flag in RETIRED_FLAGS),
+        ("--count 1.5", "--count: '1.5' is not a whole number"),
+        ("--count 1_0", "is not a whole number"),
+        ("--count", "expected one argument"),
+        ("--rate fast", "invalid float value"),
+        ("--kind c", "invalid choice"),
+        ("--fast False", "unexpected argument 'False'"),
+        ("--files p --count 1 --files q", "--files is given twice"),
+        ("--fas", "unknown flag --fas; did you mean --fast?"),
+        ("--zzz=1", "unknown flag --zzz; see --help"),
+        ("--count 100", "count=100 must be below 100"),
+        *((flag, f"{flag} is gone") for flag in RETIRED_FLAGS),
     ],
 )
-def test_wrong_flags_are_explained(argv, said):
-    with pytest.raises(UserError) as error:
-        parse(Example, argv)
-    assert said in str(error.value)
+def test_wrong_flags_are_explained(words, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        parse(Example, words.split())
 
 
 @dataclass
@@ -89,24 +77,14 @@ class Heir(Example):
     rate: float | None = 0.5
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"count": 100},
-        {"count": 1.5},
-        {"count": True},
-        {"count": 10**400},
-        {"rate": 0},
-        {"rate": float("nan")},
-        {"rate": float("inf")},
-        {"rate": "fast"},
-        {"kind": "a"},
-    ],
-)
-def test_a_dataclass_refuses_what_its_options_exclude_whoever_makes_it(values):
-    ((name, value),) = values.items()
+WRONG = [("count", value) for value in (100, 1.5, True, 10**400)]
+WRONG += [("rate", value) for value in (0, float("nan"), float("inf"), "fast")]
+
+
+@pytest.mark.parametrize(("name", "value"), [*WRONG, ("kind", "a")])
+def test_a_dataclass_refuses_what_its_options_exclude_whoever_makes_it(name, value):
     with pytest.raises(UserError, match=rf"^{name}={value!r} must be "):
-        Heir(**values)
+        Heir(**{name: value})
     assert Heir(rate=None).count == 4
 
 
@@ -117,12 +95,7 @@ def test_help_shows_every_flag_with_its_default(capsys):
     assert stopped.value.code == 0
     assert printed.index("--files") < printed.index("\ndata:\n") < printed.index("--count")
     printed = " ".join(printed.split())
-    for text in (
-        "a number, 5 % of something (default: 3)",
-        "--no-fast",
-        "{a,b}",
-        "some files (default: f)",
-    ):
+    for text in ("5 % of something (default: 3)", "--no-fast", "{a,b}", "files (default: f)"):
         assert text in printed
 
 
@@ -178,22 +151,24 @@ def test_nobody_need_be_there_to_read(monkeypatch):
     os.close(reading)
     done = []
 
-    def work():
-        print("first", flush=True)
-        print("second", file=sys.stderr)
+    def work(prints):
+        if prints:
+            print("first", flush=True)
+            print("second", file=sys.stderr)
         done.append("work")
         raise UserError("one sentence")
 
     codes = []
-    for keep_working in (True, False):
-        unread = os.fdopen(os.dup(writing), "w", encoding="utf-8")
-        with unread, monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+    for keep_working, prints in ((True, True), (False, True), (False, False)):
+        pipe = os.fdopen(os.dup(writing), "wb", buffering=0)
+        unread = io.TextIOWrapper(pipe, encoding="utf-8", write_through=True)
+        with pipe, monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
             patch.setattr(sys, "stdout", unread)
             patch.setattr(sys, "stderr", unread)
-            run(work, keep_working=keep_working)
+            run(partial(work, prints), keep_working=keep_working)
         codes.append(ended.value.code)
     os.close(writing)
-    assert (codes, done) == ([2, 141], ["work"])
+    assert (codes, done) == ([2, 141, 2], ["work", "work"])
 
 
 @pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
@@ -209,20 +184,14 @@ def test_threads_that_wait_sleep_soon_unless_the_user_decided(chosen, monkeypatc
 
 @pytest.mark.skipif(os.name == "nt", reason="a POSIX shell closes the streams")
 def test_closed_streams_and_a_full_disk_behind_the_output():
-    program = (
-        "import sys; from core.errors import run; run(lambda: print(sys.stdin.read(), 'said'))"
-    )
+    program = "import sys; from core.errors import run; run(lambda: print(sys.stdin.read(), 'x'))"
     command = [sys.executable, "-c", program]
     shell = {"shell": True, "cwd": REPOSITORY, "capture_output": True, "text": True, "timeout": 60}
     quoted = shlex.join(command)
     assert subprocess.run(f"{quoted} <&- >&-", **shell).returncode == 0
     if os.path.exists("/dev/full"):
         full = subprocess.run(f"{quoted} </dev/null >/dev/full", **shell)
-        assert full.returncode == 2
-        assert (
-            full.stderr.startswith("error: the output, or a file: No space left")
-            and full.stderr.count("\n") == 1
-        )
+        assert (full.returncode, full.stderr.count("\n")) == (2, 1)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
@@ -358,30 +327,24 @@ def sha(content):
     return hashlib.sha256(content).hexdigest()
 
 
-def test_a_hash_is_remembered_until_the_file_changes(tmp_path, later, monkeypatch):
-    path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
+def test_a_hash_is_remembered_until_the_file_changes(tmp_path, later):
+    path, other, cache = tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "cache"
     path.write_bytes(b"old")
-    assert sha256_file(path, cache) == sha(b"old")
-    with monkeypatch.context() as patch:
-        patch.setattr(files.hashlib, "sha256", None)  # whoever hashes again fails
-        remembered = sha256_file(path, cache), sha256_file(cache / ".." / "a.jsonl", cache)
-    assert set(remembered) == {sha(b"old")}
-    other = tmp_path / "b.jsonl"
     other.write_bytes(b"other")
-    kept = sha256_file(other, cache)
-    assert kept == sha(b"other")
+    assert [sha256_file(one, cache) for one in (path, other)] == [sha(b"old"), sha(b"other")]
+    memo = cache / "sha256.json"
+    kept = memo.read_text(encoding="utf-8")
+    for content in (b"old", b"other"):
+        kept = kept.replace(sha(content), f"of {content.decode()}")
+    memo.write_text(kept, encoding="utf-8")
+    assert sha256_file(path, cache) == sha256_file(cache / ".." / "a.jsonl", cache) == "of old"
     status = path.stat()
-    for content, time_ns in (
-        (b"longer", status.st_mtime_ns),
-        (b"newest", status.st_mtime_ns + 1000),
-    ):
+    # One at a time: the size alone, then the time alone.
+    for content, mtime in ((b"longer", status.st_mtime_ns), (b"newest", status.st_mtime_ns + 1000)):
         path.write_bytes(content)
-        os.utime(
-            path, ns=(status.st_atime_ns, time_ns)
-        )  # one at a time: the size alone, then the time alone
-        assert sha256_file(path, cache) == sha256_file(path) == sha(content)
-    monkeypatch.setattr(files.hashlib, "sha256", None)
-    assert sha256_file(other, cache) == kept, "one file's change makes nobody forget another"
+        os.utime(path, ns=(status.st_atime_ns, mtime))
+        assert sha256_file(path, cache) == sha(content)
+    assert sha256_file(other, cache) == "of other", "a file's change makes nobody forget another"
 
 
 def test_a_file_just_written_is_not_remembered(tmp_path):
@@ -395,24 +358,17 @@ def test_a_file_just_written_is_not_remembered(tmp_path):
     assert sha256_file(path, cache) == sha(b"new")
 
 
-@pytest.mark.parametrize("memo", ["", "[]", '{"a": ', "null", "\x00", "{p: [1]}", "{p: null}"])
-def test_a_harmed_or_deleted_memory_costs_only_time(tmp_path, later, memo):
+@pytest.mark.parametrize("memo", ["[]", '{"a": ', "null", "\x00", "{p: [1]}", "{p: null}", None])
+def test_a_memory_that_is_harmed_or_cannot_be_written_costs_only_time(tmp_path, later, memo):
     path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
     path.write_bytes(b"old")
-    sha256_file(path, cache)
-    (cache / "sha256.json").write_text(
-        memo.replace("p:", json.dumps(str(path.resolve())) + ":"), encoding="utf-8"
-    )
-    assert sha256_file(path, cache) == sha(b"old")
-    (cache / "sha256.json").unlink()
-    assert sha256_file(path, cache) == sha(b"old")
-
-
-def test_a_memory_that_cannot_be_written_is_done_without(tmp_path, later):
-    path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
-    path.write_bytes(b"old")
-    cache.touch()  # no folder
-    assert sha256_file(path, cache) == sha(b"old")
+    if memo is None:
+        cache.touch()  # no folder
+    else:
+        cache.mkdir()
+        harmed = memo.replace("p:", json.dumps(str(path.resolve())) + ":")
+        (cache / "sha256.json").write_text(harmed, encoding="utf-8")
+    assert sha256_file(path, cache) == sha256_file(path, cache) == sha(b"old")
 
 
 def test_skill_names_and_files_name_each_other(tmp_path):

@@ -79,7 +79,7 @@ def made(tmp_path_factory):
 
 
 def has_pebble(python):
-    return subprocess.run([python, "-c", "import pebble"], capture_output=True).returncode == 0
+    return run([python, "-c", "import pebble"]) == 0
 
 
 def test_an_environment_that_cannot_install_is_made_anew_and_then_left_alone(made):
@@ -124,23 +124,17 @@ def test_a_run_waits_for_another_that_prepares_the_environment(made):
     assert other.returncode == 0 and (folder / ".venv" / STAMP).exists()
 
 
-def test_exit_codes_and_variables_pass_through():
-    program = "import os, sys; sys.exit(os.environ['PYTHONUTF8'] == '1' and int(os.environ['X']))"
-    assert run([sys.executable, "-c", program], {"X": "7"}) == 7
-
-
 @pytest.mark.skipif(os.name == "nt", reason="a group's signals are POSIX's")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 7)])
 def test_a_signal_reaches_the_child_which_may_still_save(number, code):
-    program = "import signal, sys, time; from core.environment import run\n"
-    program += "saves = lambda *_: (time.sleep(0.3), print('saved', flush=True), sys.exit(7))\n"
-    program += "if sys.argv[1:]: signal.signal(int(sys.argv[1]), saves)\n"
-    program += "if sys.argv[1:]: print('up', flush=True); time.sleep(60)\n"
-    parents = f"print(run([sys.executable, '-c', {program!r}, '{int(number)}']))"
-    parent = child(program + parents, start_new_session=True)
+    saving = "import os, signal, sys, time\n"
+    saving += "saves = lambda *_: (time.sleep(0.3), print('saved', flush=True), sys.exit(7))\n"
+    saving += f"signal.signal({int(number)}, saves); print(os.environ['X'], flush=True)\n"
+    saving += "time.sleep(60)"
+    program = "import sys; from core.environment import run\n"
+    program += f"print(run([sys.executable, '-c', {saving!r}], {{'X': 'up'}}))"
+    parent = child(program, start_new_session=True)
     assert parent.stdout.readline() == "up\n"
-    if number == signal.SIGINT:
-        os.killpg(parent.pid, number)  # as a terminal does: to everyone in the foreground
-    else:
-        os.kill(parent.pid, number)
+    # A terminal sends Ctrl-C to everyone in the foreground.
+    (os.killpg if number == signal.SIGINT else os.kill)(parent.pid, number)
     assert parent.communicate(timeout=20) == (f"saved\n{code}\n", "")
