@@ -7,7 +7,7 @@ from pathlib import Path
 
 from core.errors import UserError, run
 from core.options import option, parse
-from core.paths import base_path, bundled_data
+from core.paths import bundled_data
 from trainer.options import TrainOptions
 
 
@@ -15,51 +15,54 @@ from trainer.options import TrainOptions
 class Options(TrainOptions):
     """Fine-tune all weights of a pretrained base on chats and save out/full_sft_<dim>.pth."""
 
-    data_path: tuple[Path, ...] = option((bundled_data("sft_mini.jsonl"),), "chat files")
-    base: Path | None = option(
-        None, "base to start from (default: the newest pretrain_*.pth in out_dir)"
+    data_path: tuple[Path, ...] = option(
+        (bundled_data("sft_mini.jsonl"),), "chat files", group="most used"
     )
-    epochs: int = option(2, "passes over the data")
-    learning_rate: float = option(5e-4, "peak learning rate")
+    base: Path | None = option(
+        None,
+        "base to start from (default: the newest pretrain_*.pth in out_dir)",
+        group="most used",
+    )
+    epochs: int = 2
+    learning_rate: float = 5e-4
 
 
 def main(argv: list[str] | None = None) -> Path:
     options = parse(Options, argv)
     from dataset.batches import SFTDataset
     from model.model import MiniMindLM
-    from model.weights import save_base
+    from model.weights import RunRecord, save_base
     from trainer.runtime import Runtime
-    from trainer.stage import Validation, opened_base, read_data, run_record, train_and_save
+    from trainer.stage import (
+        open_stage_base,
+        read_data,
+        result_path,
+        run_facts,
+        run_stage,
+        validation_of,
+    )
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
-    base = opened_base(options, runtime, stages=("pretrain",))
+    base = open_stage_base(options, runtime, stages=("pretrain",))
     model, tokenizer = base.model, base.tokenizer
     if not isinstance(model, MiniMindLM):
         raise UserError(
             f"--base {base.path} is no MiniMindLM, and this trains no other; train_lora.py does"
         )
+    path = result_path(options, "full_sft", base)
+    facts = run_facts("full_sft", options, tokenizer, base)
     data = read_data(SFTDataset, options, tokenizer, runtime)
-    path = base_path(options.out_dir, "full_sft", model.config.dim)
-    memory = {}
-    validate = Validation(model, {"val": data.val}, tokenizer, options, runtime, memory)
-    record = run_record("full_sft", options, tokenizer, base.origin)
-
-    def on_save(step: int) -> None:
-        save_base(path, model, {**record, "metrics": {"step": step, **validate.record()}})
-
-    train_and_save(
+    return run_stage(
         model,
         data.train,
         options,
         runtime,
-        path,
-        record,
-        on_save=on_save,
-        validate=validate,
-        memory=memory,
+        path=path,
+        record=RunRecord(**facts, val_ratio=options.val_ratio),
+        validation=validation_of(model, {"val": data.val}, tokenizer, options, runtime),
+        write=lambda record: save_base(path, model, record),
     )
-    return path
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, keep_working=True)

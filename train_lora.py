@@ -3,11 +3,10 @@ my_chats.jsonl
 """
 
 from dataclasses import dataclass, fields, replace
-from math import inf
 from pathlib import Path
 
 from core.errors import run
-from core.options import option, parse, require
+from core.options import option, parse
 from core.paths import bundled_data, lora_path, skill_name
 from model.lora.config import LoRAConfig
 from trainer.options import TrainOptions
@@ -17,81 +16,80 @@ from trainer.options import TrainOptions
 class Options(LoRAConfig, TrainOptions):
     """Freeze a chat base, train rank-16 LoRA on chats and save out/lora/lora_<name>_<dim>.pth."""
 
-    lora_name: str = option("identity", "name of the skill; it names the file")
+    lora_name: str = option("identity", "name of the skill; it names the file", group="most used")
     data_path: tuple[Path, ...] = option(
-        (bundled_data("lora_identity.jsonl"),), "chat files of the skill"
+        (bundled_data("lora_identity.jsonl"),), "chat files of the skill", group="most used"
     )
     general_data: tuple[Path, ...] = option(
-        (bundled_data("sft_mini.jsonl"),), "chats that show what the skill costs"
+        (bundled_data("sft_mini.jsonl"),), "chats that show what the skill costs", group="data"
     )
     base: Path | None = option(
-        None, "file, Hugging Face folder or owner/model to freeze (default: newest full_sft_*)"
+        None,
+        "file, Hugging Face folder or owner/model to freeze (default: newest full_sft_*)",
+        group="most used",
     )
     prompt_template: str | None = option(
-        None, r"how a base without chat template is asked: 'Q: {user}\nA: '"
+        None, r"how a base without chat template is asked: 'Q: {user}\nA: '", group="data"
     )
     load_in_4bit: bool = option(
-        False, "freeze the base in 4 bits (QLoRA; needs requirements-4bit.txt)"
+        False, "freeze the base in 4 bits (QLoRA; needs requirements-4bit.txt)", group="device"
     )
-    loraplus_lr_ratio: float = option(1.0, "B learns at so many times the rate of A (LoRA+)")
-    epochs: int = option(20, "passes over the data")
-    learning_rate: float = option(
-        3e-3, "peak learning rate"
-    )  # 5e-5 teaches nothing: results/sweep_lora_lr.json
-    weight_decay: float = option(0.0, "decoupled weight decay")
-    val_ratio: float = option(0.05, "share of rows held out for validation; 0: none")
+    loraplus_lr_ratio: float = option(
+        1.0, "B learns at so many times the rate of A (LoRA+)", group="training", above=0
+    )
+    epochs: int = 20
+    learning_rate: float = 3e-3  # 5e-5 teaches nothing: results/sweep_lora_lr.json
+    weight_decay: float = 0.0
+    val_ratio: float = 0.05
 
     def __post_init__(self):
-        TrainOptions.__post_init__(self)
-        LoRAConfig.__post_init__(self)
+        super().__post_init__()
         skill_name(self.lora_name)
-        require(
-            0 < self.loraplus_lr_ratio < inf,
-            f"--loraplus_lr_ratio {self.loraplus_lr_ratio} must be positive",
-        )
 
 
 def main(argv: list[str] | None = None) -> Path:
     options = parse(Options, argv)
     from dataset.batches import SFTDataset
     from model.lora.layer import output_parameters
+    from model.lora.skill_file import SkillMeta
     from model.lora.targets import table_of
     from model.model_lora import apply_lora, save_lora
     from model.quantized import quantize
     from trainer.runtime import Runtime
-    from trainer.stage import Validation, opened_base, read_data, run_record, train_and_save
+    from trainer.stage import open_stage_base, read_data, run_facts, run_stage, validation_of
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
-    base = opened_base(options, runtime, ("full_sft",), options.prompt_template)
+    base = open_stage_base(options, runtime, ("full_sft",), options.prompt_template)
     model, tokenizer = base.model, base.tokenizer
     if options.load_in_4bit:
         quantize(model, runtime.dtype)
     data = read_data(SFTDataset, options, tokenizer, runtime)
     # Held out by the rule that the base was trained with, or the base would have seen these chats.
-    other = replace(
-        options, data_path=options.general_data, val_ratio=base.held_out_share, bad_rows="skip"
-    )
-    other = read_data(SFTDataset, other, tokenizer, runtime)
-    path = lora_path(options.out_dir, options.lora_name, model.config.hidden_size)
-    apply_lora(model, **{field.name: getattr(options, field.name) for field in fields(LoRAConfig)})
+    share = base.held_out_share
+    general = replace(options, data_path=options.general_data, val_ratio=share, bad_rows="skip")
+    general_data = read_data(SFTDataset, general, tokenizer, runtime)
+    lora_options = {field.name: getattr(options, field.name) for field in fields(LoRAConfig)}
+    apply_lora(model, **lora_options)
     print(table_of(model))
-    memory = {}
-    validate = Validation(
-        model, {"domain": data.val, "general": other.val}, tokenizer, options, runtime, memory
-    )
+    held_out = {"domain": data.val, "general": general_data.val}
+    validation = validation_of(model, held_out, tokenizer, options, runtime)
     if not options.dry_run:
-        runtime.on_first(validate)
-    record = run_record("lora", options, tokenizer, base.origin)
-
-    def on_save(step: int) -> None:
-        save_lora(model, path, {**record, "metrics": {"step": step, **validate.record()}})
-
-    callbacks = {"on_save": on_save, "validate": validate, "memory": memory}
-    faster = output_parameters(model), options.loraplus_lr_ratio
-    train_and_save(model, data.train, options, runtime, path, record, **callbacks, faster=faster)
-    print(validate)
-    return path
+        runtime.on_first(lambda: validation(step=0))
+    path = lora_path(options.out_dir, options.lora_name, model.config.hidden_size)
+    asked = {name: getattr(options, name) for name in ("prompt_template", "load_in_4bit")}
+    facts = run_facts("lora", options, tokenizer, base)
+    return run_stage(
+        model,
+        data.train,
+        options,
+        runtime,
+        path=path,
+        record=SkillMeta(**facts, **asked, max_seq_len=options.max_seq_len),
+        validation=validation,
+        write=lambda record: save_lora(model, path, record),
+        fast=(output_parameters(model), options.loraplus_lr_ratio),
+    )
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, keep_working=True)

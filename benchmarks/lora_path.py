@@ -1,7 +1,8 @@
 """How much somebody who follows the LoRA path has to read: python benchmarks/lora_path.py
 
-Traces ``train_lora.main`` for three steps, from a JSONL line to the ``.pth``, with a cold token cache, and counts what
-ran of this repository: all threads, but no module level, no class body and no generated code.
+Traces ``train_lora.main`` for three steps, from a JSONL line to the ``.pth``, with a cold token
+cache, and counts what ran of this repository: all threads, but no module level, no class body and
+no generated code.
 """
 
 import inspect
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import threading
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import CodeType, FrameType
 
@@ -20,9 +22,13 @@ sys.path.insert(0, str(ROOT))
 from core.errors import run
 from core.options import option, parse
 
-SMALL = ["--device", "cpu", "--max_seq_len", "128", "--batch_size", "8"]
-BASE = [*SMALL, "--max_steps", "1", "--dim", "64", "--n_layers", "2", "--n_heads", "4"]
-SKILL = [*SMALL, "--max_steps", "3", "--num_workers", "0"]
+SMALL = "--device cpu --max_seq_len 128 --batch_size 8"
+# Two processes of their own make the base, so that nothing on the path is warm.
+BASE = (
+    f"train_pretrain.py {SMALL} --max_steps 1 --dim 64 --n_layers 2 --n_heads 4",
+    f"train_full_sft.py {SMALL} --max_steps 1",
+)
+SKILL = f"{SMALL} --max_steps 3 --num_workers 0"
 
 
 @dataclass
@@ -58,28 +64,22 @@ class Tracer:
             "file_lines": sum(len(Path(name).read_bytes().splitlines()) for name in set(order)),
             "executed_lines": len(self.lines),
             "functions": sum(not code.co_name.startswith("<") for code in self.functions),
-            "file_changes": sum(a != b for a, b in zip(order, order[1:], strict=False)),
+            "file_changes": sum(a != b for a, b in pairwise(order)),
         }
 
 
 def main(argv: list[str] | None = None) -> dict[str, int]:
     options = parse(Options, argv)
     with tempfile.TemporaryDirectory() as out:
-        # Processes of their own, so that nothing on the path is warm.
-        for door, flags in (
-            ("train_pretrain.py", BASE),
-            ("train_full_sft.py", [*SMALL, "--max_steps", "1"]),
-        ):
-            command = [sys.executable, str(ROOT / door), *flags, "--out_dir", out]
-            subprocess.run(
-                command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-        tracer = traced_training(["--out_dir", str(Path(out)), *SKILL])
+        for command in BASE:
+            door, *flags = command.split()
+            words = [sys.executable, str(ROOT / door), *flags, "--out_dir", out]
+            subprocess.run(words, check=True, capture_output=True)
+        tracer = traced_training(["--out_dir", out, *SKILL.split()])
     if options.functions:
         for code in tracer.functions:
-            print(
-                f"{Path(code.co_filename).relative_to(ROOT)}:{code.co_firstlineno} {code.co_qualname}"
-            )
+            place = Path(code.co_filename).relative_to(ROOT)
+            print(f"{place}:{code.co_firstlineno} {code.co_qualname}")
     print(json.dumps(tracer.figures()))
     return tracer.figures()
 

@@ -1,5 +1,5 @@
-"""MiniMind's side of parity_minimind.py, a process of its own because MiniMind's package is called
-``model`` too.
+"""MiniMind's side of parity_minimind.py, in a process of its own because MiniMind's package, too,
+is called ``model``.
 
     python -I minimind_child.py CHECKOUT FOLDER...
 
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import (
-    load_state_dict,
-)  # torch.load of weights alone, whatever torch's default is
+
+# torch.load of weights alone, whatever torch's default is.
+from transformers.modeling_utils import load_state_dict
 
 
 def main(checkout: str, folders: list[Path]) -> None:
@@ -24,9 +24,8 @@ def main(checkout: str, folders: list[Path]) -> None:
     from model.model import MiniMindLM
     from model.model_lora import apply_lora, load_lora, save_lora
 
-    assert sys.modules["model.model"].__file__.startswith(checkout), (
-        "another package `model` came first"
-    )
+    found = sys.modules["model.model"].__file__
+    assert found.startswith(checkout), f"another package `model` came first: {found}"
     for folder in folders:
         job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
         ids, rank = torch.tensor(job["ids"]), job["rank"]
@@ -37,16 +36,12 @@ def main(checkout: str, folders: list[Path]) -> None:
 
         model = MiniMindLM(LMConfig(**config)).eval()
         model.load_state_dict(load_state_dict(folder / "ours.pth"), strict=True)
-        logits["ours"], logits["ours_cached"] = (
-            whole(model, ids),
-            one_by_one(model, ids, job["prompt"]),
-        )
+        logits["ours"] = whole(model, ids)
+        logits["ours_cached"] = one_by_one(model, ids, job["prompt"])
         apply_lora(model, rank)
         load_lora(model, folder / "ours_lora.pth")
-        logits["ours_lora"], logits["ours_lora_cached"] = (
-            whole(model, ids),
-            one_by_one(model, ids, job["prompt"]),
-        )
+        logits["ours_lora"] = whole(model, ids)
+        logits["ours_lora_cached"] = one_by_one(model, ids, job["prompt"])
 
         torch.manual_seed(0)
         model = MiniMindLM(LMConfig(**config)).eval()
@@ -73,9 +68,7 @@ def whole(model: nn.Module, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def one_by_one(model: nn.Module, ids: Tensor, prompt: int) -> Tensor:
-    """Logits of all positions: ``prompt`` tokens at once, the others one at a time from the
-    cache.
-    """
+    """Logits of all positions: ``prompt`` tokens at once, then one at a time from the cache."""
     out = model(ids[:, :prompt], use_cache=True)
     logits, cache = [out.logits], out.past_key_values
     for at in range(prompt, ids.size(1)):

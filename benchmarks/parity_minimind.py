@@ -1,5 +1,6 @@
-"""Show that MiniMind's own code and this one compute the same: python benchmarks/parity_minimind.py
---minimind DIR
+"""Show that MiniMind's own code and this one compute the same.
+
+    python benchmarks/parity_minimind.py --minimind DIR
 
 Files go both ways, base and LoRA, and the fp32 logits must agree to 1e-5. Two controls must not
 agree: a model with one rotary pair's cosine and sine swapped, and one whose LoRA was left out. Exit
@@ -36,14 +37,8 @@ CASES = {
         8,
     ),
     "golden": (
-        {
-            "dim": 32,
-            "n_layers": 2,
-            "n_heads": 4,
-            "n_kv_heads": 2,
-            "vocab_size": 40,
-            "multiple_of": 16,
-        },
+        {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 40}
+        | {"multiple_of": 16},
         4,
     ),
 }
@@ -57,15 +52,11 @@ class Options:
     """
 
     minimind: Path | None = option(None, "the folder of MiniMind's code of April 2025")
-    write_golden: bool = option(
-        False, "write the small reference figures that the test suite checks"
-    )
+    write_golden: bool = option(False, "also write the small figures that the test suite checks")
 
     def __post_init__(self):
-        require(
-            self.minimind is not None,
-            "--minimind DIR is needed: the folder of MiniMind's code of April 2025",
-        )
+        needed = "--minimind DIR is needed: the folder of MiniMind's code of April 2025"
+        require(self.minimind is not None, needed)
         for name in FILES:
             require((self.minimind / name).is_file(), f"--minimind {self.minimind} holds no {name}")
 
@@ -83,14 +74,8 @@ def main(argv: list[str] | None = None) -> None:
         figures = {name: compare(folders[name], *CASES[name]) for name in CASES}
         golden = golden_figures(folders["golden"])
     ok = report(figures)
-    result = {
-        **origin,
-        "limit": LIMIT,
-        "control_limit": CONTROL_LIMIT,
-        "passed": ok,
-        "cases": figures,
-    }
-    write_json(RESULT, result)
+    result = {**origin, "limit": LIMIT, "control_limit": CONTROL_LIMIT, "passed": ok}
+    write_json(RESULT, result | {"cases": figures})
     if not ok:
         sys.exit("parity with MiniMind FAILED: see the lines marked above")
     if options.write_golden:
@@ -104,13 +89,12 @@ def write_ours(folder: Path, settings: dict, rank: int) -> None:
     from model.weights import save_base
 
     model, ids = seeded_model(settings)
-    save_base(folder / "ours.pth", model, {})
+    save_base(folder / "ours.pth", model)
     config = json.loads((folder / "ours.json").read_text(encoding="utf-8"))["config"]
     add_seeded_lora(model, rank)
     save_lora(model, folder / "ours_lora.pth")
-    write_json(
-        folder / "job.json", {"config": config, "rank": rank, "ids": ids.tolist(), "prompt": PROMPT}
-    )
+    job = {"config": config, "rank": rank, "ids": ids.tolist(), "prompt": PROMPT}
+    write_json(folder / "job.json", job)
 
 
 def run_minimind(checkout: Path, folders: list[Path]) -> None:
@@ -194,13 +178,8 @@ def report(figures: dict[str, dict[str, float]]) -> bool:
 def write_json(path: Path, content: dict, line_per_key: bool = False) -> None:
     text = json.dumps(content, ensure_ascii=False, indent=1)
     if line_per_key:  # long rows of numbers
-        text = (
-            "{\n"
-            + ",\n".join(
-                f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()
-            )
-            + "\n}"
-        )
+        lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+        text = "{\n" + ",\n".join(lines) + "\n}"
     atomic_write(path, lambda file: file.write(f"{text}\n".encode()))
 
 

@@ -1,4 +1,4 @@
-"""Files of measured figures: where and when they were measured, read and written."""
+"""Files of measured figures: where and when they were measured."""
 
 import json
 import os
@@ -7,33 +7,7 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-from core.errors import UserError
 from core.files import atomic_write
-
-
-def read_results(path: Path) -> dict:
-    """The figures in ``path``, none without such a file. Raises ``UserError`` if it holds anything
-    else.
-    """
-    try:
-        results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (ValueError, OSError):  # neither UTF-8 nor JSON, or no readable file
-        results = None
-    if not isinstance(results, dict):
-        raise UserError(f"{path} is no results file; name another with --result, or delete it")
-    return results
-
-
-def results_so_far(path: Path, settings: dict) -> dict:
-    """The figures in ``path`` of a study that goes on where it stopped. Raises ``UserError`` for
-    other ``settings``.
-    """
-    found = read_results(path)
-    if found.setdefault("settings", settings) != settings:
-        raise UserError(
-            f"{path} was made with {found['settings']}; name another file with --result"
-        )
-    return found
 
 
 def write_results(path: Path | None, figures: dict) -> None:

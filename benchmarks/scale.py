@@ -1,5 +1,5 @@
-"""What data of some gigabytes cost: preparing it, starting on it, and the memory of training on it.
-Linux only.
+"""What gigabytes of data cost: preparing them, starting on them, and the memory of training on
+them. Linux only.
 
 python benchmarks/scale.py --sizes 0.5 2 --folder /tmp/scale   (needs about twice the largest size
 there)
@@ -12,7 +12,6 @@ they are listed apart.
 import json
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -27,8 +26,8 @@ from core.errors import UserError, run
 from core.options import option, parse, require
 from core.paths import REPOSITORY, bundled_data
 
-CHILD = REPOSITORY / "benchmarks" / "scale_child.py"
-TRAIN = ("--max_steps", "3", "--val_tokens", "4096", "--batch_size", "4", "--device", "cpu")
+TRAIN = "train_pretrain.py --max_steps 3 --val_tokens 4096 --batch_size 4 --device cpu --data_path"
+PREPARE = "scripts/prepare_data.py"
 SPEED_GB = 0.05  # whose tokenising is timed in several ways
 ROUNDS = 3
 LENGTHS = (1, 1, 2, 4, 8, 16)  # bundled texts in a document
@@ -62,13 +61,14 @@ def main(argv: list[str] | None = None) -> dict:
     tiny = options.folder / "tiny.jsonl"
     shutil.copyfile(bundled_data("pretrain_mini.jsonl"), tiny)
     sample_file = generated(options.folder / f"{SPEED_GB:g}gb.jsonl", SPEED_GB)
-    figures: dict = {"tokenising": throughput(sample_file, options.folder)}
-    figures |= {"tiny": measure(tiny, options.folder), "sizes": {}}
+    figures: dict = {"tiny": measure(tiny, options.folder)}
+    figures |= {"tokenising": throughput(sample_file, options.folder, figures["tiny"]), "sizes": {}}
     base = figures["tiny"]["training"]["anonymous_mb"]
     for size in options.sizes:
         path = generated(options.folder / f"{size:g}gb.jsonl", size)
         found = measure(path, options.folder)
         found["training"]["anonymous_mb_above_tiny"] = found["training"]["anonymous_mb"] - base
+        found["prepare"]["mb_per_second"] = speed(path, found["prepare"], figures["tiny"])
         figures["sizes"][f"{size:g} GB"] = found
     figures |= measured_on(("torch", "tokenizers", "datasets"))
     print(json.dumps(figures, indent=2))
@@ -78,35 +78,31 @@ def main(argv: list[str] | None = None) -> dict:
 
 def measure(path: Path, folder: Path) -> dict:
     """Prepare ``path`` afresh, start on it twice, train on it."""
-    out, size = folder / path.stem, path.stat().st_size
+    out = folder / path.stem
     shutil.rmtree(out, ignore_errors=True)
-    prepared = watched("scripts/prepare_data.py", path, "--out_dir", out)
-    counts = re.search(r"([\d,]+) text rows, ([\d,]+) tokens", prepared["said"])
-    rows, tokens = (int(count.replace(",", "")) for count in counts.groups())
+    prepared = watched(PREPARE, path, out)
     kept = ("seconds", "anonymous_mb", "workers_anonymous_mb")
-    figures = {
-        "mb": round(size / 1e6, 1),
-        "rows": rows,
-        "tokens": tokens,
+    figures: dict = {
+        "mb": round(path.stat().st_size / 1e6, 1),
         "cache_mb": round(sum(file.stat().st_size for file in (out / "cache").iterdir()) / 1e6, 1),
-        "prepare": {name: prepared[name] for name in kept} | {"mb_per_second": speed(prepared)},
+        "prepare": {name: prepared[name] for name in kept},
     }
     (out / "cache" / "sha256.json").unlink(missing_ok=True)
     for kind in ("cold", "warm"):
         if kind == "cold":  # nothing in the system's cache, no hash remembered
             for file in (path, *(out / "cache").iterdir()):
                 evict(file)
-        found = watched(CHILD, path, out)
+        found = watched("benchmarks/scale_child.py", path, out)
         said = json.loads(found["said"].splitlines()[-1])
-        figures[f"{kind}_start"] = said | {
-            name: found[name] for name in ("anonymous_mb", "file_mb")
-        }
-    trained = watched("train_pretrain.py", "--data_path", path, "--out_dir", out, *TRAIN)
+        figures |= {name: said.pop(name) for name in ("rows", "tokens")}
+        used = {name: found[name] for name in ("anonymous_mb", "file_mb")}
+        figures[f"{kind}_start"] = said | used
+    trained = watched(TRAIN, path, out)
     figures["training"] = {name: trained[name] for name in ("seconds", "anonymous_mb", "file_mb")}
     return figures
 
 
-def throughput(path: Path, folder: Path) -> dict:
+def throughput(path: Path, folder: Path, tiny: dict) -> dict:
     """Megabytes a second of tokenising one file in three ways, each the best of some rounds in
     turn.
 
@@ -115,53 +111,42 @@ def throughput(path: Path, folder: Path) -> dict:
     """
     figures: dict = {}
     for _ in range(ROUNDS):
-        for name, flags, threads in (
-            ("one process, one thread", ("--workers", 1), "false"),
-            ("one process, the tokenizer's own threads", ("--workers", 1), "true"),
-            ("a process for each core", (), "false"),
+        for name, command, threads in (
+            ("one process, one thread", f"{PREPARE} --workers 1", "false"),
+            ("one process, the tokenizer's own threads", f"{PREPARE} --workers 1", "true"),
+            ("a process for each core", PREPARE, "false"),
         ):
             shutil.rmtree(folder / "speed", ignore_errors=True)
-            done = watched(
-                "scripts/prepare_data.py",
-                path,
-                "--out_dir",
-                folder / "speed",
-                *flags,
-                threads=threads,
-            )
-            found = {"mb_per_second": speed(done)} | {
-                key: done[key] for key in ("cpu_s", "workers_cpu_s")
-            }
-            figures[name] = max(
-                figures.get(name, found), found, key=lambda one: one["mb_per_second"]
-            )
+            done = watched(command, path, folder / "speed", threads)
+            found = {"mb_per_second": speed(path, done, tiny)}
+            found |= {key: done[key] for key in ("cpu_s", "workers_cpu_s")}
+            best = figures.get(name, found)
+            figures[name] = max(best, found, key=lambda one: one["mb_per_second"])
     return figures
 
 
-def speed(prepared: dict) -> float | None:
-    """Megabytes a second without the imports, as the command said; of small files it says
-    nothing.
+def speed(path: Path, prepared: dict, tiny: dict) -> float:
+    """Megabytes a second of preparing ``path`` beyond the tiny file, whose seconds are those of
+    the imports.
     """
-    said = re.search(r"([\d.]+) MB/s", prepared["said"])
-    return float(said.group(1)) if said else None
+    more = path.stat().st_size / 1e6 - tiny["mb"]
+    return round(more / (prepared["seconds"] - tiny["prepare"]["seconds"]), 2)
 
 
-def watched(script: str | Path, *arguments: object, threads: str = "true") -> dict:
-    """Run a command; its seconds, what it ``said``, and the most memory and processor time of it
-    and of its children.
+def watched(command: str, data: Path, out: Path, threads: str = "true") -> dict:
+    """Run a command that ends with its data; its seconds, what it ``said``, and the most memory and
+    processor time of it and of its children.
 
     Pages that forked children share with their parent count for each of them.
     """
-    command = [sys.executable, str(REPOSITORY / script), *map(str, arguments)]
-    print("+", *command[1:], flush=True)
-    peaks = dict.fromkeys(
-        ("anonymous_mb", "file_mb", "workers_anonymous_mb", "cpu_s", "workers_cpu_s"), 0
-    )
-    began = time.perf_counter()
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": threads}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment
-    ) as process:
+    script, *flags = command.split()
+    words = [sys.executable, str(REPOSITORY / script), *flags, str(data), "--out_dir", str(out)]
+    print("+", *words[1:], flush=True)
+    names = ("anonymous_mb", "file_mb", "workers_anonymous_mb", "cpu_s", "workers_cpu_s")
+    peaks, began = dict.fromkeys(names, 0), time.perf_counter()
+    settings = os.environ | {"TOKENIZERS_PARALLELISM": threads}
+    pipes = {"stdout": subprocess.PIPE, "text": True, "encoding": "utf-8", "env": settings}
+    with subprocess.Popen(words, **pipes) as process:
         ended = threading.Event()
         sampler = threading.Thread(target=sample, args=(process.pid, peaks, ended))
         sampler.start()
@@ -170,7 +155,7 @@ def watched(script: str | Path, *arguments: object, threads: str = "true") -> di
         sampler.join()
     if process.returncode:
         raise UserError(
-            f"{' '.join(command)} ended with code {process.returncode}; it says why above"
+            f"{' '.join(words)} ended with code {process.returncode}; it says why above"
         )
     return {"seconds": round(time.perf_counter() - began, 2), "said": said, **peaks}
 

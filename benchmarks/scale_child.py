@@ -1,7 +1,6 @@
-"""A start on prepared data, as a training door does it, timed from after its imports: started by
-benchmarks/scale.py.
+"""A start on prepared data, as a training door makes it, timed without the imports.
 
-python benchmarks/scale_child.py DATA_FILE OUT_DIR   (prints one line of JSON)
+python benchmarks/scale_child.py DATA_FILE --out_dir OUT_DIR   (prints one line of JSON)
 """
 
 import json
@@ -20,7 +19,7 @@ from core.paths import TOKENIZER_DIR, cache_dir
 from dataset.batches import Batches, PretrainDataset
 from dataset.tokenizer import load_tokenizer
 from train_pretrain import Options
-from trainer.stage import run_record
+from trainer.stage import run_facts
 
 DRAWN = 300
 
@@ -34,21 +33,22 @@ def main(path: Path, out_dir: Path) -> None:
     batches = Batches(data.train, options.batch_size, 1, options.seed).steps(0)
     next(batches)
     first = time.perf_counter()
-    run_record("pretrain", options, tokenizer)
+    run_facts("pretrain", options, tokenizer)
     recorded = time.perf_counter()
     drawn = sum(1 for _ in islice(batches, DRAWN))
-    seconds = {
-        "seconds_to_first_batch": first - began,
-        "of_it_data_opened": opened - began,
-        "seconds_of_run_record": recorded - first,
-        "ms_per_batch_drawn": 1000 * (time.perf_counter() - recorded) / max(drawn, 1),
+    milliseconds = 1000 * (time.perf_counter() - recorded) / max(drawn, 1)
+    lengths = [samples.rows.lengths for samples in (data.train, data.val)]
+    figures = {
+        "rows": sum(map(len, lengths)),
+        "tokens": sum(int(part.sum()) for part in lengths),
+        "seconds_to_first_batch": round(first - began, 3),
+        "of_it_data_opened": round(opened - began, 3),
+        "seconds_of_run_record": round(recorded - first, 3),
+        "ms_per_batch_drawn": round(milliseconds, 3),
+        "batches_drawn": drawn,
     }
-    print(
-        json.dumps(
-            {name: round(value, 3) for name, value in seconds.items()} | {"batches_drawn": drawn}
-        )
-    )
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[3]))

@@ -1,6 +1,4 @@
-"""A MiniMindLM and LoRA whose weights follow from their names alone, and the logits that
-comparisons are made of.
-"""
+"""A MiniMindLM and LoRA whose weights follow from their names alone, and the logits to compare."""
 
 import zlib
 from collections.abc import Iterable
@@ -27,9 +25,7 @@ def seeded_model(settings: dict) -> tuple[MiniMindLM, Tensor]:
 def add_seeded_lora(model: nn.Module, rank: int) -> None:
     """``apply_lora`` with a B that is not zero."""
     apply_lora(model, rank)
-    fill(
-        (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
-    )
+    fill((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
 @torch.no_grad()
@@ -37,9 +33,8 @@ def fill(parameters: Iterable[tuple[str, Tensor]]) -> None:
     """Set matrices to variance 1 / (2 inputs) and vectors (norms) to 1 +- 0.3."""
     for name, parameter in parameters:
         noise = uniform(name, parameter.numel()).view(parameter.shape)
-        parameter.copy_(
-            1 + 0.3 * noise if parameter.dim() == 1 else noise * (1.5 / parameter.shape[1]) ** 0.5
-        )
+        is_vector = parameter.dim() == 1
+        parameter.copy_(1 + 0.3 * noise if is_vector else noise * (1.5 / parameter.shape[1]) ** 0.5)
 
 
 def uniform(name: str, count: int) -> Tensor:
@@ -76,7 +71,7 @@ def one_by_one(model: nn.Module, ids: Tensor) -> Tensor:
     """Logits of all positions: PROMPT tokens at once, the others one at a time from the cache."""
     logits, cache = [], None
     for part in (ids[:, :PROMPT], *ids[:, PROMPT:].split(1, dim=1)):
-        out = model(part, past_key_values=cache, use_cache=True)
+        out = model(part, cache=cache, use_cache=True)
         logits.append(out.logits)
         cache = out.past_key_values
     return torch.cat(logits, dim=1)

@@ -1,5 +1,5 @@
-"""What a user did wrong, or the machine refuses, is one sentence and exit code 2; the rest keeps
-its traceback.
+"""How a command starts and ends: a user's mistake, or what the machine refuses, is one sentence and
+exit code 2; any other error keeps its traceback.
 """
 
 import contextlib
@@ -10,33 +10,19 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from typing import TextIO
 
-from core.output import drop
-
+NEEDED = {"torch", "transformers", "datasets", "tokenizers", "tqdm", "wandb", "matplotlib", "numpy"}
 INSTALL_HINT = "run `python scripts/quickstart.py` once, then use the Python in .venv"
-REQUIRED_PACKAGES = {
-    "torch",
-    "transformers",
-    "datasets",
-    "tokenizers",
-    "tqdm",
-    "wandb",
-    "matplotlib",
-    "numpy",
-}
-
-# What asks work to stop. SIGHUP: the terminal was closed, or its connection lost; Windows has none.
+# The signals that ask work to stop. SIGHUP says that the terminal is gone; Windows has none.
 STOPPING = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
-NO_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-)  # PyTorch's words: GPU, POSIX, Windows
-ECHO_SECONDS = (
-    3.0  # torchrun passes on a Ctrl-C that the terminal has already sent to every process
-)
+ECHO_SECONDS = 3.0  # torchrun repeats a Ctrl-C that the terminal has already sent to every process
+# PyTorch's words on a GPU, on POSIX and on Windows.
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+# How long an OpenMP thread that waits keeps its core busy: GNU's turns, Intel's and LLVM's ms.
+SPINNING = {"GOMP_SPINCOUNT": "5000", "KMP_BLOCKTIME": "0"}
 
 
 class UserError(Exception):
@@ -46,17 +32,9 @@ class UserError(Exception):
     """
 
 
-def reason_of(error: BaseException, limit: int = 200) -> str:
-    """The first line of a library's words, at most ``limit`` characters; its type's name if it has
-    none.
-    """
-    lines = str(error).splitlines()
-    return lines[0][:limit] if lines else type(error).__name__
-
-
 class Stopped(Exception):
-    """Work ended early but in good order, because the signal ``signum`` asked for it; it has said
-    so itself.
+    """Work ended early but in good order because the signal ``signum`` asked for it, and has said
+    so.
     """
 
     def __init__(self, signum: int):
@@ -64,68 +42,120 @@ class Stopped(Exception):
         self.signum = signum
 
 
-def run(main: Callable[[], object]) -> None:
+def run(main: Callable[[], object], *, keep_working: bool = False) -> None:
     """Run a command's ``main`` and end the process.
 
-    Exit codes: 0 when ``main`` returns, 2 with one line on stderr for a ``UserError``, a missing
-    package, memory that does not suffice, and a file or an output that the system refuses, 130 for
-    Ctrl-C, 128 + its number for a signal that ``Stopped`` the work. Any other exception is a bug
-    and propagates with its traceback.
+    Exit codes: 0 when ``main`` returns; 2 with one line on stderr for a ``UserError``, a missing
+    package, memory that does not suffice, and a file or an output that the system refuses; 130 for
+    Ctrl-C; 128 + its number for a signal that ``Stopped`` the work; 141 when nobody reads the
+    output any more, unless the command is to ``keep_working`` without a reader. Any other exception
+    is a bug and propagates with its traceback.
     """
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # output sent to a file on Windows may not know every character
-        sys.stdout.reconfigure(errors="backslashreplace")
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by whoever started this process
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (until the process ends)
+    limit_spinning()
+    _open_streams()
     try:
-        main()
-        sys.stdout.flush()
-    except UserError as error:
-        message, code = " ".join(str(error).split()), 2
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in REQUIRED_PACKAGES:
-            raise
-        message, code = f"the Python package {package!r} is not installed here: {INSTALL_HINT}", 2
+        with contextlib.ExitStack() as stack:
+            if keep_working:
+                stack.enter_context(contextlib.redirect_stdout(_Unfailing(sys.stdout)))
+                stack.enter_context(contextlib.redirect_stderr(_Unfailing(sys.stderr)))
+            main()
+            sys.stdout.flush()
+        return
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except Stopped as stopped:
         sys.exit(128 + stopped.signum)
-    except (
-        BrokenPipeError
-    ):  # the reader of our output has left, as `| head` does: nobody is there to be told
-        drop(sys.stdout)
+    except BrokenPipeError:
+        if keep_working:  # then the pipe was not that of our output
+            raise
+        _drop(sys.stdout)
         sys.exit(141)
-    except OSError as error:
-        # A file that is not there may be our mistake; what the system forbids, or has no room for,
-        # is none. Python names no file when a write to an open one fails, be it the output's or
-        # another.
-        full = error.filename is None and error.errno in (errno.ENOSPC, errno.EFBIG)
-        if isinstance(error, FileNotFoundError) or (error.filename is None and not full):
+    except Exception as error:
+        message, code = _sentence_for(error), 2
+        if not message:
             raise
-        if full:
-            drop(sys.stdout)  # or its rest would fail again when the process ends
-        place = "the output, or a file" if full else error.filename
-        message, code = (
-            f"{place}: {error.strerror}; choose a place with room that you may read and write",
-            2,
-        )
-    except (MemoryError, RuntimeError) as error:
-        reason = reason_of(error)
-        if not isinstance(error, MemoryError) and not any(words in reason for words in NO_MEMORY):
-            raise
-        message, code = (
-            f"the memory does not suffice ({reason}): take a smaller model, --batch_size or --micro_tokens",
-            2,
-        )
-    else:
-        return
-    if (
-        os.environ.get("LOCAL_RANK", "0") != "0"
-    ):  # torchrun ends this process at once if the first one says the same
-        time.sleep(ECHO_SECONDS)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(ECHO_SECONDS)  # torchrun ends this process as soon as the first one ends
     with contextlib.suppress(OSError):  # nobody need be there to read it
         print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def limit_spinning() -> None:
+    """Let OpenMP's threads sleep soon where they wait for one another, unless the user decided.
+
+    Their spinning takes the cores away from the very threads they wait for as soon as another
+    program is busy. It has an effect before torch is imported, and on child processes.
+    """
+    if os.environ.keys().isdisjoint({*SPINNING, "OMP_WAIT_POLICY"}):
+        os.environ.update(SPINNING)
+
+
+def reason_of(error: BaseException, limit: int = 200) -> str:
+    """The first line of an error's message, at most ``limit`` characters, else its type's name."""
+    lines = str(error).splitlines()
+    return lines[0][:limit] if lines else type(error).__name__
+
+
+def _sentence_for(error: Exception) -> str:
+    """What to tell the user, who can do something about ``error``; "" where nobody but us can."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        missing = f"the Python package {package!r} is not installed here: {INSTALL_HINT}"
+        return missing if package in NEEDED else ""
+    if isinstance(error, OSError):
+        # A missing file may be our mistake; what the system forbids or has no room for is not.
+        # Python names no file when writing to an open one fails, be it the output or another.
+        full = error.filename is None and error.errno in (errno.ENOSPC, errno.EFBIG)
+        if full:
+            _drop(sys.stdout)  # or the rest of it would fail again when the process ends
+        elif isinstance(error, FileNotFoundError) or error.filename is None:
+            return ""
+        place = "the output, or a file" if full else error.filename
+        return f"{place}: {error.strerror}; choose a place with room that you may read and write"
+    reason = reason_of(error)
+    no_memory = isinstance(error, RuntimeError) and any(words in reason for words in NO_MEMORY)
+    if no_memory or isinstance(error, MemoryError):
+        way_out = "take a smaller model, batch_size or micro_tokens"
+        return f"the memory does not suffice ({reason}): {way_out}"
+    return ""
+
+
+def _open_streams() -> None:
+    """Replace the streams that the starter of this process closed; print what they cannot spell."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # on Windows a file may not know every character
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+class _Unfailing:
+    """A text stream whose ``write`` and ``flush`` never fail: what cannot be written is dropped."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            _drop(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            _drop(self._stream)
+
+
+def _drop(stream: TextIO) -> None:
+    """From now on what ``stream`` is given, or still holds in its buffer, goes nowhere."""
+    with contextlib.suppress(io.UnsupportedOperation), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())

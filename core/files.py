@@ -1,4 +1,4 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent, and the lock that tells whether somebody is at work."""
 
 import contextlib
 import glob
@@ -10,17 +10,37 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from core.errors import UserError
 
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows: whatever is open there can be neither deleted nor renamed
-    fcntl = None
-
+WINDOWS = os.name == "nt"  # where whatever is open can be neither deleted nor renamed
 RACY_NS = 2_000_000_000  # file systems count time in steps of up to two seconds
 YOUNG_SECONDS = 60  # ample time to lock a file that was just made
+_ours: set[Path] = set()  # the temporary files that this process is writing
+
+
+def try_lock(file: IO, *, where_unknown: bool = True) -> bool:
+    """Lock a file that is open for writing; False if another process holds the lock.
+
+    The lock lasts until the process closes the file or ends, however it ends; a process forked
+    meanwhile does not hold it too. On a file system without locks the answer is ``where_unknown``.
+    """
+    try:
+        if WINDOWS:
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return where_unknown
+    return True
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -36,27 +56,26 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
     temporary, outer = None, sys.exc_info()[1]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _clear_dead(path)
+        _delete_dead(path)
         with tempfile.NamedTemporaryFile(
             dir=path.parent, prefix=f".{path.name}.", delete=False
         ) as file:
             temporary = Path(file.name)
-            with contextlib.suppress(OSError):  # some network file systems have no locks
-                _lock(file)
+            _ours.add(temporary)
+            try_lock(file)
             write(file)
             file.flush()
             os.fsync(file.fileno())
-            if fcntl is None:
+            if WINDOWS:
                 file.close()
             set_ordinary_mode(temporary)
             os.replace(temporary, path)
-            temporary = None
         fsync_folder(path.parent)
-    except UserError:  # what ``write`` has to say, of another file
+    except UserError:  # from ``write``, about another file
         raise
     except Exception as error:
-        # torch.save hides the disk's error behind one of its own; what the caller is handling is
-        # another story.
+        # torch.save hides the disk's error behind one of its own. An error that the caller is
+        # handling has nothing to do with this file.
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError) or cause is outer:
             raise
@@ -67,27 +86,20 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+            _ours.discard(temporary)
 
 
-def _clear_dead(path: Path) -> None:
+def _delete_dead(path: Path) -> None:
     """Delete the temporary files of ``path`` that nobody is writing."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}"):
-        with contextlib.suppress(OSError):  # locked, or on Windows open: its writer lives
+    for left in set(path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}")) - _ours:
+        with contextlib.suppress(OSError):  # on Windows an open file stays
             status = left.stat()
             if not status.st_size and time.time() - status.st_mtime < YOUNG_SECONDS:
-                continue  # it may not be locked yet
-            with left.open("rb") as file:
-                _lock(file)
-            left.unlink()
-
-
-def _lock(file: BinaryIO) -> None:
-    """Hold an open file until it is closed or its process dead. Raises ``OSError`` when another one
-    holds it, and where there are no locks: unlike ``core.locks``, which then lets everyone pass,
-    this must not delete what may be alive.
-    """
-    if fcntl:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                continue  # its writer may not have locked it yet
+            with left.open("r+b") as file:
+                dead = try_lock(file, where_unknown=False)
+            if dead:
+                left.unlink()
 
 
 def sha256_file(path: Path, cache: Path | None = None) -> str:

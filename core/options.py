@@ -1,10 +1,13 @@
-"""One dataclass is the only source of a command's flags, defaults and help."""
+"""One dataclass is the only source of a command's flags, defaults, bounds and help."""
 
 import argparse
 import dataclasses
 import difflib
-import types
+import functools
+import inspect
 import typing
+from math import inf
+from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -12,54 +15,119 @@ from core.errors import UserError
 
 T = TypeVar("T")
 
+GROUPS = ("most used", "data", "skill", "training", "run", "device")  # the order of --help
+BOUNDS = {"at_least": ge, "at_most": le, "above": gt, "below": lt}
 # Flags of MiniMind that are gone, and what to use instead.
 RETIRED_FLAGS = {
     "--use_moe": "mixture-of-experts models are not supported; leave it out",
     "--ddp": "processes are found from the environment; leave it out",
     "--local_rank": "processes are found from the environment; leave it out",
     "--load": "a base file says itself what it is; use --base FILE",
-    "--model_mode": "the base is chosen by file; use --base out/pretrain_512.pth or --base out/full_sft_512.pth",
+    "--model_mode": "the base is chosen by file; use --base out/pretrain_512.pth or"
+    " --base out/full_sft_512.pth",
 }
 
 
-def option(default: Any, help: str, positional: bool = False) -> Any:
-    """A dataclass field that becomes the flag of the same name, or a required value without a
-    flag.
+def option(default: Any, help: str, *, group: str = "", positional=False, **bounds: float) -> Any:
+    """A dataclass field that becomes the flag of the same name, or a required value without a flag.
+
+    ``--help`` lists it under the heading ``group``, one of ``GROUPS``. ``bounds`` are any of
+    ``at_least``, ``at_most``, ``above`` and ``below``; a number that has one must also be finite. A
+    subclass may declare the field again, as ``epochs: int = 20`` or ``option(20, "other help")``:
+    it inherits whatever it does not state.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "positional": positional})
+    assert group in ("", *GROUPS) and bounds.keys() <= BOUNDS.keys(), (group, bounds)
+    stated = {"help": help, "positional": positional, **({"group": group} if group else {})}
+    return dataclasses.field(default=default, metadata={**stated, **bounds})
+
+
+@dataclasses.dataclass
+class CheckedOptions:
+    """Base class of options that check themselves, whether a command line or a program makes them.
+
+    Raises ``UserError``, which names the option, for a number outside its bounds and for a value
+    that is none of the ``Literal`` choices. A subclass with checks of its own calls
+    ``super().__post_init__()`` in its ``__post_init__``.
+    """
+
+    def __post_init__(self) -> None:
+        for name, declared in _declarations(type(self)).items():
+            value = getattr(self, name)
+            if value is not None or not declared["optional"]:
+                wanted = _broken_rule(value, declared)
+                require(not wanted, f"{name}={value!r} must be {wanted}")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ``UserError(message)`` unless ``condition`` holds; for checks in ``__post_init__``."""
+    if not condition:
+        raise UserError(message)
 
 
 def parse(options: type[T], argv: list[str] | None) -> T:
     """Parse ``argv`` (None: the process's own) into an instance of the dataclass ``options``.
 
     Supported types: bool (``--flag`` / ``--no-flag``), int, float, str, Path, ``Literal`` choices,
-    any of these ``| None``, and ``tuple[Path, ...]`` (one or more). Raises ``UserError`` for
-    unknown, malformed, retired or contradicting flags; the class's ``__post_init__`` does the
-    cross-checks. ``--help`` prints and exits 0.
+    any of these ``| None``, and tuples of them or a dict (one or more values; of ``str |
+    tuple[str, ...]`` the tuple). Raises ``UserError`` for unknown, malformed, retired or
+    contradicting flags. ``--help`` prints and exits 0.
     """
-    hints = typing.get_type_hints(options)
+    declarations = _declarations(options)
+    positional = [name for name, declared in declarations.items() if declared["positional"]]
     parser = _Parser(
+        usage=" ".join(["%(prog)s", *positional, "[--flag VALUE ...]"]),
         description=(options.__doc__ or "").strip(),
         allow_abbrev=False,
-        formatter_class=argparse.HelpFormatter,
     )
-    for field in dataclasses.fields(options):
-        _add_flag(parser, field, hints[field.name])
+    for group in ("", *GROUPS):
+        names = [name for name, found in declarations.items() if found.get("group", "") == group]
+        section = parser.add_argument_group(group) if group and names else parser
+        for name in names:
+            _add_flag(section, name, declarations[name])
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = [
-            f"--{field.name}" for field in dataclasses.fields(options) if not _is_positional(field)
-        ]
+        flags = [f"--{name}" for name in declarations if name not in positional]
         raise UserError(_explain_unknown(unknown[0], flags))
     return options(**vars(parsed))
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise ``UserError(message)`` unless ``condition`` holds; for the cross-checks in
-    ``__post_init__``.
+@functools.cache
+def _declarations(options: type) -> dict[str, dict[str, Any]]:
+    """What the dataclass states of each option, its default and its type; those that the most
+    derived class declares come first.
     """
-    if not condition:
-        raise UserError(message)
+    hints = typing.get_type_hints(options)
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    found: dict[str, dict[str, Any]] = {}
+    for owner in options.__mro__:
+        fields = vars(owner).get("__dataclass_fields__", {})
+        for name in inspect.get_annotations(owner):
+            if name in defaults and name in fields:
+                found[name] = {**fields[name].metadata, **found.get(name, {})}
+    for name, declared in found.items():
+        kinds = typing.get_args(hints[name])
+        optional = type(None) in kinds
+        hint = kinds[kinds[0] is type(None)] if optional else hints[name]
+        declared |= {"type": hint, "optional": optional, "default": defaults[name]}
+        bounded = not BOUNDS.keys().isdisjoint(declared)
+        assert not bounded or issubclass(options, CheckedOptions), f"nobody checks {name}"
+    return found
+
+
+def _broken_rule(value: Any, declared: dict[str, Any]) -> str:
+    """What ``value`` would have to be; "" when it is."""
+    if typing.get_origin(declared["type"]) is Literal:
+        choices = typing.get_args(declared["type"])
+        return "" if value in choices else f"one of {', '.join(map(str, choices))}"
+    bounds = {name: bound for name, bound in declared.items() if name in BOUNDS}
+    if not bounds:
+        return ""
+    kinds, noun = ((int,), "whole") if declared["type"] is int else ((int, float), "finite")
+    if isinstance(value, bool) or not isinstance(value, kinds) or not -inf < value < inf:
+        return f"a {noun} number"
+    if all(BOUNDS[name](value, bound) for name, bound in bounds.items()):
+        return ""
+    return " and ".join(f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,23 +137,21 @@ class _Parser(argparse.ArgumentParser):
 
 class _StoreTuple(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
-        if (
-            getattr(namespace, self.dest) is not self.default
-        ):  # whether to add or to replace can only be guessed
+        # Whether to add to the earlier values or to replace them can only be guessed.
+        if getattr(namespace, self.dest) is not self.default:
             parser.error(f"{option_string} is given twice: write all its values after one")
         setattr(namespace, self.dest, tuple(values))
 
 
-def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -> None:
-    hint, optional = _strip_none(hint)
-    several = typing.get_origin(hint) is tuple
+def _add_flag(section: argparse._ActionsContainer, name: str, declared: dict[str, Any]) -> None:
+    hint, default = declared["type"], declared["default"]
+    tuples = [kind for kind in typing.get_args(hint) if typing.get_origin(kind) is tuple]
+    hint = tuples[0] if tuples else hint
+    several = typing.get_origin(hint) in (tuple, dict)
     hint = typing.get_args(hint)[0] if several else hint
-    default = " ".join(map(str, field.default)) if several else field.default
-    shown = "" if default in (None, "") else f" (default: {default})"
-    settings: dict[str, Any] = {
-        "default": field.default,
-        "help": (field.metadata["help"] + shown).replace("%", "%%"),
-    }
+    shown = " ".join(map(str, default)) if several else default
+    help_text = declared["help"] + ("" if shown in (None, "") else f" (default: {shown})")
+    settings: dict[str, Any] = {"default": default, "help": help_text.replace("%", "%%")}
     if hint is bool:
         settings["action"] = argparse.BooleanOptionalAction
     elif typing.get_origin(hint) is Literal:
@@ -93,17 +159,10 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: A
     else:
         settings["type"] = _int if hint is int else hint
         kind = {int: "N", float: "X", str: "TEXT", Path: "PATH"}[hint]
-        settings["metavar"] = field.name if _is_positional(field) else kind
+        settings["metavar"] = name if declared["positional"] else kind
     if several:
         settings |= {"nargs": "+", "action": _StoreTuple}
-    assert optional or field.default is not None, (
-        f"--{field.name} defaults to None without saying so"
-    )
-    parser.add_argument(field.name if _is_positional(field) else f"--{field.name}", **settings)
-
-
-def _is_positional(field: dataclasses.Field) -> bool:
-    return field.metadata.get("positional", False)
+    section.add_argument(name if declared["positional"] else f"--{name}", **settings)
 
 
 def _int(text: str) -> int:
@@ -111,14 +170,6 @@ def _int(text: str) -> int:
     if not text.lstrip("-").isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
-
-
-def _strip_none(hint: Any) -> tuple[Any, bool]:
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        kept = [part for part in typing.get_args(hint) if part is not type(None)]
-        assert len(kept) == 1, hint
-        return kept[0], True
-    return hint, False
 
 
 def _explain_unknown(argument: str, known: list[str]) -> str:

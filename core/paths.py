@@ -21,31 +21,37 @@ def base_path(out_dir: str | Path, stage: str, dim: int) -> Path:
     return Path(out_dir) / f"{stage}_{dim}.pth"
 
 
-def lora_path(out_dir: str | Path, name: str, dim: int) -> Path:
-    """``out/lora/lora_<name>_<dim>.pth``; the names ``medical`` and ``lora_medical`` mean the same
-    file.
+def lora_path(out_dir: str | Path, name: str, dim: int | str) -> Path:
+    """``out/lora/lora_<name>_<dim>.pth``, for the names ``medical`` and ``lora_medical`` alike.
 
-    Raises ``UserError`` for a name that is not letters, digits, ``_``, ``-`` or ``.`` (a path, for
-    instance).
+    Raises ``UserError`` for a name that is more than letters, digits, ``_``, ``-`` and ``.``.
     """
     return Path(out_dir) / "lora" / f"lora_{skill_name(name)}_{dim}.pth"
 
 
 def classifier_dir(out_dir: str | Path, name: str) -> Path:
-    """``out/classifier_<name>``, a Hugging Face folder: a classifier whose weights were all
-    trained.
-    """
+    """``out/classifier_<name>``, the Hugging Face folder of a classifier without LoRA."""
     return Path(out_dir) / f"classifier_{skill_name(name)}"
 
 
 def lora_paths(out_dir: str | Path, name: str | None = None) -> list[Path]:
-    """The skill files in ``out_dir``, of every dim, the newest last; only those of skill ``name``
-    if given.
-    """
+    """The skill files in ``out_dir``, the newest last: of every dim, of skill ``name`` if given."""
     files = (path for path in (Path(out_dir) / "lora").glob("lora_*.pth") if path.is_file())
     found = [path for path in files if SKILL_FILE.fullmatch(path.name)]
     found = [path for path in found if name is None or skill_of(path) == skill_name(name)]
     return sorted(found, key=lambda path: path.stat().st_mtime_ns)
+
+
+def find_skill(out_dir: str | Path, name: str, dim: int | None = None) -> Path:
+    """The file of skill ``name``: of this ``dim``, or the newest of any. Raises ``UserError`` with
+    the skills there are when there is none.
+    """
+    found = [lora_path(out_dir, name, dim)] if dim else lora_paths(out_dir, name)
+    if not found or not found[-1].is_file():
+        there = ", ".join(sorted({skill_of(path) for path in lora_paths(out_dir)})) or "none yet"
+        wanted = lora_path(out_dir, name, dim or "<dim>")
+        raise UserError(f"there is no skill file {wanted}; skills here: {there}")
+    return found[-1]
 
 
 def skill_of(path: Path) -> str:
@@ -57,19 +63,17 @@ def skill_name(name: str) -> str:
     """The bare name of a skill, without the ``lora_`` in front."""
     bare = re.sub(r"^(lora_)+", "", name)
     too_long = len(os.fsencode(bare)) > 100  # of the 255 bytes that file systems give a name
-    if (
-        not re.fullmatch(r"\w[\w.-]*", bare) or too_long or bare == "off"
-    ):  # /lora off means: no skill
-        raise UserError(
-            f"--lora_name {name[:99]!r} is not a skill name: use letters, digits, '_', '-', '.' (at most 100"
-            " bytes), not 'off'"
-        )
+    reserved = bare == "off"  # /lora off means: no skill
+    if too_long or reserved or not re.fullmatch(r"\w[\w.-]*", bare):
+        allowed = "letters, digits, '_', '-', '.' (at most 100 bytes), not 'off'"
+        raise UserError(f"{name[:99]!r} is not a skill name: use {allowed}")
     return bare
 
 
 def skill_weights(words: Iterable[str]) -> dict[str, float]:
-    """``NAME=0.7`` and ``NAME``, which weighs 1, as names and weights. Raises ``UserError`` for
-    anything else.
+    """``NAME=0.7`` and ``NAME``, which weighs 1, as names and weights.
+
+    Raises ``UserError`` for anything else.
     """
     weights = {}
     for word in words:
@@ -85,16 +89,22 @@ def skill_weights(words: Iterable[str]) -> dict[str, float]:
 
 def weights_text(weights: Mapping[str, float]) -> str:
     """The words that ``skill_weights`` reads as ``weights``."""
-    return " ".join(
-        name if weight == 1 else f"{name}={weight:g}" for name, weight in weights.items()
-    )
+    words = [name if weight == 1 else f"{name}={weight:g}" for name, weight in weights.items()]
+    return " ".join(words)
 
 
 def pretrained_name(base: Path) -> str:
-    """What Hugging Face's libraries call ``base``: a folder as this system spells it, else
-    ``owner/model``.
-    """
+    """The name of ``base`` for Hugging Face's libraries: a folder's path, or ``owner/model``."""
     return str(base) if base.exists() else base.as_posix()
+
+
+def is_pretrained(base: Path) -> bool:
+    """Whether this names a Hugging Face model: a folder with a config.json, or ``owner/model`` on
+    the hub.
+    """
+    if base.exists() or (base.parent.exists() and base.parent != Path()):
+        return (base / "config.json").is_file()
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", base.as_posix()) is not None and base.suffix != ".pth"
 
 
 def bundled_data(name: str) -> Path:

@@ -197,21 +197,17 @@ class Batches:
         else:
             yield from map(self._made, planned)
 
-    def largest_step(self, epoch: int = 0) -> list[Batch]:
-        """The step of the epoch whose micro-batches need the most memory, made in this process.
+    def largest_batch(self) -> Batch:
+        """The micro-batch of the first epoch with the most tokens, padding included.
 
-        The largest micro-batch counts, padding included. Of a long epoch only ``PROBED`` steps are
-        compared, those whose samples could fill the largest micro-batches.
+        Of a long epoch only ``PROBED`` steps are cut, those whose samples could fill the largest
+        micro-batches.
         """
         lengths = self.samples.lengths
         fullest = lengths * np.clip(self.micro_tokens // lengths, 1, self.batch_size)
-
-        def padded(step: np.ndarray) -> int:
-            return max((len(part) * lengths[part].max() for part in self._cut(step)), default=0)
-
-        steps = self._planned(epoch)
-        likely = heapq.nlargest(PROBED, steps, key=lambda step: fullest[step].max())
-        return self._made(max(likely, key=padded))
+        steps = heapq.nlargest(PROBED, self._planned(0), key=lambda step: fullest[step].max())
+        parts = [part for step in steps for part in self._cut(step)] or [steps[0][:1]]
+        return self.samples.collate(max(parts, key=lambda part: len(part) * lengths[part].max()))
 
     def useful_share(self, epoch: int = 0) -> float:
         """Tokens that are not padding / all tokens computed, in this process' whole epoch."""

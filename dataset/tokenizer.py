@@ -25,44 +25,44 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_of(
+    record,
     base: Path,
     named: Path | None,
     out_dir: Path,
-    *,
-    fingerprint: str | None,
-    vocab_size: int,
-    is_foreign: bool,
     prompt_template: str | None = None,
     otherwise: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that ``base`` was trained with.
 
-    ``fingerprint`` and ``vocab_size`` are what the base's record says; MiniMind's files have no
-    fingerprint. The tokenizer is the one ``named``, else whichever of the shipped one and
-    ``out_dir/tokenizer`` has the fingerprint. A foreign base, one from other makers, brings its
-    own; ``prompt_template`` replaces its chat template, and ``otherwise`` serves if it has none.
+    ``record`` is what its file says: the tokenizer's fingerprint ``tokenizer``, the ``stage`` and
+    the ``config``. The tokenizer is the one ``named``, else whichever of the shipped one and
+    ``out_dir/tokenizer`` has the fingerprint. A base of other makers, with a stage and without a
+    fingerprint, brings its own; ``prompt_template`` replaces its chat template, and ``otherwise``
+    serves if it has none.
 
-    Raises ``UserError`` if no such tokenizer is found, if nothing tells which one it is, and for
-    one without a chat template.
+    Raises ``UserError`` if no such tokenizer is found, if nothing tells which one it is (MiniMind's
+    files), and for one without a chat template.
     """
+    is_foreign = record.tokenizer is None and record.stage is not None
     shipped, folder = (TOKENIZER_DIR, out_dir / "tokenizer"), named or base
     if is_foreign:
         tokenizer = foreign_tokenizer(folder, prompt_template, otherwise)
     elif prompt_template is not None:
         raise UserError(f"{base} has a chat template of its own; leave out prompt_template")
-    elif named is None and fingerprint is None:
+    elif named is None and record.tokenizer is None:
         raise UserError(f"{base} does not say which tokenizer it needs; name its tokenizer_path")
     else:
         for folder in [named] if named else filter(Path.is_dir, shipped):
             tokenizer = load_tokenizer(folder)
-            if fingerprint in (None, tokenizer_fingerprint(tokenizer)):
+            if record.tokenizer in (None, tokenizer_fingerprint(tokenizer)):
                 break
         else:
             tried = named or " or ".join(map(str, shipped))
             raise UserError(f"{base} needs another tokenizer than {tried}; name its tokenizer_path")
     # Other makers pad their embeddings to round numbers.
-    if len(tokenizer) > vocab_size or (len(tokenizer) < vocab_size and not is_foreign):
-        sizes = f"{folder} has {len(tokenizer)} entries, {base} has {vocab_size}"
+    size = record.config["vocab_size"]
+    if len(tokenizer) > size or (len(tokenizer) < size and not is_foreign):
+        sizes = f"{folder} has {len(tokenizer)} entries, {base} has {size}"
         raise UserError(f"{sizes}; name its tokenizer_path")
     return tokenizer
 

@@ -6,7 +6,7 @@ from transformers import PretrainedConfig
 
 from core.errors import UserError
 
-LARGEST = 1 << 20  # of any size: beyond, it is a slip of the finger or a damaged file, not a model
+LARGEST = 1 << 20  # a larger size is a typing error or a damaged file
 
 
 class LMConfig(PretrainedConfig):
@@ -19,7 +19,7 @@ class LMConfig(PretrainedConfig):
     """
 
     model_type = "minimind"
-    # What code that also serves models of other makers asks for.
+    # The names that code for models of other makers asks for.
     attribute_map = {"hidden_size": "dim", "max_position_embeddings": "max_seq_len"}  # noqa: RUF012
 
     def __init__(
@@ -40,17 +40,11 @@ class LMConfig(PretrainedConfig):
     ):
         if n_kv_heads is None:
             n_kv_heads = n_heads
-        sizes = {
-            "dim": dim,
-            "n_layers": n_layers,
-            "n_heads": n_heads,
-            "n_kv_heads": n_kv_heads,
-            "vocab_size": vocab_size,
-            "multiple_of": multiple_of,
-            "max_seq_len": max_seq_len,
-            "hidden_dim": 1 if hidden_dim is None else hidden_dim,
-        }
-        for name, value in sizes.items():
+        sizes = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads}
+        sizes |= {"vocab_size": vocab_size, "multiple_of": multiple_of, "max_seq_len": max_seq_len}
+        for name, value in (
+            sizes | {"hidden_dim": 1 if hidden_dim is None else hidden_dim}
+        ).items():
             if not isinstance(value, int) or not 1 <= value <= LARGEST:
                 raise UserError(f"{name}={value} must be a whole number from 1 to {LARGEST:,}")
         if dim % n_heads or (dim // n_heads) % 2:
@@ -64,9 +58,7 @@ class LMConfig(PretrainedConfig):
         if not (norm_eps > 0 and rope_theta > 0):
             raise UserError(f"norm_eps={norm_eps} and rope_theta={rope_theta} must be positive")
         if not tie_word_embeddings:
-            raise UserError(
-                "tie_word_embeddings=False is not supported: the head shares the embedding's weight"
-            )
+            raise UserError("tie_word_embeddings=False: the head shares the embedding's weight")
         self.dim = dim
         self.n_layers = n_layers
         self.n_heads = n_heads
@@ -88,8 +80,6 @@ def context_of(config: PretrainedConfig) -> int:
 
 
 def check_length(config: PretrainedConfig, max_seq_len: int) -> None:
-    """Raise ``UserError`` if rows of ``max_seq_len`` tokens do not fit the context of a model with
-    this config.
-    """
+    """Raise ``UserError`` if rows of ``max_seq_len`` tokens do not fit the model's context."""
     if max_seq_len > (context := context_of(config)):
-        raise UserError(f"--max_seq_len {max_seq_len} exceeds the model's context of {context}")
+        raise UserError(f"max_seq_len {max_seq_len} exceeds the model's context of {context}")

@@ -1,6 +1,4 @@
-"""Text classifiers on Hugging Face bases: a pretrained body, and a head that is new and trained
-whole.
-"""
+"""Text classifiers on Hugging Face bases: a pretrained body, and a new head that trains whole."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,25 +9,27 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
 from core.errors import UserError, reason_of
-from core.paths import pretrained_name
-from model.bases import is_pretrained, load_pretrained
+from core.paths import is_pretrained, pretrained_name
+from model.huggingface import load_pretrained
 from model.kernels import IGNORED
 from model.LMConfig import check_length, context_of
-from model.weights import copy_strictly, fingerprint
+from model.lora.layer import lora_parameters
+from model.weights import check_keys, fingerprint
+
+HEAD = "_head."  # comes before the names of a head's tensors in a skill file
 
 
 def read_config(base: Path) -> PretrainedConfig:
-    """Of a Hugging Face model. Raises ``UserError`` if ``base`` is none."""
+    """The config of a Hugging Face model. Raises ``UserError`` if ``base`` is none."""
     if not is_pretrained(base):
         raise UserError(
-            f"--base {base} is neither a folder with a config.json nor owner/model on the hub"
+            f"base {base} is neither a folder with a config.json nor owner/model on the hub"
         )
     try:
         return AutoConfig.from_pretrained(pretrained_name(base))
     except Exception as error:  # a file, the network or the library's own checks: many kinds
-        raise UserError(
-            f"the config of --base {base} cannot be read ({reason_of(error)})"
-        ) from error
+        reason = reason_of(error)
+        raise UserError(f"the config of base {base} cannot be read ({reason})") from error
 
 
 def open_classifier(base: Path, labels: Sequence[str]) -> nn.Module:
@@ -42,41 +42,30 @@ def open_classifier(base: Path, labels: Sequence[str]) -> nn.Module:
     config = read_config(base)
     own = [str(config.id2label[n]) for n in sorted(config.id2label)]
     keeps_head = sorted(own) == sorted(labels)
-    labels = own if keeps_head else labels
-    names = dict(enumerate(labels))
-    settings = {
-        "num_labels": len(labels),
-        "id2label": names,
-        "label2id": {label: n for n, label in names.items()},
-    }
+    names = dict(enumerate(own if keeps_head else labels))
+    settings = {"num_labels": len(names), "id2label": names}
+    settings |= {"label2id": {label: n for n, label in names.items()}}
     settings |= {"problem_type": "single_label_classification", "ignore_mismatched_sizes": True}
-    model, drawn = load_pretrained(
-        AutoModelForSequenceClassification, base, "text classifier", **settings
-    )
+    kind = AutoModelForSequenceClassification
+    model, drawn = load_pretrained(kind, base, "text classifier", **settings)
     body = {id(parameter) for parameter in model.base_model.parameters()}
     if model.base_model is model or not body:
-        raise UserError(
-            f"--base {base} has no body apart from its head: another kind of model is needed"
-        )
-    named = list(model.named_parameters())
-    if lost := [
-        name for name, p in named if id(p) in body and name in drawn and "pool" not in name
-    ]:
-        raise UserError(
-            f"--base {base} has no {', '.join(lost[:3])} of the shape that its config.json says; correct it"
-        )
-    if not keeps_head and any(id(p) not in body and name not in drawn for name, p in named):
+        raise UserError(f"base {base} has no body apart from its head: use another kind of model")
+    head = {name: p for name, p in model.named_parameters() if id(p) not in body}
+    missing = [name for name in drawn if name not in head]
+    if lost := [name for name in missing if "pool" not in name]:
+        few = ", ".join(lost[:3])
+        raise UserError(f"base {base} lacks {few} of the shape that its config.json says")
+    if not keeps_head and any(name not in drawn for name in head):
         fresh = type(model)(model.config).state_dict()
         with torch.no_grad():
-            for name, parameter in named:
-                if id(parameter) not in body:
-                    parameter.copy_(fresh[name])
-    for name, parameter in named:
-        parameter.requires_grad_(id(parameter) not in body or name in drawn)
+            for name, parameter in head.items():
+                parameter.copy_(fresh[name])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in head or name in missing)
+    body_parameters = model.base_model.named_parameters()
     given = [
-        (name, parameter)
-        for name, parameter in model.base_model.named_parameters()
-        if not parameter.requires_grad
+        (name, parameter) for name, parameter in body_parameters if not parameter.requires_grad
     ]
     model.base_model.known_as = fingerprint(given, model.config)
     return model
@@ -85,41 +74,44 @@ def open_classifier(base: Path, labels: Sequence[str]) -> nn.Module:
 def check_row_length(model: nn.Module, max_seq_len: int) -> None:
     """Raise ``UserError`` if rows of ``max_seq_len`` tokens do not fit the model's context."""
     context = context_of(model.config)
-    for module in model.modules():  # RoBERTa's kind count positions from the padding's on
-        if (
-            isinstance(module, nn.Embedding)
-            and module.num_embeddings == context
-            and module.padding_idx is not None
-        ):
+    for module in model.modules():  # RoBERTa and its kind count positions from the padding on
+        is_positions = isinstance(module, nn.Embedding) and module.num_embeddings == context
+        if is_positions and module.padding_idx is not None:
             max_seq_len += module.padding_idx + 1
     check_length(model.config, max_seq_len)
 
 
 def head_state(model: nn.Module) -> dict[str, Tensor]:
-    """What trains in a classifier beside a LoRA, by name."""
-    added = {
-        id(p)
-        for module in model.modules()
-        if hasattr(module, "lora")
-        for p in module.lora.parameters()
-    }
-    return {
-        name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in added
-    }
+    """The tensors of a classifier that train beside a LoRA, by name."""
+    added = {id(parameter) for parameter in lora_parameters(model)}
+    named = model.named_parameters()
+    return {name: p for name, p in named if p.requires_grad and id(p) not in added}
+
+
+def head_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """``head_state`` under the names that a skill file gives it."""
+    return {HEAD + name: tensor for name, tensor in head_state(model).items()}
+
+
+def head_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The head among the tensors of a skill file, by name in the model; {} without one."""
+    found = {name: tensor for name, tensor in tensors.items() if name.startswith(HEAD)}
+    return {name.removeprefix(HEAD): tensor for name, tensor in found.items()}
 
 
 def load_head(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Copy the head of the skill file ``path`` into a classifier from ``open_classifier``.
 
-    Raises ``UserError`` where it does not fit.
+    Raises ``UserError``, before anything changes, where it does not fit.
     """
-    copy_strictly(head_state(model), tensors, path)
+    own, head = head_state(model), head_of(tensors)
+    check_keys(own, head, path)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(head[name])
 
 
 def class_loss_sum(model: nn.Module, batch) -> Tensor:
-    """Cross-entropy in nats summed over the rows of a ``Batch`` with ``labels`` (B,); 0 when there
-    are none.
-    """
-    return F.cross_entropy(
-        model(**batch.inputs).logits.float(), batch.labels, ignore_index=IGNORED, reduction="sum"
-    )
+    """Cross-entropy in nats, summed over the rows of a ``Batch`` with ``labels`` (B,)."""
+    logits = model(**batch.inputs).logits.float()
+    return F.cross_entropy(logits, batch.labels, ignore_index=IGNORED, reduction="sum")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from model.LMConfig import context_of
+from model.model import CACHE
 
 
 @dataclass(frozen=True)
@@ -23,33 +24,32 @@ class Sampling:
     max_new_tokens: int = 512
 
 
-@torch.no_grad()  # not inference_mode: its tensors could never be trained with, the rotary tables among them
+@torch.no_grad()  # not inference_mode: training could not use the rotary table that it makes
 def generate(
     model: nn.Module, ids: list[int], sampling: Sampling, stop: set[int], rng: torch.Generator
 ) -> Iterator[int]:
     """Yield new ids after the prompt ``ids``.
 
-    Ends before an id in ``stop``, after ``max_new_tokens``, or where the context ends.
-
-    ``model`` returns ``logits`` and ``past_key_values`` and is called with one new token after the
-    prompt. ``rng`` lives on the CPU, so that a seed means the same on every device. Raises
-    ``UserError`` for a prompt that fills the context.
+    It ends before an id in ``stop``, after ``max_new_tokens``, or where the context ends. ``model``
+    returns ``logits`` and a cache, and is called with one new token at a time after the prompt.
+    ``rng`` lives on the CPU, so that a seed means the same on every device. Raises ``UserError``
+    for a prompt that fills the context.
     """
     context = context_of(model.config)
     if not 0 < len(ids) < context:
         raise UserError(
-            f"a prompt of {len(ids)} tokens leaves no room in the context of {context}; shorten it or /reset"
+            f"a prompt of {len(ids)} tokens leaves no room in the context of {context}; shorten it"
         )
     seen, new, cache = list(ids), list(ids), None
     for _ in range(min(sampling.max_new_tokens, context - len(ids))):
         inputs = torch.tensor([new], device=next(model.parameters()).device)
-        out = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = model(inputs, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
         token = next_token(out.logits[0, -1].float().cpu(), seen, sampling, rng)
         if token in stop:
             return
         yield token
         seen.append(token)
-        new, cache = [token], out.past_key_values
+        new, cache = [token], out[CACHE]
 
 
 def next_token(logits: Tensor, seen: list[int], sampling: Sampling, rng: torch.Generator) -> int:

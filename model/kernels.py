@@ -1,8 +1,6 @@
-"""Three operations with hand-written gradients: fewer passes over memory, and less of it kept, than
-autograd's own.
+"""Three operations with hand-written gradients, which save passes over memory and memory kept.
 
-Each states its plain PyTorch equivalent; tests/test_kernels.py holds values and gradients to it in
-float64.
+Each names its plain PyTorch equivalent; the tests compare values and gradients with it in float64.
 """
 
 import torch
@@ -11,31 +9,28 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100  # the label of a position that is not learned, PyTorch's own default
-TARGETS_AT_ONCE = (
-    1024  # positions whose logits exist at the same time: 26 MB in fp32 for 6,400 tokens
-)
-FROZEN_AT_ONCE = 128  # on a CPU with a frozen head: nothing is summed over the slices, so small ones cost nothing
+# How many positions have logits at the same time: 26 MB in fp32 for 6,400 tokens.
+TARGETS_AT_ONCE = 1024
+# The same on a CPU with a frozen head: nothing is summed over slices, so small slices cost nothing.
+FROZEN_AT_ONCE = 128
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``weight * F.rms_norm(x.float(), ...).type_as(x)`` over the last dimension (fp64 stays
-    fp64).
-    """
+    """``weight * F.rms_norm(x.float(), ...).type_as(x)`` over the last dimension, or in fp64."""
     return _RMSNorm.apply(x, weight, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """``F.silu(gate) * up``; keeps its two inputs alone for the backward pass."""
+    """``F.silu(gate) * up``, of which only the two inputs are kept for the backward pass."""
     return _SwiGLU.apply(gate, up)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """``F.cross_entropy(hidden @ weight.T, targets, reduction="sum")`` without ever holding all
-    logits.
+    """``F.cross_entropy(hidden @ weight.T, targets, reduction="sum")``, a slice of N at a time.
 
     ``hidden`` (N, D), ``weight`` (V, D), ``targets`` (N,) int64, none of them ignored. The softmax
-    is fp32 (fp64 stays fp64), products are in autocast's dtype where that is on. The gradients come
-    with the forward pass, a slice of N at a time.
+    is fp32, or fp64 for fp64 inputs; under autocast, products are in its dtype. The gradients are
+    computed in the forward pass, so that all logits never exist at once.
     """
     return _LinearCrossEntropy.apply(hidden, weight, targets)
 

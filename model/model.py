@@ -17,9 +17,10 @@ from core.errors import UserError
 from model.kernels import IGNORED, linear_cross_entropy, rms_norm, swiglu
 from model.LMConfig import LMConfig
 
-KVCache = list[
-    tuple[Tensor, Tensor]
-]  # per layer: keys and values, each (B, n_kv_heads, S, head_dim)
+# Per layer: keys and values, each (B, n_kv_heads, S, head_dim).
+KVCache = list[tuple[Tensor, Tensor]]
+# transformers 5.24 renamed `past_key_values`, as an argument and in outputs, to `cache`.
+CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
 
 
 class RMSNorm(nn.Module):
@@ -35,8 +36,9 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(head_dim: int, length: int, theta: float, device: torch.device) -> Tensor:
-    """The rotary angles ``position * theta^(-2i/head_dim)`` as unit complex numbers: complex64
-    (length, head_dim/2).
+    """The rotary angles ``position * theta^(-2i/head_dim)`` as unit complex numbers.
+
+    Returns (length, head_dim/2) complex64.
     """
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
     angles = torch.outer(torch.arange(length, device=device).float(), frequencies)
@@ -44,23 +46,25 @@ def rope_table(head_dim: int, length: int, theta: float, device: torch.device) -
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn each neighbouring pair of features by its position's angle (the complex-pair order, not
-    rotate-half).
+    """Turn each pair of neighbouring features by the angle of its position, in fp32.
 
-    ``x`` (B, T, heads, head_dim) of any dtype, ``turns`` (T, head_dim/2) complex64; computed in
-    fp32, in one pass.
+    ``x`` (B, T, heads, head_dim) of any dtype, ``turns`` (T, head_dim/2) complex64, the same for
+    all heads. This is the complex-pair order, not the rotate-half order.
     """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return (
-        torch.view_as_real(pairs * turns[:, None, :]).flatten(-2).type_as(x)
-    )  # one angle for all heads
+    return torch.view_as_real(pairs * turns[:, None, :]).flatten(-2).type_as(x)
 
 
 def take(x: Tensor, positions: Tensor | None) -> Tensor:
-    """The chosen ``positions`` (N,) of ``x`` (B, T, D), counted through the flattened batch: (N,
-    D); None: ``x``.
-    """
+    """``x`` (B, T, D) at the ``positions`` (N,) of the flattened batch, (N, D); None keeps all."""
     return x if positions is None else x.flatten(0, 1).index_select(0, positions)
+
+
+def _kept(h: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The positions of ``h`` (B, T, dim) whose logits are asked for: the last n, or all for 0."""
+    if isinstance(logits_to_keep, int):
+        return h[:, -logits_to_keep:]
+    return h[:, logits_to_keep]
 
 
 class Attention(nn.Module):
@@ -81,23 +85,17 @@ class Attention(nn.Module):
         self, x: Tensor, turns: Tensor, past: tuple[Tensor, Tensor] | None, positions: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         B, T, _ = x.shape
-        q = rotate(self.wq(x).view(B, T, -1, self.head_dim), turns).transpose(
-            1, 2
-        )  # (B, n_heads, T, head_dim)
-        k = rotate(self.wk(x).view(B, T, -1, self.head_dim), turns).transpose(
-            1, 2
-        )  # (B, n_kv_heads, T, head_dim)
-        v = self.wv(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q = rotate(self.wq(x).view(B, T, -1, self.head_dim), turns)
+        k = rotate(self.wk(x).view(B, T, -1, self.head_dim), turns)
+        v = self.wv(x).view(B, T, -1, self.head_dim)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
         S = k.size(2)
-        # is_causal aligns the mask to the first key, so several new tokens after a cache need their
-        # own small mask.
-        mask = (
-            None
-            if T == 1 or past is None
-            else torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        )
+        mask = None
+        if past is not None and T > 1:
+            # is_causal aligns its mask to the first key: wrong for new tokens after a cache.
+            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         y = F.scaled_dot_product_attention(
             q,
             k,
@@ -127,6 +125,8 @@ class FeedForward(nn.Module):
 
 
 class MiniMindBlock(nn.Module):
+    """Attention and MLP, each after an RMSNorm and each added to the residual stream."""
+
     def __init__(self, config: LMConfig):
         super().__init__()
         self.attention = Attention(config)
@@ -141,8 +141,9 @@ class MiniMindBlock(nn.Module):
         past: tuple[Tensor, Tensor] | None = None,
         positions: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """(B, T, dim) and this layer's keys and values; with ``positions`` (N,) only those come
-        out: (N, dim).
+        """The new hidden states, and this layer's keys and values.
+
+        The states are (B, T, dim), or (N, dim) where ``positions`` (N,) asks for those alone.
         """
         attended, present = self.attention(self.attention_norm(x), turns, past, positions)
         h = take(x, positions) + attended
@@ -150,9 +151,7 @@ class MiniMindBlock(nn.Module):
 
 
 class MiniMindLM(PreTrainedModel):
-    """The decoder. ``save_pretrained`` and ``from_pretrained`` work; training files are plain state
-    dicts.
-    """
+    """The decoder. ``save_pretrained`` works; the files of training are plain state dicts."""
 
     config_class = LMConfig
     # transformers ties only what is named here, and only with tie_word_embeddings in the config.
@@ -173,16 +172,12 @@ class MiniMindLM(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """N(0, 0.02); what writes into the residual stream is divided by sqrt(2 n_layers)
-        (GPT-2).
-        """
+        """N(0, 0.02), divided by sqrt(2 n_layers) where a layer writes the residual (GPT-2)."""
         if isinstance(module, nn.Linear | nn.Embedding):
-            scale = (
-                math.sqrt(2 * self.config.n_layers)
-                if getattr(module, "writes_residual", False)
-                else 1.0
-            )
-            nn.init.normal_(module.weight, std=0.02 / scale)
+            std = 0.02
+            if getattr(module, "writes_residual", False):
+                std /= math.sqrt(2 * self.config.n_layers)
+            nn.init.normal_(module.weight, std=std)
         if isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
 
@@ -197,71 +192,69 @@ class MiniMindLM(PreTrainedModel):
         input_ids: Tensor,
         labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
-        past_key_values: KVCache | None = None,
+        cache: KVCache | None = None,
         use_cache: bool = False,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: KVCache | None = None,
     ) -> CausalLMOutputWithPast:
-        """Next-token logits, and the loss when ``labels`` are given.
+        """Compute next-token logits, and the loss when ``labels`` are given.
 
         ``input_ids`` (B, T) int64, right-padded: a position sees only what stands before it, so
-        padding and batch-mates never change a row. ``past_key_values`` holds S earlier tokens
-        (none: S = 0). ``logits_to_keep`` n > 0 keeps the last n positions, 0 all, a tensor those
-        positions. ``labels`` (B, T): the id itself or -100; they are shifted here. Loss = summed
-        cross-entropy / ``num_items_in_batch`` (default: the number of supervised targets), 0 when
-        nothing is supervised.
+        padding and batch-mates never change a row. ``cache`` holds S earlier tokens (none: S = 0);
+        ``past_key_values`` is its name in older versions of transformers. ``logits_to_keep`` n > 0
+        keeps the last n positions, 0 keeps all, and a tensor names the positions to keep.
+        ``labels`` (B, T) are the ids themselves or -100; they are shifted here. The loss is the
+        summed cross-entropy / ``num_items_in_batch`` (default: the number of supervised targets),
+        and 0 when nothing is supervised.
 
-        Returns logits (B, T or kept, vocab_size), ``loss`` (scalar, fp32 at least), and
-        ``past_key_values`` covering S + T tokens when ``use_cache``. In training mode with
-        ``labels``, only positions that predict a supervised target reach the head and the last
-        block's output and MLP, and ``logits`` is None; loss and gradients are the same. Raises
-        ``UserError`` past ``max_seq_len``, and for ``labels`` together with ``logits_to_keep``.
+        Returns logits (B, T or kept, vocab_size), ``loss`` (scalar, fp32 at least), and a cache
+        that covers S + T tokens when ``use_cache``. In training mode with ``labels``, only
+        positions that predict a supervised target reach the head and the last block's output and
+        MLP, and ``logits`` is None; loss and gradients are the same. Raises ``UserError`` past
+        ``max_seq_len``, and for ``labels`` together with ``logits_to_keep``.
         """
-        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-            raise UserError("labels need the logits of all positions: leave logits_to_keep out")
-        past = past_key_values or [None] * len(self.layers)
+        past = cache or past_key_values
+        if labels is None:
+            h, present = self._hidden(input_ids, past, None)
+            output = {"logits": self.output(_kept(h, logits_to_keep))}
+        else:
+            if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+                raise UserError("labels need the logits of all positions: leave out logits_to_keep")
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()  # of each position
+            supervised = (targets != IGNORED).nonzero().flatten()
+            if num_items_in_batch is None:
+                num_items_in_batch = max(len(supervised), 1)
+            h, present = self._hidden(input_ids, past, supervised if self.training else None)
+            output = {} if self.training else {"logits": self.output(h)}
+            h = h if self.training else h.flatten(0, 1)[supervised]
+            nats = linear_cross_entropy(h, self.output.weight, targets[supervised])
+            output["loss"] = nats / num_items_in_batch
+        return CausalLMOutputWithPast(**output, **({CACHE: present} if use_cache else {}))
+
+    def _hidden(
+        self, input_ids: Tensor, past: KVCache | None, positions: Tensor | None
+    ) -> tuple[Tensor, KVCache]:
+        """The normed hidden states, (B, T, dim), or (N, dim) of ``positions`` (N,) alone.
+
+        The second result holds each layer's keys and values.
+        """
+        past = past or [None] * len(self.layers)
         start = 0 if past[0] is None else past[0][0].size(2)
         turns = self._rope_at(start, input_ids.size(1), input_ids.device)
-        positions = None  # that the last block and the head compute; None: all
-        if labels is not None:
-            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()  # of each position
-            if self.training:
-                positions = (targets != IGNORED).nonzero().flatten()
-                targets = targets[positions]
-            if num_items_in_batch is None:
-                num_items_in_batch = (targets != IGNORED).sum().clamp(min=1)
         h = self.dropout(self.tok_embeddings(input_ids))
         present = []
-        for number, (layer, layer_past) in enumerate(zip(self.layers, past, strict=True), 1):
-            last = number == len(self.layers)
-            h, layer_present = layer(h, turns, layer_past, positions if last else None)
+        for layer, layer_past in zip(self.layers[:-1], past[:-1], strict=True):
+            h, layer_present = layer(h, turns, layer_past)
             present.append(layer_present)
-        h = self.norm(h)
-        cache = present if use_cache else None
-        if positions is not None:
-            loss = linear_cross_entropy(h, self.output.weight, targets) / num_items_in_batch
-            return CausalLMOutputWithPast(loss=loss, past_key_values=cache)
-        kept = (
-            slice(-logits_to_keep, None)
-            if isinstance(logits_to_keep, int) and logits_to_keep
-            else logits_to_keep
-        )
-        logits = self.output(h if isinstance(kept, int) else h[:, kept])
-        loss = None
-        if labels is not None:
-            wide = logits if logits.dtype == torch.float64 else logits.float()
-            nats = F.cross_entropy(
-                wide.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum"
-            )
-            loss = nats / num_items_in_batch
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        h, layer_present = self.layers[-1](h, turns, past[-1], positions)
+        return self.norm(h), [*present, layer_present]
 
     def compile(self, **settings) -> None:
-        """``torch.compile`` each block, for all lengths; state-dict keys and the head's loss stay
-        as they are.
+        """``torch.compile`` each block for all lengths; state-dict keys and the loss stay.
 
-        The blocks share their programs. There are several, for a last block computes less and a
-        batch of one row is special, but fewer than the 8 after which PyTorch would quietly go on
-        uncompiled.
+        The blocks share their programs. There are several, because a last block computes less and
+        a batch of one row is special, but fewer than the 8 after which PyTorch would silently go
+        on uncompiled.
         """
         for layer in self.layers:
             layer.compile(**{"dynamic": True, **settings})
@@ -273,7 +266,6 @@ class MiniMindLM(PreTrainedModel):
                 f"{start + length} tokens exceed the model's max_seq_len of {config.max_seq_len}"
             )
         if self._rope is None or self._rope.device != device:
-            self._rope = rope_table(
-                config.dim // config.n_heads, config.max_seq_len, config.rope_theta, device
-            )
+            head_dim = config.dim // config.n_heads
+            self._rope = rope_table(head_dim, config.max_seq_len, config.rope_theta, device)
         return self._rope[start : start + length]

@@ -7,8 +7,8 @@ own.
 ``apply_lora`` adds A and B as a child module of each target and patches that Linear's ``forward``,
 so the base's state-dict keys stay what they were; ``remove_lora`` undoes it. Skills are files:
 ``save_lora``, ``load_lora`` into a model prepared with the same rank and targets, ``attach_lora``
-for whatever the file needs. What an update computes stands in lora_layers.py, which Linears get one
-in lora_targets.py, and all options in lora_config.py.
+for whatever the file needs. The rest of LoRA is in the folder lora/: layer.py has the formula and
+the patch, targets.py chooses the Linears, config.py has all options, skill_file.py the file.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from torch import nn
 
 from core.errors import UserError
 from model.lora.config import LoRAConfig
-from model.lora.layer import LoRA, adapted, attach, remove_lora
+from model.lora.layer import LoRA, adapted, attach, detach
 from model.lora.skill_file import attach_lora, load_lora, save_lora
 from model.lora.targets import check_receptive, choose_targets
 from model.lora.variants import DoRA, PiSSA
@@ -44,14 +44,21 @@ def apply_lora(
         raise UserError("LoRA is already applied to this model; call remove_lora(model) first")
     check_receptive(model)
     config = LoRAConfig(rank, alpha, target_modules, **options)
-    adapters = {}
-    for target in choose_targets(model, config):
-        settings = (target.linear, target.rank, target.scaling, config.lora_dropout)
+    loras = {}
+    for name, linear in choose_targets(model, config).items():
+        settings = (linear, *config.rank_and_scaling(name), config.lora_dropout)
         if config.init_lora_weights == "pissa":
-            adapters[target.name] = PiSSA(*settings)
+            loras[name] = linear, PiSSA(*settings)
         else:
             kind = DoRA if config.use_dora else LoRA
-            adapters[target.name] = kind(*settings, config.init_lora_weights)
+            loras[name] = linear, kind(*settings, config.init_lora_weights)
     model.requires_grad_(False)  # freeze first: whatever is added below is what trains
-    attach(model, adapters)
-    return list(adapters)
+    for linear, lora in loras.values():
+        attach(linear, lora)
+    return list(loras)
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Undo ``apply_lora``: the base is bit for bit as before, and stays frozen."""
+    for _, linear in list(adapted(model)):
+        detach(linear)

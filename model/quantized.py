@@ -1,26 +1,24 @@
-"""A frozen base in 4 bits (QLoRA, Dettmers et al. 2023): NF4 with double quantisation, by
-bitsandbytes, an extra.
+"""A frozen base in 4 bits (QLoRA, Dettmers et al. 2023): NF4 with double quantisation, by the
+optional library bitsandbytes.
 """
 
 import logging
-from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from core.errors import UserError
-from model.lora.layer import adapted, attach, dense_weight, is_quantized, lora_parameters
+from model.lora.layer import adapted, dense_weight, exchange, is_quantized, lora_parameters
 from model.lora.skill_file import base_fingerprint
 from model.lora.targets import check_receptive, linears, output_head
-from model.model_lora import remove_lora
 
 
 def quantize(model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> None:
     """Replace every Linear but the output head by one of 4 bits, in place; embeddings and norms
     stay as they are.
 
-    So do Linears whose weight something else reads as numbers: those of a class of its own
-    (PyTorch's attention has such), and those that a Hugging Face model keeps in fp32 (T5's ``wo``).
+    So do Linears whose weight other code reads as numbers: those of a class of its own (PyTorch's
+    attention has such), and those that a Hugging Face model keeps in fp32 (T5's ``wo``).
 
     ``compute_dtype``: of the products, for which a weight is spread out again. Prints what a
     parameter costs now. Skills name the base as it was before. Raises ``UserError`` without
@@ -38,33 +36,27 @@ def quantize(model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> No
         raise UserError(
             "quantize the base first and apply LoRA then; call remove_lora(model) first"
         )
-    kept = {id(output_head(model)), *_kept(model)}
+    kept = _kept(model)
     chosen = [
-        (name, linear)
-        for name, linear in linears(model)
-        if type(linear) is nn.Linear and id(linear) not in kept
+        linear
+        for linear in linears(model).values()
+        if type(linear) is nn.Linear and linear not in kept
     ]
     if not chosen:
         raise UserError(
-            "no Linear here can go into 4 bits (GPT-2's Conv1D cannot); leave out --load_in_4bit"
+            "no Linear here can go into 4 bits (GPT-2's Conv1D cannot); leave out load_in_4bit"
         )
-    model.known_as = base_fingerprint(model)
-    for name, linear in chosen:
+    model.known_as, places = base_fingerprint(model), _places(model)
+    for linear in chosen:
+        weight, bias = linear.weight, linear.bias
         settings = {"compute_dtype": compute_dtype, "quant_type": "nf4", "device": "meta"}
-        small = Linear4bit(
-            linear.in_features, linear.out_features, linear.bias is not None, **settings
-        )
-        weight = Params4bit(
-            linear.weight.detach(), requires_grad=False, quant_type="nf4", module=small
-        )
-        small.weight, small.bias = (
-            weight.to(linear.weight.device),
-            linear.bias,
-        )  # moving is what quantises
+        small = Linear4bit(linear.in_features, linear.out_features, bias is not None, **settings)
+        packed = Params4bit(weight.detach(), requires_grad=False, quant_type="nf4", module=small)
+        small.weight, small.bias = packed.to(weight.device), bias  # moving is what quantises
         # On some CPUs it would repack the weight at the first evaluation: other numbers from then
         # on, in training too.
         small.support_avx512bf16_for_cpu = False
-        _replace(model, name, small.train(linear.training))
+        setattr(*places[linear], small.train(linear.training))
     model.requires_grad_(False)
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and not hasattr(parameter, "quant_state"):
@@ -73,7 +65,8 @@ def quantize(model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> No
             parameter.data = parameter.data.clone()
     linear_bits, all_bits = bits_per_parameter(model)
     print(
-        f"{len(chosen)} Linears in NF4: {linear_bits:.3f} bits a parameter there, {all_bits:.3f} in the whole base"
+        f"{len(chosen)} Linears in NF4: {linear_bits:.3f} bits a parameter there,"
+        f" {all_bits:.3f} in the whole base"
     )
 
 
@@ -81,16 +74,15 @@ def dequantize(model: nn.Module) -> None:
     """Replace every Linear of 4 bits by an ordinary one, fp32, that computes the same; an applied
     LoRA stays.
     """
-    found = [(name, linear) for name, linear in linears(model) if is_quantized(linear)]
-    loras = remove_lora(model)
-    for name, small in found:
+    loras, places = exchange(model, {}), _places(model)
+    for small in filter(is_quantized, linears(model).values()):
         with torch.device("meta"):
             linear = nn.Linear(small.in_features, small.out_features, small.bias is not None)
         linear.weight = nn.Parameter(dense_weight(small), requires_grad=False)
         if small.bias is not None:  # bitsandbytes brings it to the type of the products
             linear.bias = nn.Parameter(small.bias.detach().float(), requires_grad=False)
-        _replace(model, name, linear.train(small.training))
-    attach(model, loras)
+        setattr(*places[small], linear.train(small.training))
+    exchange(model, loras)
     if hasattr(model, "known_as"):
         del model.known_as
 
@@ -102,35 +94,35 @@ def bits_per_parameter(model: nn.Module) -> tuple[float, float]:
     small_count = other_count = 0
     for parameter in model.parameters():
         if (state := getattr(parameter, "quant_state", None)) is not None:
-            statistics = (
-                state.absmax,
-                state.code,
-                state.offset,
-                state.state2.absmax,
-                state.state2.code,
-            )
-            small |= {tensor.data_ptr(): tensor for tensor in (parameter.data, *statistics)}
+            nested = state.state2
+            tensors = (parameter.data, state.absmax, state.code, state.offset)
+            for tensor in (*tensors, nested.absmax, nested.code):
+                small[tensor.data_ptr()] = 8 * tensor.nbytes
             small_count += state.shape.numel()
         elif id(parameter) not in added:
-            others[parameter.data_ptr()] = parameter
+            others[parameter.data_ptr()] = 8 * parameter.nbytes
             other_count += parameter.numel()
-
-    def bits(tensors: dict[int, Tensor]) -> int:
-        return sum(8 * tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-    return bits(small) / small_count, (bits(small) + bits(others)) / (small_count + other_count)
+    small_bits, other_bits = sum(small.values()), sum(others.values())
+    return small_bits / small_count, (small_bits + other_bits) / (small_count + other_count)
 
 
-def _kept(model: nn.Module) -> Iterator[int]:
-    """The ids of the modules that Hugging Face's classes within ``model`` want in fp32."""
+def _kept(model: nn.Module) -> set[nn.Module]:
+    """The output head, and the modules that Hugging Face's classes within ``model`` want in
+    fp32.
+    """
+    kept = {output_head(model)}
     for module in model.modules():
         for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
             for word in getattr(module, attribute, None) or ():
-                yield from (
-                    id(part) for name, part in module.named_modules() if f".{word}." in f".{name}."
-                )
+                named = module.named_modules()
+                kept |= {part for name, part in named if f".{word}." in f".{name}."}
+    return kept
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def _places(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, str]]:
+    """Where each module hangs: its parent and its name there."""
+    return {
+        child: (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+    }

@@ -1,22 +1,28 @@
-"""Weights on disk: safe reading, base files that describe themselves, and the fingerprint that
-tells bases apart.
+"""Base files: safe reading, records beside them, the fingerprint that tells bases apart, and which
+base a command uses.
 """
 
+import contextlib
 import hashlib
 import json
 import zipfile
 from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.errors import UserError, reason_of
 from core.files import atomic_write
+from core.paths import STAGES, is_pretrained
+from model.huggingface import open_causal
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 
 FORMAT = 1
+PRETRAINED = "pretrained elsewhere"  # the stage in the record of a Hugging Face base
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what a file may hold
 # The config values that change the arithmetic but no shape, ours and (where a config has none of
 # them) Hugging Face's.
@@ -30,15 +36,58 @@ THEIR_ARITHMETIC = (
 )
 # What a base file's record keeps of the config.
 ARCHITECTURE = (
-    "dim",
-    "n_layers",
-    "n_heads",
-    "n_kv_heads",
-    "vocab_size",
-    "hidden_dim",
-    "multiple_of",
+    *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "multiple_of"),
+    *("norm_eps", "max_seq_len", "rope_theta", "dropout"),
 )
-ARCHITECTURE += ("norm_eps", "max_seq_len", "rope_theta", "dropout")
+
+
+@dataclass(kw_only=True)
+class Record:
+    """What a file says of the run that made it. Tokenizers and weights are named by fingerprint."""
+
+    format: int = FORMAT
+    stage: str | None = None
+    base: dict | None = None  # what the run started from: its "file" and "fingerprint"
+    tokenizer: str | None = None
+    data: list = field(default_factory=list)  # each file's "option", "file" and "sha256"
+    options: dict = field(default_factory=dict)  # for people to read: no code does
+    metrics: dict = field(default_factory=dict)
+    more: dict = field(default_factory=dict)  # entries of other names, which are kept
+
+    # Entries that earlier versions wrote among the options only.
+    ONCE_OPTIONS: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def from_json(cls, content: object) -> Self:
+        """The record that ``to_json`` gave. Raises ``ValueError`` for anything else."""
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+        kinds = {entry.name: entry.type for entry in fields(cls) if entry.name != "more"}
+        known = {name: content[name] for name in kinds if content.get(name) is not None}
+        for name, value in known.items():
+            if not isinstance(value, kinds[name]):
+                raise ValueError(f"{name} is {value!r}")
+        for name, value in known.get("options", {}).items():
+            if name in cls.ONCE_OPTIONS:
+                known.setdefault(name, value)
+        return cls(**known, more={key: content[key] for key in content.keys() - kinds.keys()})
+
+    def to_json(self) -> dict:
+        """What a file holds: every entry that is known."""
+        entries = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        entries |= entries.pop("more")
+        return {name: value for name, value in entries.items() if value is not None}
+
+
+@dataclass(kw_only=True)
+class RunRecord(Record):
+    """The ``.json`` beside a base file. ``val_ratio``: the share of rows that its run held out."""
+
+    val_ratio: int | float | None = None
+    config: dict = field(default_factory=dict)
+    fingerprint: str | None = None
+
+    ONCE_OPTIONS = ("val_ratio",)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -56,41 +105,32 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         with zipfile.ZipFile(path) as archive:
             # torch.load does not look at the checksums: a flipped bit would load silently.
             damaged = archive.testzip()
-        if damaged:
-            raise UserError(f"{path} is damaged (checksum of {damaged}); copy or train it again")
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except (
-        Exception
-    ) as error:  # zipfile and the unpickler raise many kinds; whatever it is, the file is unusable
+        tensors = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile and the unpickler raise many kinds: the file is unusable
         reason = reason_of(error, 120)
         if type(error).__name__ == "UnpicklingError":  # torch's sentence is about its own flag
             reason = "it holds more than tensors"
         raise UserError(
             f"{path} is not a readable weights file ({reason}); copy or train it again"
         ) from error
+    if damaged:
+        raise UserError(f"{path} is damaged (checksum of {damaged}); copy or train it again")
     if not isinstance(tensors, dict) or not tensors:
-        raise UserError(
-            f"{path} holds no weights but {type(tensors).__name__}; expected a state dict"
-        )
+        kind = type(tensors).__name__
+        raise UserError(f"{path} holds no weights but {kind}; expected a state dict")
     for name, tensor in tensors.items():
-        is_dense = (
-            isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
-        )
-        if not isinstance(name, str) or not is_dense:
+        is_tensor = isinstance(name, str) and isinstance(tensor, Tensor)
+        if not is_tensor or tensor.layout != torch.strided or tensor.is_meta:
             raise UserError(
                 f"{path} holds {name!r}, which is no dense tensor; expected a plain state dict"
             )
-        if tensor.is_floating_point() and tensor.dtype not in FLOATS:
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if tensor.dtype not in FLOATS:
             raise UserError(f"{path} holds {name} as {tensor.dtype}; convert it to float32")
         # The extremes of a tensor with a NaN are NaN; isfinite of the whole tensor would need much
         # time and memory.
-        if (
-            tensor.is_floating_point()
-            and tensor.numel()
-            and not torch.stack(tensor.aminmax()).float().isfinite().all()
-        ):
+        if not torch.stack(tensor.aminmax()).float().isfinite().all():
             raise UserError(f"{path} holds NaN or infinity in {name}; go back to an earlier file")
     return tensors
 
@@ -115,23 +155,11 @@ def arithmetic(config: object) -> dict:
     """The values of ``config`` that change what a model's weights compute; empty where there is no
     config.
     """
-
-    def found(names: tuple[str, ...]) -> dict:
-        return {name: value for name in names if (value := getattr(config, name, None)) is not None}
-
-    return found(ARITHMETIC) or found(THEIR_ARITHMETIC)
-
-
-def copy_strictly(own: dict[str, Tensor], tensors: dict[str, Tensor], source: str | Path) -> None:
-    """Copy ``tensors`` into the like-named ``own`` ones (a state dict), in place, keeping their
-    device and dtype.
-
-    Raises ``UserError`` as ``check_keys`` does, before anything is copied.
-    """
-    check_keys(own, tensors, source)
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+    for names in (ARITHMETIC, THEIR_ARITHMETIC):
+        found = {name: getattr(config, name, None) for name in names}
+        if found := {name: value for name, value in found.items() if value is not None}:
+            return found
+    return {}
 
 
 def check_keys(own: dict[str, Tensor], tensors: dict[str, Tensor], source: str | Path) -> None:
@@ -165,24 +193,26 @@ def model_of(config: LMConfig, tensors: dict[str, Tensor], source: str | Path) -
     return model
 
 
-def save_base(path: str | Path, model: MiniMindLM, meta: dict) -> None:
-    """Write the state dict to ``path`` (.pth), then ``meta`` with config and fingerprint to the
-    .json beside it.
+def save_base(path: str | Path, model: MiniMindLM, record: RunRecord | None = None) -> None:
+    """Write the state dict to ``path`` (.pth), then ``record``, completed by config and
+    fingerprint, to the .json beside it. Raises ``UserError`` for a model that carries a LoRA.
     """
-    path = Path(path)
-    config = {name: getattr(model.config, name) for name in ARCHITECTURE}
-    weights = fingerprint(model.named_parameters(), model.config)
-    if any(".lora." in name for name in model.state_dict()):
+    path, tensors = Path(path), model.state_dict()
+    if any(".lora." in name for name in tensors):
         raise UserError("a base is saved without a LoRA; call remove_lora(model) first")
-    record = {"format": FORMAT, **meta, "config": config, "fingerprint": weights}
-    text = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
-    tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    record = replace(
+        record or RunRecord(),
+        config={name: getattr(model.config, name) for name in ARCHITECTURE},
+        fingerprint=fingerprint(model.named_parameters(), model.config),
+    )
+    text = (json.dumps(record.to_json(), indent=2, ensure_ascii=False) + "\n").encode()
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     atomic_write(path, lambda file: torch.save(tensors, file))
     atomic_write(path.with_suffix(".json"), lambda file: file.write(text))
 
 
-def load_base(path: str | Path, device: torch.device | str = "cpu") -> tuple[MiniMindLM, dict]:
-    """The model in a base file, in eval mode on ``device``, and its ``.json`` record.
+def load_base(path: str | Path, device: torch.device | str = "cpu") -> tuple[MiniMindLM, RunRecord]:
+    """The model in a base file, in eval mode on ``device``, and the record beside it.
 
     A ``.pth`` alone (MiniMind's) loads too: its shapes give the config, the rest are defaults,
     printed; its record holds only ``config`` and ``fingerprint``. Raises ``UserError`` for
@@ -190,26 +220,25 @@ def load_base(path: str | Path, device: torch.device | str = "cpu") -> tuple[Min
     the weights.
     """
     path = Path(path)
-    tensors = read_tensors(path)
-    # Files of older MiniMind versions carry the causal mask and the rotary table; both are computed
-    # here.
+    beside = path.with_suffix(".json")
+    # Files of older MiniMind versions carry the rotary table and the causal mask, which are
+    # computed here.
     tensors = {
-        name: t for name, t in tensors.items() if name != "pos_cis" and not name.endswith(".mask")
+        name: tensor
+        for name, tensor in read_tensors(path).items()
+        if name != "pos_cis" and not name.endswith(".mask")
     }
     record = read_record(path)
+    source = beside if record.config else path
     try:
-        if record:
-            architecture = {name: record["config"][name] for name in ARCHITECTURE}
-        else:
-            architecture = _config_from_shapes(tensors, path)
+        described = record.config or _config_from_shapes(tensors, path)
+        architecture = {name: described[name] for name in ARCHITECTURE}
         config = LMConfig(**architecture)
     except (KeyError, TypeError) as error:
-        beside = path.with_suffix(".json")
         raise UserError(
-            f"{beside} describes no possible model ({error}); delete it or retrain"
+            f"{source} describes no possible model ({error}); delete it or retrain"
         ) from error
     except UserError as error:
-        source = path.with_suffix(".json") if record else path
         raise UserError(f"{source} describes no possible model: {error}") from error
     head, embedding = tensors.get("output.weight"), tensors.get("tok_embeddings.weight")
     if head is not None and embedding is not None and not torch.equal(head, embedding):
@@ -218,38 +247,36 @@ def load_base(path: str | Path, device: torch.device | str = "cpu") -> tuple[Min
         )
     model = model_of(config, tensors, path)
     weights = fingerprint(model.named_parameters(), config)
-    if record.get("fingerprint", weights) != weights:
+    if record.fingerprint not in (None, weights):
         raise UserError(
-            f"{path} and {path.with_suffix('.json')} are not from the same run; delete the .json or retrain"
+            f"{path} and {beside} are not from the same run; delete the .json or retrain"
         )
-    return model.to(device).eval(), {**record, "config": architecture, "fingerprint": weights}
+    return model.to(device).eval(), replace(record, config=architecture, fingerprint=weights)
 
 
-def read_record(path: Path) -> dict:
-    """The ``.json`` beside a base file; empty when there is none. Raises ``UserError`` for a broken
-    one.
+def read_record(path: Path) -> RunRecord:
+    """The ``.json`` beside a base file; an empty record when there is none. Raises ``UserError``
+    for a broken one.
     """
     beside = path.with_suffix(".json")
     if not beside.is_file():
-        return {}
+        return RunRecord()
     try:
-        record = json.loads(beside.read_text(encoding="utf-8"))
-    except ValueError as error:
+        record = RunRecord.from_json(json.loads(beside.read_text(encoding="utf-8")))
+        if not record.config:
+            raise ValueError("it has no config")
+    except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{beside} is not readable JSON ({error}); delete it or retrain the base"
+            f"{beside} describes no base ({error}); delete it or retrain the base"
         ) from error
-    described = isinstance(record, dict) and isinstance(record.get("config"), dict)
-    if not described or not isinstance(record.get("options", {}), dict):
-        raise UserError(f"{beside} describes no base; delete it or retrain the base")
     return record
 
 
 def _config_from_shapes(tensors: dict[str, Tensor], path: Path) -> dict:
+    """``ARCHITECTURE`` of a file without a record. Raises ``UserError`` for one of no MiniMindLM."""
     try:
         vocab_size, dim = tensors["tok_embeddings.weight"].shape
-        n_layers = 1 + max(
-            int(name.split(".")[1]) for name in tensors if name.startswith("layers.")
-        )
+        layers = [int(name.split(".")[1]) for name in tensors if name.startswith("layers.")]
         hidden_dim = tensors["layers.0.feed_forward.w1.weight"].shape[0]
         kv_width = tensors["layers.0.attention.wk.weight"].shape[0]
         if not dim:
@@ -258,15 +285,61 @@ def _config_from_shapes(tensors: dict[str, Tensor], path: Path) -> dict:
         raise UserError(
             f"{path} is no MiniMindLM: it lacks the embedding or the layers ({error})"
         ) from error
-    n_heads = LMConfig().n_heads
-    n_kv_heads = max(1, kv_width * n_heads // dim)
-    config = {"dim": dim, "n_layers": n_layers, "hidden_dim": hidden_dim, "vocab_size": vocab_size}
-    config |= {"n_heads": n_heads, "n_kv_heads": n_kv_heads}
-    assumed = {name: getattr(LMConfig(), name) for name in ARCHITECTURE if name not in config}
+    defaults = {name: getattr(LMConfig(), name) for name in ARCHITECTURE}
+    config = {"dim": dim, "n_layers": 1 + max(layers), "hidden_dim": hidden_dim}
+    config |= {"vocab_size": vocab_size, "n_heads": defaults["n_heads"]}
+    config["n_kv_heads"] = max(1, kv_width * defaults["n_heads"] // dim)
+    assumed = {name: value for name, value in defaults.items() if name not in config}
     print(f"{path} has no .json beside it: from its shapes {config}, assumed {assumed}")
     return config | assumed
 
 
-def short(fingerprint: str) -> str:
-    """Enough of a fingerprint to tell two apart by eye."""
-    return fingerprint[:12]
+def choose_base(
+    out_dir: str | Path,
+    named: Path | None = None,
+    skill_base: dict | None = None,
+    stages: Iterable[str] = STAGES,
+) -> Path:
+    """The base to use: the one ``named``; else the file in ``out_dir`` that is ``skill_base``, the
+    ``base`` of a ``SkillMeta``; else the newest file of the latest of ``stages`` that is there.
+
+    Raises ``UserError`` when there is none.
+    """
+    if named is not None:
+        if not named.is_file() and not is_pretrained(named):
+            wrong = "is a folder without config.json" if named.is_dir() else "does not exist"
+            raise UserError(
+                f"base {named} {wrong}; name a base file, a Hugging Face folder or owner/model"
+            )
+        return named
+    folder, skill_base = Path(out_dir), skill_base or {}
+    if wanted := skill_base.get("fingerprint"):
+        for path in sorted(folder.glob("*.pth")):
+            with contextlib.suppress(UserError):  # a broken record of another base
+                if read_record(path).fingerprint == wanted:
+                    return path
+    for stage in reversed(list(stages)):
+        found = [path for path in folder.glob(f"{stage}_*.pth") if path.is_file()]  # no dead link
+        if found:
+            return max(found, key=lambda path: path.stat().st_mtime_ns)
+    there = f"no base model {' or '.join(f'{stage}_*.pth' for stage in stages)} in {folder}"
+    if file := skill_base.get("file"):
+        raise UserError(f"there is {there}; the skill was trained on {file}: name that one as base")
+    raise UserError(f"{there}; train one or name a base")
+
+
+def open_base(base: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, RunRecord]:
+    """The model in eval mode on ``device``, and its record: ``load_base``'s for a file of ours.
+
+    A Hugging Face model is fp32; its record holds ``stage``, ``config`` (vocab_size) and
+    ``fingerprint``. Raises ``UserError`` for what cannot be loaded.
+    """
+    if not is_pretrained(base):
+        return load_base(base, device)
+    model = open_causal(base)
+    record = RunRecord(
+        stage=PRETRAINED,
+        config={"vocab_size": model.config.vocab_size},
+        fingerprint=fingerprint(model.named_parameters(), model.config),
+    )
+    return model.to(device), record

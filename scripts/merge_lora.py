@@ -3,7 +3,7 @@ out/full_sft_medic_512.pth
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core.errors import UserError, run
 from core.options import option, parse, require
-from core.paths import lora_path, lora_paths, skill_name, skill_of, skill_weights, weights_text
+from core.paths import find_skill, is_pretrained, lora_path, skill_name, skill_weights, weights_text
 
 
 @dataclass
@@ -61,55 +61,40 @@ class Options:
 
 def main(argv: list[str] | None = None) -> Path:
     options = parse(Options, argv)
-    from model.bases import choose_base, open_base
     from model.lora.library import SkillLibrary
     from model.lora.skill_file import read_lora
     from model.quantized import quantize
+    from model.weights import choose_base, open_base
 
     weights = skill_weights(options.skills)
-    first = read_lora(skill_file(options, next(iter(weights))))[1]
-    base = choose_base(options.out_dir, options.base, first["base"])
+    first = next(iter(weights))
+    _, meta = read_lora(find_skill(options.out_dir, first))
+    base = choose_base(options.out_dir, options.base, meta.base)
     model, record = open_base(base)
     print(f"base: {base}")
     if options.load_in_4bit:
         quantize(model)
-    library, tokenizers = SkillLibrary(model), set()
+    library = SkillLibrary(model)
+    metas = []
     for name in weights:
-        path = skill_file(options, name, model.config.hidden_size)
-        meta = library.add(name, path, allow_base_mismatch=options.allow_base_mismatch)
-        tokenizers.add(meta.get("tokenizer"))
-        if options.output and meta["options"].get("load_in_4bit") and not options.load_in_4bit:
+        path = find_skill(options.out_dir, name, model.config.hidden_size)
+        metas.append(library.add(name, path, allow_base_mismatch=options.allow_base_mismatch))
+        if options.output and metas[-1].load_in_4bit and not options.load_in_4bit:
             print(
-                f"note: {name} was trained on 4 bits; --load_in_4bit merges into the weights that it has seen"
+                f"note: {name} was trained on 4 bits; --load_in_4bit merges into the weights that"
+                " it has seen"
             )
-    if len(tokenizers - {None}) > 1:
+    if len({meta.tokenizer for meta in metas} - {None}) > 1:
         print(
-            f"note: the skills were trained with other tokenizers or templates; {next(iter(weights))}'s is taken"
+            f"note: the skills were trained with other tokenizers or templates; {first}'s is taken"
         )
     if options.output:
-        return merge_into_base(options, base, record, first, library, weights)
-    return fuse(options, base, first, library, weights)
-
-
-def skill_file(options: Options, name: str, dim: int | None = None) -> Path:
-    """The skill's file, of this ``dim`` or the newest of any."""
-    if dim is not None:
-        found = [path for path in (lora_path(options.out_dir, name, dim),) if path.is_file()]
-    else:
-        found = lora_paths(options.out_dir, name)
-    if not found:
-        there = (
-            ", ".join(sorted({skill_of(path) for path in lora_paths(options.out_dir)}))
-            or "none yet"
-        )
-        raise UserError(
-            f"there is no file {lora_path(options.out_dir, name, dim or '<dim>')}; skills here: {there}"
-        )
-    return found[-1]
+        return merge_into_base(options, base, record, metas[0], library, weights)
+    return fuse(options, base, metas[0], library, weights)
 
 
 def merge_into_base(
-    options: Options, base: Path, record: dict, first: dict, library, weights: dict
+    options: Options, base: Path, record, first, library, weights: dict[str, float]
 ) -> Path:
     """Write the base with the skills in its weights, and say how far its logits are from the
     attached skills'.
@@ -117,15 +102,13 @@ def merge_into_base(
     import torch
 
     from dataset.tokenizer import check_trained_with, tokenizer_of
-    from model.bases import save_folder
+    from model.huggingface import save_folder
     from model.LMConfig import context_of
     from model.lora.library import merge_lora
-    from model.model import MiniMindLM
     from model.quantized import dequantize
     from model.weights import save_base
 
-    model, output = library.model, options.output
-    ours = isinstance(model, MiniMindLM)
+    model, output, ours = library.model, options.output, not is_pretrained(base)
     ending = "end in .pth" if ours else "be a folder, not a .pth file"
     require((output.suffix == ".pth") == ours, f"--output {output} must {ending}")
     for path in (output, output.with_suffix(".json")) if ours else (output,):
@@ -137,51 +120,40 @@ def merge_into_base(
         )
     else:
         tokenizer = tokenizer_of(
-            base,
-            options.tokenizer_path,
-            options.out_dir,
-            fingerprint=record.get("tokenizer"),
-            vocab_size=record["config"]["vocab_size"],
-            is_foreign="stage" in record and record.get("tokenizer") is None,
-            prompt_template=first["options"].get("prompt_template"),
+            record, base, options.tokenizer_path, options.out_dir, first.prompt_template
         )
         if not options.allow_base_mismatch:
-            check_trained_with(tokenizer, first.get("tokenizer"), next(iter(weights)))
-    ids = (
-        torch.arange(min(64, context_of(model.config)))[None] * 31 % record["config"]["vocab_size"]
-    )
-
-    @torch.no_grad()
-    def logits() -> torch.Tensor:
-        return model(input_ids=ids).logits.float()
-
+            check_trained_with(tokenizer, first.tokenizer, next(iter(weights)))
+    count = min(64, context_of(model.config))
+    ids = torch.arange(count)[None] * 31 % record.config["vocab_size"]
     library.use(weights)
-    attached = logits()
-    dequantize(model)
-    merge_lora(model)
-    model.to(getattr(torch, options.dtype))
-    drift = (logits() - attached).abs().max()
+    with torch.no_grad():
+        attached = model(input_ids=ids).logits.float()
+        dequantize(model)
+        merge_lora(model)
+        model.to(getattr(torch, options.dtype))
+        drift = (model(input_ids=ids).logits.float() - attached).abs().max()
     print(
-        f"merged {weights_text(weights)}: logits differ by at most {drift:.1e} from those with the skills attached"
+        f"merged {weights_text(weights)}: logits differ by at most {drift:.1e} from those with"
+        " the skills attached"
     )
     if ours:
-        fused = {
-            "base": {"file": base.name, "fingerprint": record["fingerprint"]},
-            "skills": weights,
-        }
-        save_base(output, model, {**record, "merged": fused})
+        origin = {"file": base.name, "fingerprint": record.fingerprint}
+        merged = {"merged": {"base": origin, "skills": weights}}
+        save_base(output, model, replace(record, more={**record.more, **merged}))
     else:
         save_folder(model, tokenizer, output)
     print(f"saved {output}")
     return output
 
 
-def fuse(options: Options, base: Path, first: dict, library, weights: dict) -> Path:
+def fuse(options: Options, base: Path, first, library, weights: dict[str, float]) -> Path:
     """Write the weighted sum of the skills as one skill, which is asked as the first of them
     was.
     """
-    from model.lora.library import truncated
-    from model.lora.skill_file import base_fingerprint, write_lora
+    from model.lora.layer import exchange
+    from model.lora.library import loras_of, truncated
+    from model.lora.skill_file import SkillMeta, save_lora
 
     path = lora_path(options.out_dir, options.lora_name, library.model.config.hidden_size)
     if path.exists():
@@ -189,22 +161,17 @@ def fuse(options: Options, base: Path, first: dict, library, weights: dict) -> P
     factors, lost = library.factors(weights), 0.0
     if options.rank:
         factors, lost = truncated(factors, options.rank)
-    tensors = {}
-    for target, (A, B) in factors.items():
-        tensors |= {f"{target}.lora.A.weight": A, f"{target}.lora.B.weight": B}
-    asked = {"prompt_template": first["options"].get("prompt_template")}
-    meta = {
-        "stage": "lora",
-        "base": {"file": base.name},
-        "tokenizer": first.get("tokenizer"),
-        "options": asked,
-    }
-    meta["fused"] = weights
-    write_lora(path, tensors, dict.fromkeys(factors, 1.0), base_fingerprint(library.model), meta)
-    ranks = sorted({A.size(0) for A, _ in factors.values()})
-    print(
-        f"fused {weights_text(weights)}: rank {', '.join(map(str, ranks))}, {100 * lost:.2f} % of the update is lost"
+    exchange(library.model, loras_of(library.model, factors))
+    meta = SkillMeta(
+        stage="lora",
+        base={"file": base.name},
+        tokenizer=first.tokenizer,
+        prompt_template=first.prompt_template,
+        more={"fused": weights},
     )
+    save_lora(library.model, path, meta)
+    ranks = ", ".join(map(str, sorted({A.size(0) for A, _ in factors.values()})))
+    print(f"fused {weights_text(weights)}: rank {ranks}, {100 * lost:.2f} % of the update is lost")
     print(f"saved {path}")
     return path
 

@@ -1,11 +1,10 @@
-"""The stages of the quick start: what ``quickstart.py`` runs inside the environment.
+"""The stages of the quick start, which ``quickstart.py`` runs inside the environment.
 
 Each training stage is a front door run as a user would run it. Its stamp in out/quickstart/stages/
-names everything that went in and what came out, and is written last; a stage whose stamp still
-holds is not run again.
+holds a hash of everything that went in and of what came out, and is written last; a stage whose
+stamp still holds is not run again.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -13,7 +12,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,83 +32,53 @@ ROOMS = ("core", "dataset", "model", "trainer")  # their code decides what a sta
 # Fine-tuning is gentle: at four times the rate the base forgets the words that its chats lack and
 # its skills need.
 DIM = 256
-PRETRAIN = {
-    "dim": DIM,
-    "n_layers": 6,
-    "max_seq_len": 256,
-    "epochs": 4,
-    "batch_size": 8,
-    "learning_rate": 3e-3,
-}
-FULL_SFT = {"max_seq_len": 256, "epochs": 8, "batch_size": 16, "learning_rate": 5e-4}
-LORA = {"max_seq_len": 256, "epochs": 30, "batch_size": 8, "learning_rate": 3e-3}
+COMMON = {"out_dir": OUT, "max_seq_len": 256}
+PRETRAIN = COMMON | {"dim": DIM, "n_layers": 6, "epochs": 4, "batch_size": 8, "learning_rate": 3e-3}
+FULL_SFT = COMMON | {"epochs": 8, "batch_size": 16, "learning_rate": 5e-4}
+LORA = COMMON | {"epochs": 30, "batch_size": 8, "learning_rate": 3e-3}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Stage:
-    """One run of a front door on bundled data, which continues from what the stage ``before`` it
-    made.
+    """One run of a front door on the file ``data``, from the ``base`` that another stage made.
 
-    ``outputs`` are the files that later stages and the user need from it; options are the door's
-    flags.
+    ``options`` are the door's other flags, ``outputs`` the files that it leaves for later stages
+    and for the user.
     """
 
     name: str
     door: Path
     data: Path
-    outputs: tuple[Path, ...]
     options: dict[str, Any]
-    before: "Stage | None" = None
+    outputs: tuple[Path, ...]
+    base: Path | None = None
 
-    def command(self) -> list[str]:
-        flags = {"data_path": self.data, **self.options}
-        if self.before:
-            flags["base"] = self.before.outputs[0]
-        return [
-            sys.executable,
-            str(self.door),
-            *(str(word) for key in flags for word in (f"--{key}", flags[key])),
-        ]
+    def flags(self) -> list[str]:
+        base = {"base": self.base} if self.base else {}
+        return flag_words({"data_path": self.data, **self.options, **base})
 
 
-def plan(out_dir: Path = OUT) -> list[Stage]:
+def flag_words(flags: Mapping[str, Any]) -> list[str]:
+    """``{"dim": 256}`` as ``["--dim", "256"]``."""
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def plan() -> list[Stage]:
     """The training stages in their order. Both skills start from the fine-tuned base, neither from
     the other.
     """
-
-    def stage(
-        name: str,
-        door: str,
-        data: str,
-        outputs: list[Path],
-        options: dict[str, Any],
-        before: Stage | None,
-    ):
-        options = {"out_dir": out_dir, **options}
-        return Stage(name, REPOSITORY / door, bundled_data(data), tuple(outputs), options, before)
-
-    def base(name: str) -> list[Path]:
-        path = base_path(out_dir, name, DIM)
-        return [path, path.with_suffix(".json")]
-
-    pretrain = stage(
-        "pretrain", "train_pretrain.py", "pretrain_mini.jsonl", base("pretrain"), PRETRAIN, None
-    )
-    full_sft = stage(
-        "full_sft", "train_full_sft.py", "sft_mini.jsonl", base("full_sft"), FULL_SFT, pretrain
-    )
-    skills = [
-        stage(
-            skill,
-            "train_lora.py",
-            f"lora_{skill}.jsonl",
-            [lora_path(out_dir, skill, DIM)],
-            {"lora_name": skill, **LORA},
-            full_sft,
-        )
-        for skill in SKILLS
-    ]
-    return [pretrain, full_sft, *skills]
+    pretrain, full_sft = (base_path(OUT, name, DIM) for name in ("pretrain", "full_sft"))
+    pair = (pretrain, pretrain.with_suffix(".json"))
+    data = bundled_data("pretrain_mini.jsonl")
+    stages = [Stage("pretrain", REPOSITORY / "train_pretrain.py", data, PRETRAIN, pair)]
+    pair = (full_sft, full_sft.with_suffix(".json"))
+    data = bundled_data("sft_mini.jsonl")
+    stages += [Stage("full_sft", REPOSITORY / "train_full_sft.py", data, FULL_SFT, pair, pretrain)]
+    for name in SKILLS:
+        options, outputs = LORA | {"lora_name": name}, (lora_path(OUT, name, DIM),)
+        data = bundled_data(f"lora_{name}.jsonl")
+        stages += [Stage(name, REPOSITORY / "train_lora.py", data, options, outputs, full_sft)]
+    return stages
 
 
 def run_stage(stage: Stage, stamps: Path) -> tuple[float, bool]:
@@ -117,108 +87,74 @@ def run_stage(stage: Stage, stamps: Path) -> tuple[float, bool]:
 
     Ends the process with the door's exit code when the door fails.
     """
-    inputs = _inputs(stage, stamps)
-    stamp = _stamp(stamps, stage)
-    done = _read_json(stamp)
-    if done and done["inputs"] == inputs and done["outputs"] == _outputs(stage):
+    stamp = stamps / f"{stage.name}.json"
+    code = [path for room in ROOMS for path in sorted((REPOSITORY / room).rglob("*.py"))]
+    tokenizer = sorted(path for path in TOKENIZER_DIR.glob("*") if path.is_file())
+    base = [stage.base] if stage.base else []
+    inputs = _digest([stage.door, stage.data, *base, *code, *tokenizer], stage.flags())
+    try:
+        done = json.loads(stamp.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        done = None
+    if done and [done["inputs"], done["outputs"]] == [inputs, _digest(stage.outputs)]:
         return done["seconds"], True
     stamp.unlink(missing_ok=True)
     started = time.monotonic()
-    code = run_command(stage.command())
-    if code:
-        if code != 130:
-            reason = f"stage {stage.name} ended with exit code {code}; its message is above"
+    if exit_code := run_command([sys.executable, str(stage.door), *stage.flags()]):
+        if exit_code != 130:
             print(
-                f"quick start stopped: {reason}. Run the same command again to go on from here.",
+                f"quick start stopped: stage {stage.name} ended with exit code {exit_code}; its"
+                " message is above. Run the same command again to go on from here.",
                 file=sys.stderr,
             )
-        sys.exit(code)
+        sys.exit(exit_code)
     seconds = time.monotonic() - started
-    content = json.dumps(
-        {"inputs": inputs, "outputs": _outputs(stage), "seconds": seconds}, indent=1
-    )
-    atomic_write(stamp, lambda file: file.write(content.encode()))
+    done = {"inputs": inputs, "outputs": _digest(stage.outputs), "seconds": seconds}
+    atomic_write(stamp, lambda file: file.write(json.dumps(done, indent=1).encode()))
     return seconds, False
 
 
-def _stamp(folder: Path, stage: Stage) -> Path:
-    return folder / f"{stage.name}.json"
-
-
-def _inputs(stage: Stage, stamps: Path) -> dict[str, str]:
-    code = [stage.door]
-    code += [path for room in ROOMS for path in sorted((REPOSITORY / room).rglob("*.py"))]
-    tokenizer = sorted(path for path in TOKENIZER_DIR.glob("*") if path.is_file())
-    before = _read_json(_stamp(stamps, stage.before)) if stage.before else None
-    return {
-        "data": sha256_file(stage.data),
-        "options": " ".join(stage.command()[2:]),
-        "code": _sha256_of([*code, *tokenizer]),
-        # What it was made from and what came out, but not how long it took.
-        "before": json.dumps([before["inputs"], before["outputs"]]) if before else "",
-    }
-
-
-def _outputs(stage: Stage) -> dict[str, str] | None:
-    """File name -> SHA-256; None while one is missing."""
-    if not all(path.is_file() for path in stage.outputs):
-        return None
-    return {path.name: sha256_file(path) for path in stage.outputs}
-
-
-def _sha256_of(paths: Sequence[Path]) -> str:
-    digests = "".join(f"{path.name} {sha256_file(path)}\n" for path in paths)
-    return hashlib.sha256(digests.encode()).hexdigest()
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+def _digest(files: Iterable[Path], words: Iterable[str] = ()) -> str:
+    """One SHA-256 of the words, the files' names and their contents; a missing file has none."""
+    hashes = [sha256_file(path) if path.is_file() else "missing" for path in files]
+    names = [path.name for path in files]
+    return hashlib.sha256(json.dumps([*words, names, hashes]).encode()).hexdigest()
 
 
 def how_to_go_on() -> str:
     """Full commands for chatting with the skills and for training one's own."""
     # Its chats were short: with earlier turns in front, this small model loses the thread.
     alone = {"out_dir": OUT, "history_cnt": 0}
-    skills = "".join(f"  {_show('eval_model.py', lora_name=skill, **alone)}\n" for skill in SKILLS)
-    example = {
-        "conversations": [
-            {"role": "user", "content": "..."},
-            {"role": "assistant", "content": "..."},
-        ]
-    }
+    chats = [_command("eval_model.py", lora_name=skill, **alone) for skill in (*SKILLS, "mine")]
+    train = _command("train_lora.py", lora_name="mine", data_path="my.jsonl", **LORA)
+    turns = [{"role": role, "content": "..."} for role in ("user", "assistant")]
     return f"""
-Chat with a skill (inside, /lora NAME swaps it, /lora off returns to the base, /help shows the rest):
-{skills}
+Chat with a skill (/lora NAME swaps it, /lora off returns to the base, /help shows the rest):
+  {chats[0]}
+  {chats[1]}
+
 Teach it your own skill: write my.jsonl with one chat a line, each like
-  {json.dumps(example)}
+  {json.dumps({"conversations": turns})}
 then train and chat:
-  {_show("train_lora.py", lora_name="mine", data_path="my.jsonl", out_dir=OUT, **LORA)}
-  {_show("eval_model.py", lora_name="mine", **alone)}"""
+  {train}
+  {chats[2]}"""
 
 
-def _show(door: str, **flags: Any) -> str:
-    words = [_from_here(Path(sys.executable)), _from_here(REPOSITORY / door)]
-    words += [str(word) for key in flags for word in (f"--{key}", flags[key])]
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
-
-
-def _from_here(path: Path) -> str:
+def _command(door: str, **flags: Any) -> str:
+    """The command line of a door, for the shell of the user, who is in the current folder."""
     here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+    paths = [Path(sys.executable), REPOSITORY / door]
+    paths = [path.relative_to(here) if path.is_relative_to(here) else path for path in paths]
+    words = [*map(str, paths), *flag_words(flags)]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def main() -> None:
     """Train what is not trained yet, ask, show, and exit 1 when a skill did not take."""
     started = time.monotonic()
     stages = plan()
-    missing = [str(stage.data) for stage in stages if not stage.data.is_file()]
-    if missing:
-        raise UserError(
-            f"bundled data is missing ({', '.join(missing)}): get a whole copy of the repository"
-        )
+    if missing := [str(stage.data) for stage in stages if not stage.data.is_file()]:
+        raise UserError(f"{', '.join(missing)} is missing: get a whole copy of the repository")
     times = []
     for number, stage in enumerate(stages, 1):
         print(f"\n== Stage {number} of {len(stages) + 1}: {stage.name}", flush=True)
@@ -226,31 +162,21 @@ def main() -> None:
         times.append((stage.name, seconds, "reused, it took then" if reused else "trained"))
         if reused:
             print(f"finished before: {', '.join(map(str, stage.outputs))}")
-
-    print(
-        f"\n== Stage {len(stages) + 1} of {len(stages) + 1}: the same questions to the base and both skills",
-        flush=True,
-    )
-    from scripts.quickstart_answers import (
-        ask_all,
-        report,
-    )  # torch takes seconds to import: only now
+    print(f"\n== Stage {len(stages) + 1} of {len(stages) + 1}: the same questions to everyone")
+    sys.stdout.flush()
+    from scripts.quickstart_answers import ask_all, report  # torch takes seconds to import
 
     asked = time.monotonic()
-    answers = ask_all(base_path(OUT, "full_sft", DIM), SKILLS, OUT)
+    probes = ask_all(base_path(OUT, "full_sft", DIM), SKILLS, OUT)
     times.append(("questions", time.monotonic() - asked, "asked"))
-    passed = report(answers, WANTED_SKILL_SHARE, ALLOWED_BASE_SHARE)
-
+    passed = report(probes, WANTED_SKILL_SHARE, ALLOWED_BASE_SHARE)
     print("\nTime")
-    for name, seconds, what in times:
-        print(f"  {name:<10} {seconds:7.1f} s  {what}")
-    print(f"  {'this run':<10} {time.monotonic() - started:7.1f} s")
+    for name, seconds, what in (*times, ("this run", time.monotonic() - started, "")):
+        print(f"  {name:<10} {seconds:7.1f} s  {what}".rstrip())
     print(how_to_go_on())
     if not passed:
-        print(
-            "quick start: not every skill reached its mark; the missed questions are listed above",
-            file=sys.stderr,
-        )
+        reason = "not every skill reached its mark; the missed questions are listed above"
+        print(f"quick start: {reason}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -1,11 +1,12 @@
-"""Teach a pretrained model to tell texts apart: python scripts/train_lora_classifier.py --base DIR
---data_path a.tsv
+"""Teach a pretrained model to classify texts.
+
+python scripts/train_lora_classifier.py --base DIR --data_path labelled.tsv
 """
 
 import json
 import sys
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from core.paths import classifier_dir, lora_path, skill_name
 from model.lora.config import LoRAConfig
 from trainer.options import TrainOptions
 
-OF_PREDICTION = (
+OF_PREDICTION = {
     "base",
     "lora_name",
     "predict",
@@ -26,51 +27,54 @@ OF_PREDICTION = (
     "dtype",
     "tokenizer_path",
     "seed",
-)
+}
 
 
 @dataclass
 class Options(LoRAConfig, TrainOptions):
-    """Train LoRA and a new head on labelled texts or pairs of texts; the scores are of
-    --val_path.
-    """
+    """Train LoRA and a new head on labelled texts or pairs of texts, and score held-out rows."""
 
-    base: Path | None = option(None, "pretrained model: a Hugging Face folder or owner/model")
+    base: Path | None = option(
+        None, "pretrained model: a Hugging Face folder or owner/model", group="most used"
+    )
     data_path: tuple[Path, ...] = option(
-        (), "rows with text, label and perhaps text_pair: .jsonl, .json or .tsv"
+        (),
+        "rows with text, label and perhaps text_pair: .jsonl, .json or .tsv",
+        group="most used",
     )
-    val_path: tuple[Path, ...] = option(
-        (), "rows to score (default: --val_ratio of the training rows)"
-    )
-    lora_name: str = option("classifier", "name of the skill; it names the files")
-    full: bool = option(
-        False, "train all weights instead of LoRA, into the folder out/classifier_<name>"
-    )
-    load_in_4bit: bool = option(
-        False, "freeze the body in 4 bits (QLoRA; needs requirements-4bit.txt)"
+    lora_name: str = option(
+        "classifier", "name of the skill; it names the files", group="most used"
     )
     predict: Path | None = option(
-        None, "train nothing: print the label of each row of this file, with its probability"
+        None,
+        "train nothing: print the label of each row of this file, with its probability",
+        group="most used",
     )
-    rank: int = option(8, "rank of the update")
+    val_path: tuple[Path, ...] = option(
+        (), "rows to score (default: val_ratio of the training rows)", group="data"
+    )
+    full: bool = option(
+        False,
+        "train all weights instead of LoRA, into the folder out/classifier_<name>",
+        group="skill",
+    )
+    load_in_4bit: bool = option(
+        False, "freeze the body in 4 bits (QLoRA; needs requirements-4bit.txt)", group="device"
+    )
+    rank: int = 8
     alpha: float | None = option(16.0, "the update is scaled by alpha / rank")
-    target_modules: tuple[str, ...] = option(
-        ("query", "value"),
-        "square, all-linear, names or name endings of Linear layers, or one regular expression",
-    )
-    epochs: int = option(3, "passes over the data")
-    batch_size: int = option(32, "rows of a micro-batch")
+    target_modules: tuple[str, ...] = ("query", "value")
+    epochs: int = 3
+    batch_size: int = 32
     learning_rate: float | None = option(
         None, "peak learning rate (default: 1e-3, with --full 5e-5)"
     )
-    warmup_ratio: float = option(0.06, "share of the steps in which the rate rises")
-    decay_ratio: float = option(
-        1.0, "share of the steps after the warm-up in which the rate falls to 0"
-    )
-    weight_decay: float = option(0.01, "decoupled weight decay of matrices (not of norms)")
-    max_seq_len: int = option(128, "tokens of a row")
+    warmup_ratio: float = 0.06
+    decay_ratio: float = 1.0
+    weight_decay: float = 0.01
+    max_seq_len: int = 128
     val_ratio: float = option(0.1, "share of rows held out where there is no --val_path")
-    val_tokens: int = option(10**9, "how many held-out tokens a validation reads")
+    val_tokens: int = 10**9
 
     def __post_init__(self):
         defaults = {field.name: field.default for field in fields(self)}
@@ -79,23 +83,16 @@ class Options(LoRAConfig, TrainOptions):
         of_training = [name for name in given if name not in OF_PREDICTION]
         if self.learning_rate is None:
             self.learning_rate = 5e-5 if self.full else 1e-3
-        TrainOptions.__post_init__(self)
-        LoRAConfig.__post_init__(self)
+        super().__post_init__()
         skill_name(self.lora_name)
         require(self.base is not None, "name a pretrained model with --base")
-        require(
-            bool(self.data_path) != bool(self.predict),
-            "name rows with --data_path, or a file with --predict",
-        )
-        require(
-            not (self.full and self.load_in_4bit),
-            "--full trains all weights, which 4 bits cannot: choose one",
-        )
-        require(
-            not (self.full and of_lora),
-            f"--full trains no LoRA: leave out --{', --'.join(of_lora)}",
-        )
-        wrong = f"--predict reads rows as the skill was trained to: leave out --{', --'.join(of_training)}"
+        one_task = bool(self.data_path) != bool(self.predict)
+        require(one_task, "name rows with --data_path, or a file with --predict")
+        both = self.full and self.load_in_4bit
+        require(not both, "--full trains all weights, which 4 bits cannot: choose one")
+        wrong = f"--full trains no LoRA: leave out --{', --'.join(of_lora)}"
+        require(not (self.full and of_lora), wrong)
+        wrong = f"--predict reads rows as in training: leave out --{', --'.join(of_training)}"
         require(not (self.predict and of_training), wrong)
 
 
@@ -108,155 +105,144 @@ def main(argv: list[str] | None = None) -> Path | None:
 
 
 def train(options: Options, runtime) -> Path:
-    """Train a skill, or with --full a whole model, on labelled rows; returns its file or folder."""
+    """Train a skill, or with --full a whole model, on labelled rows; return its file or folder."""
     from dataset.batches import validation_batches
-    from dataset.labelled import (
-        LabelledSamples,
-        clean_labelled,
-        has_pairs,
-        labels_of,
-        read_labelled,
-        split_labelled,
-    )
+    from dataset.labelled import LabelledSamples, has_pairs
     from dataset.tokenizer import reading_fingerprint
-    from model.bases import save_folder
-    from model.classifier import check_row_length, class_loss_sum, head_state, open_classifier
-    from model.lora.skill_file import base_fingerprint
-    from model.lora.targets import table_of
-    from model.model_lora import apply_lora, save_lora
-    from model.quantized import quantize
-    from trainer.evaluation import score
-    from trainer.stage import run_record, train_and_save
+    from model.classifier import (
+        check_row_length,
+        class_loss_sum,
+        head_tensors,
+        open_classifier,
+    )
+    from model.huggingface import save_folder
+    from model.lora.skill_file import SkillMeta, base_fingerprint
+    from model.model_lora import save_lora
+    from trainer.metrics import Validation
+    from trainer.scores import score
+    from trainer.stage import run_facts, run_stage
 
-    rows, held_out = read_labelled(options.data_path, options.bad_rows), []
-    labels = labels_of(rows)
-    if options.val_path:
-        held_out = read_labelled(
-            options.val_path, options.bad_rows, partial(clean_labelled, labels=labels)
-        )
-    elif options.val_ratio:
-        rows, held_out = split_labelled(rows, options.val_ratio)
+    rows, held_out, labels = labelled_rows(options)
     model = open_classifier(options.base, labels).to(runtime.device)
     body, labels = model.base_model, list(model.config.id2label.values())
     check_row_length(model, options.max_seq_len)
-    tokenizer = opened_tokenizer(options, model)
-    pairs = has_pairs(rows)
+    tokenizer, pairs = opened_tokenizer(options, model), has_pairs(rows)
     samples, val = (
         LabelledSamples(part, labels, tokenizer, options.max_seq_len, pairs=pairs)
         for part in (rows, held_out)
     )
-    print(
-        f"training: {samples.describe()}\nheld out: {val.describe()}\nlabels: {', '.join(labels)}"
-    )
-    print(f"base: {options.base}")
-    origin = {"file": options.base.name, "fingerprint": base_fingerprint(body)}
-    path = lora_path(options.out_dir, options.lora_name, model.config.hidden_size)
-    if options.full:
-        path = classifier_dir(options.out_dir, options.lora_name)
-        require(
-            path.resolve() != options.base.resolve(),
-            f"{path} is --base itself; choose another --lora_name",
-        )
-        model.requires_grad_(True)
-    else:
-        new = [parameter for parameter in body.parameters() if parameter.requires_grad]
-        if options.load_in_4bit:
-            require(
-                not new,
-                f"--base {options.base} lacks weights, which 4 bits cannot learn; drop --load_in_4bit",
-            )
-            quantize(body, runtime.dtype)
-        apply_lora(
-            body, **{field.name: getattr(options, field.name) for field in fields(LoRAConfig)}
-        )
-        for parameter in new:
-            parameter.requires_grad_(True)
-        print(f"{table_of(body)}\ntrained whole: {', '.join(head_state(model))}")
-    memory = {}
+    print(f"training: {samples.describe()}\nheld out: {val.describe()}")
+    print(f"labels: {', '.join(labels)}\nbase: {options.base}")
+    facts = run_facts("classifier", options, tokenizer)
+    facts["base"] = {"file": options.base.name, "fingerprint": base_fingerprint(body)}
+    facts["tokenizer"] = reading_fingerprint(tokenizer)
+    asked = {name: getattr(options, name) for name in ("max_seq_len", "load_in_4bit")}
+    path = choose_trained(options, model, runtime)
     batches = validation_batches(val, options.batch_size, options.val_tokens)
 
-    def validate():
-        scores = score(model, batches, runtime)
-        memory["val"] = asdict(scores) if scores.targets else {}
-        return scores
-
-    record = run_record("classifier", options, tokenizer, origin) | {
-        "labels": labels,
-        "pairs": pairs,
-    }
-    record["tokenizer"] = reading_fingerprint(tokenizer)
-
-    def on_save(step: int) -> None:
-        if memory.get("val"):
-            memory["val"].setdefault(
-                "step", step
-            )  # a stop in between saves later weights than were scored
+    def write(record: SkillMeta) -> None:
         if options.full:
             save_folder(model, tokenizer, path)
         else:
-            save_lora(
-                body, path, {**record, "metrics": {"step": step, **memory}}, head_state(model)
-            )
+            save_lora(body, path, record, head_tensors(model))
 
-    callbacks = {
-        "on_save": on_save,
-        "validate": validate,
-        "memory": memory,
-        "loss_sum": class_loss_sum,
-    }
-    train_and_save(model, samples, options, runtime, path, record, **callbacks)
-    return path
+    return run_stage(
+        model,
+        samples,
+        options,
+        runtime,
+        path=path,
+        record=SkillMeta(**facts, **asked, labels=labels, pairs=pairs),
+        validation=Validation({"val": partial(score, model, batches, runtime)}),
+        write=write,
+        loss_sum=class_loss_sum,
+    )
+
+
+def labelled_rows(options: Options) -> tuple[list[dict], list[dict], list[str]]:
+    """The rows to train on, those to score, and the labels."""
+    from dataset.labelled import clean_labelled, labels_of, read_labelled, split_labelled
+
+    rows, held_out = read_labelled(options.data_path, options.bad_rows), []
+    labels = labels_of(rows)
+    if options.val_path:
+        clean = partial(clean_labelled, labels=labels)
+        held_out = read_labelled(options.val_path, options.bad_rows, clean)
+    elif options.val_ratio:
+        rows, held_out = split_labelled(rows, options.val_ratio)
+    return rows, held_out, labels
+
+
+def choose_trained(options: Options, model, runtime) -> Path:
+    """Mark what trains, all of the model or a LoRA and the head; return where it will be saved."""
+    from model.classifier import head_state
+    from model.lora.targets import table_of
+    from model.model_lora import apply_lora
+    from model.quantized import quantize
+
+    if options.full:
+        path = classifier_dir(options.out_dir, options.lora_name)
+        is_base = path.resolve() == options.base.resolve()
+        require(not is_base, f"{path} is --base itself; choose another --lora_name")
+        model.requires_grad_(True)
+        return path
+    body = model.base_model
+    new = [parameter for parameter in body.parameters() if parameter.requires_grad]
+    if options.load_in_4bit:
+        lacking = f"--base {options.base} lacks weights, which 4 bits cannot learn"
+        require(not new, f"{lacking}; drop --load_in_4bit")
+        quantize(body, runtime.dtype)
+    lora_options = {field.name: getattr(options, field.name) for field in fields(LoRAConfig)}
+    apply_lora(body, **lora_options)
+    for parameter in new:
+        parameter.requires_grad_(True)
+    print(f"{table_of(body)}\ntrained whole: {', '.join(head_state(model))}")
+    return lora_path(options.out_dir, options.lora_name, model.config.hidden_size)
 
 
 def predict(options: Options, runtime) -> None:
-    """Print ``{"label", "probability"}`` for each row of --predict, in its order; rows need no
-    label.
+    """Print ``{"label", "probability"}`` for each row of --predict in order; rows need no label.
 
-    Length of the rows and 4 bits are those of the training.
+    Rows are cut and weights quantised as in training.
     """
     import numpy as np
     import torch
 
     from dataset.labelled import LabelledSamples, clean_unlabelled, read_labelled
     from dataset.tokenizer import reading_fingerprint
-    from model.classifier import load_head, open_classifier, read_config
-    from model.lora.skill_file import check_lora, read_lora
+    from model.classifier import head_of, load_head, open_classifier, read_config
+    from model.lora.skill_file import adapters_in, read_lora
     from model.model_lora import attach_lora
     from model.quantized import quantize
 
     path = lora_path(options.out_dir, options.lora_name, read_config(options.base).hidden_size)
     if not path.is_file():
         raise UserError(f"there is no skill file {path}; train it with --data_path, without --full")
-    _, meta = read_lora(path)
-    labels, max_seq_len = meta.get("labels"), meta["options"].get("max_seq_len")
-    if not meta["head"] or not are_names(labels) or type(max_seq_len) is not int:
-        raise UserError(
-            f"{path} is no classifier's skill: it has no head, labels and length of rows"
-        )
+    tensors, meta = read_lora(path)
+    is_complete = are_names(meta.labels) and isinstance(meta.max_seq_len, int)
+    if not head_of(tensors) or not is_complete:
+        raise UserError(f"{path} is no classifier's skill: it lacks a head, labels or row length")
     with redirect_stdout(sys.stderr):  # what is printed below can be piped
         rows = read_labelled((options.predict,), "refuse", clean_unlabelled)
-        model = open_classifier(options.base, labels).to(runtime.device).eval()
-        check_lora(model.base_model, path)
+        model = open_classifier(options.base, meta.labels).to(runtime.device).eval()
+        adapters_in(model.base_model, path, (tensors, meta), with_extra=True)
         tokenizer = opened_tokenizer(options, model)
-        if reading_fingerprint(tokenizer) != meta.get("tokenizer"):
-            raise UserError(
-                f"{path} was trained with another tokenizer; name that one with --tokenizer_path"
-            )
+        if reading_fingerprint(tokenizer) != meta.tokenizer:
+            raise UserError(f"{path} was trained with another tokenizer; name it: --tokenizer_path")
         samples = LabelledSamples(
-            rows, labels, tokenizer, max_seq_len, pairs=bool(meta.get("pairs"))
+            rows, meta.labels, tokenizer, meta.max_seq_len, pairs=bool(meta.pairs)
         )
-        load_head(model, meta["head"], path)
-        if meta["options"].get("load_in_4bit"):
+        load_head(model, tensors, path)
+        if meta.load_in_4bit:
             quantize(model.base_model, runtime.dtype)
-        attach_lora(model.base_model, path)
+        attach_lora(model.base_model, path, with_extra=True)
     for index in range(len(samples)):
         batch = runtime.move(samples.collate(np.array([index])))
         with torch.no_grad(), runtime.autocast():
             probabilities = model(**batch.inputs).logits[0].float().softmax(-1)
         best = int(probabilities.argmax())
-        print(
-            json.dumps({"label": labels[best], "probability": round(float(probabilities[best]), 4)})
-        )
+        answer = {"label": meta.labels[best], "probability": round(float(probabilities[best]), 4)}
+        print(json.dumps(answer))
 
 
 def are_names(labels) -> bool:
@@ -266,30 +252,26 @@ def are_names(labels) -> bool:
 
 
 def opened_tokenizer(options: Options, model):
-    """The base's, or that of --tokenizer_path; what it pads with, the model knows. Raises
-    ``UserError``.
+    """The tokenizer of the base, or the one named; the model learns what it pads with.
+
+    Raises ``UserError`` where it does not fit the model.
     """
     from dataset.tokenizer import read_tokenizer
 
-    tokenizer = read_tokenizer(options.tokenizer_path or options.base)
-    if len(tokenizer) > (size := model.get_input_embeddings().num_embeddings):
-        raise UserError(
-            f"--base {options.base} knows {size} tokens, the tokenizer has {len(tokenizer)}: it is another's"
-        )
-    config = model.config
-    if config.is_encoder_decoder and config.eos_token_id not in tokenizer("a").input_ids:
-        raise UserError(
-            f"the tokenizer of {options.base} does not end a text, where this kind of model decides"
-        )
+    tokenizer, config = read_tokenizer(options.tokenizer_path or options.base), model.config
+    size = model.get_input_embeddings().num_embeddings
+    wrong = f"--base {options.base} knows {size} tokens, but the tokenizer has {len(tokenizer)}"
+    require(len(tokenizer) <= size, wrong)
+    # Encoder-decoders classify by the end of the text.
+    ends = not config.is_encoder_decoder or config.eos_token_id in tokenizer("a").input_ids
+    require(ends, f"the tokenizer of {options.base} does not end a text, where this model decides")
     if tokenizer.pad_token_id is None:
-        require(
-            tokenizer.eos_token_id is not None,
-            f"the tokenizer of {options.base} has neither padding nor an end",
-        )
+        wrong = f"the tokenizer of {options.base} has neither a padding nor an end token"
+        require(tokenizer.eos_token_id is not None, wrong)
         tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
+    config.pad_token_id = tokenizer.pad_token_id
     return tokenizer
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, keep_working=True)

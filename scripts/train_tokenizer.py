@@ -2,17 +2,20 @@
 a.jsonl b.jsonl.gz
 """
 
+import json
 import random
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core.errors import UserError, run
 from core.files import atomic_write
-from core.options import option, parse, require
+from core.options import CheckedOptions, option, parse
 from core.paths import bundled_data
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # pad, bos, eos: ids 0, 1, 2
@@ -33,7 +36,7 @@ CHAT_TEMPLATE = (
 
 
 @dataclass
-class Options:
+class Options(CheckedOptions):
     """Train a byte-level BPE tokenizer on the texts of data files, and report how well it packs
     held-out rows.
     """
@@ -42,23 +45,16 @@ class Options:
         (bundled_data("pretrain_mini.jsonl"), bundled_data("sft_mini.jsonl")),
         "data files: pretraining or chat rows",
     )
-    vocab_size: int = option(6400, "entries, the 3 special tokens and 256 bytes included")
+    vocab_size: int = option(
+        6400,
+        "entries, the 3 special tokens and 256 bytes included",
+        at_least=BYTES + len(SPECIAL_TOKENS),
+    )
     tokenizer_path: Path = option(Path("out/tokenizer"), "folder to write")
     max_characters: int = option(
-        0, "train on about so many characters of each file, drawn at random; 0: all"
+        0, "train on about so many characters of each file, drawn at random; 0: all", at_least=0
     )
-    held_out: int = option(HELD_OUT, "every N-th row is held out for the report")
-
-    def __post_init__(self):
-        smallest = BYTES + len(SPECIAL_TOKENS)
-        require(
-            self.vocab_size >= smallest,
-            f"--vocab_size {self.vocab_size} must be at least {smallest}",
-        )
-        require(
-            self.max_characters >= 0, f"--max_characters {self.max_characters} must not be negative"
-        )
-        require(self.held_out >= 2, f"--held_out {self.held_out} must be at least 2")
+    held_out: int = option(HELD_OUT, "every N-th row is held out for the report", at_least=2)
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -66,19 +62,16 @@ def main(argv: list[str] | None = None) -> Path:
     from dataset.rows import read_texts
 
     texts = {path: split_texts(read_texts(path), options.held_out) for path in options.data_path}
-    drawn = (
-        text for learned, _ in texts.values() for text in draw(learned, options.max_characters)
-    )
-    tokenizer = train_bpe(drawn, options.vocab_size)
+    drawn = [draw(learned, options.max_characters) for learned, _ in texts.values()]
+    tokenizer = train_bpe(chain.from_iterable(drawn), options.vocab_size)
     if len(tokenizer) < options.vocab_size:
         raise UserError(
             f"the data yields only {len(tokenizer)} entries, not --vocab_size {options.vocab_size}:"
             " give more data or a smaller size"
         )
     save_tokenizer(tokenizer, options.tokenizer_path)
-    print(
-        f"{len(tokenizer)} entries -> {options.tokenizer_path}\n\nfile | held-out rows | characters per token"
-    )
+    print(f"{len(tokenizer)} entries -> {options.tokenizer_path}\n")
+    print("file | held-out rows | characters per token")
     for path, (_, held_out) in texts.items():
         characters = sum(map(len, held_out))
         tokens = sum(len(ids) for ids in tokenizer(held_out, add_special_tokens=False).input_ids)
@@ -96,12 +89,9 @@ def draw(texts: list[str], max_characters: int) -> Iterator[str]:
 
     A cap keeps a large file from spending the whole vocabulary on its own language and style.
     """
-    if not max_characters:
-        yield from texts
-        return
     drawn = 0
-    for text in random.Random(0).sample(texts, len(texts)):
-        if drawn >= max_characters:
+    for text in random.Random(0).sample(texts, len(texts)) if max_characters else texts:
+        if drawn >= max_characters > 0:
             return
         drawn += len(text)
         yield text
@@ -136,46 +126,32 @@ def train_bpe(texts: Iterator[str], vocab_size: int):
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:
-    """Write ``folder``, whole or not at all, so that transformers 4 and 5 and other tools read it
-    alike.
+    """Write ``folder``, whole or not at all, in a form that transformers 4 and 5 read alike.
 
     Raises ``UserError`` if the disk refuses, or if the folder holds another tokenizer: models may
     need that one.
     """
-    import json
-    import tempfile
-
     from dataset.tokenizer import load_tokenizer, tokenizer_fingerprint
 
     if (folder / "tokenizer.json").exists():
         if tokenizer_fingerprint(load_tokenizer(folder)) == tokenizer_fingerprint(tokenizer):
             return
         raise UserError(
-            f"{folder} holds another tokenizer, which models may have been trained with; delete it or choose another"
-            " --tokenizer_path"
+            f"{folder} holds another tokenizer, which models may have been trained with; delete it"
+            " or choose another --tokenizer_path"
         )
-    try:
-        with tempfile.TemporaryDirectory() as unfinished:
-            tokenizer.save_pretrained(unfinished)
-            files = {path.name: path.read_bytes() for path in Path(unfinished).iterdir()}
-    except OSError as error:
-        raise UserError(
-            f"cannot write to the temporary folder: {error.strerror}; make room there"
-        ) from error
-    # Readers of transformers 4 know neither transformers 5's class name nor a template outside this
-    # file.
+    with tempfile.TemporaryDirectory() as unfinished:
+        tokenizer.save_pretrained(unfinished)
+        files = {path.name: path.read_bytes() for path in Path(unfinished).iterdir()}
+    # transformers 4 knows neither the class name of transformers 5 nor a template in another file.
     config = json.loads(files["tokenizer_config.json"])
-    config |= {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "chat_template": tokenizer.chat_template,
-    }
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["chat_template"] = tokenizer.chat_template
     config.pop("extra_special_tokens", None)
-    files["tokenizer_config.json"] = (
-        json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    ).encode()
-    for name in sorted(
-        files, key=lambda name: name == "tokenizer.json"
-    ):  # last the file that makes it a tokenizer
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    files["tokenizer_config.json"] = text.encode()
+    # The file that makes the folder a tokenizer comes last.
+    for name in sorted(files, key=lambda name: name == "tokenizer.json"):
         atomic_write(folder / name, lambda file, name=name: file.write(files[name]))
 
 

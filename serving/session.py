@@ -1,6 +1,5 @@
 """A conversation with one model whose skills come and go."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,13 +9,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
-from core.paths import lora_path, lora_paths, skill_of, skill_weights, weights_text
+from core.paths import find_skill, lora_path, lora_paths, skill_of, skill_weights, weights_text
 from dataset.chat import encode_chat, ends_of_answer
 from dataset.tokenizer import check_trained_with, use_template
 from model.generation import Sampling, generate
 from model.LMConfig import context_of
 from model.lora.library import SkillLibrary
-from model.lora.skill_file import check_lora
+from model.lora.skill_file import Skill, SkillMeta, adapters_in, read_lora
 
 
 class ChatSession:
@@ -24,8 +23,8 @@ class ChatSession:
 
     ``history_cnt`` earlier messages go with each question. ``continues``: the base is no chat
     model, so a prompt is continued as plain text, without template and history. A skill trained
-    with a ``--prompt_template`` is asked with it (of a mix the first), unless the session
-    ``keeps_template``. ``skill`` names what is active, empty for the base.
+    with a ``prompt_template`` is asked with it (a mix with that of its first skill), unless the
+    session ``keeps_template``. ``skill`` names what is active, empty for the base.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class ChatSession:
         self.messages: list[dict] = []
         self.library = SkillLibrary(model)
         self._template, self._keeps_template = tokenizer.chat_template, keeps_template
-        self._templates: dict[str, str | None] = {}  # of what was read into the library
+        self._read: dict[str, tuple[int, SkillMeta]] = {}  # what is in the library: time of file
         self.weights: dict[str, float] = {}
         self.tokens = 0  # of the last answer
 
@@ -78,68 +77,52 @@ class ChatSession:
                     {"role": "assistant", "content": answer},
                 ]
 
-    def use_skill(self, name: str | None) -> None:
+    def use_skill(self, name: str | None, skill: Skill | None = None) -> None:
         """Switch to the skill ``name``, to a mix such as ``a=0.7 b=-0.2``, or for None to the bare
-        base.
+        base. ``skill``: what ``read_lora`` gave for the one that is named, if it was read already.
 
         Raises ``UserError`` with the reason, or with the names there are; the active skill stays as
         it is.
         """
         weights, before = skill_weights((name or "").split()), self.tokenizer.chat_template
         try:
-            chosen = {self._loaded(skill): weight for skill, weight in weights.items()}
-            self._ask_with(self._templates.get(next(iter(chosen), "")))
-            self.library.use(chosen)
-        except UserError as error:
+            metas = [self._loaded(each, skill) for each in weights]
+            self._ask_with(metas[0].prompt_template if metas else None)
+            self.library.use(weights)
+        except UserError:
             self.tokenizer.chat_template = before
-            raise UserError(
-                re.sub(r"@\d+", "", str(error))
-            ) from error  # its sentences name the library's keys
-        for stale in [
-            key for key in self.library if key not in self.library.active and _skill(key) in weights
-        ]:
-            self.library.remove(stale)
-            del self._templates[stale]
+            raise
         self.weights = weights
 
-    def _loaded(self, name: str) -> str:
-        """The library's name for this skill's file as it is now, which is read if it was not
-        yet.
-        """
-        path = lora_path(self.out_dir, name, self.model.config.hidden_size)
-        if not path.is_file():
-            there = ", ".join(skill_of(found) for found in lora_paths(self.out_dir)) or "none yet"
-            raise UserError(f"there is no skill file {path}; skills here: {there}")
-        key = f"{skill_of(path)}@{path.stat().st_mtime_ns}"
-        if key not in self.library:
-            meta = self.library.add(key, path, allow_base_mismatch=self.allow_base_mismatch)
-            template = meta["options"].get("prompt_template")
-            try:
-                self._ask_with(template)
-                if not (self._keeps_template or self.allow_base_mismatch):
-                    check_trained_with(self.tokenizer, meta.get("tokenizer"), name)
-            except UserError:
-                self.library.remove(key)
-                raise
-            self._templates[key] = template
-        return key
+    def _loaded(self, name: str, skill: Skill | None) -> SkillMeta:
+        """Have this skill's file, as it is now, in the library, reading it only if it changed."""
+        path = find_skill(self.out_dir, name, self.model.config.hidden_size)
+        written = path.stat().st_mtime_ns
+        if self._read.get(name, (0,))[0] != written:
+            allowed = {"allow_base_mismatch": self.allow_base_mismatch}
+            skill = skill or read_lora(path)
+            _, meta = adapters_in(self.model, path, skill, **allowed)
+            self._ask_with(meta.prompt_template)
+            if not (self._keeps_template or self.allow_base_mismatch):
+                check_trained_with(self.tokenizer, meta.tokenizer, name)
+            self._read[name] = written, self.library.add(name, path, skill, **allowed)
+        return self._read[name][1]
 
     def skills(self) -> Iterator[tuple[str, str | None]]:
         """Every skill's name (of another dim: file name), and why it does not fit this base (None:
         it fits).
         """
+        dim = self.model.config.hidden_size
         for path in lora_paths(self.out_dir):
-            if path != lora_path(self.out_dir, skill_of(path), self.model.config.hidden_size):
-                yield (
-                    path.name,
-                    f"it is for another dim than this base's {self.model.config.hidden_size}",
-                )
+            if path != lora_path(self.out_dir, skill_of(path), dim):
+                yield path.name, f"it is for another dim than this base's {dim}"
                 continue
+            reason = None
             try:
-                check_lora(self.model, path, allow_base_mismatch=self.allow_base_mismatch)
-                yield skill_of(path), None
+                adapters_in(self.model, path, allow_base_mismatch=self.allow_base_mismatch)
             except UserError as error:
-                yield skill_of(path), str(error)
+                reason = str(error)
+            yield skill_of(path), reason
 
     def reset(self) -> None:
         """Forget what was said."""
@@ -173,7 +156,3 @@ class ChatSession:
             ):
                 return ids
             history = history[2:]  # the oldest exchange makes room
-
-
-def _skill(key: str) -> str:
-    return key.partition("@")[0]

@@ -10,6 +10,11 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+
+from core.errors import limit_spinning
+
+limit_spinning()  # before torch is imported
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -19,13 +24,13 @@ from dataset.batches import Batch
 from dataset.tokenizer import load_tokenizer
 from model.LMConfig import LMConfig
 from model.lora.layer import lora_parameters
-from model.loss import loss_sum
 from model.model import MiniMindLM
-from trainer.evaluation import Metrics
-from trainer.loop import Summary, train
+from trainer.checkpoints import RunStates
+from trainer.loop import loss_sum, train
+from trainer.metrics import Metrics, Validation
 from trainer.optimizer import param_groups
 from trainer.options import TrainOptions
-from trainer.run_state import RunStates
+from trainer.run import Run, Summary
 from trainer.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -174,10 +179,6 @@ def sharp_model(tiny_model) -> MiniMindLM:
     return tiny_model
 
 
-def no_validation():
-    return Metrics(0.0, 0.0, 0, 0)
-
-
 class Source:
     """The same steps every epoch."""
 
@@ -188,24 +189,31 @@ class Source:
     def steps(self, epoch: int, start: int = 0):
         return iter(self.all_steps[start:])
 
+    def largest_batch(self) -> Batch:
+        return max((b for step in self.all_steps for b in step), key=lambda b: b.labels.numel())
+
 
 def run_training(
     model,
     source,
-    tmp_path,
+    folder: Path,
     *,
     loss=loss_sum,
-    on_save=lambda step: None,
-    validate=no_validation,
+    write=lambda metrics: None,
+    validation=None,
     runtime=CPU,
-    groups=None,
     **flags,
 ) -> Summary:
-    options = TrainOptions(
-        **{"epochs": 4, "learning_rate": 1e-2, "warmup_iters": 1, "save_interval": 100, **flags}
+    """Train ``model`` as a door would, with run states and metrics in ``folder``."""
+    settings = {"epochs": 4, "learning_rate": 1e-2, "warmup_iters": 1, "save_interval": 100}
+    options = TrainOptions(**settings | flags)
+    run = Run(
+        options,
+        runtime,
+        states=RunStates(folder / "states", {}, resume=options.resume),
+        validation=validation or Validation({"val": lambda: Metrics(0.0, 0.0, 0, 0)}),
+        write_files=write,
+        log_to=folder / "metrics" / "run.jsonl",
     )
-    groups = groups or param_groups(model, options.weight_decay, options.optimizer)
-    states = RunStates(tmp_path / "states", {}, {}, resume=options.resume)
-    callbacks = {"loss_sum": loss, "on_save": on_save, "validate": validate}
-    log_to = tmp_path / "metrics" / "run.jsonl"
-    return train(model, source, groups, options, runtime, log_to=log_to, states=states, **callbacks)
+    groups = param_groups(model, options.weight_decay, options.optimizer)
+    return train(model, source, groups, run, loss)

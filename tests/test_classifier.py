@@ -35,14 +35,20 @@ from dataset.labelled import (
     read_labelled,
     split_labelled,
 )
-from model.bases import open_base
-from model.classifier import check_row_length, class_loss_sum, head_state, open_classifier
+from model.classifier import (
+    check_row_length,
+    class_loss_sum,
+    head_of,
+    head_state,
+    open_classifier,
+)
 from model.lora.layer import lora_parameters
-from model.lora.skill_file import check_lora, read_lora
+from model.lora.skill_file import adapters_in, read_lora
 from model.model_lora import apply_lora, save_lora
 from model.quantized import quantize
+from model.weights import open_base
 from scripts.train_lora_classifier import main as train_classifier
-from trainer.evaluation import score, scores_of
+from trainer.scores import score, scores_of
 
 WORDS = [
     "good",
@@ -274,7 +280,7 @@ def test_a_score_does_not_depend_on_the_batches(bases):
         right = [int(model(**b.inputs).logits.argmax()) == int(b.labels) for b in one_by_one]
         nats = sum(float(class_loss_sum(model, batch)) for batch in one_by_one)
     assert alone.accuracy == sum(right) / 40 and alone.loss == pytest.approx(nats / 40, rel=1e-5)
-    assert str(score(model, [], CPU)) == "nothing held out"
+    assert score(model, [], CPU).targets == 0
     loss = class_loss_sum(model, masked(one_by_one[0]))
     loss.backward()
     assert loss.item() == 0 and not any(
@@ -309,7 +315,7 @@ def test_a_skill_is_learned_resumed_and_asked(bases, data, tmp_path, capsys, nam
     )
     path = train_classifier([*argv, *flags(out_dir=tmp_path / "whole" / "out")])
     meta = read_lora(path)[1]
-    assert meta["metrics"]["val"]["accuracy"] > 0.95 and meta["labels"] == ["0", "1"]
+    assert meta.metrics["val"]["last"]["accuracy"] > 0.95 and meta.labels == ["0", "1"]
     assert "trained whole: classifier" in capsys.readouterr().out
 
     *steps, last = map(
@@ -374,7 +380,7 @@ def test_a_body_in_four_bits(bases, data, tmp_path, capsys):
     path = train_classifier(
         [*argv, *flags(data_path=train, val_path=dev, **SMALL), "--load_in_4bit"]
     )
-    assert read_lora(path)[1]["metrics"]["val"]["accuracy"] > 0.95
+    assert read_lora(path)[1].metrics["val"]["last"]["accuracy"] > 0.95
     assert "Linears in NF4" in capsys.readouterr().out
     train_classifier([*argv, *flags(predict=train)])
     said = capsys.readouterr()
@@ -395,14 +401,14 @@ def test_weights_that_the_base_lacks_learn_too(bases, data, tmp_path, capsys):
     train, dev = data
     argv = flags(base=bases / "unpooled", lora_name="x", out_dir=tmp_path, device="cpu")
     path = train_classifier([*argv, *flags(data_path=train, val_path=dev, **SMALL)])
-    assert "bert.pooler.dense.weight" in read_lora(path)[1]["head"]
+    assert "bert.pooler.dense.weight" in head_of(read_lora(path)[0])
     capsys.readouterr()
     train_classifier([*argv, *flags(predict=dev, seed=5)])
     answers = [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()]
     right = np.mean(
         [answer == str(row["label"]) for answer, row in zip(answers, reviews(80, 1), strict=True)]
     )
-    assert right == read_lora(path)[1]["metrics"]["val"]["accuracy"] > 0.9
+    assert right == read_lora(path)[1].metrics["val"]["last"]["accuracy"] > 0.9
     with pytest.raises(
         UserError, match="lacks weights, which 4 bits cannot learn; drop --load_in_4bit"
     ):
@@ -429,7 +435,7 @@ def test_a_row_is_answered_as_the_classifier_was_trained(bases, data, tmp_path):
     train_classifier(
         [*argv, *flags(predict=write_rows(tmp_path / "long.jsonl", [{"text": "very good " * 99}]))]
     )
-    assert meta["pairs"] is False and meta["metrics"]["val"]["step"] == meta["metrics"]["step"]
+    assert meta.pairs is False and meta.metrics["val"]["last"]["step"] == meta.metrics["step"]
     with pytest.raises(UserError, match="where the classifier reads one text"):
         train_classifier([*argv, *flags(predict=pairs)])
     other = shutil.copytree(bases / "bert", tmp_path / "other")
@@ -445,22 +451,20 @@ def test_a_row_is_answered_as_the_classifier_was_trained(bases, data, tmp_path):
             [*argv, *flags(predict=dev, tokenizer_path=bases / "bert"), "--base", str(other)]
         )
     with pytest.raises(
-        UserError, match="--predict reads rows as the skill was trained to: leave out --bad_rows"
+        UserError, match="--predict reads rows as in training: leave out --bad_rows"
     ):
         train_classifier([*argv, *flags(predict=dev, bad_rows="skip")])
     tensors = torch.load(path)
     for damaged in (
         {"labels": [["0"], ["1"]]},
         {"labels": ["0", "0"]},
-        {"options": {"max_seq_len": "x"}},
+        {"max_seq_len": None, "options": {"max_seq_len": "x"}},
     ):
         packed = json.dumps(json.loads(bytes(tensors["_meta"].tolist())) | damaged).encode()
         torch.save(
             tensors | {"_meta": torch.frombuffer(bytearray(packed), dtype=torch.uint8)}, path
         )
-        with pytest.raises(
-            UserError, match="no classifier's skill: it has no head, labels and length of rows"
-        ):
+        with pytest.raises(UserError, match="is no classifier"):
             train_classifier([*argv, *flags(predict=dev)])
 
 
@@ -493,7 +497,7 @@ def test_a_decision_at_the_end_of_the_text_needs_a_tokenizer_that_ends_it(data, 
         single="$A", special_tokens=[]
     )
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="does not end a text, where this kind of model decides"):
+    with pytest.raises(UserError, match="does not end a text, where this model decides"):
         train_classifier([*learn, "--target_modules", "q", "v"])
 
 
@@ -524,19 +528,16 @@ def test_a_decoder_is_a_classifier_too(data, tmp_path, capsys):
     right = np.mean(
         [answer == str(row["label"]) for answer, row in zip(answers, reviews(80, 1), strict=True)]
     )
-    assert right == read_lora(path)[1]["metrics"]["val"]["accuracy"] > 0.8
+    assert right == read_lora(path)[1].metrics["val"]["last"]["accuracy"] > 0.8
     chat, small = (open_base(tmp_path / "base")[0] for _ in range(2))
     quantize(small)
     for model in (chat, small):
-        with pytest.raises(
-            UserError,
-            match=r"is a text classifier's; ask it with scripts/train_lora_classifier\.py",
-        ):
-            check_lora(model, path)
+        with pytest.raises(UserError, match="is more than a LoRA: _head"):
+            adapters_in(model, path)
     meta = read_lora(path)[1]
     apply_lora(chat, 2)
     save_lora(chat, tmp_path / "again.pth", meta)
-    assert read_lora(tmp_path / "again.pth")[1]["head"] == {}
+    assert head_of(read_lora(tmp_path / "again.pth")[0]) == {}
 
 
 def test_training_goes_on_from_a_classifiers_own_head(bases, data, tmp_path):
@@ -552,8 +553,8 @@ def test_training_goes_on_from_a_classifiers_own_head(bases, data, tmp_path):
         base=tmp_path / "base", data_path=data[0], val_path=data[1], out_dir=tmp_path, **flat
     )
     meta = read_lora(train_classifier(argv))[1]
-    assert meta["labels"] == ["1", "0"]
-    assert meta["metrics"]["val"]["loss"] == pytest.approx(before.loss, rel=1e-4)
+    assert meta.labels == ["1", "0"]
+    assert meta.metrics["val"]["last"]["loss"] == pytest.approx(before.loss, rel=1e-4)
 
 
 def test_a_base_that_is_a_classifier_keeps_its_head_and_the_order_of_its_labels(bases, tmp_path):
@@ -626,7 +627,7 @@ def test_other_validation_rows_are_another_run(bases, data, tmp_path):
     )
     train_classifier(argv)
     write_rows(tmp_path / "dev.jsonl", reviews(9, 7))
-    with pytest.raises(UserError, match="val data file 1"):
+    with pytest.raises(UserError, match="file 1 of val_path"):
         train_classifier([*argv, "--resume"])
 
 
@@ -641,7 +642,7 @@ def test_other_validation_rows_are_another_run(bases, data, tmp_path):
             ["--base", "BASE", "--data_path", "TRAIN", "--val_path", "NEW"],
             r"new\.jsonl:1: .label. 7 is none of those to",
         ),
-        (["--base", "none", "--data_path", "TRAIN"], "--base none is neither a folder"),
+        (["--base", "none", "--data_path", "TRAIN"], "base none is neither a folder"),
         (
             ["--base", "BASE", "--data_path", "ONE", "--max_seq_len", "9"],
             "all rows have the label|holds out all",
@@ -654,7 +655,7 @@ def test_other_validation_rows_are_another_run(bases, data, tmp_path):
         ),
         (
             ["--base", "BASE", "--predict", "TRAIN", "--full"],
-            "reads rows as the skill was trained to: leave out --full",
+            "reads rows as in training: leave out --full",
         ),
         (
             ["--base", "TRAIN", "--data_path", "TRAIN"],
@@ -679,11 +680,11 @@ def test_other_validation_rows_are_another_run(bases, data, tmp_path):
         ),
         (
             ["--base", "BASE", "--data_path", "TRAIN", "--warmup_ratio", "1"],
-            "--warmup_ratio 1.0 must lie in",
+            "warmup_ratio=1.0 must be",
         ),
         (
             ["--base", "BASE", "--data_path", "TRAIN", "--decay_ratio", "0"],
-            "--decay_ratio 0.0 must lie in",
+            "decay_ratio=0.0 must be",
         ),
     ],
 )

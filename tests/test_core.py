@@ -1,7 +1,6 @@
 """Options become flags, mistakes become one line, and files are whole or as they were."""
 
 import hashlib
-import io
 import json
 import os
 import shlex
@@ -17,25 +16,22 @@ import pytest
 import torch
 
 from core import files
-from core.errors import Stopped, UserError, run
+from core.errors import SPINNING, Stopped, UserError, run
 from core.files import atomic_write, sha256_file
-from core.options import RETIRED_FLAGS, option, parse, require
+from core.options import RETIRED_FLAGS, CheckedOptions, option, parse
 from core.paths import REPOSITORY, lora_path, lora_paths, skill_name, skill_of
 
 
 @dataclass
-class Example:
+class Example(CheckedOptions):
     """An example."""
 
-    count: int = option(3, "a number, 5 % of something")
-    rate: float | None = option(None, "a rate")
+    count: int = option(3, "a number, 5 % of something", group="data", below=100)
+    rate: float | None = option(None, "a rate", above=0)
     name: str = option("x", "a name")
     fast: bool = option(True, "a switch")
     kind: Literal["a", "b"] = option("a", "a choice")
     files: tuple[Path, ...] = option((Path("f"),), "some files")
-
-    def __post_init__(self):
-        require(self.count < 100, f"--count {self.count} must be below 100")
 
 
 def test_the_dataclass_is_the_only_source_of_defaults():
@@ -74,7 +70,7 @@ def test_every_type_parses_and_booleans_are_real_booleans():
         ),
         (["--fas"], "unknown flag --fas; did you mean --fast?"),
         (["--zzz=1"], "unknown flag --zzz; see --help"),
-        (["--count", "100"], "--count 100 must be below 100"),
+        (["--count", "100"], "count=100 must be below 100"),
         *((flag.split(), f"{flag} is gone") for flag in RETIRED_FLAGS),
     ],
 )
@@ -84,11 +80,43 @@ def test_wrong_flags_are_explained(argv, said):
     assert said in str(error.value)
 
 
+@dataclass
+class Heir(Example):
+    """Another default, and nothing else said again."""
+
+    kind: Literal["b", "c"] = option("c", "a choice")
+    count: int = 4
+    rate: float | None = 0.5
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"count": 100},
+        {"count": 1.5},
+        {"count": True},
+        {"count": 10**400},
+        {"rate": 0},
+        {"rate": float("nan")},
+        {"rate": float("inf")},
+        {"rate": "fast"},
+        {"kind": "a"},
+    ],
+)
+def test_a_dataclass_refuses_what_its_options_exclude_whoever_makes_it(values):
+    ((name, value),) = values.items()
+    with pytest.raises(UserError, match=rf"^{name}={value!r} must be "):
+        Heir(**values)
+    assert Heir(rate=None).count == 4
+
+
 def test_help_shows_every_flag_with_its_default(capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(Example, ["--help"])
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
     assert stopped.value.code == 0
+    assert printed.index("--files") < printed.index("\ndata:\n") < printed.index("--count")
+    printed = " ".join(printed.split())
     for text in (
         "a number, 5 % of something (default: 3)",
         "--no-fast",
@@ -98,102 +126,85 @@ def test_help_shows_every_flag_with_its_default(capsys):
         assert text in printed
 
 
-def test_a_bug_keeps_its_traceback_and_a_mistake_is_one_line(capsys):
-    def mistaken():
-        raise UserError("one\nsentence")
-
-    with pytest.raises(SystemExit) as stopped:
-        run(mistaken)
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == "error: one sentence\n"
-    with pytest.raises(ZeroDivisionError):
-        run(lambda: 1 / 0)
-    with pytest.raises(ModuleNotFoundError):
-        run(lambda: __import__("a_module_that_nobody_asked_for"))
-    assert run(lambda: None) is None
-
-
-def test_a_mistake_has_its_exit_code_even_if_nobody_can_be_told(monkeypatch):
-    def mistaken():
-        raise UserError("one sentence")
-
-    reading, writing = os.pipe()
-    os.close(reading)
-    with os.fdopen(writing, "wb", buffering=0) as unread, monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", io.TextIOWrapper(unread, write_through=True))
-        with pytest.raises(SystemExit) as stopped:
-            run(mistaken)
-    assert stopped.value.code == 2
-
-
-def test_ctrl_c_is_130(capsys):
-    def interrupted():
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as stopped:
-        run(interrupted)
-    assert stopped.value.code == 130
-
-
-def test_work_that_a_signal_stopped_has_the_code_that_shells_give(capsys):
-    def stopped_work():
-        raise Stopped(15)
-
-    with pytest.raises(SystemExit) as stopped:
-        run(stopped_work)
-    assert stopped.value.code == 143
-    assert capsys.readouterr().err == ""  # it has said so itself
-
-
 @pytest.mark.parametrize(
-    ("raised", "said"),
+    ("raised", "code", "said"),
     [
-        (
-            PermissionError(13, "Permission denied", "closed.jsonl"),
-            "closed.jsonl: Permission denied",
-        ),
-        (OSError(36, "File name too long", "x" * 300), "File name too long"),
-        (OSError(28, "No space left on device"), "the output, or a file: No space left on device"),
-        (MemoryError(), "the memory does not suffice"),
-        (
-            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
-            "the memory does not suffice",
-        ),
-        (
-            RuntimeError("DefaultCPUAllocator: not enough memory: you tried"),
-            "the memory does not suffice",
-        ),
-        (
-            torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"),
-            "(CUDA out of memory. Tried): take a smaller",
-        ),
+        (UserError("one\nsentence"), 2, "one sentence"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (Stopped(15), 143, None),  # it has said so itself
+        (PermissionError(13, "denied", "closed.jsonl"), 2, "closed.jsonl: denied"),
+        (OSError(36, "File name too long", "x" * 300), 2, "File name too long"),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (ModuleNotFoundError(name="torch.nn"), 2, "'torch'"),
+        (MemoryError(), 2, "memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "memory"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), 2, "memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 2, "memory. Tried)"),
     ],
 )
-def test_what_the_machine_refuses_is_one_sentence(raised, said, capsys, monkeypatch):
+@pytest.mark.parametrize("keep_working", [False, True])
+def test_a_mistake_is_one_line_and_has_its_exit_code(raised, code, said, keep_working, capsys):
     def work():
         raise raised
 
-    monkeypatch.setattr("core.errors.drop", lambda stream: None)
     with pytest.raises(SystemExit) as ended:
-        run(work)
+        run(work, keep_working=keep_working)
     error = capsys.readouterr().err
-    assert ended.value.code == 2 and said in error and error.count("\n") == 1
+    assert ended.value.code == code
+    assert (said in error and error.count("\n") == 1) if said else not error
 
 
 @pytest.mark.parametrize(
     "bug",
     [
+        ZeroDivisionError(),
         FileNotFoundError(2, "No such file", "x"),
         OSError(5, "Input/output error"),
         RuntimeError("x"),
+        ModuleNotFoundError(name="a_module_that_nobody_asked_for"),
     ],
 )
-def test_bugs_keep_their_traceback(bug):
+def test_a_bug_keeps_its_traceback(bug):
     def work():
         raise bug
 
     with pytest.raises(type(bug)):
         run(work)
+
+
+def test_nobody_need_be_there_to_read(monkeypatch):
+    """A Ctrl-C ends `| tee` too, and before the run: training goes on, other commands end."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = []
+
+    def work():
+        print("first", flush=True)
+        print("second", file=sys.stderr)
+        done.append("work")
+        raise UserError("one sentence")
+
+    codes = []
+    for keep_working in (True, False):
+        unread = os.fdopen(os.dup(writing), "w", encoding="utf-8")
+        with unread, monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr(sys, "stdout", unread)
+            patch.setattr(sys, "stderr", unread)
+            run(work, keep_working=keep_working)
+        codes.append(ended.value.code)
+    os.close(writing)
+    assert (codes, done) == ([2, 141], ["work"])
+
+
+@pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
+def test_threads_that_wait_sleep_soon_unless_the_user_decided(chosen, monkeypatch):
+    for name in (*SPINNING, "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    found = []
+    run(lambda: found.append({name: os.environ.get(name) for name in (*SPINNING, *chosen)}))
+    assert found == [dict.fromkeys(SPINNING) | chosen if chosen else SPINNING]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a POSIX shell closes the streams")
@@ -260,19 +271,6 @@ def test_the_disk_s_error_is_found_behind_torch_s_own_but_not_in_what_the_caller
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
-def test_a_reader_that_leaves_ends_the_command_quietly():
-    program = "from core.errors import run; run(lambda: [print('x' * 1000, flush=True) for _ in range(10_000)])"
-    command = [sys.executable, "-c", program]
-    with subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        process.stdout.read(10)
-        process.stdout.close()
-        assert process.stderr.read() == b""
-    assert process.returncode == 141
-
-
 def test_a_killed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file.bin"
     path.write_bytes(b"old")
@@ -292,15 +290,27 @@ def test_a_killed_write_leaves_the_old_file(tmp_path):
     )
 
 
+WRITER = """
+import sys
+from pathlib import Path
+from core.files import atomic_write
+
+def write(file):
+    for word in (b"one", b"two"):
+        print(flush=True)
+        sys.stdin.readline()
+        file.write(word)
+        file.flush()
+
+atomic_write(Path(sys.argv[1]), write)
+"""
+
+
 def test_a_live_write_keeps_its_file_while_another_one_writes(tmp_path):
     path = tmp_path / "file.bin"
-    program = "import sys; from pathlib import Path; from core.files import atomic_write\n"
-    program += "wait = lambda: (print(flush=True), sys.stdin.readline())\n"
-    program += "atomic_write(Path(sys.argv[1]), lambda f: (wait(), f.write(b'one'), f.flush(), wait(), f.write(b'two')))"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(
-        [sys.executable, "-c", program, str(path)], cwd=REPOSITORY, **pipes
-    ) as other:
+    command = [sys.executable, "-c", WRITER, str(path)]
+    with subprocess.Popen(command, cwd=REPOSITORY, **pipes) as other:
         for _ in range(2):  # when its file is still empty, and when it is half written
             other.stdout.readline()
             atomic_write(path, lambda file: file.write(b"mine"))
@@ -308,6 +318,15 @@ def test_a_live_write_keeps_its_file_while_another_one_writes(tmp_path):
             other.stdin.write(b"\n")
             other.stdin.flush()
     assert other.returncode == 0 and path.read_bytes() == b"onetwo"
+
+    def interrupted(file):  # by another write of the same process
+        file.write(b"one")
+        file.flush()
+        atomic_write(path, lambda file: file.write(b"mine"))
+        file.write(b"two")
+
+    atomic_write(path, interrupted)
+    assert path.read_bytes() == b"onetwo"
     assert [item.name for item in tmp_path.iterdir()] == ["file.bin"]
 
 

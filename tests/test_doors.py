@@ -23,24 +23,16 @@ from dataset.tokenizer import load_tokenizer, tokenizer_of
 from model.generation import Sampling
 from model.lora.skill_file import base_fingerprint, read_lora
 from model.model_lora import attach_lora, remove_lora
-from model.weights import load_base
+from model.weights import RunRecord, load_base
 from serving.session import ChatSession
 from serving.terminal import command
-from trainer.stage import Base, run_record
+from trainer.stage import Base, run_facts
 
 
 def load(trained, stage="full_sft"):
     base = trained.out / f"{stage}_64.pth"
     model, record = load_base(base)
-    tokenizer = tokenizer_of(
-        base,
-        None,
-        trained.out,
-        fingerprint=record["tokenizer"],
-        vocab_size=record["config"]["vocab_size"],
-        is_foreign=False,
-    )
-    return model, record, tokenizer
+    return model, record, tokenizer_of(record, base, None, trained.out)
 
 
 def session_on(trained, stage="full_sft", **more) -> ChatSession:
@@ -72,17 +64,14 @@ def test_every_stage_leaves_files_that_explain_themselves(trained):
     pretrain = json.loads((trained.out / "pretrain_64.json").read_text(encoding="utf-8"))
     full_sft = json.loads((trained.out / "full_sft_64.json").read_text(encoding="utf-8"))
     _, skill = read_lora(trained.out / "lora" / "lora_a_64.pth")
-    assert [record["stage"] for record in (pretrain, full_sft, skill)] == [
-        "pretrain",
-        "full_sft",
-        "lora",
-    ]
+    stages = (pretrain["stage"], full_sft["stage"], skill.stage)
+    assert stages == ("pretrain", "full_sft", "lora")
     assert full_sft["base"]["fingerprint"] == pretrain["fingerprint"]
-    assert skill["base"] == {"file": "full_sft_64.pth", "fingerprint": full_sft["fingerprint"]}
-    assert skill["options"]["data_path"] == ["chats.jsonl"]  # no folder of this machine
-    assert skill["metrics"]["step"] == 4
-    assert {"first", "last"} == set(skill["metrics"]["domain"]) == set(skill["metrics"]["general"])
-    assert str(trained.out.parent) not in json.dumps([pretrain, full_sft, skill])
+    assert skill.base == {"file": "full_sft_64.pth", "fingerprint": full_sft["fingerprint"]}
+    assert skill.options["data_path"] == ["chats.jsonl"]  # no folder of this machine
+    assert skill.metrics["step"] == 4
+    assert {"first", "last"} == set(skill.metrics["domain"]) == set(skill.metrics["general"])
+    assert str(trained.out.parent) not in json.dumps([pretrain, full_sft, skill.to_json()])
 
 
 def test_a_file_name_that_is_no_utf_8_does_not_cost_the_record(trained, tmp_path):
@@ -92,16 +81,17 @@ def test_a_file_name_that_is_no_utf_8_does_not_cost_the_record(trained, tmp_path
     except (OSError, UnicodeError):
         pytest.skip("this file system knows no such names")
     options = train_pretrain.Options(data_path=(path,), out_dir=tmp_path)
-    record = run_record("pretrain", options, load_tokenizer(TOKENIZER_DIR))
-    assert record["data"][0]["file"] == record["options"]["data_path"][0] == r"bad\xff.jsonl"
-    json.dumps(record, ensure_ascii=False).encode()
+    record = RunRecord(**run_facts("pretrain", options, load_tokenizer(TOKENIZER_DIR)))
+    assert record.data[0]["file"] == record.options["data_path"][0] == r"bad\xff.jsonl"
+    json.dumps(record.to_json(), ensure_ascii=False).encode()
 
 
 def test_a_share_that_a_base_s_record_cannot_mean_is_named(tmp_path):
-    def share(record):
-        return Base(tmp_path / "x.pth", None, None, record).held_out_share
+    def share(content):
+        return Base(tmp_path / "x.pth", None, None, RunRecord.from_json(content)).held_out_share
 
     assert share({}) == share({"options": {"val_ratio": 0.0}}) == 0.02
+    assert share({"val_ratio": 0.3}) == share({"options": {"val_ratio": 0.3}}) == 0.3
     for nonsense in ("a", 5, 1.5, [1]):
         with pytest.raises(UserError, match=r"x\.json says val_ratio"):
             share({"options": {"val_ratio": nonsense}})
@@ -129,6 +119,15 @@ def test_pretraining_says_what_it_will_do_before_it_begins(trained, tmp_path, ca
     assert f"starting clean: {out / 'pretrain_64.pth'}" in capsys.readouterr().out
 
 
+def test_a_base_is_never_overwritten_by_the_run_that_starts_from_it(trained, tmp_path):
+    base = trained.out / "full_sft_64.pth"
+    before = sha256_file(base)
+    with pytest.raises(UserError, match="out_dir"):
+        train_full_sft.main(trained.flags(data_path=trained.chats, base=base, **SMALL))
+    assert sha256_file(base) == before
+    train_full_sft.main(flags(out_dir=tmp_path, data_path=trained.chats, base=base, **SMALL))
+
+
 def test_the_same_seed_makes_the_same_file_and_another_seed_does_not(trained, tmp_path):
     def run(name: str, seed: int) -> str:
         argv = flags(
@@ -152,7 +151,7 @@ def test_lora_trains_only_lora_and_reports_both_losses(trained, capsys):
     printed = capsys.readouterr().out
     # wq and wo of two layers: 4 modules of 2 x 64 x 16 parameters
     assert "modules" in printed and "8,192 parameters" in printed and f"base: {base}" in printed
-    assert all(f"{data} before loss" in printed for data in ("domain:", "general:"))
+    assert all(f"{kind}: loss " in printed for kind in ("domain", "general"))
     tensors, _ = read_lora(path)
     assert all(name.endswith(("lora.A.weight", "lora.B.weight")) for name in tensors)
     assert sum(tensor.numel() for tensor in tensors.values()) == 8192
@@ -195,8 +194,8 @@ def test_without_held_out_rows_no_score_is_claimed(trained, tmp_path, capsys):
         data_path=trained.chats, general_data=trained.chats, lora_name="z", val_ratio=0, **SMALL
     )
     path = train_lora.main(argv)
-    assert "domain: before nothing held out; after nothing held out" in capsys.readouterr().out
-    metrics = read_lora(path)[1]["metrics"]
+    assert "domain: nothing held out" in capsys.readouterr().out
+    metrics = read_lora(path)[1].metrics
     assert metrics["domain"] == {} and metrics["general"]["last"]["targets"] > 0
     path.unlink()
 
@@ -255,18 +254,19 @@ def test_the_options_of_lora_reach_the_file(trained, tmp_path):
         values["base"] = trained.out / "full_sft_64.pth"
         return read_lora(train_lora.main([*flags(out_dir=tmp_path, **values), *words]))
 
-    _, meta = train(
+    tensors, meta = train(
         "--use_dora", "--rank_pattern", "wo=2", "--alpha", "8", "--use_rslora", "--rank", "4"
     )
-    assert meta["ranks"] == {
+    assert meta.ranks == {
         f"layers.{n}.attention.{name}": r for n in (0, 1) for name, r in (("wq", 4), ("wo", 2))
     }
-    assert meta["use_dora"] and set(meta["scaling"].values()) == {4.0, 8 / 2**0.5}
+    assert tensors["layers.0.attention.wq.lora.magnitude"].shape == (64,)
+    assert set(meta.scaling.values()) == {4.0, 8 / 2**0.5}
     plain, _ = train("--layers_to_transform", "1", "--init_lora_weights", "kaiming")
     faster, meta = train(
         "--layers_to_transform", "1", "--init_lora_weights", "kaiming", "--loraplus_lr_ratio", "8"
     )
-    assert meta["targets"] == ["layers.1.attention.wq", "layers.1.attention.wo"]
+    assert meta.targets == ["layers.1.attention.wq", "layers.1.attention.wo"]
     name = "layers.1.attention.wq.lora.B.weight"
     assert faster[name].abs().mean() > 3 * plain[name].abs().mean() > 0
 

@@ -13,10 +13,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from core.errors import UserError
 from model.LMConfig import LMConfig
 from model.lora.layer import lora_parameters
-from model.loss import loss_sum, nats_of
 from model.model import MiniMindLM
 from model.model_lora import LoRA, apply_lora, load_lora, remove_lora, save_lora
-from trainer.evaluation import evaluate
+from trainer.loop import loss_sum
+from trainer.metrics import evaluate
 from trainer.runtime import Runtime
 
 SQUARE = [f"layers.{n}.attention.{name}" for n in range(2) for name in ("wq", "wo")]
@@ -247,12 +247,7 @@ def test_compiled_blocks_serve_all_lengths_and_validation_runs_uncompiled(tiny_m
     assert programs > 0
     for batch in batches:
         loss_sum(tiny_model, batch).backward()
-    evaluate(
-        tiny_model,
-        [ragged_batch(1, seed=9, length=9)],
-        Runtime.start("cpu"),
-        loss_sum=nats_of(set()),
-    )
+    evaluate(tiny_model, [ragged_batch(1, seed=9, length=9)], Runtime.start("cpu"), set())
     assert counter.frame_count == programs
 
 

@@ -2,21 +2,22 @@
 without a trace.
 """
 
+import copy
 import json
-import re
 import textwrap
 
 import pytest
 import torch
 from conftest import logits_of, strengthen
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from benchmarks.seeded_model import fill
 from core.errors import UserError
 from model.LMConfig import LMConfig
 from model.lora.layer import adapted, lora_parameters
-from model.lora.library import SkillLibrary
-from model.lora.skill_file import META_KEY, base_fingerprint, write_lora
+from model.lora.library import SkillLibrary, merge_lora, unmerge_lora
+from model.lora.skill_file import META_KEY, SkillMeta, base_fingerprint, read_lora
 from model.model import MiniMindLM
 from model.model_lora import apply_lora, attach_lora, load_lora, remove_lora, save_lora
 from model.weights import fingerprint, save_base
@@ -43,9 +44,7 @@ def written(model, path, meta=None, **settings):
 def skill(sharp_model, tmp_path):
     """A skill of rank 4 on the square Linears of ``sharp_model``, which carries no LoRA."""
     path = tmp_path / "lora_medical_64.pth"
-    written(
-        sharp_model, path, {"base": {"file": "full_sft_64.pth"}, "data": {"medical.jsonl": "12ab"}}
-    )
+    written(sharp_model, path, SkillMeta(base={"file": "full_sft_64.pth"}))
     return path
 
 
@@ -94,7 +93,7 @@ def test_meta_explains_the_file(sharp_model, tmp_path):
     written(
         sharp_model,
         tmp_path / "x.pth",
-        {"base": {"file": "b.pth"}, "rank": 99, "note": "中"},
+        SkillMeta(base={"file": "b.pth"}, rank=99, more={"note": "中"}),
         alpha=10.0,
         rank=4,
     )
@@ -117,7 +116,7 @@ def test_round_trip_is_bit_exact_and_takes_the_file_s_alpha(sharp_model, tmp_pat
     expected = written(sharp_model, tmp_path / "x.pth", alpha=10.0)
     apply_lora(sharp_model, 4)
     meta = load_lora(sharp_model, tmp_path / "x.pth")
-    assert meta["alpha"] == 10.0
+    assert meta.alpha == 10.0
     assert torch.equal(logits_of(sharp_model), expected)
     assert all(parameter.requires_grad for parameter in lora_parameters(sharp_model))
 
@@ -132,7 +131,7 @@ def test_a_minimind_file_loads_at_scale_1_with_a_note(sharp_model, tmp_path, cap
     expected = written(sharp_model, tmp_path / "x.pth")
     edited(tmp_path / "x.pth", meta=False)
     apply_lora(sharp_model, 4, alpha=32.0)
-    assert load_lora(sharp_model, tmp_path / "x.pth")["alpha"] == 4
+    assert load_lora(sharp_model, tmp_path / "x.pth").alpha == 4
     assert torch.equal(logits_of(sharp_model), expected)
     assert "does not say which base" in capsys.readouterr().out
 
@@ -148,7 +147,7 @@ def test_another_base_is_refused_with_both_names_unless_allowed(sharp_model, ski
         message = refusal(action, sharp_model, skill)
         assert all(
             part in message
-            for part in ("full_sft_64.pth", first[:12], second[:12], "--allow_base_mismatch")
+            for part in ("full_sft_64.pth", first[:12], second[:12], "allow_base_mismatch")
         )
         assert torch.equal(logits_of(sharp_model), before)
     load_lora(sharp_model, skill, allow_base_mismatch=True)
@@ -160,24 +159,23 @@ def test_a_bf16_copy_of_the_base_is_the_same_base(sharp_model, skill):
 
 
 @pytest.mark.parametrize(
-    ("settings", "call"),
+    ("settings", "said"),
     [
-        ({}, "apply_lora(model, rank=4)"),
-        ({"rank": 8, "alpha": 2.5}, "apply_lora(model, rank=8, alpha=2.5)"),
-        (
-            {"target_modules": "all-linear"},
-            "apply_lora(model, rank=4, target_modules='all-linear')",
-        ),
-        (
-            {"target_modules": ["wk", "w2"]},
-            "apply_lora(model, rank=4, target_modules=['w2', 'wk'])",
-        ),
-        ({"target_modules": r"layers\.1\..*\.w[qk]"}, None),
+        ({}, "LoRA of rank 4 on 4 Linears (wo, wq)"),
+        ({"rank": 8, "target_modules": "all-linear"}, "LoRA of rank 8 on 14 Linears (w1, w2, w3,"),
+        ({"target_modules": ["wk", "w2"]}, "LoRA of rank 4 on 4 Linears (w2, wk)"),
     ],
 )
-@pytest.mark.parametrize("applied", [{"rank": 2}, {"rank": 4, "target_modules": ["wv"]}, None])
-def test_a_mismatch_prints_the_call_that_makes_it_load(
-    sharp_model, tmp_path, settings, call, applied
+@pytest.mark.parametrize(
+    ("applied", "has"),
+    [
+        ({"rank": 2}, "LoRA of rank 2 on 4 Linears (wo, wq)"),
+        ({"rank": 4, "target_modules": ["wv"]}, "LoRA of rank 4 on 2 Linears (wv)"),
+        (None, "no LoRA"),
+    ],
+)
+def test_a_mismatch_names_rank_and_targets_of_both_and_attaching_takes_it(
+    sharp_model, tmp_path, settings, said, applied, has
 ):
     expected = written(sharp_model, tmp_path / "x.pth", **settings)
     if applied:
@@ -185,12 +183,18 @@ def test_a_mismatch_prints_the_call_that_makes_it_load(
     before = logits_of(sharp_model)
     message = refusal(load_lora, sharp_model, tmp_path / "x.pth")
     assert torch.equal(logits_of(sharp_model), before)
-    printed = re.search(r"apply_lora\(model, .*\)$", message)[0]
-    assert call in (None, printed)
-    remove_lora(sharp_model)
-    eval(printed, {"apply_lora": apply_lora, "model": sharp_model})
-    load_lora(sharp_model, tmp_path / "x.pth")
+    assert f"has {said}" in message and f"the model {has}; use attach_lora" in message
+    attach_lora(sharp_model, tmp_path / "x.pth")
     assert torch.equal(logits_of(sharp_model), expected)
+
+
+def test_dora_is_no_lora(sharp_model, tmp_path):
+    apply_lora(sharp_model, 4, use_dora=True)
+    save_lora(sharp_model, tmp_path / "x.pth")
+    remove_lora(sharp_model)
+    add_lora(sharp_model, rank=4)
+    message = refusal(load_lora, sharp_model, tmp_path / "x.pth")
+    assert "has DoRA of rank 4" in message and "the model LoRA of rank 4" in message
 
 
 @pytest.mark.parametrize(
@@ -202,7 +206,7 @@ def test_a_mismatch_prints_the_call_that_makes_it_load(
         (
             False,
             {f"{WQ}.lora.A.weight": None, f"{WQ}.lora.B.weight": None},
-            "prepare it with apply_lora",
+            "use attach_lora",
         ),
         (None, {"norm.weight": torch.ones(64)}, "is no LoRA file"),
         (None, {f"{WQ}.lora.A.weight": torch.ones(5, 64)}, "is no LoRA file"),
@@ -228,7 +232,7 @@ def test_a_file_that_does_not_fit_changes_nothing(sharp_model, skill, meta, tens
     message = refusal(load_lora, sharp_model, skill)
     assert words in message and "lora_medical_64.pth" in message and "\n" not in message
     assert torch.equal(logits_of(sharp_model), before)
-    if "prepare it" not in words:  # attaching prepares it itself
+    if "attach_lora" not in words:
         assert words in refusal(attach_lora, sharp_model, skill)
         assert torch.equal(logits_of(sharp_model), before)
 
@@ -246,6 +250,76 @@ def test_every_target_that_does_not_fit_stands_in_one_error(skill, sharp_model):
         "1.attention.wo is missing",
     ):
         assert part in message
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda part: torch.compile(part, backend="eager"), checkpoint_wrapper]
+)
+def test_layers_wrapped_one_by_one_make_and_take_the_skills_of_a_plain_base(
+    sharp_model, tmp_path, wrap
+):
+    plain, wrapped = sharp_model, copy.deepcopy(sharp_model)
+    for n, layer in enumerate(wrapped.layers):
+        layer.feed_forward.w1 = wrap(layer.feed_forward.w1)
+        wrapped.layers[n] = wrap(layer)
+    bare = logits_of(plain)
+    for maker, taker in ((wrapped, plain), (plain, wrapped)):
+        expected = written(maker, tmp_path / "x.pth", target_modules="all-linear")
+        tensors, meta = read_lora(tmp_path / "x.pth")
+        assert not any(
+            "_orig_mod" in name or "_wrapped" in name for name in (*tensors, *meta.ranks)
+        )
+        library = SkillLibrary(taker)
+        library.add("x", tmp_path / "x.pth")
+        library.use({"x": 1.0})
+        torch.testing.assert_close(logits_of(taker), expected, atol=1e-5, rtol=1e-5)
+        merge_lora(taker)
+        torch.testing.assert_close(logits_of(taker), expected, atol=1e-5, rtol=1e-5)
+        unmerge_lora(taker)
+        apply_lora_again(taker, tmp_path / "x.pth", expected)
+        assert torch.equal(logits_of(taker), bare)
+
+
+def apply_lora_again(model, path, expected):
+    """``load_lora`` into LoRA applied by name, and its removal."""
+    remove_lora(model)
+    apply_lora(model, 4, target_modules="all-linear")
+    load_lora(model, path)
+    torch.testing.assert_close(logits_of(model), expected, atol=1e-5, rtol=1e-5)
+    remove_lora(model)
+
+
+def test_files_with_the_names_of_wrappers_still_load(sharp_model, tmp_path):
+    expected = written(sharp_model, tmp_path / "x.pth")
+    meta, content = meta_of(tmp_path / "x.pth"), torch.load(tmp_path / "x.pth")
+
+    def wrapped(name):
+        return name.replace("layers.0.", "layers.0._orig_mod.")
+
+    meta["targets"] = [wrapped(name) for name in meta["targets"]]
+    meta["scaling"] = {wrapped(name): scale for name, scale in meta["scaling"].items()}
+    torch.save({wrapped(name): tensor for name, tensor in content.items()}, tmp_path / "x.pth")
+    attach_lora(sharp_model, edited(tmp_path / "x.pth", meta))
+    assert torch.equal(logits_of(sharp_model), expected)
+
+
+def test_a_file_that_keeps_its_answers_among_the_options_loads(sharp_model, skill):
+    """As files were written before these entries had names of their own."""
+    options = {"prompt_template": "Q: {user}", "load_in_4bit": True, "max_seq_len": 64}
+    meta = read_lora(edited(skill, dict.fromkeys(options) | {"options": options}))[1]
+    assert (meta.prompt_template, meta.load_in_4bit, meta.max_seq_len) == ("Q: {user}", True, 64)
+    assert meta.options == options
+
+
+def test_tensors_beside_the_lora_come_back_and_are_not_left_out_by_mistake(sharp_model, tmp_path):
+    add_lora(sharp_model)
+    save_lora(sharp_model, tmp_path / "x.pth", None, {"_head.weight": torch.ones(2, 3)})
+    remove_lora(sharp_model)
+    assert torch.equal(read_lora(tmp_path / "x.pth")[0]["_head.weight"], torch.ones(2, 3))
+    for action in (attach_lora, load_lora):
+        assert "_head.weight" in refusal(action, sharp_model, tmp_path / "x.pth")
+    attach_lora(sharp_model, tmp_path / "x.pth", with_extra=True)
+    assert len(list(adapted(sharp_model))) == 4
 
 
 # swapping
@@ -326,40 +400,18 @@ def test_attaching_takes_no_longer_name_that_ends_alike(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
     assert apply_lora(model, 2, target_modules="0") == ["0"]
     save_lora(model, tmp_path / "x.pth")
-    attach_lora(model, tmp_path / "x.pth")
     remove_lora(model)
-    message = refusal(load_lora, model, tmp_path / "x.pth")
-    assert eval(
-        re.search(r"apply_lora\(model, .*\)$", message)[0],
-        {"apply_lora": apply_lora, "model": model},
-    ) == ["0"]
-    load_lora(model, tmp_path / "x.pth")
+    attach_lora(model, tmp_path / "x.pth")
+    assert [name for name, _ in adapted(model)] == ["0"]
 
 
-def test_a_rank_that_cannot_be_trained_is_not_advised(sharp_model, tmp_path):
-    add_lora(sharp_model, rank=40)
-    save_lora(sharp_model, tmp_path / "x.pth")
+def test_a_sum_of_skills_attaches_with_a_rank_that_cannot_be_trained(sharp_model, tmp_path):
+    written(sharp_model, tmp_path / "x.pth", rank=40)
     library = SkillLibrary(sharp_model)
-    remove_lora(sharp_model)
     for name in "ab":
         library.add(name, tmp_path / "x.pth")
-    factors = library.factors({"a": 1.0, "b": 0.5})
-    tensors = {
-        f"{n}.lora.{key}.weight": t
-        for n, pair in factors.items()
-        for key, t in zip("AB", pair, strict=True)
-    }
-    write_lora(
-        tmp_path / "sum.pth",
-        tensors,
-        dict.fromkeys(factors, 1.0),
-        base_fingerprint(sharp_model),
-        {},
-    )
-    add_lora(sharp_model)
-    assert refusal(load_lora, sharp_model, tmp_path / "sum.pth").endswith(
-        "on this model; use attach_lora"
-    )
+    library.use({"a": 1.0, "b": 0.5})
+    save_lora(sharp_model, tmp_path / "sum.pth")
     attach_lora(sharp_model, tmp_path / "sum.pth")
     assert {linear.lora.rank for _, linear in adapted(sharp_model)} == {80}
 
@@ -382,7 +434,7 @@ def test_the_usage_lines_run_as_they_stand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = MiniMindLM(LMConfig()).eval()
     fill(model.named_parameters())
-    save_base("out/full_sft_512.pth", model, {})
+    save_base("out/full_sft_512.pth", model)
     expected = written(model, "out/lora/lora_medical_512.pth", rank=16)
     assert (tmp_path / "out" / "full_sft_512.json").is_file()
     names = {}

@@ -161,7 +161,6 @@ def test_what_is_refused_changes_nothing(sharp_model, files, library, tmp_path):
         ),
         (lambda: library.remove("a"), "'a' is active"),
         (lambda: library.remove("nobody"), "no skill 'nobody'"),
-        (lambda: library.add("a", files["b"]), "'a' is active"),
         (lambda: library.add("c", tmp_path / "none.pth"), "does not exist"),
     ):
         with pytest.raises(UserError, match=said):

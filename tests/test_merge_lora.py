@@ -16,12 +16,12 @@ from core.files import sha256_file
 from core.paths import TOKENIZER_DIR
 from dataset.tokenizer import load_tokenizer, tokenizer_fingerprint, use_template
 from model.lora.library import SkillLibrary
-from model.lora.skill_file import read_lora
+from model.lora.skill_file import SkillMeta, read_lora
 from model.model_lora import apply_lora, attach_lora, remove_lora, save_lora
 from model.weights import load_base
 from scripts.merge_lora import main
 
-META = {"tokenizer": "0123", "options": {"prompt_template": "Q: {user}"}}
+TEMPLATE = "Q: {user}"
 
 
 @pytest.fixture
@@ -38,16 +38,14 @@ def out(trained, tmp_path):
     return folder
 
 
-def write_skills(model, folder, names, dim, meta=()):
+def write_skills(model, folder, names, dim, tokenizer="0123"):
     """Skills of other ranks and targets for a bare ``model``, which stays so."""
     for seed, name in enumerate(names):
         apply_lora(model, 4 + 2 * seed, 3.0, "all-linear" if seed else "square")
         strengthen(model, seed)
-        save_lora(
-            model,
-            folder / "lora" / f"lora_{name}_{dim}.pth",
-            META | {"base": {"file": f"full_sft_{dim}.pth"}} | dict(meta),
-        )
+        base = {"file": f"full_sft_{dim}.pth"}
+        meta = SkillMeta(base=base, tokenizer=tokenizer, prompt_template=TEMPLATE)
+        save_lora(model, folder / "lora" / f"lora_{name}_{dim}.pth", meta)
         remove_lora(model)
 
 
@@ -77,7 +75,7 @@ def test_a_merged_base_computes_what_the_skills_did(out, capsys, words, weights,
     assert (
         expected - logits_of(load_base(out / "full_sft_64.pth")[0])
     ).abs().max() > 10 * tolerance
-    assert record["stage"] == "full_sft" and record["merged"]["skills"] == weights
+    assert record.stage == "full_sft" and record.more["merged"]["skills"] == weights
     assert before == {path: sha256_file(path) for path in before}
     eval_model.main(flags(out_dir=out, base=output, prompt="hi", device="cpu", max_new_tokens=3))
     with pytest.raises(UserError, match="exists; choose another"):
@@ -97,9 +95,9 @@ def test_a_fused_skill_is_the_exact_sum_or_says_what_it_lost(out, capsys, rank):
     printed = capsys.readouterr().out
     lost = float(re.search(r"([\d.]+) % of the update is lost", printed)[1])
     _, meta = read_lora(path)
-    assert set(meta["ranks"].values()) == ({3} if rank else {6, 10})
-    assert meta["options"]["prompt_template"] == "Q: {user}" and meta["tokenizer"] == "0123"
-    assert meta["fused"] == {"a": 0.7, "b": -0.3} and meta["base"]["file"] == "full_sft_64.pth"
+    assert set(meta.ranks.values()) == ({3} if rank else {6, 10})
+    assert meta.prompt_template == TEMPLATE and meta.tokenizer == "0123"
+    assert meta.more["fused"] == {"a": 0.7, "b": -0.3} and meta.base["file"] == "full_sft_64.pth"
     model, _ = load_base(out / "full_sft_64.pth")
     attach_lora(model, path)
     difference = (logits_of(model) - logits_of(mixed(out, a=0.7, b=-0.3))).abs().max()
@@ -132,8 +130,8 @@ def test_a_hugging_face_base_is_merged_into_a_folder_that_its_library_loads(out,
     model.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(TOKENIZER_DIR).save_pretrained(tmp_path / "base")
     tokenizer = load_tokenizer(TOKENIZER_DIR)
-    use_template(tokenizer, META["options"]["prompt_template"])
-    write_skills(model, out, ("llama",), 32, {"tokenizer": tokenizer_fingerprint(tokenizer)})
+    use_template(tokenizer, TEMPLATE)
+    write_skills(model, out, ("llama",), 32, tokenizer_fingerprint(tokenizer))
     attach_lora(model, out / "lora" / "lora_llama_32.pth")
     for name in (".merged.unfinished", "merged.part"):
         (tmp_path / name).mkdir()

@@ -4,8 +4,7 @@ import pytest
 import torch
 from conftest import Source, ragged_batch, run_training
 
-from benchmarks.sweep_recipe import SCHEDULES, rate_at
-from trainer.optimizer import ADAMW_RMS, BETAS, MuonAdamW, lr_at, orthogonalized, param_groups
+from trainer.optimizer import ADAMW_RMS, BETAS, MuonAdamW, orthogonalized, param_groups
 from trainer.runtime import multiplies_bf16
 
 
@@ -117,20 +116,6 @@ def test_products_are_in_bf16_where_they_are_fast(monkeypatch):
 def test_a_torch_that_does_not_tell_its_processor_gets_float32(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert not multiplies_bf16(torch.device("cpu"))
-
-
-def test_the_sweeps_schedules_warm_up_alike_and_its_winner_is_the_products():
-    stable, linear, cosine = (
-        [rate_at(name, step, 110, 10, 0.4, 1.0) for step in range(110)] for name in SCHEDULES[::-1]
-    )
-    assert stable == [lr_at(step, 110, 10, 0.4, 1.0) for step in range(110)]
-    assert stable[:10] == linear[:10] == cosine[:10]
-    assert linear[10:] == pytest.approx([n / 100 for n in range(100, 0, -1)])
-    assert (
-        cosine[10] == pytest.approx(1.0)
-        and cosine[60] == pytest.approx(0.55)
-        and 0.1 <= cosine[-1] < 0.101
-    )
 
 
 def test_muon_learns_what_adamw_learns(tiny_model, tmp_path):

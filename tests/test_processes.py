@@ -20,7 +20,7 @@ import train_pretrain
 from core.paths import REPOSITORY, checkpoints_dir
 from model.lora.skill_file import read_lora
 from model.weights import read_tensors
-from trainer.state_files import newest_state
+from trainer.checkpoints import newest_state
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch build knows no processes"

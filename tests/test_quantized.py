@@ -22,7 +22,6 @@ from transformers import (
 import eval_model
 import train_lora
 from core.errors import UserError
-from model.bases import open_base
 from model.LMConfig import LMConfig
 from model.lora.layer import adapted, dense_weight, is_quantized, lora_parameters
 from model.lora.library import merge_lora
@@ -30,7 +29,7 @@ from model.lora.skill_file import base_fingerprint, read_lora
 from model.model import MiniMindLM
 from model.model_lora import apply_lora, attach_lora, remove_lora, save_lora
 from model.quantized import bits_per_parameter, dequantize, quantize
-from model.weights import load_base
+from model.weights import load_base, open_base
 from scripts.merge_lora import main as merge
 
 EMBEDDED = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
@@ -256,9 +255,7 @@ def test_the_doors_train_chat_and_merge_in_four_bits(trained, tmp_path, capsys):
     assert f"training 8,192 of {every + 8192:,} parameters" in printed, (
         "4 bits count as what they stand for"
     )
-    assert (
-        read_lora(path)[1]["base"] == read_lora(trained.out / "lora" / "lora_a_64.pth")[1]["base"]
-    )
+    assert read_lora(path)[1].base == read_lora(trained.out / "lora" / "lora_a_64.pth")[1].base
     words = {
         "out_dir": out,
         "base": base,
@@ -284,6 +281,6 @@ def test_the_doors_train_chat_and_merge_in_four_bits(trained, tmp_path, capsys):
     assert said
     save_lora(model, tmp_path / "again.pth")
     assert (
-        read_lora(tmp_path / "again.pth")[1]["base"]["fingerprint"]
-        == read_lora(path)[1]["base"]["fingerprint"]
+        read_lora(tmp_path / "again.pth")[1].base["fingerprint"]
+        == read_lora(path)[1].base["fingerprint"]
     )

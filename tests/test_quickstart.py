@@ -21,7 +21,7 @@ from dataset.tokenizer import load_tokenizer
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 from model.model_lora import apply_lora, remove_lora, save_lora
-from model.weights import save_base
+from model.weights import RunRecord, save_base
 from scripts.quickstart_answers import Probe, ask_all, columns, read_probes, report
 from scripts.quickstart_stages import SKILLS, Stage, how_to_go_on, plan, run_stage
 
@@ -40,32 +40,28 @@ with open("runs", "a") as log:
 """
 
 
+def write(name, text):
+    Path(name).write_text(text, encoding="utf-8")
+
+
 @pytest.fixture
 def chain(tmp_path, monkeypatch):
     """Two tiny stages, the second from the first's output, in a folder of their own."""
     monkeypatch.chdir(tmp_path)
-    Path("door.py").write_text(DOOR, encoding="utf-8")
-    Path("data.txt").write_text("abc", encoding="utf-8")
+    write("door.py", DOOR)
+    write("data.txt", "abc")
     return make_chain()
 
 
 def make_chain(epochs=1, data="data.txt"):
-    first = Stage(
-        "first", Path("door.py"), Path(data), (Path("one"),), {"to": "one", "epochs": epochs}
-    )
-    return first, Stage(
-        "second",
-        Path("door.py"),
-        Path("data.txt"),
-        (Path("two"),),
-        {"to": "two", "epochs": 5},
-        first,
-    )
+    door, one, two = Path("door.py"), Path("one"), Path("two")
+    first = Stage("first", door, Path(data), {"to": one, "epochs": epochs}, (one,))
+    return first, Stage("second", door, Path("data.txt"), {"to": two, "epochs": 5}, (two,), one)
 
 
 def what_ran(stages):
     """The outputs written by running the stages once, in their order."""
-    Path("runs").write_text("", encoding="utf-8")
+    write("runs", "")
     for stage in stages:
         run_stage(stage, Path("stamps"))
     return Path("runs").read_text(encoding="utf-8").split()
@@ -78,24 +74,17 @@ def test_a_finished_stage_is_not_run_again(chain):
     assert [run_stage(stage, Path("stamps"))[1] for stage in chain] == [True, True]
 
 
-@pytest.mark.parametrize(
-    ("change", "ran"),
-    [
-        (lambda: Path("data.txt").write_text("abcd", encoding="utf-8"), ["one", "two"]),
-        (
-            lambda: Path("door.py").write_text(DOOR + "# changed\n", encoding="utf-8"),
-            ["one", "two"],
-        ),
-        (
-            lambda: Path("one").write_text("damaged", encoding="utf-8"),
-            ["one"],
-        ),  # it comes out as it was
-        (lambda: Path("two").unlink(), ["two"]),
-        (lambda: Path("stamps/second.json").unlink(), ["two"]),
-        (lambda: Path("stamps/second.json").write_text('{"inputs', encoding="utf-8"), ["two"]),
-    ],
-    ids=["data", "code", "damaged output", "missing output", "no stamp", "half a stamp"],
-)
+CHANGES = {
+    "data": (lambda: write("data.txt", "abcd"), ["one", "two"]),
+    "code": (lambda: write("door.py", DOOR + "# changed"), ["one", "two"]),
+    "damaged output": (lambda: write("one", "damaged"), ["one"]),  # it comes out as it was
+    "missing output": (lambda: Path("two").unlink(), ["two"]),
+    "no stamp": (lambda: Path("stamps/second.json").unlink(), ["two"]),
+    "half a stamp": (lambda: write("stamps/second.json", '{"inputs'), ["two"]),
+}
+
+
+@pytest.mark.parametrize(("change", "ran"), CHANGES.values(), ids=CHANGES)
 def test_what_changed_is_run_again_with_all_that_follows_from_it(chain, change, ran):
     what_ran(chain)
     change()
@@ -120,12 +109,9 @@ def test_the_plan_stays_in_its_own_folder_and_its_data_is_bundled():
     for stage in plan():
         assert stage.data.is_file(), stage.data
         assert all(path.is_relative_to("out/quickstart") for path in stage.outputs)
-    assert [stage.before and stage.before.name for stage in plan()] == [
-        None,
-        "pretrain",
-        "full_sft",
-        "full_sft",
-    ]
+    pretrain, full_sft, *skills = plan()
+    assert full_sft.base == pretrain.outputs[0]
+    assert {skill.base for skill in skills} == {full_sft.outputs[0]}
 
 
 def test_the_way_on_is_full_commands():
@@ -137,7 +123,7 @@ def test_the_way_on_is_full_commands():
 
 @pytest.mark.parametrize("skill", SKILLS)
 def test_the_bundled_questions_are_twenty_and_held_out(skill):
-    probes = read_probes(skill, ROOT / "dataset" / f"probes_{skill}.jsonl")
+    probes = read_probes(skill)
     assert len({probe.question for probe in probes}) == 20 and all(probe.expect for probe in probes)
     trained = (ROOT / "dataset" / f"lora_{skill}.jsonl").read_text(encoding="utf-8")
     asked = {
@@ -148,36 +134,23 @@ def test_the_bundled_questions_are_twenty_and_held_out(skill):
     assert not asked & {probe.question for probe in probes}
 
 
-def test_the_exam_is_the_chat(tmp_path, capsys, monkeypatch):
+def test_the_exam_is_the_chat(tmp_path, capsys):
     """What ``eval_model.py`` answers by default, so that who passes can be talked to."""
-    monkeypatch.setattr("scripts.quickstart_answers.MAX_NEW_TOKENS", 6)
     torch.manual_seed(0)
     model = MiniMindLM(LMConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, max_seq_len=256))
     fill(model.named_parameters())
-    save_base(base := tmp_path / "full_sft_32.pth", model, {"stage": "full_sft"})
+    save_base(base := tmp_path / "full_sft_32.pth", model, RunRecord(stage="full_sft"))
     for seed, skill in enumerate(SKILLS):
         apply_lora(model, 2)
         strengthen(model, seed)
         save_lora(model, lora_path(tmp_path, skill, 32))
         remove_lora(model)
-    probes = ask_all(base, SKILLS, tmp_path)
+    probes = ask_all(base, SKILLS, tmp_path, max_new_tokens=6)
     assert [probe.skill for probe in probes] == [skill for skill in SKILLS for _ in range(20)]
-    common = [
-        "--out_dir",
-        str(tmp_path),
-        "--tokenizer_path",
-        str(TOKENIZER_DIR),
-        "--device",
-        "cpu",
-        "--seed",
-        "0",
-    ]
+    common = ["--out_dir", str(tmp_path), "--tokenizer_path", str(TOKENIZER_DIR), "--seed", "0"]
+    common += ["--device", "cpu", "--max_new_tokens", "6"]
     for who in ("base", *SKILLS):
-        flags = (
-            ["--max_new_tokens", "6"]
-            if who == "base"
-            else ["--max_new_tokens", "6", "--lora_name", who]
-        )
+        flags = [] if who == "base" else ["--lora_name", who]
         for probe in (probes[0], probes[-1]):
             capsys.readouterr()
             eval_model.main([*common, *flags, "--prompt", probe.question])

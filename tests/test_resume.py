@@ -21,15 +21,20 @@ import train_lora
 import train_pretrain
 from core.errors import Stopped, UserError
 from core.files import sha256_file
+from model.lora.skill_file import read_lora
 from scripts import train_lora_classifier
-from trainer.evaluation import evaluate
-from trainer.loop import _backward
-from trainer.optimizer import MuonAdamW, param_groups
+from trainer.checkpoints import (
+    SUMS,
+    Progress,
+    RunStates,
+    newest_state,
+    saved_states,
+    write_state,
+)
+from trainer.metrics import evaluate
+from trainer.optimizer import MuonAdamW, lr_at, param_groups
 from trainer.options import MAY_CHANGE
-from trainer.progress import Progress
-from trainer.run_state import RunStates
 from trainer.runtime import Runtime
-from trainer.state_files import SUMS, newest_state, saved_states, write_state
 
 TIMINGS = ("seconds", "seconds_left", "tokens_per_second", "matmul_share", "peak_memory_mb")
 SHORT = {"max_seq_len": 64, "epochs": 3, "device": "cpu", "val_tokens": 256}
@@ -54,9 +59,9 @@ def cut_short(monkeypatch, step: int, how: int | None = None) -> None:
             if how is None:
                 raise Crash
             signal.raise_signal(how)
-        return _backward(*arguments)
+        return lr_at(*arguments)
 
-    monkeypatch.setattr("trainer.loop._backward", counted)
+    monkeypatch.setattr("trainer.loop.lr_at", counted)
 
 
 def metrics_of(out: Path) -> list[dict]:
@@ -277,12 +282,12 @@ def test_every_change_that_matters_is_refused_in_one_sentence(run, trained, tmp_
             seed=5,
             val_tokens=64,
         )
-    assert "--learning_rate was 0.002 and is now 0.005" in str(refused.value)
-    assert "--optimizer was muon and is now adamw" in str(refused.value)
-    assert "--seed was 1337 and is now 5" in str(refused.value)
-    assert "--val_tokens was 256 and is now 64" in str(refused.value)
-    assert "data file 1 changed since step 22" in str(refused.value)
-    assert "without --resume" in str(refused.value)
+    assert "learning_rate was 0.002 and is now 0.005" in str(refused.value)
+    assert "optimizer was muon and is now adamw" in str(refused.value)
+    assert "seed was 1337 and is now 5" in str(refused.value)
+    assert "val_tokens was 256 and is now 64" in str(refused.value)
+    assert "file 1 of data_path changed since step 22" in str(refused.value)
+    assert "without resume" in str(refused.value)
 
 
 def test_a_skill_is_stopped_without_another_validation_and_resumed_with_the_same_general_data(
@@ -292,7 +297,7 @@ def test_a_skill_is_stopped_without_another_validation_and_resumed_with_the_same
     door, argv = door_and_flags("lora", trained, **settings)
     validations = []
     monkeypatch.setattr(
-        "trainer.stage.evaluate", lambda *a, **k: validations.append(None) or evaluate(*a, **k)
+        "trainer.stage.evaluate", lambda *a: validations.append(None) or evaluate(*a)
     )
     cut_short(monkeypatch, 5, signal.SIGTERM)
     with pytest.raises(Stopped):
@@ -300,9 +305,12 @@ def test_a_skill_is_stopped_without_another_validation_and_resumed_with_the_same
     assert max(states_in(tmp_path / "out")) == 5 and len(validations) == 4, (
         "two before the first step, two at step 4"
     )
+    metrics = read_lora(tmp_path / "out" / "lora" / "lora_x_64.pth")[1].metrics
+    assert metrics["step"] == 5
+    assert [metrics["domain"][when]["step"] for when in ("first", "last")] == [0, 4]
     other = tmp_path / trained.chats.name
     other.write_bytes(trained.chats.read_bytes().partition(b"\n")[2])
-    with pytest.raises(UserError, match="general data file 1 changed since step 5;"):
+    with pytest.raises(UserError, match="file 1 of general_data changed since step 5"):
         door.main([*door_and_flags("lora", trained, **settings, general_data=other)[1], "--resume"])
 
 
@@ -341,7 +349,7 @@ def test_a_state_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatc
 
 
 def test_a_run_that_saved_while_this_one_started_is_noticed(tmp_path):
-    states = RunStates(tmp_path / "states", {}, {}, resume=False)
+    states = RunStates(tmp_path / "states", {}, resume=False)
     (tmp_path / "states" / "step-3").mkdir(parents=True)
     with pytest.raises(UserError, match=r"another run has just saved in .*states"), states.alone():
         pass
@@ -358,10 +366,7 @@ def test_a_new_run_deletes_the_old_states_at_its_first_save_and_not_before(
     cut_short(monkeypatch, 4)
     with pytest.raises(Crash):
         run(seed=3)
-    assert (
-        "holds a run that got to step 20 of 22: with the same options --resume goes on"
-        in capsys.readouterr().out
-    )
+    assert "holds a run that got to step 20 of 22" in capsys.readouterr().out
     assert list(states_in(run.out)) == [20]
     cut_short(monkeypatch, 5)
     with pytest.raises(Crash):
@@ -403,9 +408,7 @@ def test_a_full_disk_is_one_sentence_and_harms_nothing(run, finished):
     # Less than a state needs, more than the weights.
     resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, hard))
     try:
-        with pytest.raises(
-            UserError, match=r"cannot save the run's state in .*pretrain_64.*--resume"
-        ):
+        with pytest.raises(UserError, match=r"cannot save the run's state in .*pretrain_64"):
             run("--resume")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -440,16 +443,15 @@ def test_any_optimizer_goes_on_where_it_was(tmp_path, make):
 
     model, optimizer, scaler = parts()
     steps(model, optimizer, 3)
-    states = RunStates(tmp_path, {}, {"seen": 7}, resume=False)
+    states = RunStates(tmp_path, {}, resume=False)
     states.save(
         model, optimizer, scaler, Progress(3), cpu.rng_states(), cpu, metrics="", total_steps=6
     )
     steps(model, optimizer, 3)
 
     other, optimizer, scaler = parts()
-    memory = {}
-    found = RunStates(tmp_path, {}, memory, resume=True)
-    assert found.restore(other, optimizer, scaler, cpu).step == 3 and memory == {"seen": 7}
+    found = RunStates(tmp_path, {}, resume=True)
+    assert found.restore(other, optimizer, scaler, cpu).step == 3
     steps(other, optimizer, 3)
     for left, right in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(left, right)
@@ -463,9 +465,9 @@ def test_the_scale_of_fp16_goes_on_where_it_was(tmp_path):
     )
     model(torch.rand(3, 2)).sum().backward()
     optimizer.step()
-    RunStates(tmp_path, {}, {}, resume=False).save(
+    RunStates(tmp_path, {}, resume=False).save(
         model, optimizer, scaler, Progress(1), cpu.rng_states(), cpu, metrics="", total_steps=6
     )
     fresh = torch.amp.GradScaler("cpu")
-    RunStates(tmp_path, {}, {}, resume=True).restore(model, optimizer, fresh, cpu)
+    RunStates(tmp_path, {}, resume=True).restore(model, optimizer, fresh, cpu)
     assert fresh.state_dict() == scaler.state_dict() and fresh.get_scale() == 1024.0

@@ -10,16 +10,15 @@ from conftest import Source, ragged_batch, run_training
 
 from core.errors import STOPPING, Stopped, UserError
 from core.paths import REPOSITORY
-from model.loss import loss_sum
-from trainer import signals
-from trainer.measure import PASSES
+from trainer import run
+from trainer.loop import loss_sum
 
 
 def test_ctrl_c_ends_the_step_saves_and_interrupts(tiny_model, tmp_path):
     saved = []
 
     def interrupted(model, batch):
-        if tiny_model.training and not saved and len(calls) == PASSES + 2:
+        if tiny_model.training and not saved and len(calls) == 1 + 2:
             signal.raise_signal(signal.SIGINT)
         calls.append(None)
         return loss_sum(model, batch)
@@ -33,9 +32,11 @@ def test_ctrl_c_ends_the_step_saves_and_interrupts(tiny_model, tmp_path):
             tmp_path,
             epochs=50,
             loss=interrupted,
-            on_save=saved.append,
+            write=saved.append,
         )
-    assert saved == [3]  # the signal came in step 3, which was finished
+    assert [metrics["step"] for metrics in saved] == [
+        3
+    ]  # the signal came in step 3, which was finished
     assert signal.getsignal(signal.SIGINT) is handler
 
 
@@ -54,7 +55,7 @@ def test_a_stop_before_the_first_step_leaves_everything_as_it_was(tiny_model, tm
             source,
             tmp_path,
             loss=interrupted,
-            on_save=lambda step: pytest.fail("saved"),
+            write=lambda metrics: pytest.fail("saved"),
         )
     assert "stopped by SIGINT after step 0 of 4; nothing is saved" in capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
@@ -78,32 +79,13 @@ def test_a_signal_that_ends_the_processes_of_the_source_too_still_saves(
 
     saved, source = [], Dying([ragged_batch(2, seed=11)])
     with pytest.raises(error):
-        run_training(tiny_model, source, tmp_path, on_save=saved.append)
-    assert saved == steps
-
-
-def test_a_run_outlives_the_readers_of_its_output(tiny_model, tmp_path, monkeypatch):
-    """A Ctrl-C ends `| tee` too, and before the run."""
-    reading, writing = os.pipe()
-    os.close(reading)
-    saved = []
-    with os.fdopen(writing, "w", encoding="utf-8") as unread, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", unread)
-        patch.setattr(sys, "stderr", unread)
-        run_training(
-            tiny_model,
-            Source([ragged_batch(2, seed=11)]),
-            tmp_path,
-            on_save=saved.append,
-            log_interval=1,
-        )
-        print("what the door prints afterwards", flush=True)
-    assert saved == [4]
+        run_training(tiny_model, source, tmp_path, write=saved.append)
+    assert [metrics["step"] for metrics in saved] == steps
 
 
 HOLDER = """
 from pathlib import Path
-from core.locks import try_lock
+from core.files import try_lock
 path = Path("states/run.lock")
 path.parent.mkdir()
 with path.open("a") as file:
@@ -130,14 +112,14 @@ def test_a_second_run_at_the_same_states_is_refused_until_the_first_is_dead(tiny
 
 def test_a_second_signal_acts_at_once_but_an_echo_does_not(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
-    with pytest.raises(KeyboardInterrupt), signals.stop_requests() as request:
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    with pytest.raises(KeyboardInterrupt), run.stop_requests() as request:
         signal.raise_signal(signal.SIGTERM)
         assert request.signum == signal.SIGTERM
         now[0] += 0.5
         signal.raise_signal(signal.SIGINT)  # torchrun passes on what the terminal has already sent
         assert request.signum == signal.SIGTERM
-        now[0] += signals.ECHO_SECONDS
+        now[0] += run.ECHO_SECONDS
         signal.raise_signal(signal.SIGINT)
 
 
@@ -147,7 +129,7 @@ def test_a_closed_terminal_stops_a_run_unless_it_was_told_to_outlast_that():
         signal.SIGINT, signal.SIG_IGN
     )  # as for a job in the background of a script
     try:
-        with signals.stop_requests() as request:
+        with run.stop_requests() as request:
             signal.raise_signal(signal.SIGINT)
             assert not request.signum
             assert signal.SIGHUP in STOPPING

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from core.errors import UserError
-from model.bases import choose_base
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 from model.model_lora import apply_lora
 from model.weights import (
     ARCHITECTURE,
+    RunRecord,
     check_keys,
+    choose_base,
     fingerprint,
     load_base,
     model_of,
@@ -32,9 +33,8 @@ from model.weights import (
 def base(tmp_path, sharp_model):
     """A base file of ``sharp_model``, and its .json beside it."""
     path = tmp_path / "full_sft_64.pth"
-    save_base(
-        path, sharp_model, {"stage": "full_sft", "metrics": {"val_loss": 1.5}, "author": "李明"}
-    )
+    record = RunRecord(stage="full_sft", metrics={"val_loss": 1.5}, more={"author": "李明"})
+    save_base(path, sharp_model, record)
     return path
 
 
@@ -69,14 +69,11 @@ def test_round_trip_is_bit_exact_and_the_record_says_what_it_is(base, sharp_mode
     assert torch.equal(logits_of(loaded), logits_of(sharp_model))
     assert not loaded.training
     assert loaded.output.weight.data_ptr() == loaded.tok_embeddings.weight.data_ptr()
-    assert record == json.loads(base.with_suffix(".json").read_text(encoding="utf-8"))
-    assert (record["stage"], record["metrics"], record["author"]) == (
-        "full_sft",
-        {"val_loss": 1.5},
-        "李明",
-    )
-    assert record["config"] == {name: getattr(sharp_model.config, name) for name in ARCHITECTURE}
-    assert record["fingerprint"] == fingerprint_of(sharp_model)
+    content = json.loads(base.with_suffix(".json").read_text(encoding="utf-8"))
+    assert record == RunRecord.from_json(content) and content["author"] == "李明"
+    assert (record.stage, record.metrics) == ("full_sft", {"val_loss": 1.5})
+    assert record.config == {name: getattr(sharp_model.config, name) for name in ARCHITECTURE}
+    assert record.fingerprint == fingerprint_of(sharp_model)
 
 
 def test_the_file_is_a_plain_state_dict(base, sharp_model):
@@ -98,9 +95,9 @@ def test_a_minimind_file_alone_loads_and_what_was_assumed_is_printed(tmp_path, c
     torch.save(tensors, tmp_path / "full_sft_64.pth")
     loaded, record = load_base(tmp_path / "full_sft_64.pth")
     assert torch.equal(logits_of(loaded), logits_of(model))
-    assert set(record) == {"config", "fingerprint"}
+    assert record == RunRecord(config=record.config, fingerprint=fingerprint_of(model))
     shapes = {"dim": 64, "n_layers": 3, "vocab_size": 320, "hidden_dim": 100, "n_kv_heads": 4}
-    assert record["config"].items() >= shapes.items()
+    assert record.config.items() >= shapes.items()
     printed = capsys.readouterr().out
     assert all(f"{name!r}: {value}" in printed for name, value in shapes.items())
     assert "assumed" in printed and "'rope_theta': 1000000.0" in printed
@@ -112,7 +109,7 @@ def test_a_minimind_file_alone_loads_and_what_was_assumed_is_printed(tmp_path, c
 def test_a_pair_that_disagrees_is_refused(base, tiny_model, tmp_path):
     other = tmp_path / "other.pth"
     torch.nn.init.normal_(tiny_model.layers[1].feed_forward.w2.weight)
-    save_base(other, tiny_model, {})
+    save_base(other, tiny_model)
     shutil.copy(other.with_suffix(".json"), base.with_suffix(".json"))
     message = refusal(base)
     assert (
@@ -317,7 +314,7 @@ def out_dir(tmp_path, tiny_model):
     for age, name in enumerate(("full_sft_128", "pretrain_128", "full_sft_64", "pretrain_64")):
         with torch.no_grad():
             tiny_model.norm.weight.fill_(1 + age)
-        save_base(tmp_path / f"{name}.pth", tiny_model, {})
+        save_base(tmp_path / f"{name}.pth", tiny_model)
         os.utime(tmp_path / f"{name}.pth", (1000 + age, 1000 + age))
     return tmp_path
 
@@ -326,7 +323,7 @@ def test_the_named_base_wins(out_dir):
     named = out_dir / "pretrain_128.pth"
     skill_base = json.loads((out_dir / "full_sft_64.json").read_text(encoding="utf-8"))
     assert choose_base(out_dir, named, skill_base) == named
-    with pytest.raises(UserError, match=r"--base .*nothing\.pth does not exist"):
+    with pytest.raises(UserError, match=r"base .*nothing\.pth does not exist"):
         choose_base(out_dir, out_dir / "nothing.pth", skill_base)
 
 
@@ -359,7 +356,7 @@ def test_no_base_is_an_error_that_names_the_folder(tmp_path):
 def test_a_model_with_lora_is_not_saved_as_a_base(tmp_path, tiny_model):
     apply_lora(tiny_model, rank=2)
     with pytest.raises(UserError, match="without a LoRA"):
-        save_base(tmp_path / "full_sft_64.pth", tiny_model, {})
+        save_base(tmp_path / "full_sft_64.pth", tiny_model)
     assert not list(tmp_path.iterdir())
 
 

@@ -21,9 +21,8 @@ import train_pretrain
 import trainer.loop
 from core.errors import Stopped, UserError
 from model.LMConfig import LMConfig
-from model.loss import loss_sum
 from model.model import MiniMindLM
-from trainer.loop import _backward
+from trainer.loop import accumulate_gradients, loss_sum
 from trainer.runtime import Runtime
 
 RAGGED = ragged_batch(8, seed=0)
@@ -57,7 +56,7 @@ def gradients(runtime: Runtime) -> dict:
         model = double_model()
         replica = runtime.replicate(model, has_idle=False)
         batches = share(name, runtime.rank)
-        _, n_targets = _backward(replica, batches, runtime.scaler(), runtime, loss_sum)
+        _, n_targets = accumulate_gradients(replica, batches, runtime.scaler(), runtime, loss_sum)
         assert n_targets == RAGGED.n_targets
         pairs = zip(model.parameters(), expected.parameters(), strict=True)
         found[name] = max(
@@ -74,7 +73,9 @@ def bypassed(runtime: Runtime) -> list[str]:
     model.bypassed = torch.nn.Linear(2, 2)
     replica = runtime.replicate(model, has_idle=True)
     for _ in range(2):
-        _backward(replica, share("equal", runtime.rank), runtime.scaler(), runtime, loss_sum)
+        accumulate_gradients(
+            replica, share("equal", runtime.rank), runtime.scaler(), runtime, loss_sum
+        )
     return [name for name, parameter in model.named_parameters() if parameter.grad is None]
 
 
@@ -114,9 +115,9 @@ def run_door(door, out: Path, *words: str, crash_at: int = 0, poison_at: int = 0
         if len(steps) == crash_at:
             raise RuntimeError("crash")
         loss = poisoned if len(steps) == poison_at and runtime.rank == 1 else loss
-        return _backward(replica, batches, scaler, runtime, loss)
+        return accumulate_gradients(replica, batches, scaler, runtime, loss)
 
-    trainer.loop._backward = watched
+    trainer.loop.accumulate_gradients = watched
     end = "finished"
     try:
         door.main([*flags(out_dir=out, **values), *words])

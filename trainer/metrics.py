@@ -1,24 +1,200 @@
-"""What a run leaves behind: one JSON line a log step, a picture of the losses, and Weights & Biases
-if asked.
-"""
+"""What a run measures, and where it is written: held-out loss, speed, memory, log and picture."""
 
 import json
+import math
 import os
-from dataclasses import asdict
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 from core.errors import UserError, reason_of
 from core.files import atomic_write
+from dataset.batches import Batch
+from model.kernels import IGNORED
+from trainer.checkpoints import strict
 from trainer.options import TrainOptions
-from trainer.state_files import strict
+from trainer.runtime import Runtime
+
+UNCOUNTED_STEPS = 3  # the first steps allocate memory and warm caches, so no speed counts them
 
 
-class RunLog:
-    """Writes ``path`` (.jsonl), ``path`` with .png, and wandb; a context manager.
+@dataclass(frozen=True)
+class Metrics:
+    """``loss`` in nats per supervised target; ``bits_per_byte`` of the learned text alone.
 
-    ``lines`` are those of the run that this one resumes. Without them, until ``keep`` says that the
-    run has saved something, lines go to ``<path>.part.jsonl``: a run that fails before leaves the
-    files of an earlier one alone, and none of its own.
+    Control tokens count neither as bits nor as bytes of text. Both figures are NaN when nothing
+    was supervised (``targets`` 0).
+    """
+
+    loss: float
+    bits_per_byte: float
+    targets: int
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.4f}, {self.bits_per_byte:.4f} bits per byte"
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], runtime: Runtime, control: set[int]
+) -> Metrics:
+    """The token mean over ``batches``; ``control`` holds the ids that stand for no text.
+
+    The model runs in eval mode and returns to its own mode. It runs uncompiled, because every new
+    length of a batch would cost a compilation.
+    """
+    was_training = model.training
+    model.eval()
+    control_ids = torch.tensor(sorted(control), device=runtime.device)
+    nats, text_nats, targets, text_bytes = 0.0, 0.0, 0, 0
+    for batch in batches:
+        batch = runtime.move(batch)
+        with runtime.autocast(), torch.compiler.set_stance("force_eager"):
+            logits = model(**batch.inputs).logits[:, :-1].flatten(0, 1).float()
+        labels = batch.labels[:, 1:].flatten()
+        losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+        nats += float(losses.sum())
+        text_nats += float(losses[~torch.isin(labels, control_ids)].sum())
+        targets, text_bytes = targets + batch.n_targets, text_bytes + batch.n_bytes
+    model.train(was_training)
+    bits = text_nats / math.log(2)
+    loss = nats / targets if targets else math.nan
+    return Metrics(loss, bits / text_bytes if text_bytes else math.nan, targets, text_bytes)
+
+
+class Validation:
+    """The held-out results of a run: the first and the last of each kind, with their steps.
+
+    ``measures`` maps a kind to a function that measures it; each result is a dataclass of numbers
+    with ``loss`` and ``targets``, such as ``Metrics``. ``results`` is plain JSON, which a saved run
+    state keeps; a kind of which nothing was held out has none.
+    """
+
+    def __init__(self, measures: dict[str, Callable[[], Metrics]]):
+        self.measures = measures
+        self.results: dict[str, dict] = {}
+
+    def __call__(self, step: int) -> Metrics:
+        """Measure every kind after optimizer step ``step``; return the result of the first kind."""
+        found = {kind: measure() for kind, measure in self.measures.items()}
+        for kind, metrics in found.items():
+            if metrics.targets:
+                last = {"step": step, **asdict(metrics)}
+                first = self.results.get(kind, {}).get("first", last)
+                self.results[kind] = {"first": first, "last": last}
+        return next(iter(found.values()))
+
+    def record(self) -> dict[str, dict]:
+        """What a file says of each kind; {} where nothing was held out."""
+        return {kind: self.results.get(kind, {}) for kind in self.measures}
+
+    def __str__(self) -> str:
+        lines = []
+        for kind, result in self.record().items():
+            steps = (f"{r['loss']:.4f} after step {r['step']}" for r in result.values())
+            lines.append(
+                f"{kind}: " + (f"loss {', '.join(steps)}" if result else "nothing held out")
+            )
+        return "\n".join(lines)
+
+
+class Clock:
+    """Training time, of which ``seconds`` had passed before this process began."""
+
+    def __init__(self, runtime: Runtime, seconds: float = 0.0):
+        self._runtime, self._before = runtime, seconds
+        self._began = self._counted_from = time.perf_counter()
+        self._steps = self._tokens = self._uncounted_tokens = 0
+
+    def tick(self, tokens: int) -> None:
+        """Count one optimizer step over ``tokens`` tokens, padding left out."""
+        self._steps, self._tokens = self._steps + 1, self._tokens + tokens
+        if self._steps == UNCOUNTED_STEPS:
+            self._runtime.synchronize()
+            self._counted_from, self._uncounted_tokens = time.perf_counter(), self._tokens
+
+    def elapsed(self) -> float:
+        """The seconds since the run began, pauses left out."""
+        return self._before + time.perf_counter() - self._began
+
+    def pace(self) -> tuple[float, float | None]:
+        """Tokens per second, and seconds per step; None while it is too early to tell."""
+        now, counted_steps = time.perf_counter(), self._steps - UNCOUNTED_STEPS
+        if counted_steps <= 0:
+            return self._tokens / (now - self._began), None
+        seconds = now - self._counted_from
+        return (self._tokens - self._uncounted_tokens) / seconds, seconds / counted_steps
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, no training time passes."""
+        before = time.perf_counter()
+        yield
+        away = time.perf_counter() - before
+        self._began, self._counted_from = self._began + away, self._counted_from + away
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min`` or ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def matmul_floor(model: nn.Module, runtime: Runtime) -> float:
+    """The tokens per second of all ranks if the products of the Linear layers were all the work.
+
+    An estimate: 4 FLOP a weight and token, 6 where the weight trains (Kaplan et al. 2020), at the
+    speed of one large product. Attention is left out.
+    """
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    flops = sum(
+        (6 if linear.weight.requires_grad else 4) * linear.in_features * linear.out_features
+        for linear in linears
+    )
+    size, best = 1024 if runtime.device.type == "cpu" else 4096, math.inf
+    a = torch.ones(size, size, device=runtime.device, dtype=runtime.dtype)
+    for _ in range(5):
+        runtime.synchronize()
+        began = time.perf_counter()
+        a @ a
+        runtime.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return runtime.sum(2 * size**3 / best)[0] / max(flops, 1)
+
+
+def peak_memory_mb(runtime: Runtime) -> int | None:
+    """The most MB that this process held: on its GPU if it has one, else in RAM.
+
+    MPS tells what it holds now; Windows tells nothing.
+    """
+    if runtime.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(runtime.device) >> 20
+    if runtime.device.type == "mps":
+        return torch.mps.driver_allocated_memory() >> 20
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (
+        20 if sys.platform == "darwin" else 10
+    )
+
+
+class RunLog(AbstractContextManager):
+    """Writes the metrics file ``path`` (.jsonl), a picture beside it (.png), and wandb.
+
+    ``lines`` are those of the run that this one resumes. Without them, lines go to
+    ``<path>.part.jsonl`` until ``keep`` says that the run has saved something: a run that fails
+    earlier leaves the files of an earlier run alone, and none of its own.
     """
 
     def __init__(
@@ -28,57 +204,42 @@ class RunLog:
         self._part = path.with_suffix(".part.jsonl")
         self._file = path if lines else self._part
         self._wandb = _wandb_run(path, options, wandb_id) if options.use_wandb else None
+        self.wandb_id = self._wandb.id if self._wandb is not None else None
         atomic_write(self._file, lambda file: file.write(lines.encode()))
 
-    @property
-    def wandb_id(self) -> str | None:
-        return self._wandb.id if self._wandb is not None else None
-
-    def __enter__(self) -> "RunLog":
-        return self
-
     def write(self, record: dict) -> None:
+        """Append one JSON line; NaN and infinity become null."""
         line = json.dumps(strict(record, lambda number: None), allow_nan=False) + "\n"
         self.lines += line
         try:
             with self._file.open("a", encoding="utf-8", newline="\n") as file:
                 file.write(line)
-        except OSError as error:  # one rank alone must not end here; a disk that stays full ends all at the next save
-            print(
-                f"note: cannot write {self._file} ({error.strerror}); make room: the next save writes it whole"
-            )
+        except OSError as error:  # with several ranks, one must not end here alone
+            print(f"note: cannot write {self._file} ({error.strerror}); the next save writes all")
         if self._wandb is not None:
-            self._wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+            values = {name: value for name, value in record.items() if name != "step"}
+            self._wandb.log(values, step=record["step"])
 
     def keep(self) -> None:
-        """From now on these are the metrics of what lies in out_dir. Raises ``UserError`` when the
-        disk refuses.
-        """
+        """Make these the metrics of what lies in out_dir. Raises ``UserError`` on a full disk."""
         atomic_write(self.path, lambda file: file.write(self.lines.encode()))
         self._file = self.path
-        self._part.unlink(
-            missing_ok=True
-        )  # also one that a kill just here left in the run that this one resumes
+        self._part.unlink(missing_ok=True)  # a kill may have left one in the run resumed here
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         if self._wandb is not None:
             self._wandb.finish(exit_code=int(kind is not None))
         if self._file == self.path:
-            plot_losses(
-                [json.loads(line) for line in self.lines.splitlines()],
-                self.path.with_suffix(".png"),
-            )
+            records = [json.loads(line) for line in self.lines.splitlines()]
+            plot_losses(records, self.path.with_suffix(".png"))
         else:
             self._part.unlink(missing_ok=True)
 
 
-class NoLog:
-    """What a process that is not the first keeps in place of a ``RunLog``."""
+class NoLog(AbstractContextManager):
+    """Stands for a ``RunLog`` where nothing is written: in every rank but the first."""
 
     lines, wandb_id = "", None
-
-    def __enter__(self) -> "NoLog":
-        return self
 
     def write(self, record: dict) -> None:
         pass
@@ -88,8 +249,8 @@ class NoLog:
 
 
 def plot_losses(records: list[dict], path: Path) -> None:
-    """Training and validation loss against optimizer steps, as a PNG."""
-    from matplotlib.figure import Figure  # no pyplot: no global state, no window system
+    """Draw training and validation loss against optimizer steps as a PNG."""
+    from matplotlib.figure import Figure  # not pyplot, which has global state and wants windows
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(
@@ -109,20 +270,22 @@ def plot_losses(records: list[dict], path: Path) -> None:
 def _wandb_run(path: Path, options: TrainOptions, wandb_id: str | None):
     import wandb
 
-    settings = {
-        "project": options.wandb_project,
-        "name": path.stem,
-        "dir": os.environ.get("WANDB_DIR", path.parent),
-    }
+    folder = os.environ.get("WANDB_DIR", path.parent)
     flags = asdict(options).items()  # numbers stay numbers, for plots over runs
-    settings["config"] = {
+    config = {
         name: value if isinstance(value, int | float) else str(value) for name, value in flags
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return wandb.init(**settings, id=wandb_id, resume="allow" if wandb_id else None)
+        return wandb.init(
+            project=options.wandb_project,
+            name=path.stem,
+            dir=folder,
+            config=config,
+            id=wandb_id,
+            resume="allow" if wandb_id else None,
+        )
     except Exception as error:  # no key, no network: wandb raises its own kinds
-        reason = reason_of(error)
         raise UserError(
-            f"--use_wandb: {reason}; log in with `wandb login` or set WANDB_MODE=offline"
+            f"use_wandb: {reason_of(error)}; log in with `wandb login` or set WANDB_MODE=offline"
         ) from error

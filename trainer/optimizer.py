@@ -15,86 +15,75 @@ BETAS = (0.8, 0.95)
 MOMENTUM = 0.95  # Muon's (Jordan 2024), as are the coefficients and the number of iterations
 QUINTIC = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
-ADAMW_RMS = 0.2  # of AdamW's updates; Muon's are given the same, and so need no rate of their own (Liu et al. 2025)
+# The RMS of AdamW's updates. Muon's are given the same, so they need no rate of their own (Liu et
+# al. 2025).
+ADAMW_RMS = 0.2
 
 
 def param_groups(
     model: nn.Module,
     weight_decay: float,
     optimizer: str = "adamw",
-    faster: Iterable[nn.Parameter] = (),
+    fast: Iterable[nn.Parameter] = (),
     lr_ratio: float = 1.0,
 ) -> list[dict]:
-    """The trainable parameters: matrices decay, vectors (norms) do not. Tied tensors count once.
+    """The trainable parameters in groups: matrices decay, vectors (norms) do not.
 
-    ``optimizer`` "muon": Muon updates the weights of the Linear layers, the tied head's excepted.
-    The learning rate of the ``faster`` ones is ``lr_ratio`` times the others' (LoRA+, Hayou et al.
-    2024).
+    With ``optimizer`` "muon", Muon updates the weights of the Linear layers except a tied head.
+    The learning rate of the ``fast`` parameters is ``lr_ratio`` times that of the others (LoRA+,
+    Hayou et al. 2024). A tied tensor counts once; groups may be empty.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    linear = set()
+    linears, fast = set(), {id(parameter) for parameter in fast}
     if optimizer == "muon":
-        linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-        linear -= {
-            id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
-        }
-    matrices = [p for p in trainable if p.dim() >= 2 and id(p) not in linear]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay, "muon": False},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0, "muon": False},
-        {
-            "params": [p for p in trainable if id(p) in linear],
-            "weight_decay": weight_decay,
-            "muon": True,
-        },
-    ]
-    fast = {id(parameter) for parameter in faster}
-    return [
-        group
-        | {"params": [p for p in group["params"] if (id(p) in fast) == is_fast], "lr_ratio": ratio}
-        for group in groups
-        for is_fast, ratio in ((False, 1.0), (True, lr_ratio))[: 1 + bool(fast)]
-    ]
+        linears = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+        linears -= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    groups = {}
+    for is_fast in (False, True)[: 1 + bool(fast)]:
+        for kind in ("matrix", "vector", "muon"):
+            groups[kind, is_fast] = {
+                "params": [],
+                "weight_decay": 0.0 if kind == "vector" else weight_decay,
+                "muon": kind == "muon",
+                "lr_ratio": lr_ratio if is_fast else 1.0,
+            }
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            kind = "matrix" if parameter.dim() > 1 else "vector"
+            kind = "muon" if id(parameter) in linears else kind
+            groups[kind, id(parameter) in fast]["params"].append(parameter)
+    return list(groups.values())
 
 
 def make_optimizer(
     groups: list[dict], learning_rate: float, name: str, device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimizer that ``--optimizer`` names. Raises ``UserError`` without bitsandbytes where
-    that is needed.
-    """
+    """The optimizer called ``name``. Raises ``UserError`` where bitsandbytes is missing."""
     if name != "paged_adamw":
         return MuonAdamW(groups, learning_rate)
     if device.type != "cuda":
-        print(f"note: only NVIDIA GPUs page; on {device} --optimizer paged_adamw is adamw")
+        print(f"note: only NVIDIA GPUs page; on {device} paged_adamw is adamw")
         return MuonAdamW(groups, learning_rate)
     try:
         from bitsandbytes.optim import PagedAdamW
     except ImportError as error:
         raise UserError(
-            "--optimizer paged_adamw needs: pip install -r requirements-4bit.txt"
+            "optimizer paged_adamw needs: pip install -r requirements-4bit.txt"
         ) from error
     return PagedAdamW([group for group in groups if group["params"]], lr=learning_rate, betas=BETAS)
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """Fused AdamW, and Muon (Jordan 2024) for the groups whose ``muon`` is true; empty groups are
-    left out.
+    """Fused AdamW, and Muon (Jordan 2024) for the groups whose ``muon`` is true.
 
     Muon's update is the momentum with all its singular values brought to about 1. Its state is
-    AdamW's without the second moment.
+    AdamW's without the second moment. Empty groups are left out.
     """
 
     def __init__(self, groups: list[dict], learning_rate: float):
-        super().__init__(
-            [group for group in groups if group["params"]],
-            lr=learning_rate,
-            betas=BETAS,
-            fused=True,
-        )
-        self._step_supports_amp_scaling = (
-            False  # so a GradScaler skips all of a step, not AdamW's part alone
-        )
+        groups = [group for group in groups if group["params"]]
+        super().__init__(groups, lr=learning_rate, betas=BETAS, fused=True)
+        # Without it a GradScaler that skips a step would skip AdamW's part alone.
+        self._step_supports_amp_scaling = False
 
     @torch.no_grad()
     def step(self) -> None:
@@ -113,17 +102,17 @@ class MuonAdamW(torch.optim.AdamW):
             state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(parameter)
         state["step"] += 1
         momentum = state["exp_avg"].lerp_(gradient, 1 - MOMENTUM)
-        dtype = (
-            torch.bfloat16 if multiplies_bf16(parameter.device) else torch.float32
-        )  # either is enough
+        # Either precision is enough.
+        dtype = torch.bfloat16 if multiplies_bf16(parameter.device) else torch.float32
         update = orthogonalized(gradient.lerp(momentum, MOMENTUM), dtype)  # Nesterov's
         parameter.mul_(1 - rate * weight_decay)
         parameter.add_(update, alpha=-rate * ADAMW_RMS * math.sqrt(max(parameter.shape)))
 
 
 def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """``matrix`` (N, M) with its singular values brought to about 1 (the smallest not quite), by
-    Newton-Schulz.
+    """``matrix`` (N, M) with its singular values brought to about 1, by Newton-Schulz.
+
+    The smallest singular values do not get all the way there.
     """
     x = matrix.to(dtype)
     if tall := x.size(0) > x.size(1):
@@ -137,10 +126,9 @@ def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def lr_at(step: int, total: int, warmup: int, decay: float, peak: float) -> float:
-    """Learning rate of optimizer step ``step`` in [0, total): linear warm-up, ``peak``, linear
-    decay to zero.
+    """The rate of step ``step`` in [0, total): it rises, stays at ``peak`` and falls to 0.
 
-    ``decay``: the share of the steps after the warm-up in which it falls.
+    ``decay`` is the share of the steps after the warm-up in which it falls. Both slopes are linear.
     """
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)

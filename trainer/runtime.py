@@ -13,20 +13,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from core.errors import UserError
+from dataset.batches import Batch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PATIENCE = timedelta(
-    days=1
-)  # of processes that wait while the first one prepares data or validates
+PATIENCE = timedelta(days=1)  # ranks wait while the first one prepares data or validates
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """A device, the dtype of its matrix products, and which of ``world_size`` equal processes this
-    one is.
+    """A device, the dtype of its matrix products, and this process' place among the ranks.
 
-    Parameters and optimizer state are always fp32. Every process has the same weights and an own
-    share of each optimizer step's rows; ``rank`` 0 alone prints and writes.
+    Parameters and optimizer state are always fp32. Every rank has the same weights and its own
+    share of each optimizer step's rows; rank 0 alone prints and writes.
     """
 
     device: torch.device
@@ -36,24 +34,28 @@ class Runtime:
 
     @classmethod
     def start(cls, device: str = "auto", dtype: str = "auto", seed: int | None = None) -> "Runtime":
-        """Resolve the flags, join the other processes that torchrun started, and seed torch.
+        """Find the device, join the other processes that torchrun started, and seed torch.
 
-        Rank r is seeded with ``seed`` + r, so that dropout differs; DDP gives all of them rank 0's
-        weights. Raises ``UserError`` for what this machine does not have.
+        Rank r is seeded with ``seed`` + r, so that dropout differs; DDP gives all ranks the weights
+        of rank 0. Raises ``UserError`` for what this machine does not have.
         """
         rank, world_size, chosen = 0, 1, _device(device)
         if os.environ.get("WORLD_SIZE", "1") != "1":
-            rank, world_size, chosen = _join(chosen, device)
+            rank, world_size, chosen = _join(chosen)
+        if dtype == "auto":
+            has_bf16 = chosen.type == "cuda" and multiplies_bf16(chosen)
+            dtype = "bfloat16" if has_bf16 else "float32"
+        if dtype == "float16" and chosen.type == "cpu":
+            raise UserError("dtype float16 needs a GPU; on a CPU use float32")
         if chosen.type == "cuda" and chosen.index is not None:
-            torch.cuda.set_device(
-                chosen
-            )  # what waits for "the" GPU, or allocates on it, means this one
-        runtime = cls(chosen, _dtype(dtype, chosen), rank, world_size)
+            torch.cuda.set_device(chosen)  # code that waits for "the" GPU means this one
+        runtime = cls(chosen, DTYPES[dtype], rank, world_size)
         if seed is not None:
             torch.manual_seed(seed + rank)
         return runtime
 
     def autocast(self) -> AbstractContextManager:
+        """Inside, matrix products run in ``dtype``."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
@@ -62,11 +64,9 @@ class Runtime:
         """Scales the loss for fp16, does nothing otherwise."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
-    def move(self, batch):
-        """A copy of a ``Batch`` whose tensors are on the device."""
-        inputs = {
-            name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.inputs.items()
-        }
+    def move(self, batch: Batch) -> Batch:
+        """A copy of ``batch`` whose tensors are on the device."""
+        inputs = {name: x.to(self.device, non_blocking=True) for name, x in batch.inputs.items()}
         return replace(batch, inputs=inputs, labels=batch.labels.to(self.device, non_blocking=True))
 
     def synchronize(self) -> None:
@@ -75,10 +75,9 @@ class Runtime:
             getattr(torch, self.device.type).synchronize()
 
     def replicate(self, model: nn.Module, has_idle: bool) -> nn.Module:
-        """``model`` so wrapped that a backward pass averages its gradients over all processes.
+        """``model``, wrapped where there are several ranks: a backward pass averages gradients.
 
-        ``has_idle``: some trainable parameter takes no part in the loss, which would otherwise make
-        the others wait.
+        ``has_idle``: some trainable parameter takes no part in the loss. DDP would wait for it.
         """
         if self.world_size == 1:
             return model
@@ -87,15 +86,11 @@ class Runtime:
         )
 
     def local(self, replica: nn.Module) -> AbstractContextManager:
-        """Inside, forward and backward passes of what ``replicate`` returned keep their gradients
-        to themselves.
-        """
+        """Inside, a pass through what ``replicate`` returned averages no gradients."""
         return replica.no_sync() if self.world_size > 1 else nullcontext()
 
     def sum(self, *values: float) -> list[float]:
-        """Each value summed over all processes, in fp64. They must all call it, and get the
-        same.
-        """
+        """Each value summed over all ranks, in fp64. Every rank must call it; all get the same."""
         if self.world_size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
@@ -104,7 +99,7 @@ class Runtime:
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """What happens inside happens in rank 0 first, and in the others when it is done there."""
+        """Let rank 0 go through the block first, and the other ranks after it."""
         if self.rank > 0:
             self.sum(0)
         try:
@@ -114,9 +109,7 @@ class Runtime:
                 self.sum(0)
 
     def on_first(self, work: Callable[[], object]) -> None:
-        """Do ``work`` in rank 0 while the others wait. If it raises there, they end too,
-        silently.
-        """
+        """Do ``work`` in rank 0 while the others wait. If it raises there, all ranks end."""
         error = None
         if self.rank == 0:
             try:
@@ -136,7 +129,7 @@ class Runtime:
         return states
 
     def rng_states(self) -> list[dict[str, Tensor]]:
-        """``rng_state`` of every rank. They must all call it."""
+        """The ``rng_state`` of every rank, in every rank. All must call it."""
         if self.world_size == 1:
             return [self.rng_state()]
         states = [{} for _ in range(self.world_size)]
@@ -168,41 +161,8 @@ class Runtime:
     def __str__(self) -> str:
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         processes = f", {self.world_size} processes" if self.world_size > 1 else ""
-        return f"device {self.device}{threads}{processes}, dtype {str(self.dtype).removeprefix('torch.')}"
-
-
-def _join(device: torch.device, asked: str) -> tuple[int, int, torch.device]:
-    """This process' rank, the number of processes, and this one's device, once all have met."""
-    set_by_torchrun = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if missing := [name for name in set_by_torchrun if name not in os.environ]:
-        raise UserError(
-            f"WORLD_SIZE is set but {missing[0]} is not: start several processes with torchrun"
-        )
-    try:
-        world_size, rank, local_rank = (int(os.environ[name]) for name in set_by_torchrun[:3])
-    except ValueError as error:
-        raise UserError(
-            f"WORLD_SIZE, RANK or LOCAL_RANK: {error}; start several processes with torchrun"
-        ) from error
-    if device.type == "mps":
-        raise UserError(
-            "--device mps has one GPU for one process: start it with python, or pass --device cpu"
-        )
-    if device.type == "cuda":
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if device.index is not None or here > torch.cuda.device_count():
-            raise UserError(
-                f"--device {asked}: {here} processes need a GPU each and there are {torch.cuda.device_count()}; pass"
-                " --device cuda, or cpu, and let torchrun start no more processes than GPUs"
-            )
-        device = torch.device("cuda", local_rank)
-    if not dist.is_initialized():
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE
-        )
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
-    return rank, world_size, device
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"device {self.device}{threads}{processes}, dtype {dtype}"
 
 
 def _device(name: str) -> torch.device:
@@ -216,26 +176,42 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(
-            f"--device {name!r} is not a device; use auto, cpu, cuda, cuda:N or mps"
-        ) from error
+        raise UserError(f"device {name!r} is none; use auto, cpu, cuda, cuda:N or mps") from error
     if not available.get(device.type, False):
         raise UserError(
-            f"--device {name}: this machine or this torch build has no {device.type}; use --device auto"
+            f"device {name}: this machine or this torch build has no {device.type}; use auto"
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices")
+        raise UserError(f"device {name}: there are only {torch.cuda.device_count()} CUDA devices")
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return (
-            torch.bfloat16 if device.type == "cuda" and multiplies_bf16(device) else torch.float32
-        )
-    if name == "float16" and device.type == "cpu":
-        raise UserError("--dtype float16 needs a GPU; on a CPU use float32")
-    return DTYPES[name]
+def _join(device: torch.device) -> tuple[int, int, torch.device]:
+    """Meet the other processes; return this one's rank, their number, and this one's device."""
+    set_by_torchrun = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    way_out = "start several processes with torchrun"
+    if missing := [name for name in set_by_torchrun if name not in os.environ]:
+        raise UserError(f"WORLD_SIZE is set but {missing[0]} is not: {way_out}")
+    try:
+        world_size, rank, local_rank = (int(os.environ[name]) for name in set_by_torchrun[:3])
+    except ValueError as error:
+        raise UserError(f"WORLD_SIZE, RANK or LOCAL_RANK: {error}; {way_out}") from error
+    if device.type == "mps":
+        raise UserError("device mps has one GPU for one process: start one process, or use cpu")
+    if device.type == "cuda":
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if device.index is not None or here > gpus:
+            raise UserError(
+                f"device {device}: {here} processes need a GPU each and there are {gpus}; use cuda"
+                " or cpu, and start no more processes than GPUs"
+            )
+        device = torch.device("cuda", local_rank)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the end)
+    return rank, world_size, device
 
 
 def multiplies_bf16(device: torch.device) -> bool:
@@ -247,11 +223,10 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """All parameters and the trainable ones, tied ones once. One of 4 bits counts as what it stands
-    for.
-    """
-    parameters = list(model.parameters())
-    counts = [
-        p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel() for p in parameters
-    ]
-    return sum(counts), sum(p.numel() for p in parameters if p.requires_grad)
+    """All parameters and the trainable ones. Tied ones count once, those of 4 bits unpacked."""
+    every = trainable = 0
+    for parameter in model.parameters():
+        shape = getattr(parameter, "quant_state", parameter).shape
+        every += shape.numel()
+        trainable += shape.numel() if parameter.requires_grad else 0
+    return every, trainable

@@ -1,121 +1,123 @@
-"""What LoRA to add: the keywords of ``apply_lora`` and, by the same dataclass, flags of the doors
-that train it.
+"""Which LoRA to add: the keywords of ``apply_lora``, which are also options of the doors.
 
-Standard library only, so that --help answers at once.
+Standard library only, so that a door can print its help at once.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, sqrt
-from typing import Literal, get_args
+from typing import Literal
 
 from core.errors import UserError
-from core.options import option, require
+from core.options import CheckedOptions, option, require
 
 SHORTHANDS = ("square", "all-linear")
 Init = Literal["minimind", "kaiming", "gaussian", "pissa"]
 
 
 @dataclass
-class LoRAConfig:
+class LoRAConfig(CheckedOptions):
     """Names and meanings are PEFT's, the defaults are MiniMind's.
 
     ``target_modules`` and ``exclude_modules``: a list of names or name endings, or, as a string, a
     regular expression for whole module names; targets also "square" (as many inputs as outputs) or
     "all-linear" (all but the output head). A list of one word with regular-expression signs is one
-    too. ``rank_pattern`` and ``alpha_pattern``: a dict (or ``key=value`` words) from a name ending,
-    which may be a regular expression, to a number; the first match counts. Raises ``UserError`` for
-    values that no LoRA can have.
+    too. ``rank_pattern`` and ``alpha_pattern``: a number for each name ending, which may be a
+    regular expression; the first match counts; ``key=value`` words become the dict. Raises
+    ``UserError`` for values that no LoRA can have.
     """
 
-    rank: int = option(16, "rank of the update")
+    rank: int = option(16, "rank of the update", group="most used", at_least=1)
     alpha: float | None = option(
-        None, "the update is scaled by alpha / rank (default: a scale of 1)"
+        None, "the update is scaled by alpha / rank (default: a scale of 1)", group="skill", above=0
     )
-    target_modules: tuple[str, ...] = option(
+    target_modules: str | tuple[str, ...] = option(
         ("square",),
         "square, all-linear, names or name endings of Linear layers, or one regular expression",
+        group="skill",
     )
-    exclude_modules: tuple[str, ...] = option(
-        (), "names or name endings to leave out, or one regular expression"
+    exclude_modules: str | tuple[str, ...] = option(
+        (), "names or name endings to leave out, or one regular expression", group="skill"
     )
     layers_to_transform: tuple[int, ...] = option(
-        (), "numbers of the layers to adapt (default: all)"
+        (), "numbers of the layers to adapt (default: all)", group="skill"
     )
-    rank_pattern: tuple[str, ...] = option((), "other ranks for some names: wo=4 'layers.7.*=32'")
-    alpha_pattern: tuple[str, ...] = option((), "other alphas for some names")
-    use_rslora: bool = option(False, "scale by alpha / sqrt(rank)")
-    use_dora: bool = option(False, "learn each output's magnitude apart from its direction (DoRA)")
+    rank_pattern: dict[str, int] = option(
+        (), "other ranks for some names: wo=4 'layers.7.*=32'", group="skill"
+    )
+    alpha_pattern: dict[str, float] = option((), "other alphas for some names", group="skill")
+    use_rslora: bool = option(False, "scale by alpha / sqrt(rank)", group="skill")
+    use_dora: bool = option(
+        False, "learn each output's magnitude apart from its direction (DoRA)", group="skill"
+    )
     lora_dropout: float = option(
-        0.0, "probability that an input of the update is left out in training"
+        0.0,
+        "probability that an input of the update is left out in training",
+        group="skill",
+        at_least=0,
+        below=1,
     )
     init_lora_weights: Init = option(
         "minimind",
-        "A starts from N(0, 0.02), U(+-1/sqrt(inputs)) or N(0, 1/rank) and B at 0; pissa: from W's SVD",
+        "A starts from N(0, 0.02), U(+-1/sqrt(inputs)) or N(0, 1/rank) and B at 0;"
+        " pissa: from W's SVD",
+        group="skill",
     )
 
     def __post_init__(self):
+        super().__post_init__()
         self.target_modules = _names(self.target_modules or ())
         self.exclude_modules = _names(self.exclude_modules or ())
-        shorthand = self.exclude_modules if self.exclude_modules in SHORTHANDS else ""
         require(
-            not shorthand,
-            f"exclude_modules={shorthand} is no name of a module; it is for target_modules",
+            self.exclude_modules not in SHORTHANDS,
+            f"exclude_modules={self.exclude_modules} is no name of a module; it is a choice of"
+            " target_modules",
         )
         layers = self.layers_to_transform
         self.layers_to_transform = (layers,) if isinstance(layers, int) else tuple(layers or ())
-        self.rank_pattern = _pattern("rank_pattern", self.rank_pattern, int)
-        self.alpha_pattern = _pattern("alpha_pattern", self.alpha_pattern, float)
-        for rank in (self.rank, *self.rank_pattern.values()):
-            whole = isinstance(rank, int) and not isinstance(rank, bool)
-            require(whole and rank >= 1, f"rank={rank} must be at least 1, a whole number")
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
-            positive = isinstance(alpha, int | float) and 0 < alpha < inf
-            require(alpha is None or positive, f"alpha={alpha} must be a positive number")
-        scaled = self.alpha is not None or bool(self.alpha_pattern)
+        self.rank_pattern = _numbers("rank_pattern", self.rank_pattern, int)
+        self.alpha_pattern = _numbers("alpha_pattern", self.alpha_pattern, float)
         require(
-            scaled or not self.use_rslora,
+            not self.use_rslora or self.alpha is not None or bool(self.alpha_pattern),
             "use_rslora changes what alpha is divided by: give an alpha",
         )
-        dropout = self.lora_dropout
-        in_range = isinstance(dropout, int | float) and 0 <= dropout < 1
-        require(in_range, f"lora_dropout={dropout} must lie in [0, 1)")
-        init = self.init_lora_weights
         require(
-            init in get_args(Init),
-            f"init_lora_weights={init!r} must be one of {', '.join(get_args(Init))}",
-        )
-        pissa_dora = self.use_dora and self.init_lora_weights == "pissa"
-        require(
-            not pissa_dora, "use_dora and init_lora_weights=pissa exclude each other: choose one"
+            not (self.use_dora and self.init_lora_weights == "pissa"),
+            "use_dora and init_lora_weights=pissa exclude each other: choose one",
         )
 
-    def scaling(self, rank: int, alpha: float | None) -> float:
-        """alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023); 1 without an alpha."""
-        return 1.0 if alpha is None else alpha / (sqrt(rank) if self.use_rslora else rank)
+    def rank_and_scaling(self, name: str) -> tuple[int, float]:
+        """Of the update of module ``name``: scaled by alpha / rank, or alpha / sqrt(rank)
+        (Kalajdzievski 2023), or by 1 without an alpha.
+        """
+        ranks = [rank for key, rank in self.rank_pattern.items() if ends_with(name, key)]
+        alphas = [alpha for key, alpha in self.alpha_pattern.items() if ends_with(name, key)]
+        rank, alpha = [*ranks, self.rank][0], [*alphas, self.alpha][0]
+        if alpha is None:
+            return rank, 1.0
+        return rank, alpha / (sqrt(rank) if self.use_rslora else rank)
+
+
+def ends_with(name: str, key: str) -> bool:
+    """Whether a module's ``name`` is, or ends in, what the regular expression ``key`` matches."""
+    return re.fullmatch(rf"(.*\.)?({key})", name) is not None
 
 
 def _names(words: str | Sequence[str]) -> str | tuple[str, ...]:
     """A shorthand or a regular expression as a string, names as a tuple."""
-    if not isinstance(words, str):
-        words = tuple(words)
-        require(
-            all(isinstance(word, str) for word in words),
-            f"{words} are no names of modules: they must be texts",
-        )
-        if len(words) != 1 or (words[0] not in SHORTHANDS and re.fullmatch(r"[\w.]*", words[0])):
-            return words
-        (words,) = words
-    if words not in SHORTHANDS:
-        compiled(words)
+    words = words if isinstance(words, str) else tuple(words)
+    if len(words) == 1 and (words[0] in SHORTHANDS or not re.fullmatch(r"[\w.]*", words[0])):
+        words = words[0]
+    if isinstance(words, str) and words not in SHORTHANDS:
+        _check_expression(words)
     return words
 
 
-def _pattern(
+def _numbers(
     name: str, words: Mapping[str, float] | Sequence[str], number: type
 ) -> dict[str, float]:
-    """``key=value`` words, or a dict already, as a dict."""
+    """``key=value`` words, or a dict already, as a dict of positive numbers."""
     if isinstance(words, Mapping):
         words = [f"{key}={value}" for key, value in words.items()]
     found = {}
@@ -125,15 +127,15 @@ def _pattern(
         try:
             found[key] = number(value)
         except ValueError:
-            key = ""
-        require(bool(key), f"{name} {word!r} must be NAME=NUMBER, such as wo=4")
-        compiled(key)
+            found[key] = 0
+        positive = bool(key) and 0 < found[key] < inf
+        require(positive, f"{name} {word!r} must be NAME=NUMBER above 0, such as wo=4")
+        _check_expression(key)
     return found
 
 
-def compiled(pattern: str) -> re.Pattern:
-    """Raises ``UserError`` for what is no regular expression."""
+def _check_expression(text: str) -> None:
     try:
-        return re.compile(pattern)
+        re.compile(text)
     except re.error as error:
-        raise UserError(f"{pattern!r} is no regular expression: {error}") from error
+        raise UserError(f"{text!r} is no regular expression: {error}") from error

@@ -1,9 +1,9 @@
-"""Skills beside one model: one of them active, or a weighted mix, swapped without a trace in the
-base.
+"""Skills beside one model, one of them or a weighted mix active, swapped without a trace in the
+base; and merging into its weights.
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
@@ -11,20 +11,21 @@ from os import PathLike
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from core.errors import UserError
 from model.lora.layer import (
+    Linear,
     LoRA,
     adapted,
     attach,
     dense_weight,
+    detach,
+    exchange,
     is_quantized,
-    merged,
-    remove_lora,
-    write_weight,
 )
-from model.lora.skill_file import adapters_in
-from model.lora.targets import check_receptive
+from model.lora.skill_file import Skill, SkillMeta, adapters_in
+from model.lora.targets import check_receptive, linears
 from model.lora.variants import DoRA, lora_of
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # of each target: A (rank, inputs), B (outputs, rank)
@@ -49,21 +50,20 @@ class SkillLibrary:
     def __contains__(self, name: str) -> bool:
         return name in self._skills
 
-    def add(self, name: str, path: str | PathLike, *, allow_base_mismatch: bool = False) -> dict:
-        """Read the skill file ``path`` as ``name``, in place of an inactive skill of that name;
-        returns its ``_meta``.
+    def add(
+        self, name: str, path: str | PathLike, skill: Skill | None = None, **allowed: bool
+    ) -> SkillMeta:
+        """Read the skill file ``path`` as ``name``, in place of a skill of that name; returns its
+        meta. What the model carries changes at the next ``use``.
 
-        Raises ``UserError`` for a file that does not fit (see ``check_lora``) and for the name of
-        an active skill.
+        ``skill``: what ``read_lora`` gave for ``path``, where it was read already. ``allowed``:
+        ``allow_base_mismatch``, as for ``adapters_in``, which raises ``UserError`` for a file that
+        does not fit.
         """
-        self._refuse_active(name)
-        loras, meta = adapters_in(self.model, path, allow_base_mismatch=allow_base_mismatch)
-        with torch.no_grad():
-            for (
-                lora
-            ) in loras.values():  # so that no program depends on a number that a swap changes
-                lora.B.weight.mul_(lora.scaling)
-                lora.scaling = 1.0
+        loras, meta = adapters_in(self.model, path, skill, **allowed)
+        for lora in loras.values():  # so that no compiled program depends on a skill's own number
+            lora.B.weight = nn.Parameter(lora.B.weight.detach() * lora.scaling)
+            lora.scaling = 1.0
         self._skills[name] = loras
         return meta
 
@@ -77,14 +77,14 @@ class SkillLibrary:
         weights = {skills: 1.0} if isinstance(skills, str) else dict(skills or {})
         loras = self._mixed(weights)
         check_receptive(self.model)
-        remove_lora(self.model)
-        attach(self.model, loras)
+        exchange(self.model, loras)
         self.active = weights
 
     def remove(self, name: str) -> None:
         """Forget an inactive skill. Raises ``UserError`` for an unknown or an active one."""
         self._skill(name)
-        self._refuse_active(name)
+        if name in self.active:
+            raise UserError(f"skill {name!r} is active; use another one first")
         del self._skills[name]
 
     @contextmanager
@@ -94,43 +94,31 @@ class SkillLibrary:
         Raises ``UserError`` while a LoRA is merged into the model.
         """
         check_receptive(self.model)
-        removed, active = remove_lora(self.model), self.active
+        taken, active = exchange(self.model, {}), self.active
         try:
             yield
         finally:  # whatever was used or merged meanwhile
-            if any(True for _ in merged(self.model)):
+            if _merged(self.model):
                 unmerge_lora(self.model)
-            remove_lora(self.model)
-            attach(self.model, removed)
+            exchange(self.model, taken)
             self.active = active
 
     def factors(self, weights: Mapping[str, float]) -> Factors:
         """The exact weighted sum of these skills, as products. Raises ``UserError`` as ``use``
         does.
         """
-        return mixed(
-            [(factors_of(self._skill(name), name), weight) for name, weight in weights.items()]
-        )
+        return mixed([(factors_of(self._skill(name), name), w) for name, w in weights.items()])
 
     def _mixed(self, weights: dict[str, float]) -> dict[str, LoRA]:
         if list(weights.values()) == [1.0]:
-            (name,) = weights
-            return self._skill(name)
-        return {
-            target: lora_of(self.model.get_submodule(target), {"A.weight": A, "B.weight": B})
-            for target, (A, B) in self.factors(weights).items()
-        }
+            return self._skill(*weights)
+        return loras_of(self.model, self.factors(weights))
 
     def _skill(self, name: str) -> dict[str, LoRA]:
         if name not in self._skills:
-            raise UserError(
-                f"there is no skill {name!r} in the library; there are {', '.join(self._skills) or 'none'}"
-            )
+            there = ", ".join(self._skills) or "none"
+            raise UserError(f"there is no skill {name!r} in the library; there are {there}")
         return self._skills[name]
-
-    def _refuse_active(self, name: str) -> None:
-        if name in self.active:
-            raise UserError(f"skill {name!r} is active; use another one first")
 
 
 @torch.no_grad()
@@ -143,31 +131,27 @@ def merge_lora(model: nn.Module) -> None:
     another module uses too, and where a merged weight would not be finite.
     """
     check_receptive(model)
-    if any(is_quantized(linear) for _, linear in adapted(model)):
-        raise UserError("a 4-bit weight has no room for an update; call dequantize(model) first")
-    weights = {name: linear.lora.merged(dense_weight(linear)) for name, linear in adapted(model)}
-    if not weights:
+    found, weights = dict(adapted(model)), {}
+    if not found:
         raise UserError(
             "there is no LoRA on this model to merge; call apply_lora or attach_lora first"
         )
-    users = Counter(
-        id(parameter)
-        for module in model.modules()
-        for parameter in module.parameters(recurse=False)
-    )
-    for name, weight in weights.items():
-        if users[id(model.get_submodule(name).weight)] > 1:
-            raise UserError(
-                f"{name} shares its weight with another module, so keep its LoRA attached: none is merged"
-            )
-        if not weight.isfinite().all():
-            raise UserError(
-                f"merging would put NaN or infinity into {name}; go back to an earlier skill file"
-            )
-    for name, lora in remove_lora(model).items():
-        linear = model.get_submodule(name)
-        linear.unmerged = linear.weight.clone(), lora  # a tuple is no child: state-dict keys stay
-        write_weight(linear, weights[name])
+    if any(map(is_quantized, found.values())):
+        raise UserError("a 4-bit weight has no room for an update; call dequantize(model) first")
+    users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    for name, linear in found.items():
+        weights[name] = linear.lora.merged(dense_weight(linear))
+        if users[id(linear.weight)] > 1:
+            wrong = f"{name} shares its weight with another module: keep its LoRA attached"
+            raise UserError(f"{wrong}; none is merged")
+        if not weights[name].isfinite().all():
+            wrong = f"merging would put NaN or infinity into {name}"
+            raise UserError(f"{wrong}; go back to an earlier skill file")
+    for name, linear in found.items():
+        # A tuple is no child: state-dict keys stay.
+        linear.unmerged = linear.weight.clone(), detach(linear)
+        is_transposed = isinstance(linear, Conv1D)
+        linear.weight.copy_(weights[name].T if is_transposed else weights[name])
 
 
 @torch.no_grad()
@@ -175,29 +159,42 @@ def unmerge_lora(model: nn.Module) -> None:
     """Put back the weights and the LoRA that ``merge_lora`` found, bit for bit. Raises
     ``UserError`` if none did.
     """
-    found = dict(merged(model))
+    found = _merged(model)
     if not found:
         raise UserError("no LoRA is merged into this model")
-    for linear in found.values():
-        linear.weight.copy_(linear.unmerged[0])
-    attach(model, {name: linear.unmerged[1] for name, linear in found.items()})
-    for linear in found.values():
+    for linear in found:
+        weight, lora = linear.unmerged
         del linear.unmerged
+        linear.weight.copy_(weight)
+        attach(linear, lora)
+
+
+def _merged(model: nn.Module) -> list[Linear]:
+    return [module for module in model.modules() if "unmerged" in vars(module)]
+
+
+def loras_of(model: nn.Module, factors: Factors) -> dict[str, LoRA]:
+    """The updates that compute these products, for the Linears of ``model``, by name."""
+    found = linears(model)
+    return {
+        target: lora_of(found[target], {"A.weight": A, "B.weight": B})
+        for target, (A, B) in factors.items()
+    }
 
 
 def factors_of(loras: Mapping[str, LoRA], name: str) -> Factors:
     """The updates of the skill ``name`` as products. Raises ``UserError`` for DoRA, which is
     none.
     """
-    if any(isinstance(lora, DoRA) for lora in loras.values()):
-        raise UserError(
-            f"skill {name} is a DoRA, which rescales the base's weights and so has no weighted sum"
-        )
-    exported = {target: lora.exported() for target, lora in loras.items()}
-    return {
-        target: (parts["A.weight"].detach(), loras[target].scaling * parts["B.weight"].detach())
-        for target, parts in exported.items()
-    }
+    factors = {}
+    for target, lora in loras.items():
+        if isinstance(lora, DoRA):
+            raise UserError(
+                f"skill {name} is a DoRA, which rescales weights: it has no weighted sum"
+            )
+        A, B = (tensor.detach() for tensor in lora.exported().values())
+        factors[target] = A, lora.scaling * B
+    return factors
 
 
 def mixed(parts: Sequence[tuple[Factors, float]]) -> Factors:
@@ -206,22 +203,19 @@ def mixed(parts: Sequence[tuple[Factors, float]]) -> Factors:
 
     Raises ``UserError`` for weights that are no numbers, or so large that a product is not finite.
     """
-    if wrong := [
-        weight for _, weight in parts if not isinstance(weight, Real) or not math.isfinite(weight)
-    ]:
-        raise UserError(f"a skill's weight must be a number, not {wrong[0]}")
-    targets = dict.fromkeys(target for factors, _ in parts for target in factors)
+    collected = defaultdict(list)  # of each target: (A, weight * B) of the skills that have it
+    for factors, weight in parts:
+        if not isinstance(weight, Real) or not math.isfinite(weight):
+            raise UserError(f"a skill's weight must be a number, not {weight}")
+        for target, (A, B) in factors.items():
+            collected[target].append((A, weight * B))
     sums = {}
-    for target in targets:
-        there = [(*factors[target], weight) for factors, weight in parts if target in factors]
-        sums[target] = (
-            torch.cat([A for A, _, _ in there]),
-            torch.cat([weight * B for _, B, weight in there], dim=1),
-        )
+    for target, products in collected.items():
+        A, B = zip(*products, strict=True)
+        sums[target] = torch.cat(A), torch.cat(B, dim=1)
         if not sums[target][1].isfinite().all():
-            raise UserError(
-                f"the weights {', '.join(f'{weight:g}' for _, weight in parts)} are too large for {target}"
-            )
+            weights = ", ".join(f"{weight:g}" for _, weight in parts)
+            raise UserError(f"the weights {weights} are too large for {target}")
     return sums
 
 

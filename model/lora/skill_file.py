@@ -1,10 +1,10 @@
-"""A skill on disk: one self-contained ``.pth``."""
+"""A skill on disk: one self-contained ``.pth``, whose ``_meta`` explains the tensors beside it."""
 
 import json
 import math
-import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from os import PathLike
 
 import torch
@@ -12,31 +12,51 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from core.files import atomic_write
-from model.lora.layer import LoRA, adapted, attach, features, lora_parameters, remove_lora
-from model.lora.targets import apply_call, check_receptive, linears, output_head
+from model.lora.layer import LoRA, adapted, base_name, exchange, features, lora_parameters
+from model.lora.targets import check_receptive, endings, linears
 from model.lora.variants import lora_of
-from model.weights import arithmetic, copy_strictly, fingerprint, read_tensors, short
+from model.weights import FORMAT, Record, arithmetic, fingerprint, read_tensors
 
-FORMAT = 1
 KEYS = ("A.weight", "B.weight", "magnitude")  # of a target, after ".lora."
 META_KEY = "_meta"  # a uint8 tensor of JSON; MiniMind's own loader passes over it
-HEAD = "_head."  # before the names of tensors that a classifier's skill replaces whole
+
+
+@dataclass(kw_only=True)
+class SkillMeta(Record):
+    """What a skill file says of itself. ``save_lora`` fills in what the model knows: the entries
+    from ``rank`` to ``ranks``, and the fingerprint in ``base``.
+    """
+
+    rank: int = 0  # rank and alpha are the most usual
+    alpha: int | float = 0.0
+    targets: list = field(default_factory=list)
+    scaling: dict = field(default_factory=dict)  # of each target, as are the ranks
+    ranks: dict = field(default_factory=dict)
+    base: dict = field(default_factory=dict)
+    prompt_template: str | None = None  # how the skill was asked in training
+    load_in_4bit: bool = False
+    max_seq_len: int | None = None
+    labels: list | None = None  # a classifier's, as is ``pairs``
+    pairs: bool | None = None
+
+    ONCE_OPTIONS = ("prompt_template", "load_in_4bit", "max_seq_len")
+
+
+Skill = tuple[dict[str, Tensor], SkillMeta]  # what a file holds
 
 
 def save_lora(
     model: nn.Module,
     path: str | PathLike,
-    meta: dict | None = None,
-    head: Mapping[str, Tensor] | None = None,
+    meta: SkillMeta | None = None,
+    extra: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the applied LoRA as one ``.pth`` that explains itself: fp32 tensors under MiniMind's
-    keys, and ``_meta``.
+    keys, and ``meta`` completed by ranks, scales and the base's fingerprint.
 
-    ``_meta`` holds rank, alpha, targets, the base's fingerprint and what ``meta`` adds (a ``base``
-    dict is merged). ``head``: tensors that were trained beside the LoRA, which ``read_lora`` gives
-    back as ``_meta``'s ``head``. Prints which updates are still zero: such a Linear's ``forward``
-    never ran in training (some modules, PyTorch's MultiheadAttention for one, use its weight
-    alone).
+    ``extra``: tensors that were trained beside the LoRA and belong to the skill; their names begin
+    with "_". Prints which updates are still zero: such a Linear's ``forward`` never ran in training
+    (some modules, PyTorch's MultiheadAttention for one, use its weight alone).
     """
     check_receptive(model)
     loras = {name: linear.lora for name, linear in adapted(model)}
@@ -44,261 +64,188 @@ def save_lora(
         raise UserError("there is no LoRA on this model to save; call apply_lora(model) first")
     if idle := [name for name, lora in loras.items() if lora.is_zero()]:
         print(
-            f"note: {len(idle)} of {len(loras)} updates are zero, nothing was learned there: {', '.join(idle[:5])}"
+            f"note: {len(idle)} of {len(loras)} updates are zero, nothing was learned there:"
+            f" {', '.join(idle[:5])}"
         )
-    tensors = {
-        f"{name}.lora.{key}": tensor.detach().float().cpu()
-        for name, lora in loras.items()
-        for key, tensor in lora.exported().items()
-    }
-    tensors |= {HEAD + name: tensor.detach().float().cpu() for name, tensor in (head or {}).items()}
-    write_lora(
-        path,
-        tensors,
-        {name: lora.scaling for name, lora in loras.items()},
-        base_fingerprint(model),
-        meta or {},
-    )
+    tensors = dict(extra or {})
+    for name, lora in loras.items():
+        tensors |= {f"{name}.lora.{key}": tensor for key, tensor in lora.exported().items()}
+    tensors = {name: tensor.detach().float().cpu() for name, tensor in tensors.items()}
+    ranks = {name: tensors[f"{name}.lora.A.weight"].size(0) for name in loras}
+    scaling = {name: lora.scaling for name, lora in loras.items()}
+    usual = Counter((rank, scaling[name] * rank) for name, rank in ranks.items())
+    (rank, alpha), _ = usual.most_common(1)[0]
+    meta = meta or SkillMeta()
+    base = {**meta.base, "fingerprint": base_fingerprint(model)}
+    known = {"rank": rank, "alpha": alpha, "targets": list(loras), "scaling": scaling}
+    meta = replace(meta, base=base, ranks=ranks, **known)
+    packed = json.dumps(meta.to_json(), ensure_ascii=False).encode()
+    tensors[META_KEY] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+    atomic_write(path, lambda file: torch.save(tensors, file))
 
 
-def write_lora(
-    path: str | PathLike,
-    tensors: dict[str, Tensor],
-    scaling: dict[str, float],
-    base: str | None,
-    meta: dict,
-) -> None:
-    """Write the skill file of these tensors; ``scaling`` gives each target's. Rank and alpha are
-    the most usual.
-    """
-    ranks = {name: tensors[f"{name}.lora.A.weight"].size(0) for name in scaling}
-    (rank, alpha), _ = Counter(
-        (rank, scaling[name] * rank) for name, rank in ranks.items()
-    ).most_common(1)[0]
-    record = {
-        **{key: value for key, value in meta.items() if key != "head"},
-        "format": FORMAT,
-        "rank": rank,
-        "alpha": alpha,
-        "targets": list(scaling),
-        "scaling": scaling,
-        "base": {**meta.get("base", {}), "fingerprint": base},
-    }
-    packed = json.dumps(record, ensure_ascii=False).encode()
-    content = {**tensors, META_KEY: torch.frombuffer(bytearray(packed), dtype=torch.uint8)}
-    atomic_write(path, lambda file: torch.save(content, file))
-
-
-def read_lora(path: str | PathLike) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a LoRA file and its ``_meta``, checked against each other; ``ranks`` gives
-    each target's.
+def read_lora(path: str | PathLike) -> Skill:
+    """The tensors of a skill file, ``extra`` ones included, and its meta, checked against them.
 
     A file without ``_meta`` (MiniMind's) gets rank and targets from its tensors, scale 1, and no
-    base. Raises ``UserError`` for anything that is no LoRA file.
+    base, which is noted in print. Names lose the parts of wrappers, which earlier versions wrote.
+    Raises ``UserError`` for anything that is no LoRA file.
     """
-    tensors = read_tensors(path)
+    tensors = {base_name(name): tensor for name, tensor in read_tensors(path).items()}
     packed = tensors.pop(META_KEY, None)
-    head = {
-        name.removeprefix(HEAD): tensors.pop(name)
-        for name in list(tensors)
-        if name.startswith(HEAD)
-    }
     ranks = _ranks(tensors, path)
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    implied = {"rank": rank, "alpha": rank, "targets": sorted(ranks)}
     try:
-        meta = {} if packed is None else json.loads(bytes(packed.to(torch.uint8).tolist()))
-        rank = Counter(ranks.values()).most_common(1)[0][0]
-        meta = {"rank": rank, "alpha": rank, "targets": sorted(ranks), **meta, "head": head}
-        consistent = set(meta["targets"]) == set(ranks) and meta["rank"] in ranks.values()
-        meta |= {
-            "alpha": float(meta["alpha"]),
-            "base": dict(meta.get("base") or {}),
-            "ranks": ranks,
-        }
-        meta["options"] = dict(meta.get("options") or {})
-        meta["use_dora"] = any(name.endswith(".lora.magnitude") for name in tensors)
-        scaling = dict(meta.get("scaling") or {})
-        meta["scaling"] = {
-            name: float(scaling.get(name, meta["alpha"] / meta["rank"])) for name in meta["targets"]
-        }
-        numbers = [meta["alpha"], *meta["scaling"].values()]
-        if (
-            not consistent
-            or not all(0 < n < math.inf for n in numbers)
-            or meta.get("format", FORMAT) != FORMAT
-        ):
+        content = {} if packed is None else json.loads(bytes(packed.to(torch.uint8).tolist()))
+        meta = SkillMeta.from_json(implied | content)
+        usual = meta.alpha / meta.rank
+        scaling = {base_name(n): float(meta.scaling.get(n, usual)) for n in meta.targets}
+        consistent = set(scaling) == set(ranks) and meta.rank in ranks.values()
+        positive = all(0 < number < math.inf for number in (meta.alpha, *scaling.values()))
+        if not consistent or not positive or meta.format != FORMAT:
             raise ValueError
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        KeyError,
-        OverflowError,
-        RecursionError,
-    ) as error:
+    except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
         raise UserError(
             f"{path} is no LoRA file: its {META_KEY} does not describe its tensors; train it again"
         ) from error
-    return tensors, meta
+    if meta.base.get("fingerprint") is None:
+        print(f"note: {path} does not say which base it was trained on, so that cannot be checked")
+    return tensors, replace(meta, targets=list(scaling), scaling=scaling, ranks=ranks)
 
 
 def _ranks(tensors: dict[str, Tensor], path: str | PathLike) -> dict[str, int]:
     """The rank of each target. Raises ``UserError`` that names the keys which make ``tensors`` no
-    LoRA.
+    LoRA; those that begin with "_" are not looked at.
     """
-    problems, parts = [], {}
+    ranks, shapes, problems = {}, defaultdict(dict), []
     for name, tensor in tensors.items():
-        if not (found := re.fullmatch(rf"(.+)\.lora\.({'|'.join(map(re.escape, KEYS))})", name)):
+        target, _, key = name.rpartition(".lora.")
+        if name.startswith("_"):
+            continue
+        if not target or key not in KEYS:
             problems.append(f"unexpected {name}")
         elif not tensor.is_floating_point():
             problems.append(f"{name} is {tensor.dtype}, not floating point")
         else:
-            parts.setdefault(found[1], {})[found[2]] = tuple(tensor.shape)
-    ranks = {}
-    for target, shapes in parts.items():
-        problems += [
-            f"missing {target}.lora.{key}" for key in ("A.weight", "B.weight") if key not in shapes
-        ]
-        match shapes:
-            case {"A.weight": (rank, _), "B.weight": (outputs, columns), **others} if (
-                rank == columns >= 1
+            shapes[target][key] = tuple(tensor.shape)
+    for target, found in shapes.items():
+        match [found.get(key) for key in KEYS]:
+            case [(rank, _), (outputs, columns), magnitude] if (
+                rank == columns >= 1 and magnitude in (None, (outputs,))
             ):
                 ranks[target] = rank
-                if others not in ({}, {"magnitude": (outputs,)}):
-                    problems.append(
-                        f"{target}.lora.magnitude is {others['magnitude']}, not {(outputs,)}"
-                    )
-            case {"A.weight": first, "B.weight": second}:
-                problems.append(f"{target} has A {first} and B {second}, of no common rank")
+            case _:
+                problems.append(f"{target} has the shapes {found}, which make no update")
     if problems or not ranks:
-        few = "; ".join(problems[:5]) + (
-            f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        )
-        raise UserError(f"{path} is no LoRA file: {few or 'it holds no tensors'}")
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        few = "; ".join(problems[:5]) or "it holds no tensors"
+        raise UserError(f"{path} is no LoRA file: {few}{more}")
     return ranks
 
 
-def check_lora(
-    model: nn.Module, path: str | PathLike, *, allow_base_mismatch: bool = False
-) -> tuple[dict[str, Tensor], dict]:
-    """``read_lora``, once it is sure that the file fits ``model``; nothing is changed.
+def adapters_in(
+    model: nn.Module,
+    path: str | PathLike,
+    skill: Skill | None = None,
+    *,
+    allow_base_mismatch: bool = False,
+    with_extra: bool = False,
+) -> tuple[dict[str, LoRA], SkillMeta]:
+    """The updates in a skill file that fits ``model``, by target, ready for ``attach``; and its
+    meta. ``model`` stays as it is.
 
-    Raises ``UserError`` if the file was trained on another base (unless ``allow_base_mismatch``),
-    if the model lacks a target or has it in another size, every one of which is named, and as
-    ``check_receptive`` does.
+    ``skill``: what ``read_lora`` gave for ``path``, where it was read already. Raises ``UserError``
+    for a file with ``extra`` tensors (unless the caller uses them: ``with_extra``), one that was
+    trained on another base (unless ``allow_base_mismatch``), if the model lacks a target or has it
+    in another size, every one of which is named, and as ``check_receptive`` does.
     """
     check_receptive(model)
-    tensors, meta = read_lora(path)
-    if meta["head"] and output_head(model) is not None:
+    tensors, meta = skill or read_lora(path)
+    extra = [name for name in tensors if name.startswith("_")]
+    if extra and not with_extra:
         raise UserError(
-            f"{path} is a text classifier's; ask it with scripts/train_lora_classifier.py --predict"
+            f"{path} is more than a LoRA: {extra[0]} belongs to it; use it with the program that"
+            f" trained it as a {meta.stage}"
         )
-    trained_on = meta["base"].get("fingerprint")
-    if (
-        trained_on is not None
-        and trained_on != (present := base_fingerprint(model))
-        and not allow_base_mismatch
-    ):
-        name = meta["base"].get("file", "a base")
+    trained_on, present = meta.base.get("fingerprint"), base_fingerprint(model)
+    if trained_on not in (None, present) and not allow_base_mismatch:
+        name = meta.base.get("file", "a base")
         raise UserError(
-            f"{path} was trained on {name} ({short(str(trained_on))}), but this model is {short(present)};"
-            " use that base" + ("" if meta["head"] else " or --allow_base_mismatch")
+            f"{path} was trained on {name} ({str(trained_on)[:12]}), but this model is"
+            f" {present[:12]}; use that base{'' if extra else ' or allow_base_mismatch'}"
         )
-    found, problems = dict(linears(model)), []
-    for target in meta["targets"]:
-        wanted = (
-            tensors[f"{target}.lora.B.weight"].size(0),
-            tensors[f"{target}.lora.A.weight"].size(1),
-        )
-        if target not in found:
-            problems.append(f"{target} is missing")
-        elif features(found[target]) != wanted:
-            problems.append(f"{target} is {features(found[target])}, not {wanted}")
+    found, loras, problems = linears(model), {}, []
+    for name in meta.targets:
+        keys = {key: f"{name}.lora.{key}" for key in KEYS}
+        parts = {key: tensors[whole] for key, whole in keys.items() if whole in tensors}
+        size = parts["B.weight"].size(0), parts["A.weight"].size(1)
+        if name not in found:
+            problems.append(f"{name} is missing")
+        elif features(found[name]) != size:
+            problems.append(f"{name} is {features(found[name])}, not {size}")
+        else:
+            loras[name] = lora_of(found[name], parts, meta.scaling[name])
     if problems:
         raise UserError(f"{path} does not fit this model: {'; '.join(problems)}")
-    return tensors, meta
-
-
-def load_lora(model: nn.Module, path: str | PathLike, *, allow_base_mismatch: bool = False) -> dict:
-    """Copy a LoRA file into the LoRA applied to ``model``; returns its ``_meta``.
-
-    Device and dtype of the model stay. Raises ``UserError``, before anything changes, for what
-    ``check_lora`` refuses and if ranks, targets or kind differ from what is applied: it prints the
-    right ``apply_lora`` call.
-    """
-    tensors, meta = check_lora(model, path, allow_base_mismatch=allow_base_mismatch)
-    loras = {name: linear.lora for name, linear in adapted(model)}
-    own = {
-        f"{name}.lora.{key}": tensor
-        for name, lora in loras.items()
-        for key, tensor in lora.state_dict().items()
-    }
-    if (
-        own.keys() != tensors.keys()
-        or {name: lora.rank for name, lora in loras.items()} != meta["ranks"]
-    ):
-        prepared = f", or prepare it with {call}" if (call := apply_call(model, meta)) else ""
-        raise UserError(f"{path} does not fit the LoRA on this model; use attach_lora{prepared}")
-    copy_strictly(own, tensors, path)
-    _note_unknown_base(meta, path)
-    for name, lora in loras.items():
-        lora.scaling = meta["scaling"][name]
-    return meta
-
-
-def adapters_in(
-    model: nn.Module, path: str | PathLike, *, allow_base_mismatch: bool = False
-) -> tuple[dict[str, LoRA], dict]:
-    """The updates in a skill file that fits ``model``, by target, ready for ``attach``; and the
-    file's ``_meta``.
-
-    Raises ``UserError`` as ``check_lora`` does; ``model`` stays as it is.
-    """
-    tensors, meta = check_lora(model, path, allow_base_mismatch=allow_base_mismatch)
-    loras = {}
-    for name in meta["targets"]:
-        parts = {
-            key: tensors[f"{name}.lora.{key}"] for key in KEYS if f"{name}.lora.{key}" in tensors
-        }
-        loras[name] = lora_of(model.get_submodule(name), parts, meta["scaling"][name])
-    _note_unknown_base(meta, path)
     return loras, meta
 
 
-def _note_unknown_base(meta: dict, path: str | PathLike) -> None:
-    if meta["base"].get("fingerprint") is None:
-        print(f"note: {path} does not say which base it was trained on, so that cannot be checked")
+def load_lora(model: nn.Module, path: str | PathLike, **allowed: bool) -> SkillMeta:
+    """Copy a skill file into the LoRA applied to ``model``; returns its meta.
 
-
-def attach_lora(
-    model: nn.Module, path: str | PathLike, *, allow_base_mismatch: bool = False
-) -> dict:
-    """Put a skill file on ``model`` whatever its rank and targets, in place of an active one;
-    returns its ``_meta``.
-
-    When ``check_lora`` refuses the file the active skill stays.
+    Device and dtype of the model stay. Raises ``UserError``, before anything changes, for what
+    ``adapters_in`` refuses (``allowed`` is for that), and if ranks, targets or kind differ from
+    what is applied.
     """
-    loras, meta = adapters_in(model, path, allow_base_mismatch=allow_base_mismatch)
-    remove_lora(model)
+    loras, meta = adapters_in(model, path, **allowed)
+    own = {name: linear.lora for name, linear in adapted(model)}
+    kinds = [{name: (type(lora), lora.rank) for name, lora in of.items()} for of in (own, loras)]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"{path} has {_described(loras)}, the model {_described(own)}; use attach_lora, which"
+            " prepares the model for the file"
+        )
+    for name, lora in loras.items():
+        own[name].load_state_dict(lora.state_dict())
+        own[name].scaling = lora.scaling
+    return meta
+
+
+def _described(loras: Mapping[str, LoRA]) -> str:
+    """Kinds, ranks and targets, for a sentence."""
+    if not loras:
+        return "no LoRA"
+    kinds = ", ".join(sorted({type(lora).__name__ for lora in loras.values()}))
+    ranks = ", ".join(map(str, sorted({lora.rank for lora in loras.values()})))
+    return f"{kinds} of rank {ranks} on {len(loras)} Linears ({endings(loras)})"
+
+
+def attach_lora(model: nn.Module, path: str | PathLike, **allowed: bool) -> SkillMeta:
+    """Put a skill file on ``model`` whatever its rank and targets, in place of an active one;
+    returns its meta.
+
+    ``allowed``: ``allow_base_mismatch`` and ``with_extra``, as for ``adapters_in``. When that
+    refuses the file, the active skill stays.
+    """
+    loras, meta = adapters_in(model, path, **allowed)
     model.requires_grad_(False)
-    attach(model, loras)
+    exchange(model, loras)
     return meta
 
 
 def base_fingerprint(model: nn.Module) -> str:
     """``fingerprint`` of the model without its LoRA; recomputed only after a weight changed.
 
-    What it is ``known_as``, where that was set: before it was quantised, or without what a
+    It is the model's ``known_as`` where that was set: before it was quantised, or without what a
     classifier has to learn. Writes through ``parameter.data`` and by fused optimizers cannot be
     seen.
     """
     if hasattr(model, "known_as"):
         return model.known_as
     added = {id(parameter) for parameter in lora_parameters(model)}
-    base = [
-        (name, parameter)
-        for name, parameter in model.named_parameters()
-        if id(parameter) not in added
-    ]
+    named = [(base_name(name), parameter) for name, parameter in model.named_parameters()]
+    base = [(name, parameter) for name, parameter in named if id(parameter) not in added]
     config = getattr(model, "config", None)
     version = [(parameter.data_ptr(), parameter._version) for _, parameter in base]
     version.append(arithmetic(config))

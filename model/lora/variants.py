@@ -6,48 +6,56 @@ from torch import Tensor, nn
 
 from model.lora.layer import Linear, LoRA, dense_weight
 
+SMALLEST_NORM = 1e-6  # of a row: one that is shorter counts as this long, and 0 / 0 never occurs
+
+
+def forward_with_dora(linear: Linear, x: Tensor) -> Tensor:
+    """What replaces the ``forward`` of a Linear that carries a ``DoRA`` as its ``lora``."""
+    y, lora = type(linear).forward(linear, x), linear.lora
+    weight, dtype = dense_weight(linear), lora.A.weight.dtype
+    stretch = lora.stretch(weight).to(dtype)
+    if lora.training and lora.dropout.p:
+        x = lora.dropout(x.to(dtype))
+        by_base = F.linear(x, weight.to(dtype))
+        update = lora.B(lora.A(x) * lora.scaling)
+    else:
+        by_base = (y if linear.bias is None else y - linear.bias).to(dtype)
+        update = lora(x)
+    return y + ((stretch - 1) * by_base + stretch * update).to(y.dtype)
+
 
 class DoRA(LoRA):
     """``magnitude * V / ||V||`` of each output, with V = W + scaling * B A (Liu et al. 2024).
 
     ``magnitude`` (outputs,) starts as the norm of W's rows. As in the paper, no gradient flows
-    through the norm.
+    through the norm. Norms are at least ``SMALLEST_NORM``, so a row of zeros learns too.
     """
+
+    patched_forward = staticmethod(forward_with_dora)
 
     def __init__(self, linear: Linear, *args, **kwargs):
         super().__init__(linear, *args, **kwargs)
-        self.magnitude = nn.Parameter(dense_weight(linear).float().norm(dim=1))
-
-    @staticmethod
-    def forward_of_linear(self: Linear, x: Tensor) -> Tensor:
-        y, lora = type(self).forward(self, x), self.lora
-        dtype = lora.A.weight.dtype
-        weight = dense_weight(self).to(dtype)
-        stretch = lora._stretch(weight)
-        if lora.training and lora.dropout.p:
-            x = lora.dropout(x.to(dtype))
-            by_base = F.linear(x, weight)
-            update = lora.B(lora.A(x) * lora.scaling)
-        else:
-            by_base = (y if self.bias is None else y - self.bias).to(dtype)
-            update = lora(x)
-        return y + ((stretch - 1) * by_base + stretch * update).to(y.dtype)
+        norm = dense_weight(linear).float().norm(dim=1)
+        self.magnitude = nn.Parameter(norm.clamp_min(SMALLEST_NORM))
 
     def merged(self, weight: Tensor) -> Tensor:
-        return self._stretch(weight).to(weight)[:, None] * super().merged(weight)
+        return self.stretch(weight).to(weight)[:, None] * super().merged(weight)
 
     def exported(self) -> dict[str, Tensor]:
         return {**super().exported(), "magnitude": self.magnitude}
 
-    def _stretch(self, weight: Tensor) -> Tensor:
-        with torch.no_grad():
-            norm = LoRA.merged(self, weight).norm(dim=1)
+    def stretch(self, weight: Tensor) -> Tensor:
+        """magnitude / ||V|| (outputs,) for W = ``weight``, fp32 or fp64. The norm is computed
+        without autocast: in fp16 a small product B A would be 0.
+        """
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            norm = LoRA.merged(self, weight).norm(dim=1).clamp_min(SMALLEST_NORM)
         return self.magnitude / norm
 
 
 class PiSSA(LoRA):
-    """LoRA whose A and B start as the largest singular values of W, of which the frozen part is
-    relieved (Meng 2024).
+    """LoRA whose A and B start as the largest singular values of W, which are taken out of the
+    frozen part (Meng 2024).
 
     The base stays as it is: the start, ``A0`` and ``B0``, is subtracted from the update instead. A
     file gets both, as an ordinary LoRA of twice the rank, and so fits the base like any other.

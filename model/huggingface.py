@@ -1,0 +1,98 @@
+"""Models of other makers: opening them as transformers does, and writing a folder of theirs."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.utils import logging as library_logging
+
+from core.errors import UserError, reason_of
+from core.paths import pretrained_name
+
+
+def open_causal(base: Path) -> nn.Module:
+    """The fp32 causal language model in a Hugging Face folder or of that name on the hub, in eval
+    mode. Raises ``UserError`` for what is none, masked language models included.
+    """
+    model, missing = load_pretrained(AutoModelForCausalLM, base, "causal language model")
+    if missing:
+        lacks = ", ".join(missing[:3])
+        raise UserError(f"base {base} lacks {lacks}: it is no causal language model")
+    if _looks_ahead(model.eval()):
+        raise UserError(
+            f"base {base} sees the tokens that it would have to predict: it is no causal language"
+            " model"
+        )
+    return model
+
+
+@torch.no_grad()
+def _looks_ahead(model: nn.Module) -> bool:
+    """Whether a later token moves earlier logits, beyond rounding: in masked language models it
+    does.
+    """
+    # One sequence at a time, so that both are computed by the same sums in the same order.
+    one, other = (
+        model(input_ids=torch.tensor([[0, 0, 0, n]]), use_cache=False).logits[:, :-1]
+        for n in (0, 1)
+    )
+    return bool((one - other).abs().max() > 1e-4 * one.abs().max())
+
+
+def load_pretrained(
+    kind: Any, base: Path, called: str, **settings: Any
+) -> tuple[nn.Module, list[str]]:
+    """The fp32 model of a Hugging Face auto class, and the names of the parameters that its files
+    lack, which are drawn.
+
+    Raises ``UserError``, which names the kind of model as ``called``, if it cannot be loaded.
+    """
+    try:
+        with quiet_library():  # the caller reports what is missing
+            settings |= {"dtype": torch.float32, "output_loading_info": True}
+            model, report = kind.from_pretrained(pretrained_name(base), **settings)
+    except Exception as error:  # a file, the network or the library's own checks: many kinds
+        reason = reason_of(error)
+        raise UserError(f"base {base} is no {called} that can be loaded ({reason})") from error
+    mismatched = {name for name, *_ in report["mismatched_keys"]}
+    return model, sorted({*report["missing_keys"], *mismatched})
+
+
+def save_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a Hugging Face folder; one that is there stays until the new one is whole.
+
+    Raises ``UserError`` when the disk refuses.
+    """
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
+        unfinished.mkdir(parents=True)
+        with quiet_library():
+            model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    except Exception as error:  # the disk's refusals, some in the library's own kind
+        reason = getattr(error, "strerror", None) or reason_of(error)
+        raise UserError(
+            f"cannot write {folder}: {reason}; make room there or choose another folder"
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet_library() -> Iterator[None]:
+    """Inside, transformers prints neither tables nor progress bars."""
+    verbosity, has_bars = library_logging.get_verbosity(), library_logging.is_progress_bar_enabled()
+    library_logging.set_verbosity_error()
+    library_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library_logging.set_verbosity(verbosity)
+        if has_bars:
+            library_logging.enable_progress_bar()

@@ -1,0 +1,72 @@
+"""A chat's skills: their files are found, read once, and named in full when they are refused."""
+
+import os
+import shutil
+import sys
+
+import pytest
+from conftest import flags, logits_of
+
+import eval_model
+from core.errors import UserError
+from core.paths import TOKENIZER_DIR, lora_path
+from dataset.tokenizer import load_tokenizer
+from model.generation import Sampling
+from model.lora.skill_file import read_lora
+from model.model import MiniMindLM
+from model.model_lora import apply_lora, save_lora
+from model.weights import load_base
+from serving.session import ChatSession
+
+
+@pytest.fixture
+def session(trained, tmp_path):
+    """On the trained chat base, with copies of its skills in a folder of its own."""
+    out = tmp_path / "runs@2024"
+    shutil.copytree(trained.out / "lora", out / "lora")
+    model, _ = load_base(trained.out / "full_sft_64.pth")
+    settings = {"seed": 1, "history_cnt": 6, "continues": False, "out_dir": out}
+    return ChatSession(model, load_tokenizer(TOKENIZER_DIR), Sampling(), **settings)
+
+
+def test_a_refusal_names_the_folder_whatever_its_name(session):
+    with pytest.raises(UserError) as caught:
+        session.use_skill("nobody")
+    assert str(session.out_dir) in str(caught.value) and "a, b" in str(caught.value)
+    lora_path(session.out_dir, "a", 64).write_bytes(b"no weights")
+    with pytest.raises(UserError) as caught:
+        session.use_skill("a")
+    assert str(session.out_dir) in str(caught.value)
+
+
+def test_a_changed_file_that_does_not_fit_leaves_the_active_skill(session):
+    session.use_skill("a")
+    before, path = logits_of(session.model), lora_path(session.out_dir, "a", 64)
+    other = MiniMindLM(session.model.config)
+    apply_lora(other, 2)
+    save_lora(other, path)
+    os.utime(path, (9000, 9000))
+    with pytest.raises(UserError, match="was trained on"):
+        session.use_skill("a")
+    assert (logits_of(session.model) == before).all() and session.skill == "a"
+
+
+def test_one_answer_opens_the_skill_file_as_often_as_reading_it_does(trained):
+    """Reading a file opens it for its checksums and for its tensors."""
+    path, opened = lora_path(trained.out, "a", 64), []
+
+    def note(event: str, arguments: tuple) -> None:
+        if event == "open" and isinstance(arguments[0], str | os.PathLike):
+            opened.append(os.fspath(arguments[0]))
+
+    sys.addaudithook(note)  # for good: it only takes notes
+    read_lora(path)
+    once = opened.count(str(path))
+    eval_model.main(
+        trained.flags(lora_name="a", prompt="hi", device="cpu", max_new_tokens=1, seed=1)
+    )
+    assert opened.count(str(path)) == 2 * once > 0
+    opened.clear()
+    argv = trained.flags(lora_name="a", prompt="hi", device="cpu", max_new_tokens=1)
+    eval_model.main([*argv, *flags(base=trained.out / "full_sft_64.pth")])
+    assert opened.count(str(path)) == once

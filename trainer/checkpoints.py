@@ -1,0 +1,358 @@
+"""Exact resume: the states of a run on disk, from which going on equals not having stopped.
+
+"Equals" means bit for bit, on the same machine, torch, thread count and number of processes. A
+state is a folder ``step-N`` that is whole or absent, and every bit of it is checked when it is
+read. The order of a save: files are written and fsynced in a folder of another name, that folder
+is renamed, its parent is fsynced, and older states are renamed away and deleted. A kill at any
+point leaves the earlier states or the new one. Only the states of a run that another run replaces
+go a moment earlier.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor, nn
+
+from core.errors import UserError
+from core.files import fsync_folder, set_ordinary_mode, sha256_file, try_lock
+from trainer.runtime import Runtime
+
+FORMAT = 2
+TENSORS, MANIFEST, METRICS = FILES = "state.safetensors", "manifest.json", "metrics.jsonl"
+SUMS = "SHA256SUMS"  # `sha256sum --check SHA256SUMS` checks a state by hand
+LOCK = "run.lock"
+KEPT = 2
+
+
+@dataclass
+class Progress:
+    """How far a run is: plain numbers that a state keeps.
+
+    ``nats`` and ``targets`` count since the last log line, over all ranks. ``overflows`` are fp16
+    steps skipped in a row. ``tokens`` and ``seconds`` count since the run began, without what a
+    kill undid.
+    """
+
+    step: int = 0
+    nats: float = 0.0
+    targets: int = 0
+    overflows: int = 0
+    first_loss: float = math.nan
+    last_loss: float = math.nan
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class State:
+    """What one ``step-N`` folder holds; ``metrics`` are the metrics lines up to that step."""
+
+    path: Path
+    manifest: dict
+    tensors: dict[str, Tensor]
+    metrics: str
+
+
+class _Damaged(Exception):
+    pass
+
+
+class RunStates:
+    """The saved states of one run in ``folder``; ``found`` is the one that a resume starts from.
+
+    ``identity``: what must be equal when the run is resumed, plain JSON by name. Raises
+    ``UserError`` when ``resume`` is asked for and the newest whole state has another identity or
+    format, or when all states are damaged.
+    """
+
+    def __init__(self, folder: Path, identity: dict, *, resume: bool):
+        self.folder, self.identity = folder, identity
+        self._seen = saved_states(folder)
+        self.found = newest_state(folder) if resume else None
+        self._starts_over = self.found is None  # then the first save deletes what is there
+        if self.found:
+            _check_identity(self.found, identity)
+        elif resume:
+            print(f"resume: there is no state in {folder}, so the run starts from the beginning")
+
+    def remembered(self, name: str, default: object) -> object:
+        """What the found state's manifest holds under ``name``; without a state, ``default``."""
+        return self.found.manifest[name] if self.found else default
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other process can be: two runs of one name would delete each other's states.
+
+        Raises ``UserError`` when another process is inside, and when nothing can be written in
+        ``folder``.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = (self.folder / LOCK).open("a")
+        except OSError as error:
+            raise UserError(
+                f"cannot write in {self.folder}: {error.strerror}; choose another out_dir"
+            ) from error
+        with file:
+            if not try_lock(file):
+                raise UserError(
+                    f"another run is at work in {self.folder}: let it end or choose another out_dir"
+                )
+            if saved_states(self.folder) != self._seen:
+                raise UserError(
+                    f"another run has just saved in {self.folder}: start again to go on from there"
+                )
+            self._note_unfinished_run()
+            yield
+
+    def _note_unfinished_run(self) -> None:
+        """Say which unfinished run one that starts over will replace."""
+        if self.found or not self._seen:
+            return
+        step, newest = self._seen[0]
+        total = None
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged state
+            total = json.loads((newest / MANIFEST).read_text(encoding="utf-8"))["total_steps"]
+        if step != total:
+            print(
+                f"note: {self.folder} holds a run that got to step {step} of {total}: resume goes"
+                " on with it; this run starts over and deletes it at its first save"
+            )
+
+    def restore(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        runtime: Runtime,
+    ) -> Progress:
+        """Put everything back to the found state; without one, return a run's beginning."""
+        progress = Progress(**self.remembered("progress", {}))
+        if runtime.sum(progress.step)[0] != progress.step * runtime.world_size:
+            raise UserError(
+                f"the processes do not see the same states in {self.folder}: share out_dir"
+            )
+        if not self.found:
+            return progress
+        manifest, tensors = self.found.manifest, self.found.tensors
+        with torch.no_grad():
+            for name, parameter in _trainable(model).items():
+                parameter.copy_(tensors[f"model.{name}"])
+        numbers = {name: number for number, name in _numbered(model, optimizer)}
+        state = {}
+        for key, value in (tensors | manifest["optimizer"]).items():
+            if key.startswith("optimizer."):
+                name, _, part = key.removeprefix("optimizer.").rpartition(".")
+                state.setdefault(numbers[name], {})[part] = value
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        scaler.load_state_dict(manifest["scaler"])
+        runtime.set_rng_state(
+            {name: tensors.get(f"rng.{runtime.rank}.{name}") for name in runtime.rng_state()}
+        )
+        tensors.clear()
+        for name, value in runtime.environment().items():
+            if (before := manifest["environment"].get(name)) != value:
+                print(f"note: {name} was {before} and is now {value}: the bits will differ")
+        print(
+            f"resumed at step {progress.step} of {manifest['total_steps']} from {self.found.path}"
+        )
+        return progress
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        progress: Progress,
+        rng: list[dict[str, Tensor]],
+        runtime: Runtime,
+        *,
+        metrics: str,
+        **facts: object,
+    ) -> None:
+        """Write the state after ``progress.step``; ``rng`` is each rank's, ``facts`` plain JSON."""
+        tensors = {f"model.{name}": parameter for name, parameter in _trainable(model).items()}
+        for rank, states in enumerate(rng):
+            tensors |= {f"rng.{rank}.{name}": state for name, state in states.items()}
+        held = optimizer.state_dict()["state"]
+        parts = {
+            f"optimizer.{name}.{part}": value
+            for number, name in _numbered(model, optimizer)
+            for part, value in held.get(number, {}).items()
+        }
+        tensors |= {key: value for key, value in parts.items() if isinstance(value, Tensor)}
+        manifest = {
+            "format": FORMAT,
+            "progress": asdict(progress),
+            "identity": self.identity,
+            "optimizer": {key: value for key, value in parts.items() if key not in tensors},
+            "scaler": scaler.state_dict(),
+            "environment": runtime.environment(),
+            **facts,
+        }
+        step, over = progress.step, self._starts_over
+        write_state(self.folder, step, tensors, manifest, metrics, starts_over=over)
+        self._starts_over = False
+
+
+def saved_states(folder: Path) -> list[tuple[int, Path]]:
+    """``(step, path)`` of the states in ``folder``, whole or damaged, the newest first."""
+    found = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*")]
+    states = [(int(match[1]), path) for match, path in found if match and path.is_dir()]
+    return sorted(states, reverse=True)
+
+
+def newest_state(folder: Path) -> State | None:
+    """The newest whole state; None when there are no states.
+
+    It prints a line for each damaged state. Raises ``UserError`` when all are damaged, or when one
+    is there but may not be read.
+    """
+    states = saved_states(folder)
+    for _, path in states:
+        try:
+            return _read(path)
+        except _Damaged as damage:
+            print(f"warning: state {path} is damaged ({damage}) and is passed over")
+    if states:
+        raise UserError(f"no state in {folder} can be used: all are damaged; start without resume")
+    return None
+
+
+def write_state(
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    manifest: dict,
+    metrics: str,
+    *,
+    starts_over: bool,
+) -> None:
+    """Write ``folder``/step-N, then delete all but the newest two.
+
+    ``starts_over``: the states in ``folder`` belong to another run. They go just before the new
+    one takes its name, as do states of later steps, which a resume passed over as damaged; a kill
+    in between leaves none. Raises ``UserError`` when the disk refuses; the earlier states stay as
+    they are while the new one is written.
+    """
+    unfinished = folder / f".new-step-{step}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(".*-step-*"):  # from a run that was killed
+            shutil.rmtree(stale, ignore_errors=True)
+        unfinished.mkdir()
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(on_cpu, unfinished / TENSORS)
+        set_ordinary_mode(unfinished / TENSORS)
+        text = json.dumps(strict(manifest, _float_as_dict), indent=1, allow_nan=False) + "\n"
+        (unfinished / MANIFEST).write_bytes(text.encode())
+        (unfinished / METRICS).write_bytes(metrics.encode())
+        sums = "".join(f"{sha256_file(unfinished / name)}  {name}\n" for name in FILES)
+        (unfinished / SUMS).write_bytes(sums.encode())
+        for name in (*FILES, SUMS):
+            with (unfinished / name).open("r+b") as file:  # Windows syncs only open-for-writing
+                os.fsync(file.fileno())
+        fsync_folder(unfinished)
+        for other, path in saved_states(folder):
+            if starts_over or other >= step:
+                _discard(path)
+        os.rename(unfinished, folder / f"step-{step}")
+        fsync_folder(folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"cannot save the run's state in {folder}: {reason}; make room there or choose another"
+            " out_dir, then resume"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for _, path in saved_states(folder)[KEPT:]:
+        with contextlib.suppress(OSError):  # on Windows somebody may read it; the next save retries
+            _discard(path)
+
+
+def _read(path: Path) -> State:
+    try:
+        contents = {name: (path / name).read_bytes() for name in FILES}
+        written = (path / SUMS).read_bytes()
+    except PermissionError as error:  # nothing is wrong with the state
+        raise UserError(
+            f"{error.filename}: {error.strerror}; allow reading it, then resume"
+        ) from error
+    except OSError as error:
+        raise _Damaged(f"{Path(error.filename or path).name}: {error.strerror}") from error
+    sums = [f"{hashlib.sha256(contents[name]).hexdigest()}  {name}\n".encode() for name in FILES]
+    for name, line in zip(FILES, sums, strict=True):
+        if line not in written:
+            raise _Damaged(f"checksum of {name}")
+    if written != b"".join(sums):
+        raise _Damaged(f"{SUMS} holds more than checksums")
+    manifest = json.loads(contents[MANIFEST], object_hook=_float)
+    return State(path, manifest, load(contents[TENSORS]), contents[METRICS].decode())
+
+
+def strict(value: object, instead: Callable[[float], object]) -> object:
+    """Plain JSON, with ``instead(number)`` for NaN and infinity, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: strict(item, instead) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item, instead) for item in value]
+    return instead(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _float_as_dict(number: float) -> dict:
+    """A manifest gives every number back; null means an unset option there."""
+    return {"float": str(number)}
+
+
+def _float(found: dict) -> dict | float:
+    return float(found["float"]) if found.keys() == {"float"} else found
+
+
+def _discard(path: Path) -> None:
+    """Delete a state. It gets another name first, so that a kill leaves no half of it."""
+    gone = path.with_name(f".old-{path.name}")
+    os.rename(path, gone)
+    shutil.rmtree(gone)
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _numbered(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[int, str]]:
+    """Each parameter's number in the optimizer's state dict, and its name in the model."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    numbers = [n for group in optimizer.state_dict()["param_groups"] for n in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [(number, names[id(p)]) for number, p in zip(numbers, parameters, strict=True)]
+
+
+def _check_identity(found: State, identity: dict) -> None:
+    if found.manifest["format"] != FORMAT:
+        raise UserError(f"{found.path} is of another version of this program; start without resume")
+    before, step = found.manifest["identity"], found.manifest["progress"]["step"]
+    differences = []
+    for key in sorted(before.keys() | identity.keys()):
+        old, new = before.get(key), identity.get(key)
+        if old != new:
+            is_content = key.startswith("the content of")  # nobody can read a checksum
+            said = f"changed since step {step}" if is_content else f"was {old} and is now {new}"
+            differences.append(f"{key} {said}")
+    if differences:
+        raise UserError(
+            f"{'; '.join(differences)}; resume with the old ones or start without resume"
+        )
