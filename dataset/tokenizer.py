@@ -48,7 +48,7 @@ def tokenizer_of(
     if is_foreign:
         tokenizer = foreign_tokenizer(folder, prompt_template, otherwise)
     elif prompt_template is not None:
-        raise UserError(f"{base} has a chat template of its own; leave out prompt_template")
+        raise UserError(f"prompt_template is for Hugging Face bases; {base} has its own template")
     elif named is None and record.tokenizer is None:
         raise UserError(f"{base} does not say which tokenizer it needs; name its tokenizer_path")
     else:
