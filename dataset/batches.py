@@ -198,10 +198,10 @@ class Batches:
             yield from map(self._made, planned)
 
     def largest_batch(self) -> Batch:
-        """The micro-batch of the first epoch that needs the most memory, made in this process.
+        """The micro-batch of the first epoch with the most tokens, padding included.
 
-        Padding counts. Only the ``PROBED`` steps whose samples could fill the largest
-        micro-batches are compared.
+        Of a long epoch only ``PROBED`` steps are cut, those whose samples could fill the largest
+        micro-batches.
         """
         lengths = self.samples.lengths
         fullest = lengths * np.clip(self.micro_tokens // lengths, 1, self.batch_size)

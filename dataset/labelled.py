@@ -121,7 +121,7 @@ def split_labelled(rows: Sequence[dict], val_ratio: float) -> tuple[list[dict], 
     held_out = [row for row, number in zip(rows, digests, strict=True) if number < bound]
     if not train:
         raise UserError(
-            f"--val_ratio {val_ratio} holds out all {len(rows)} rows; lower it or give more rows"
+            f"val_ratio {val_ratio} holds out all {len(rows)} rows; lower it or give more rows"
         )
     return train, held_out
 
@@ -166,7 +166,7 @@ class LabelledSamples:
         framed = tokenizer.num_special_tokens_to_add(pair=pairs)
         if max_seq_len <= framed:
             raise UserError(
-                f"max_seq_len {max_seq_len} has no room for text beside {framed} control tokens"
+                f"max_seq_len {max_seq_len} leaves no room for text beside {framed} control tokens"
             )
         self.labels = np.array(
             [number[row["label"]] if "label" in row else 0 for row in rows], np.int64

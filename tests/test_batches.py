@@ -362,7 +362,7 @@ def test_a_process_without_rows_gets_one_masked_batch(make, chats):
 
 @pytest.mark.parametrize("probed", [1000, 1])
 @pytest.mark.parametrize(("batch_size", "micro_tokens"), [(3, 100_000), (100, 200), (4, 10)])
-def test_the_largest_micro_batch_of_the_epoch_is_found_without_processes(
+def test_the_largest_micro_batch_of_an_epoch_is_known_beforehand(
     make, chats, monkeypatch, batch_size, micro_tokens, probed
 ):
     samples = make(SFTDataset, chats, 10_000).train
@@ -370,10 +370,12 @@ def test_the_largest_micro_batch_of_the_epoch_is_found_without_processes(
     for rank in (0, 1):
         share = {"rank": rank, "world_size": 2, "num_workers": 1}
         batches = Batches(samples, batch_size, 2, 7, micro_tokens=micro_tokens, **share)
-        sizes = [max(batch.labels.numel() for batch in step) for step in batches.steps(0)]
-        largest = batches.largest_batch().labels.numel()
-        assert largest == max(sizes) or (probed == 1 and largest > 0.8 * max(sizes))
-        assert multiprocessing.active_children() == []
+        found = batches.largest_batch()
+        assert multiprocessing.active_children() == [], "made in this process"
+        largest = max(batch.labels.numel() for step in batches.steps(0) for batch in step)
+        assert found.labels.numel() == largest or probed == 1
+        assert 0.8 * largest < found.labels.numel() <= largest
+        assert flat([[found]])[0] in flat(batches.steps(0))
 
 
 def test_validation_reads_about_so_many_tokens_spread_over_all(make, chats):

@@ -32,15 +32,7 @@ from trainer.stage import Base, run_facts
 def load(trained, stage="full_sft"):
     base = trained.out / f"{stage}_64.pth"
     model, record = load_base(base)
-    tokenizer = tokenizer_of(
-        base,
-        None,
-        trained.out,
-        fingerprint=record["tokenizer"],
-        vocab_size=record["config"]["vocab_size"],
-        is_foreign=False,
-    )
-    return model, record, tokenizer
+    return model, record, tokenizer_of(record, base, None, trained.out)
 
 
 def session_on(trained, stage="full_sft", **more) -> ChatSession:
