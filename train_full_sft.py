@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> Path:
     )
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
-    base = open_stage_base(options, runtime, stages=("pretrain",))
+    base = open_stage_base(options, runtime, "pretrain")
     model, tokenizer = base.model, base.tokenizer
     if not isinstance(model, MiniMindLM):
         raise UserError(

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> Path:
     from trainer.stage import open_stage_base, read_data, run_facts, run_stage, validation_of
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
-    base = open_stage_base(options, runtime, ("full_sft",), options.prompt_template)
+    base = open_stage_base(options, runtime, "full_sft", options.prompt_template)
     model, tokenizer = base.model, base.tokenizer
     if options.load_in_4bit:
         quantize(model, runtime.dtype)

@@ -409,7 +409,7 @@ def test_a_full_disk_is_one_sentence_and_harms_nothing(run, finished):
     # Less than a state needs, more than the weights.
     resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, hard))
     try:
-        with pytest.raises(UserError, match=r"cannot save the run's state in .*pretrain_64"):
+        with pytest.raises(UserError, match=r"cannot save a state in .*pretrain_64"):
             run("--resume")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -446,7 +446,7 @@ def test_any_optimizer_goes_on_where_it_was(tmp_path, make):
     steps(model, optimizer, 3)
     states = RunStates(tmp_path, {}, resume=False)
     trained = Trained(model, optimizer, scaler)
-    states.save(trained, cpu, cpu.rng_states(), Progress(3), "", total_steps=6)
+    states.save(trained, cpu, cpu.rng_states(), Progress(3), metrics="", total_steps=6)
     steps(model, optimizer, 3)
 
     other, optimizer, scaler = parts()
@@ -466,7 +466,7 @@ def test_the_scale_of_fp16_goes_on_where_it_was(tmp_path):
     model(torch.rand(3, 2)).sum().backward()
     optimizer.step()
     states, trained = RunStates(tmp_path, {}, resume=False), Trained(model, optimizer, scaler)
-    states.save(trained, cpu, cpu.rng_states(), Progress(1), "", total_steps=6)
+    states.save(trained, cpu, cpu.rng_states(), Progress(1), metrics="", total_steps=6)
     fresh = torch.amp.GradScaler("cpu")
     RunStates(tmp_path, {}, resume=True).restore(Trained(model, optimizer, fresh), cpu)
     assert fresh.state_dict() == scaler.state_dict() and fresh.get_scale() == 1024.0

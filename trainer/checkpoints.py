@@ -107,22 +107,21 @@ class RunStates:
         Raises ``UserError`` when another process is inside, and when nothing can be written in
         ``folder``.
         """
+        folder = self.folder
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = (self.folder / LOCK).open("a")
+            folder.mkdir(parents=True, exist_ok=True)
+            file = (folder / LOCK).open("a")
         except OSError as error:
+            reason = error.strerror
             raise UserError(
-                f"cannot write in {self.folder}: {error.strerror}; choose another out_dir"
+                f"cannot write in {folder}: {reason}; choose another out_dir"
             ) from error
         with file:
             if not try_lock(file):
-                raise UserError(
-                    f"another run is at work in {self.folder}: let it end or choose another out_dir"
-                )
-            if saved_states(self.folder) != self._seen:
-                raise UserError(
-                    f"another run has just saved in {self.folder}: start again to go on from there"
-                )
+                way_out = "let it end or choose another out_dir"
+                raise UserError(f"another run is at work in {folder}: {way_out}")
+            if saved_states(folder) != self._seen:
+                raise UserError(f"another run has just saved in {folder}: start again from there")
             self._note_unfinished_run()
             yield
 
@@ -135,18 +134,14 @@ class RunStates:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged state
             total = json.loads((newest / MANIFEST).read_text(encoding="utf-8"))["total_steps"]
         if step != total:
-            print(
-                f"note: {self.folder} holds a run that got to step {step} of {total}: resume goes"
-                " on with it; this run starts over and deletes it at its first save"
-            )
+            print(f"note: {self.folder} holds a run that got to step {step} of {total}: resume")
+            print("  goes on with it; this run starts over and deletes it at its first save")
 
     def restore(self, trained: Trained, runtime: Runtime) -> Progress:
         """Put everything back to the found state; without one, return a run's beginning."""
         progress = Progress(**self.remembered("progress", {}))
         if runtime.sum(progress.step)[0] != progress.step * runtime.world_size:
-            raise UserError(
-                f"the processes do not see the same states in {self.folder}: share out_dir"
-            )
+            raise UserError(f"the processes see different states in {self.folder}: share out_dir")
         if not self.found:
             return progress
         manifest, tensors = self.found.manifest, self.found.tensors
@@ -175,15 +170,13 @@ class RunStates:
         return progress
 
     def save(
-        self,
-        trained: Trained,
-        runtime: Runtime,
-        rng: list[dict[str, Tensor]],
-        progress: Progress,
-        metrics: str,
-        **facts: object,
+        self, trained: Trained, runtime: Runtime, rng: list, progress: Progress, **facts: object
     ) -> None:
-        """Write the state after ``progress.step``; ``rng`` is each rank's, ``facts`` plain JSON."""
+        """Write the state after ``progress.step``.
+
+        ``rng`` holds each rank's ``Runtime.rng_states``; ``facts`` are plain JSON, among them the
+        ``metrics`` lines.
+        """
         model, optimizer, scaler = trained
         tensors = {f"model.{name}": parameter for name, parameter in _trainable(model).items()}
         for rank, states in enumerate(rng):
@@ -195,17 +188,12 @@ class RunStates:
             for part, value in held.get(number, {}).items()
         }
         tensors |= {key: value for key, value in parts.items() if isinstance(value, Tensor)}
-        manifest = {
-            "format": FORMAT,
-            "progress": asdict(progress),
-            "identity": self.identity,
-            "optimizer": {key: value for key, value in parts.items() if key not in tensors},
-            "scaler": scaler.state_dict(),
-            "environment": runtime.environment(),
-            **facts,
-        }
-        settings = {"starts_over": self._starts_over}
-        write_state(self.folder, progress.step, tensors, manifest, metrics, **settings)
+        manifest = {name: fact for name, fact in facts.items() if name != "metrics"}
+        manifest |= {"format": FORMAT, "progress": asdict(progress), "identity": self.identity}
+        manifest |= {"scaler": scaler.state_dict(), "environment": runtime.environment()}
+        manifest["optimizer"] = {key: value for key, value in parts.items() if key not in tensors}
+        step, over = progress.step, self._starts_over
+        write_state(self.folder, step, tensors, manifest, facts["metrics"], starts_over=over)
         self._starts_over = False
 
 
@@ -234,13 +222,7 @@ def newest_state(folder: Path) -> State | None:
 
 
 def write_state(
-    folder: Path,
-    step: int,
-    tensors: dict[str, Tensor],
-    manifest: dict,
-    metrics: str,
-    *,
-    starts_over: bool,
+    folder: Path, step: int, tensors: dict, manifest: dict, metrics: str, *, starts_over: bool
 ) -> None:
     """Write ``folder``/step-N, then delete all but the newest two.
 
@@ -274,10 +256,8 @@ def write_state(
         fsync_folder(folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"cannot save the run's state in {folder}: {reason}; make room there or choose another"
-            " out_dir, then resume"
-        ) from error
+        way_out = "make room there or choose another out_dir, then resume"
+        raise UserError(f"cannot save a state in {folder}: {reason}; {way_out}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     for _, path in saved_states(folder)[KEPT:]:
@@ -355,6 +335,5 @@ def _check_identity(found: State, identity: dict) -> None:
             said = f"changed since step {step}" if is_content else f"was {old} and is now {new}"
             differences.append(f"{key} {said}")
     if differences:
-        raise UserError(
-            f"{'; '.join(differences)}; resume with the old ones or start without resume"
-        )
+        way_out = "resume with the old ones or start without resume"
+        raise UserError(f"{'; '.join(differences)}; {way_out}")

@@ -95,10 +95,8 @@ class Validation:
     def __str__(self) -> str:
         lines = []
         for kind, result in self.results.items():
-            steps = (f"{r['loss']:.4f} after step {r['step']}" for r in result.values())
-            lines.append(
-                f"{kind}: " + (f"loss {', '.join(steps)}" if result else "nothing held out")
-            )
+            steps = [f"loss {r['loss']:.4f} after step {r['step']}" for r in result.values()]
+            lines.append(f"{kind}: {', '.join(steps) or 'nothing held out'}")
         return "\n".join(lines)
 
 
@@ -151,20 +149,19 @@ def matmul_floor(model: nn.Module, runtime: Runtime) -> float:
     An estimate: 4 FLOP a weight and token, 6 where the weight trains (Kaplan et al. 2020), at the
     speed of one large product. Attention is left out.
     """
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    flops = sum(
-        (6 if linear.weight.requires_grad else 4) * linear.in_features * linear.out_features
-        for linear in linears
-    )
-    size, best = 1024 if runtime.device.type == "cpu" else 4096, math.inf
-    a = torch.ones(size, size, device=runtime.device, dtype=runtime.dtype)
+    flops, size = 1, 1024 if runtime.device.type == "cpu" else 4096
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            passes = 6 if module.weight.requires_grad else 4
+            flops += passes * module.in_features * module.out_features
+    a, times = torch.ones(size, size, device=runtime.device, dtype=runtime.dtype), []
     for _ in range(5):
         runtime.synchronize()
         began = time.perf_counter()
         a @ a
         runtime.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return runtime.sum(2 * size**3 / best)[0] / max(flops, 1)
+        times.append(time.perf_counter() - began)
+    return runtime.sum(2 * size**3 / min(times))[0] / flops
 
 
 def peak_memory_mb(runtime: Runtime) -> int | None:
@@ -180,17 +177,16 @@ def peak_memory_mb(runtime: Runtime) -> int | None:
         import resource
     except ModuleNotFoundError:  # Windows
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (
-        20 if sys.platform == "darwin" else 10
-    )
+    unit = 20 if sys.platform == "darwin" else 10  # bytes there, KB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> unit
 
 
 class RunLog(AbstractContextManager):
     """Writes the metrics file ``path`` (.jsonl), a picture beside it (.png), and wandb.
 
     ``lines`` are those of the run that this one resumes. Without them, lines go to
-    ``<path>.part.jsonl`` until ``keep`` says that the run has saved something: a run that fails
-    earlier leaves the files of an earlier run alone, and none of its own.
+    ``<path>.part.jsonl`` until ``keep`` says that something was saved: a run that fails before
+    leaves the files of an earlier run alone, and none of its own.
     """
 
     def __init__(
@@ -249,15 +245,12 @@ def plot_losses(records: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure  # not pyplot, which has global state and wants windows
 
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(
-        xlabel="optimizer step", ylabel="loss (nats per token)", title=path.stem
-    )
+    labels = {"xlabel": "optimizer step", "ylabel": "loss (nats per token)", "title": path.stem}
+    axes = figure.add_subplot(**labels)
     for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
-        points = [
-            (record["step"], record[key]) for record in records if record.get(key) is not None
-        ]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=3)
+        found = [record for record in records if record.get(key) is not None]
+        steps, losses = [r["step"] for r in found], [r[key] for r in found]
+        axes.plot(steps, losses, style, label=label, markersize=3)
     axes.grid(alpha=0.3)
     axes.legend()
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
@@ -266,22 +259,14 @@ def plot_losses(records: list[dict], path: Path) -> None:
 def _wandb_run(path: Path, options: TrainOptions, wandb_id: str | None):
     import wandb
 
-    folder = os.environ.get("WANDB_DIR", path.parent)
+    settings = {"project": options.wandb_project, "name": path.stem, "id": wandb_id}
+    settings |= {"resume": "allow" if wandb_id else None}
+    settings |= {"dir": os.environ.get("WANDB_DIR", path.parent)}
     flags = asdict(options).items()  # numbers stay numbers, for plots over runs
-    config = {
-        name: value if isinstance(value, int | float) else str(value) for name, value in flags
-    }
+    config = {name: v if isinstance(v, int | float) else str(v) for name, v in flags}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return wandb.init(
-            project=options.wandb_project,
-            name=path.stem,
-            dir=folder,
-            config=config,
-            id=wandb_id,
-            resume="allow" if wandb_id else None,
-        )
+        return wandb.init(**settings, config=config)
     except Exception as error:  # no key, no network: wandb raises its own kinds
-        raise UserError(
-            f"use_wandb: {reason_of(error)}; log in with `wandb login` or set WANDB_MODE=offline"
-        ) from error
+        way_out = "log in with `wandb login` or set WANDB_MODE=offline"
+        raise UserError(f"use_wandb: {reason_of(error)}; {way_out}") from error

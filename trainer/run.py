@@ -89,7 +89,6 @@ class Run:
         self,
         options: TrainOptions,
         runtime: Runtime,
-        *,
         states: RunStates,
         validation: Validation,
         write_files: Callable[[dict], None],
@@ -107,10 +106,8 @@ class Run:
         self.warmup = options.warmup_iters or round(options.warmup_ratio * self.total)
         self.rows_per_step = source.rows_per_step
         if self.warmup >= self.total:
-            raise UserError(
-                f"a warm-up of {self.warmup} steps must be shorter than the run of {self.total}"
-                " optimizer steps: lower warmup_iters or warmup_ratio"
-            )
+            wrong = f"a warm-up of {self.warmup} steps must be shorter than the run of {self.total}"
+            raise UserError(f"{wrong} optimizer steps: lower warmup_iters or warmup_ratio")
 
     @contextmanager
     def at_work(self, trained: Trained) -> Iterator[None]:
@@ -135,18 +132,15 @@ class Run:
             self.validation.results = states.remembered("validation", self.validation.results)
             if not options.dry_run:
                 runtime.on_first(open_log)
-            # A parameter of 4 bits counts as what it stands for.
-            sizes = {
-                p: getattr(p, "quant_state", p).shape.numel() for p in trained.model.parameters()
-            }
-            trainable = sum(size for p, size in sizes.items() if p.requires_grad)
-            print(f"{runtime}\ntraining {trainable:,} of {sum(sizes.values()):,} parameters")
+            sizes = [0, 0]  # of the frozen parameters, of the trainable ones
+            for p in trained.model.parameters():  # one of 4 bits counts as what it stands for
+                sizes[p.requires_grad] += getattr(p, "quant_state", p).shape.numel()
+            print(f"{runtime}\ntraining {sizes[1]:,} of {sum(sizes):,} parameters")
             print(f"{self.total - self.progress.step} optimizer steps of {self.rows_per_step} rows")
             look = {"bar_format": "{n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}"}
+            look |= {"initial": self.progress.step, "total": self.total}
             look["disable"] = True if runtime.rank > 0 else None  # None: only on a terminal
-            self.bar = stack.enter_context(
-                tqdm(initial=self.progress.step, total=self.total, **look)
-            )
+            self.bar = stack.enter_context(tqdm(**look))
             yield
 
     def steps(self, source: BatchSource) -> Iterator[list[Batch]]:
@@ -175,10 +169,9 @@ class Run:
         progress.overflows = 0 if math.isfinite(norm) else progress.overflows + 1
         allowed = MAX_OVERFLOWS if self.trained.scaler.is_enabled() else 0
         if not math.isfinite(loss) or progress.overflows > allowed:
-            raise UserError(
-                f"step {progress.step + 1}: loss {loss}, gradient norm {norm}; the weights were not"
-                f" touched and {self._kept()}: lower learning_rate or inspect the data"
-            )
+            found = f"step {progress.step + 1}: loss {loss}, gradient norm {norm}; the weights were"
+            way_out = "lower learning_rate or inspect the data"
+            raise UserError(f"{found} not touched and {self._kept()}: {way_out}")
 
     def _kept(self) -> str:
         return f"the save of step {self.saved} stands" if self.saved else "nothing was saved"
@@ -245,8 +238,8 @@ class Run:
         self.log.keep()
         facts = {"total_steps": self.total, "rows_per_step": self.rows_per_step}
         facts |= {"validation": self.validation.results, "wandb_id": self.log.wandb_id}
-        lines = self.log.lines
-        self.states.save(self.trained, self.runtime, rng, self.progress, lines, **facts)
+        facts["metrics"] = self.log.lines
+        self.states.save(self.trained, self.runtime, rng, self.progress, **facts)
 
     def finish(self) -> Summary:
         """Save what is not saved yet, and sum the run up in print and in its log's last line."""
