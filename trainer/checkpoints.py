@@ -122,20 +122,17 @@ class RunStates:
                 raise UserError(f"another run is at work in {folder}: {way_out}")
             if saved_states(folder) != self._seen:
                 raise UserError(f"another run has just saved in {folder}: start again from there")
-            self._note_unfinished_run()
+            if self._seen and not self.found:  # which unfinished run will this one replace?
+                (step, newest), total = self._seen[0], None
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged
+                    text = (newest / MANIFEST).read_text(encoding="utf-8")
+                    total = json.loads(text)["total_steps"]
+                if step != total:
+                    print(f"note: {folder} holds a run that got to step {step} of {total}: resume")
+                    print(
+                        "  goes on with it; this run starts over and deletes it at its first save"
+                    )
             yield
-
-    def _note_unfinished_run(self) -> None:
-        """Say which unfinished run one that starts over will replace."""
-        if self.found or not self._seen:
-            return
-        step, newest = self._seen[0]
-        total = None
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged state
-            total = json.loads((newest / MANIFEST).read_text(encoding="utf-8"))["total_steps"]
-        if step != total:
-            print(f"note: {self.folder} holds a run that got to step {step} of {total}: resume")
-            print("  goes on with it; this run starts over and deletes it at its first save")
 
     def restore(self, trained: Trained, runtime: Runtime) -> Progress:
         """Put everything back to the found state; without one, return a run's beginning."""

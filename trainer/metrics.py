@@ -38,9 +38,6 @@ class Metrics:
     targets: int
     bytes: int
 
-    def __str__(self) -> str:
-        return f"loss {self.loss:.4f}, {self.bits_per_byte:.4f} bits per byte"
-
 
 @torch.no_grad()
 def evaluate(

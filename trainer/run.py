@@ -129,6 +129,9 @@ class Run:
                 runtime.on_first(lambda: stack.enter_context(states.alone()))
             self.progress = states.restore(trained, runtime)
             self.saved = self.started_at = self.progress.step
+            self.kept = (
+                f"the save of step {self.saved} stands" if self.saved else "nothing was saved"
+            )
             self.validation.results = states.remembered("validation", self.validation.results)
             if not options.dry_run:
                 runtime.on_first(open_log)
@@ -171,10 +174,7 @@ class Run:
         if not math.isfinite(loss) or progress.overflows > allowed:
             found = f"step {progress.step + 1}: loss {loss}, gradient norm {norm}; the weights were"
             way_out = "lower learning_rate or inspect the data"
-            raise UserError(f"{found} not touched and {self._kept()}: {way_out}")
-
-    def _kept(self) -> str:
-        return f"the save of step {self.saved} stands" if self.saved else "nothing was saved"
+            raise UserError(f"{found} not touched and {self.kept}: {way_out}")
 
     def finish_step(self, loss: float, n_targets: int, tokens: int, lr: float, norm: float) -> None:
         """Count a step; every ``log_interval`` steps write a line of the metrics file."""
@@ -217,6 +217,7 @@ class Run:
         with self.clock.paused():
             self.runtime.on_first(lambda: self._write(rng, validate))
         self.saved = self.progress.step
+        self.kept = f"the save of step {self.saved} stands"
 
     def _write(self, rng: list[dict], validate: bool) -> None:
         """Write the state last, so that what a kill cuts short is done again.
@@ -225,14 +226,17 @@ class Run:
         """
         step, numbers = self.progress.step, []
         if validate and (metrics := self.validation(step)).targets:
-            figures = {f"val_{name}": value for name, value in asdict(metrics).items()}
-            self.log.write({"step": step, **figures})
-            tqdm.write(f"step {step}: validation {metrics}")
+            found = asdict(metrics)
+            self.log.write({"step": step} | {f"val_{name}": x for name, x in found.items()})
+            shown = (
+                f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float)
+            )
+            tqdm.write(f"step {step}: validation {', '.join(shown)}")
             numbers.append(torch.tensor(metrics.loss))
         for group in self.trained.optimizer.param_groups:
             numbers += [torch.stack(parameter.aminmax()) for parameter in group["params"]]
         if not all(number.isfinite().all() for number in numbers):
-            useless = f"step {step}: the weights became useless and {self._kept()}"
+            useless = f"step {step}: the weights became useless and {self.kept}"
             raise UserError(f"{useless}: lower learning_rate")
         self.write_files({"step": step, **self.validation.results})
         self.log.keep()

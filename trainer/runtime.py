@@ -81,9 +81,8 @@ class Runtime:
         """
         if self.world_size == 1:
             return model
-        return DistributedDataParallel(
-            model, find_unused_parameters=has_idle, gradient_as_bucket_view=True
-        )
+        settings = {"find_unused_parameters": has_idle, "gradient_as_bucket_view": True}
+        return DistributedDataParallel(model, **settings)
 
     def local(self, replica: nn.Module) -> AbstractContextManager:
         """Inside, a pass through what ``replicate`` returned averages no gradients."""
@@ -126,14 +125,9 @@ class Runtime:
             own["cuda"] = torch.cuda.get_rng_state(self.device)
         if self.device.type == "mps":
             own["mps"] = torch.mps.get_rng_state()
-        if self.world_size == 1:
-            return [own]
-        states = [{} for _ in range(self.world_size)]
-        for name, state in own.items():
-            gathered = [torch.empty_like(state) for _ in states]
-            dist.all_gather(gathered, state)
-            for rank, other in enumerate(gathered):
-                states[rank][name] = other
+        states = [own] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(states, own)
         return states
 
     def set_rng_state(self, states: dict[str, Tensor | None]) -> None:
