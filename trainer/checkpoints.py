@@ -49,9 +49,10 @@ class Trained(NamedTuple):
 class Progress:
     """How far a run is: plain numbers that a state keeps.
 
-    ``nats`` and ``targets`` count since the last log line, over all ranks. ``overflows`` are fp16
-    steps skipped in a row. ``tokens`` and ``seconds`` count since the run began, without what a
-    kill undid.
+    The place in the data is not among them: the order of an epoch's steps follows from seed and
+    epoch, so ``step`` alone tells which comes next. ``nats`` and ``targets`` count since the last
+    log line, over all ranks. ``overflows`` are fp16 steps skipped in a row. ``tokens`` and
+    ``seconds`` count since the run began, without what a kill undid.
     """
 
     step: int = 0
@@ -137,6 +138,7 @@ class RunStates:
     def restore(self, trained: Trained, runtime: Runtime) -> Progress:
         """Put everything back to the found state; without one, return a run's beginning."""
         progress = Progress(**self.remembered("progress", {}))
+        # All ranks are at the same step if their sum says so.
         if runtime.sum(progress.step)[0] != progress.step * runtime.world_size:
             raise UserError(f"the processes see different states in {self.folder}: share out_dir")
         if not self.found:
@@ -312,7 +314,7 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _numbered(trained: Trained) -> list[tuple[int, str]]:
-    """Each parameter's number in the optimizer's state dict, and its name in the model."""
+    """The number that the optimizer's state dict gives each parameter, and its name."""
     names = {id(parameter): name for name, parameter in trained.model.named_parameters()}
     groups = trained.optimizer.state_dict()["param_groups"]
     numbers = [number for group in groups for number in group["params"]]
