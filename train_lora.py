@@ -64,10 +64,10 @@ def main(argv: list[str] | None = None) -> Path:
     if options.load_in_4bit:
         quantize(model, runtime.dtype)
     data = read_data(SFTDataset, options, tokenizer, runtime)
-    # Held out by the rule that the base was trained with, or the base would have seen these chats.
-    share = base.held_out_share
-    general = replace(options, data_path=options.general_data, val_ratio=share, bad_rows="skip")
-    general_data = read_data(SFTDataset, general, tokenizer, runtime)
+    # What the base's own run held out, because it has seen all other general chats.
+    changes = {"data_path": options.general_data, "val_ratio": base.held_out_share}
+    general_options = replace(options, **changes, bad_rows="skip")
+    general_data = read_data(SFTDataset, general_options, tokenizer, runtime)
     lora_options = {field.name: getattr(options, field.name) for field in fields(LoRAConfig)}
     apply_lora(model, **lora_options)
     print(table_of(model))
@@ -76,18 +76,21 @@ def main(argv: list[str] | None = None) -> Path:
     if not options.dry_run:
         runtime.on_first(lambda: validation(step=0))
     path = lora_path(options.out_dir, options.lora_name, model.config.hidden_size)
-    asked = {name: getattr(options, name) for name in ("prompt_template", "load_in_4bit")}
-    facts = run_facts("lora", options, tokenizer, base)
+    meta = SkillMeta(
+        **run_facts("lora", options, tokenizer, base),
+        prompt_template=options.prompt_template,
+        load_in_4bit=options.load_in_4bit,
+    )
     return run_stage(
         model,
         data.train,
         options,
         runtime,
         path=path,
-        record=SkillMeta(**facts, **asked),
+        record=meta,
         validation=validation,
-        write=lambda record: save_lora(model, path, record),
-        fast=(output_parameters(model), options.loraplus_lr_ratio),
+        write=lambda meta: save_lora(model, path, meta),
+        lora_plus=(output_parameters(model), options.loraplus_lr_ratio),
     )
 
 

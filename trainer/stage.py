@@ -111,12 +111,12 @@ def run_stage(
     validation: Validation,
     write: Callable[[Record], None],
     loss_sum: LossSum = loss_sum,
-    fast: tuple[Iterable[nn.Parameter], float] = ((), 1.0),
+    lora_plus: tuple[Iterable[nn.Parameter], float] = ((), 1.0),
 ) -> Path:
     """Train what is trainable in ``model`` into ``path``, a file or folder, which is returned.
 
-    ``write(record)`` writes it, with the metrics of the step in the record. ``fast``: parameters,
-    and their learning rate over that of the others.
+    ``write(record)`` writes it, with the metrics of the step in the record. ``lora_plus`` holds
+    parameters and how many times the others' rate they learn at (Hayou et al. 2024).
     """
     name, folder = path.name.removesuffix(".pth"), options.out_dir
     resume = options.resume and not options.dry_run
@@ -142,7 +142,7 @@ def run_stage(
         world_size=runtime.world_size,
         rows_per_step=states.remembered("rows_per_step", rows),
     )
-    groups = param_groups(model, options.weight_decay, options.optimizer, *fast)
+    groups = param_groups(model, options.weight_decay, options.optimizer, *lora_plus)
     train(model, source, groups, run, loss_sum)
     runtime.stop()
     if not options.dry_run:
