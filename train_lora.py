@@ -1,6 +1,4 @@
-"""Teach a frozen base one skill: python train_lora.py --lora_name mine --data_path
-my_chats.jsonl
-"""
+"""Teach a frozen base one skill: python train_lora.py --lora_name mine --data_path mine.jsonl"""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,31 +9,27 @@ from core.paths import bundled_data, lora_path, skill_name
 from model.lora.config import LoRAConfig
 from trainer.options import TrainOptions
 
+IDENTITY, GENERAL = (bundled_data("lora_identity.jsonl"),), (bundled_data("sft_mini.jsonl"),)
+
 
 @dataclass
 class Options(LoRAConfig, TrainOptions):
     """Freeze a chat base, train rank-16 LoRA on chats and save out/lora/lora_<name>_<dim>.pth."""
 
     lora_name: str = option("identity", "name of the skill; it names the file", group="most used")
-    data_path: tuple[Path, ...] = option(
-        (bundled_data("lora_identity.jsonl"),), "chat files of the skill", group="most used"
-    )
-    general_data: tuple[Path, ...] = option(
-        (bundled_data("sft_mini.jsonl"),), "chats that show what the skill costs", group="data"
-    )
+    data_path: tuple[Path, ...] = option(IDENTITY, "chat files of the skill", group="most used")
+    general_data: tuple[Path, ...] = option(GENERAL, "chats that show its cost", group="data")
     base: Path | None = option(
         None,
-        "file, Hugging Face folder or owner/model to freeze (default: newest full_sft_*)",
+        "file, Hugging Face folder or owner/model (default: newest full_sft_*)",
         group="most used",
     )
     prompt_template: str | None = option(
         None, r"how a base without chat template is asked: 'Q: {user}\nA: '", group="data"
     )
-    load_in_4bit: bool = option(
-        False, "freeze the base in 4 bits (QLoRA; needs requirements-4bit.txt)", group="device"
-    )
+    load_in_4bit: bool = option(False, "QLoRA; needs requirements-4bit.txt", group="device")
     loraplus_lr_ratio: float = option(
-        1.0, "B learns at so many times the rate of A (LoRA+)", group="training", above=0
+        1.0, "times the rate of A that B learns at (LoRA+)", group="training", above=0
     )
     epochs: int = 20
     learning_rate: float = 3e-3  # 5e-5 teaches nothing: results/sweep_lora_lr.json
