@@ -20,9 +20,8 @@ from core.files import atomic_write, sha256_file, try_lock
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = "requirements-stamp.json"
-# What the pinned torch has builds for; the commands have checked that Python is not older.
-PLATFORMS = ("linux-x86_64", "linux-aarch64", "macosx-arm64", "win-amd64")
-NEWEST = (3, 14)
+# What the pinned torch has builds for. The commands themselves refuse an older Python.
+PLATFORMS, NEWEST = ("linux-x86_64", "linux-aarch64", "macosx-arm64", "win-amd64"), (3, 14)
 SUPPORTED = (
     "a 64-bit CPython 3.10 to 3.14 from python.org on Linux (x86-64 or arm64, glibc), macOS 14 or"
     " newer (Apple silicon) or Windows (x86-64)"
@@ -82,11 +81,10 @@ def ensure_environment(requirements: Sequence[str], root: Path = ROOT) -> str:
         if not is_ready():  # another run may have finished it while this one waited
             before = _stamp(folder)
             (folder / STAMP).unlink(missing_ok=True)
-            if _version(python) is None:
-                _create(folder)
-            _install(python, [str(root / name) for name in requirements])
-            stamp = {**before, **wanted} if before.get("python") == _version(python) else wanted
-            text = json.dumps(stamp | {"python": _version(python)}, indent=1)
+            _install(folder, python, [str(root / name) for name in requirements])
+            wanted["python"] = _version(python)
+            kept = before if before.get("python") == wanted["python"] else {}
+            text = json.dumps(kept | wanted, indent=1)
             atomic_write(folder / STAMP, lambda file: file.write(text.encode()))
     return python
 
@@ -115,14 +113,12 @@ def run(command: Sequence[str], variables: dict[str, str] | None = None) -> int:
     return 130 if interrupted else (128 - code if code < 0 else code)
 
 
-def _create(folder: Path) -> None:
-    print(f"environment: making {folder} with Python {platform.python_version()}")
-    command = [sys.executable, "-m", "venv", "--clear", str(folder)]
-    package = f"python3.{sys.version_info[1]}-venv"
-    _succeed(command, f"cannot make {folder} (Debian and Ubuntu need `sudo apt install {package}`)")
-
-
-def _install(python: str, files: Sequence[str]) -> None:
+def _install(folder: Path, python: str, files: Sequence[str]) -> None:
+    if _version(python) is None:
+        print(f"environment: making {folder} with Python {platform.python_version()}")
+        cure = f"Debian and Ubuntu need `sudo apt install python3.{sys.version_info[1]}-venv`"
+        command = [sys.executable, "-m", "venv", "--clear", str(folder)]
+        _succeed(command, f"cannot make {folder} ({cure})")
     if sys.platform == "linux" and not shutil.which("nvidia-smi"):
         print("environment: if pip downloads gigabytes of CUDA, which is useless without an NVIDIA")
         print("  GPU: Ctrl-C, set PIP_EXTRA_INDEX_URL to pytorch.org's CPU index, start again")
