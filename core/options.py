@@ -63,10 +63,10 @@ class CheckedOptions:
             if bounds:
                 whole = declared["kind"] is int
                 is_number = isinstance(value, int if whole else (int, float))
-                finite = is_number and not isinstance(value, bool) and -inf < value < inf
-                met = finite and all(BOUNDS[rule](value, bound) for rule, bound in bounds.items())
+                if isinstance(value, bool) or not is_number or not -inf < value < inf:
+                    raise UserError(f"{said} a {'whole' if whole else 'finite'} number")
+                met = all(BOUNDS[rule](value, bound) for rule, bound in bounds.items())
                 words = [f"{rule.replace('_', ' ')} {bound}" for rule, bound in bounds.items()]
-                words.append("a whole number" if whole else "a finite number")
                 require(met, f"{said} {' and '.join(words)}")
 
 
