@@ -194,7 +194,9 @@ def predict(options: Options, runtime) -> None:
         raise UserError(f"there is no skill file {path}; train it with --data_path, without --full")
     tensors, meta = read_lora(path)
     labels, length, pairs = meta.labels, meta.max_seq_len, bool(meta.pairs)
-    if not (head_of(tensors) and are_names(labels) and isinstance(length, int)):
+    are_names = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    differ = are_names and len(set(labels)) == len(labels) >= 2
+    if not (differ and head_of(tensors) and isinstance(length, int)):
         raise UserError(f"{path} is no classifier's skill: it lacks a head, labels or row length")
     with redirect_stdout(sys.stderr):  # what is printed below can be piped
         rows = read_labelled((options.predict,), "refuse", clean_unlabelled)
@@ -215,12 +217,6 @@ def predict(options: Options, runtime) -> None:
         best = int(probabilities.argmax())
         answer = {"label": labels[best], "probability": round(float(probabilities[best]), 4)}
         print(json.dumps(answer))
-
-
-def are_names(labels) -> bool:
-    """Whether these are two or more different labels, as a skill file holds them."""
-    are_texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
-    return are_texts and len(set(labels)) == len(labels) >= 2
 
 
 def opened_tokenizer(options: Options, model):
