@@ -2,7 +2,7 @@
 
 import sys
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from core.errors import run
@@ -12,9 +12,7 @@ from core.paths import find_skill, skill_name
 
 @dataclass
 class Options(CheckedOptions):
-    """Chat with a base and its skills in the terminal; a pretrained base continues your text
-    instead.
-    """
+    """Chat with a base and its skills in the terminal; a pretrained base continues your text."""
 
     out_dir: Path = option(Path("out"), "folder of the trained files")
     base: Path | None = option(
@@ -31,43 +29,29 @@ class Options(CheckedOptions):
     prompt: str | None = option(None, "answer this once and leave")
     temperature: float = option(0.7, "0 always takes the likeliest token", at_least=0)
     top_p: float = option(
-        0.9,
-        "draw from the likeliest tokens that sum to this probability; 1: all",
-        above=0,
-        at_most=1,
+        0.9, "draw from the likeliest tokens with this share; 1: all", above=0, at_most=1
     )
     top_k: int = option(0, "draw from this many likeliest tokens; 0: all", at_least=0)
     repetition_penalty: float = option(
         1.0, "above 1 makes tokens that were used before less likely", at_least=0.1, at_most=10
     )
     max_new_tokens: int = option(512, "longest answer", at_least=1)
-    history_cnt: int = option(
-        6, "earlier messages that go with a question, an even number", at_least=0
-    )
+    history_cnt: int = option(6, "earlier messages sent with a question, even", at_least=0)
     seed: int | None = option(None, "makes answers repeatable", at_least=0, below=2**63)
     load_in_4bit: bool = option(False, "the base in 4 bits, as its QLoRA skills were trained")
-    device: str = option(
-        "auto", "auto (cuda, then mps, then cpu), or a torch device such as cuda:1"
-    )
-    tokenizer_path: Path | None = option(
-        None, "tokenizer folder (default: the one the base was trained with)"
-    )
+    device: str = option("auto", "auto (cuda, then mps, then cpu), or a device such as cuda:1")
+    tokenizer_path: Path | None = option(None, "tokenizer folder (default: the base's own)")
     allow_base_mismatch: bool = option(False, "use a skill on a base it was not trained on")
 
     def __post_init__(self):
         super().__post_init__()
         # A temperature so small that the division overflows means greedy, and that is written 0.
-        require(
-            self.temperature == 0 or self.temperature >= 0.01,
-            f"--temperature {self.temperature} must be 0 (greedy) or at least 0.01",
-        )
-        require(
-            self.history_cnt % 2 == 0,
-            f"--history_cnt {self.history_cnt} must be even: a question and its answer make two",
-        )
+        wrong = f"--temperature {self.temperature} must be 0 (greedy) or at least 0.01"
+        require(self.temperature == 0 or self.temperature >= 0.01, wrong)
+        wrong = f"--history_cnt {self.history_cnt} must be even: a question and its answer make two"
+        require(self.history_cnt % 2 == 0, wrong)
         if self.prompt is not None:
-            # Bytes of the command line that were no text in the terminal's encoding arrive as lone
-            # surrogates.
+            # Bytes that were no text in the terminal's encoding arrive as lone surrogates.
             self.prompt = self.prompt.encode(errors="replace").decode()
             require(bool(self.prompt.strip()), "--prompt is empty")
         if self.lora_name is not None:
@@ -91,11 +75,11 @@ def main(argv: list[str] | None = None) -> None:
     base, model, record, skill = opened(options, runtime.device)
     templates = options.prompt_template, skill and skill[1].prompt_template
     tokenizer = tokenizer_of(record, base, options.tokenizer_path, options.out_dir, *templates)
-    names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
+    sampling = Sampling(**{each.name: getattr(options, each.name) for each in fields(Sampling)})
     session = ChatSession(
         model,
         tokenizer,
-        Sampling(**{name: getattr(options, name) for name in names}),
+        sampling,
         seed=torch.seed() if options.seed is None else options.seed,
         history_cnt=options.history_cnt,
         continues=(record.stage or base.name.partition("_")[0]) == "pretrain",
@@ -105,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if options.lora_name is not None:
         session.use_skill(options.lora_name, skill)
-    print(f"base: {base}, skill: {session.skill or 'none'}, {runtime}", file=sys.stderr, flush=True)
+    print(f"base: {base}, skill: {session.skill or 'none'}, {runtime}", file=sys.stderr)
     if options.prompt is None:
         chat(session)
     else:
@@ -113,8 +97,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def opened(options: Options, device) -> tuple:
-    """Path, model and record of the base, and what ``read_lora`` gave for the skill (None without
-    one). The skill decides the base, unless one is named, and the base which of its files.
+    """Path, model and record of the base, and what ``read_lora`` gave for the skill, or None.
+
+    The skill decides the base, unless one is named, and the base which of the skill's files.
     """
     from model.lora.skill_file import read_lora
     from model.quantized import quantize

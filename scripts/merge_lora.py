@@ -1,6 +1,4 @@
-"""Fuse skills: python scripts/merge_lora.py medical=0.7 identity --output
-out/full_sft_medic_512.pth
-"""
+"""Fuse skills: python scripts/merge_lora.py medical=0.7 identity --output out/full_sft_m_512.pth"""
 
 import sys
 from dataclasses import dataclass, replace
@@ -38,16 +36,15 @@ class Options(CheckedOptions):
     def __post_init__(self):
         super().__post_init__()
         skill_weights(self.skills)
-        is_skill, of_skill = self.lora_name is not None, self.rank > 0
+        one_result = (self.output is None) != (self.lora_name is None)
+        require(one_result, "choose --output (a base) or --lora_name (a skill)")
+        if self.lora_name is None:
+            require(self.rank == 0, "--rank cuts a skill: give --lora_name instead of --output")
+            return
+        skill_name(self.lora_name)
         of_base = self.load_in_4bit or self.dtype != "float32" or self.tokenizer_path is not None
-        wrong = "choose --output (a base) or --lora_name (a skill)"
-        require((self.output is None) == is_skill, wrong)
-        wrong = "--rank cuts a skill: give --lora_name instead of --output"
-        require(is_skill or not of_skill, wrong)
         wrong = "--dtype, --load_in_4bit and --tokenizer_path are for --output, not for --lora_name"
-        require(not (of_base and is_skill), wrong)
-        if self.lora_name is not None:
-            skill_name(self.lora_name)
+        require(not of_base, wrong)
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -73,18 +70,14 @@ def main(argv: list[str] | None = None) -> Path:
             print(f"note: {name} was trained on 4 bits; --load_in_4bit merges into what it saw")
     if len({meta.tokenizer for meta in metas} - {None}) > 1:
         print(f"note: the skills had other tokenizers or templates in training; {first}'s is taken")
-    if options.output:
-        merge_into_base(options, base, record, metas[0], library, weights)
-        return options.output
-    return fuse(options, base, metas[0], library, weights)
+    if options.lora_name is not None:
+        return fuse(options, base, metas[0], library, weights)
+    merge_into_base(options, base, record, metas[0], library, weights)
+    return options.output
 
 
-def merge_into_base(
-    options: Options, base: Path, record, first, library, weights: dict[str, float]
-) -> None:
-    """Write the base with the skills in its weights, and say how far its logits are from the
-    attached skills'.
-    """
+def merge_into_base(options: Options, base: Path, record, first, library, weights) -> None:
+    """Write the base with the skills in its weights, and say how far this moves its logits."""
     import torch
 
     from dataset.tokenizer import check_trained_with, tokenizer_of
@@ -116,10 +109,8 @@ def merge_into_base(
         merge_lora(model)
         model.to(getattr(torch, options.dtype))
         drift = (model(input_ids=ids).logits.float() - attached).abs().max()
-    print(
-        f"merged {weights_text(weights)}: logits differ by at most {drift:.1e} from those with"
-        " the skills attached"
-    )
+    said = f"logits differ by at most {drift:.1e} from those with the skills attached"
+    print(f"merged {weights_text(weights)}: {said}")
     if ours:
         origin = {"file": base.name, "fingerprint": record.fingerprint}
         merged = {"merged": {"base": origin, "skills": weights}}
@@ -129,10 +120,8 @@ def merge_into_base(
     print(f"saved {output}")
 
 
-def fuse(options: Options, base: Path, first, library, weights: dict[str, float]) -> Path:
-    """Write the weighted sum of the skills as one skill, which is asked as the first of them
-    was.
-    """
+def fuse(options: Options, base: Path, first, library, weights) -> Path:
+    """Write the weighted sum of the skills as one skill, which is asked as the first was."""
     from model.lora.layer import exchange
     from model.lora.library import loras_of, truncated
     from model.lora.skill_file import SkillMeta, save_lora

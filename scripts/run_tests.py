@@ -1,5 +1,4 @@
-"""Check the style and run the test suite in the project's own environment, which is made first
-where it is missing.
+"""Check the style and run the tests in the project's own environment, made if it is missing.
 
     python scripts/run_tests.py [pytest arguments]
 
