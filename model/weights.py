@@ -27,14 +27,12 @@ PRETRAINED = "pretrained elsewhere"  # the stage in the record of a Hugging Face
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what a file may hold
 # The config values that change the arithmetic but no shape: ours, else Hugging Face's.
 ARITHMETIC = ("n_heads", "n_kv_heads", "norm_eps", "rope_theta")
-THEIR_ARITHMETIC = (
-    *("num_attention_heads", "num_key_value_heads"),
-    *("rms_norm_eps", "layer_norm_eps", "rope_parameters"),
-)
+HEADS = ("num_attention_heads", "num_key_value_heads")
+THEIR_ARITHMETIC = (*HEADS, "rms_norm_eps", "layer_norm_eps", "rope_parameters")
 # What a base file's record keeps of the config.
 ARCHITECTURE = (
-    *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "multiple_of"),
-    *("norm_eps", "max_seq_len", "rope_theta", "dropout"),
+    *("dim", "n_layers", "vocab_size", "hidden_dim", "multiple_of", "max_seq_len", "dropout"),
+    *ARITHMETIC,
 )
 AnyRecord = TypeVar("AnyRecord", bound="Record")
 
@@ -91,9 +89,8 @@ class RunRecord(Record):
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """The flat ``{name: tensor}`` of a ``.pth`` file, on the CPU; nothing in the file is executed.
 
-    Raises ``UserError`` for a file that is missing, no zip archive or damaged (checksums), and for
-    one that holds anything but dense tensors, a floating-point type that is none of ``FLOATS``, or
-    numbers that are not finite in fp32.
+    Raises ``UserError`` for a file that is missing, damaged (checksums) or no zip archive, and for
+    one that holds anything but dense tensors of ``FLOATS`` or whole numbers, finite in fp32.
     """
     path = Path(path)
     if not path.is_file():
@@ -107,18 +104,16 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         reason = reason_of(error, 120)
         if type(error).__name__ == "UnpicklingError":  # torch's sentence is about its own flag
             reason = "it holds more than tensors"
-        wrong = f"{path} is not a readable weights file ({reason})"
-        raise UserError(f"{wrong}; copy or train it again") from error
+        unreadable = f"{path} is not a readable weights file ({reason})"
+        raise UserError(f"{unreadable}; copy or train it again") from error
     if damaged:
         raise UserError(f"{path} is damaged (checksum of {damaged}); copy or train it again")
     if not isinstance(tensors, dict) or not tensors:
-        kind = type(tensors).__name__
-        raise UserError(f"{path} holds no weights but {kind}; expected a state dict")
+        raise UserError(f"{path} holds a {type(tensors).__name__}, not a state dict of weights")
     for name, tensor in tensors.items():
         is_tensor = isinstance(name, str) and isinstance(tensor, Tensor)
         if not is_tensor or tensor.layout != torch.strided or tensor.is_meta:
-            wrong = f"{path} holds {name!r}, which is no dense tensor"
-            raise UserError(f"{wrong}; expected a plain state dict")
+            raise UserError(f"{path} holds {name!r}, which is no dense tensor of a state dict")
         if not tensor.is_floating_point() or not tensor.numel():
             continue
         if tensor.dtype not in FLOATS:
@@ -130,10 +125,9 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def fingerprint(parameters: Iterable[tuple[str, Tensor]], config: object) -> str:
-    """Hex SHA-256 of a model's weights and ``arithmetic(config)``.
+    """Hex SHA-256 of ``arithmetic(config)`` and the weights: sorted names, shapes, bf16 values.
 
-    It covers sorted names, shapes, and values rounded to bf16, so that a bf16 copy counts as the
-    same base. Pass ``named_parameters()``, which names tied tensors once.
+    So a bf16 copy is the same base. Pass ``named_parameters()``, which names tied tensors once.
     """
     digest = hashlib.sha256(json.dumps(arithmetic(config), sort_keys=True).encode())
     for name, tensor in sorted(parameters, key=lambda item: item[0]):
@@ -153,10 +147,7 @@ def arithmetic(config: object) -> dict:
 
 
 def check_keys(own: dict[str, Tensor], tensors: dict[str, Tensor], source: str | Path) -> None:
-    """Raise one ``UserError`` that names every missing, unexpected or ill-shaped key, if any.
-
-    A tensor in ``tensors`` must also be floating point.
-    """
+    """Raise one ``UserError`` for all keys of ``tensors`` that differ from ``own``, if any do."""
     problems = [f"missing {name}" for name in sorted(own.keys() - tensors.keys())]
     problems += [f"unexpected {name}" for name in sorted(tensors.keys() - own.keys())]
     for name in sorted(own.keys() & tensors.keys()):
@@ -169,10 +160,9 @@ def check_keys(own: dict[str, Tensor], tensors: dict[str, Tensor], source: str |
 
 
 def save_base(path: str | Path, model: MiniMindLM, record: RunRecord | None = None) -> None:
-    """Write the state dict to ``path`` (.pth), then the record to the .json beside it.
+    """Write the state dict (.pth), then ``record``, completed by config and fingerprint (.json).
 
-    ``record`` is completed by config and fingerprint. Raises ``UserError`` for a model that carries
-    a LoRA.
+    Raises ``UserError`` for a model that carries a LoRA.
     """
     path, tensors = Path(path), model.state_dict()
     if any(".lora." in name for name in tensors):
@@ -189,17 +179,16 @@ def save_base(path: str | Path, model: MiniMindLM, record: RunRecord | None = No
 def load_base(path: str | Path, device: torch.device | str = "cpu") -> tuple[MiniMindLM, RunRecord]:
     """The model in a base file, in eval mode on ``device``, and the record beside it.
 
-    The file's own tensors become the parameters (copied where they are not fp32): they exist only
-    once. A ``.pth`` alone (MiniMind's) loads too: its shapes give the config, the rest are
-    defaults, printed; its record holds only ``config`` and ``fingerprint``. Raises ``UserError``
-    for unreadable or unfitting weights, tied tensors that differ, or a record of other weights.
+    The file's own tensors become the parameters, copied where they are not fp32. A ``.pth`` alone
+    (MiniMind's) loads too: its shapes give the config, the rest are defaults, printed; its record
+    holds only ``config`` and ``fingerprint``. Raises ``UserError`` for unreadable or unfitting
+    weights, tied tensors that differ, or a record of other weights.
     """
     path = Path(path)
-    tensors, record, beside = read_tensors(path), read_record(path), path.with_suffix(".json")
+    beside, record, held = path.with_suffix(".json"), read_record(path), read_tensors(path)
     # Older MiniMind versions saved the rotary table and the causal mask, which we compute.
-    computed = [name for name in tensors if name == "pos_cis" or name.endswith(".mask")]
-    for name in computed:
-        del tensors[name]
+    names = [name for name in held if name != "pos_cis" and not name.endswith(".mask")]
+    tensors = {name: held[name] for name in names}
     try:
         described = record.config or _config_from_shapes(tensors, path)
         architecture = {name: described[name] for name in ARCHITECTURE}
@@ -210,16 +199,16 @@ def load_base(path: str | Path, device: torch.device | str = "cpu") -> tuple[Min
     with torch.device("meta"):
         model = MiniMindLM(config)
     check_keys(model.state_dict(), tensors, path)
-    weights = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
-    if not torch.equal(weights["output.weight"], weights["tok_embeddings.weight"]):
+    tensors = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+    if not torch.equal(tensors["output.weight"], tensors["tok_embeddings.weight"]):
         differ = "output.weight and tok_embeddings.weight differ"
         raise UserError(f"{path}: {differ}, but this model ties them")
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict(tensors, assign=True)
     model.tie_weights()
     found = fingerprint(model.named_parameters(), config)
     if record.fingerprint not in (None, found):
-        wrong = f"{path} and {beside} are not from the same run"
-        raise UserError(f"{wrong}; delete the .json or retrain")
+        differ = f"{path} and {beside} are not from the same run"
+        raise UserError(f"{differ}; delete the .json or retrain")
     return model.to(device).eval(), replace(record, config=architecture, fingerprint=found)
 
 
@@ -233,8 +222,8 @@ def read_record(path: Path) -> RunRecord:
         if not record.config:
             raise ValueError("it has no config")
     except (ValueError, RecursionError) as error:
-        wrong = f"{beside} describes no base ({error})"
-        raise UserError(f"{wrong}; delete it or retrain the base") from error
+        way_out = "delete it or retrain the base"
+        raise UserError(f"{beside} describes no base ({error}); {way_out}") from error
     return record
 
 
@@ -248,13 +237,13 @@ def _config_from_shapes(tensors: dict[str, Tensor], path: Path) -> dict:
         if not dim:
             raise ValueError("its embedding is empty")
     except (KeyError, ValueError, IndexError) as error:
-        wrong = f"it lacks the embedding or the layers ({error})"
-        raise UserError(f"{path} is no MiniMindLM: {wrong}") from error
-    defaults = {name: getattr(LMConfig(), name) for name in ARCHITECTURE}
+        lacks = f"it lacks the embedding or the layers ({error})"
+        raise UserError(f"{path} is no MiniMindLM: {lacks}") from error
+    defaults = LMConfig()
     config = {"dim": dim, "n_layers": 1 + max(layers), "hidden_dim": hidden_dim}
-    config |= {"vocab_size": vocab_size, "n_heads": defaults["n_heads"]}
-    config["n_kv_heads"] = max(1, kv_width * defaults["n_heads"] // dim)
-    assumed = {name: value for name, value in defaults.items() if name not in config}
+    config |= {"vocab_size": vocab_size, "n_heads": defaults.n_heads}
+    config["n_kv_heads"] = max(1, kv_width * defaults.n_heads // dim)
+    assumed = {name: getattr(defaults, name) for name in ARCHITECTURE if name not in config}
     print(f"{path} has no .json beside it: from its shapes {config}, assumed {assumed}")
     return config | assumed
 
@@ -265,11 +254,10 @@ def choose_base(
     skill_base: dict | None = None,
     stages: Iterable[str] = STAGES,
 ) -> Path:
-    """The base to use, by the first of these rules that finds one.
+    """The base to use: the one that is ``named``, or that the skill needs, or the newest.
 
-    The base ``named``; the file in ``out_dir`` that is ``skill_base``, the ``base`` of a
-    ``SkillMeta``; the newest file of the latest of ``stages`` that is there. Raises ``UserError``
-    when there is none.
+    The skill's is the file in ``out_dir`` that is ``skill_base``, the ``base`` of a ``SkillMeta``;
+    the newest, that of the latest of ``stages``. Raises ``UserError`` when there is none.
     """
     if named is not None:
         if not named.is_file() and not is_pretrained(named):

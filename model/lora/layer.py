@@ -53,7 +53,7 @@ class LoRA(nn.Module):
 
     def exported(self) -> dict[str, Tensor]:
         """The tensors of a skill file, by their key after ``.lora.``."""
-        return {"A.weight": self.A.weight, "B.weight": self.B.weight}
+        return dict(self.named_parameters())
 
 
 def attach(linear: Linear, lora: LoRA) -> None:
@@ -101,10 +101,7 @@ def output_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def base_name(name: str) -> str:
-    """A name without the parts that ``torch.compile`` and activation checkpointing add to it.
-
-    So skills fit the model whether its layers are wrapped or not.
-    """
+    """A name without what ``torch.compile`` and checkpoint wrappers add: skills fit either way."""
     for wrapper in WRAPPERS:
         if wrapper in name:
             name = ".".join(part for part in name.split(".") if part != wrapper)

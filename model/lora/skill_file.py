@@ -75,10 +75,9 @@ def save_lora(
     scaling = {name: lora.scaling for name, lora in loras.items()}
     usual = Counter((rank, scaling[name] * rank) for name, rank in ranks.items())
     (rank, alpha), _ = usual.most_common(1)[0]
-    meta = meta or SkillMeta()
-    known = {"rank": rank, "alpha": alpha, "targets": list(loras), "scaling": scaling}
-    known["base"] = {**meta.base, "fingerprint": base_fingerprint(model)}
-    meta = replace(meta, ranks=ranks, **known)
+    meta = replace(meta or SkillMeta(), rank=rank, alpha=alpha, ranks=ranks, scaling=scaling)
+    meta.targets = list(loras)
+    meta.base = {**meta.base, "fingerprint": base_fingerprint(model)}
     packed = json.dumps(meta.to_json(), ensure_ascii=False).encode()
     tensors[META_KEY] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
     atomic_write(path, lambda file: torch.save(tensors, file))
@@ -87,9 +86,9 @@ def save_lora(
 def read_lora(path: str | PathLike) -> Skill:
     """The tensors of a skill file, ``extra`` ones included, and its meta, checked against them.
 
-    A file without ``_meta`` (MiniMind's) gets rank and targets from its tensors, scale 1, and no
-    base, which is noted in print. Names lose the parts of wrappers, which earlier versions wrote.
-    Raises ``UserError`` for anything that is no LoRA file.
+    A file without ``_meta`` (MiniMind's) gets rank and targets from its tensors, scale 1 and no
+    base, as is printed. Names lose wrappers' parts, which earlier versions wrote. Raises
+    ``UserError`` for anything that is no LoRA file.
     """
     tensors = {base_name(name): tensor for name, tensor in read_tensors(path).items()}
     packed = tensors.pop(META_KEY, None)
@@ -114,21 +113,19 @@ def read_lora(path: str | PathLike) -> Skill:
 
 
 def _ranks(tensors: dict[str, Tensor], path: str | PathLike) -> dict[str, int]:
-    """The rank of each target; names that begin with "_" are passed over.
+    """The rank of each target. Raises ``UserError``, with the keys, for tensors that are no LoRA.
 
-    Raises ``UserError``, which names the keys, for tensors that make no LoRA.
+    Names that begin with "_" are passed over.
     """
     ranks, shapes, problems = {}, defaultdict(dict), []
     for name, tensor in tensors.items():
         target, _, key = name.rpartition(".lora.")
         if name.startswith("_"):
             continue
-        if not target or key not in KEYS:
-            problems.append(f"unexpected {name}")
-        elif not tensor.is_floating_point():
-            problems.append(f"{name} is {tensor.dtype}, not floating point")
-        else:
+        if target and key in KEYS and tensor.is_floating_point():
             shapes[target][key] = tuple(tensor.shape)
+        else:
+            problems.append(f"unexpected {name} ({tensor.dtype})")
     for target, found in shapes.items():
         match [found.get(key) for key in KEYS]:
             case [(rank, _), (outputs, columns), magnitude] if (

@@ -41,9 +41,6 @@ class DoRA(LoRA):
     def merged(self, weight: Tensor) -> Tensor:
         return self.stretch(weight).to(weight)[:, None] * super().merged(weight)
 
-    def exported(self) -> dict[str, Tensor]:
-        return {**super().exported(), "magnitude": self.magnitude}
-
     def stretch(self, weight: Tensor) -> Tensor:
         """magnitude / ||V|| (outputs,) for W = ``weight``, fp32 or fp64."""
         # Under autocast's fp16 a small product B A would be 0.
