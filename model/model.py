@@ -43,10 +43,9 @@ def rope_table(head_dim: int, length: int, theta: float, device: torch.device) -
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn each pair of neighbouring features by the angle of its position, in fp32.
+    """Turn each pair of neighbouring features (not rotate-half) by its position's angle, in fp32.
 
-    ``x`` (B, T, heads, head_dim) of any dtype, ``turns`` (T, head_dim/2) complex64, the same for
-    all heads. This is the complex-pair order, not the rotate-half order.
+    ``x`` (B, T, heads, head_dim) of any dtype, ``turns`` (T, head_dim/2) complex64.
     """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turns[:, None, :]).flatten(-2).type_as(x)
@@ -119,10 +118,7 @@ class MiniMindBlock(nn.Module):
     def forward(
         self, x: Tensor, turns: Tensor, past: tuple[Tensor, Tensor] | None, positions: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The new hidden states, and this layer's keys and values.
-
-        The states are (B, T, dim), or (N, dim) where ``positions`` (N,) asks for those alone.
-        """
+        """The hidden states, at ``positions`` as in ``take``, and this layer's keys and values."""
         attended, present = self.attention(self.attention_norm(x), turns, past, positions)
         h = take(x, positions) + attended
         return h + self.feed_forward(self.ffn_norm(h)), present
@@ -178,17 +174,17 @@ class MiniMindLM(PreTrainedModel):
 
         ``input_ids`` (B, T) int64, right-padded: a position sees only what stands before it, so
         padding and batch-mates never change a row. ``cache`` holds S earlier tokens (none: S = 0);
-        ``past_key_values`` is its name in older versions of transformers. ``logits_to_keep`` n > 0
-        keeps the last n positions, 0 keeps all, and a tensor names the positions to keep.
-        ``labels`` (B, T) are the ids themselves or -100; they are shifted here. The loss is the
-        summed cross-entropy / ``num_items_in_batch`` (default: the number of supervised targets),
-        and 0 when nothing is supervised.
+        older versions of transformers call it ``past_key_values``. ``logits_to_keep`` n > 0 keeps
+        the last n positions, 0 keeps all, and a tensor names the positions to keep. ``labels``
+        (B, T) are the ids themselves or -100; they are shifted here. The loss is the summed
+        cross-entropy / ``num_items_in_batch`` (default: the number of supervised targets), and 0
+        when nothing is supervised.
 
-        Returns logits (B, T or kept, vocab_size), ``loss`` (scalar, fp32 at least), and a cache
-        that covers S + T tokens when ``use_cache``. In training mode with ``labels``, only
-        positions that predict a supervised target reach the head and the last block's output and
-        MLP, and ``logits`` is None; loss and gradients are the same. Raises ``UserError`` past
-        ``max_seq_len``, and for ``labels`` together with ``logits_to_keep``.
+        Returns logits (B, T or kept, vocab_size), ``loss`` (scalar, fp32 at least), and a cache of
+        S + T tokens when ``use_cache``. In training mode with ``labels``, only positions with a
+        supervised target reach the head and the last block's output and MLP, and ``logits`` is
+        None; loss and gradients are the same. Raises ``UserError`` past ``max_seq_len``, and for
+        ``labels`` together with ``logits_to_keep``.
         """
         past, keeps_last = cache or past_key_values, isinstance(logits_to_keep, int)
         if labels is None:
@@ -212,10 +208,7 @@ class MiniMindLM(PreTrainedModel):
     def _hidden(
         self, input_ids: Tensor, past: KVCache | None, positions: Tensor | None
     ) -> tuple[Tensor, KVCache]:
-        """The normed hidden states, and each layer's keys and values.
-
-        The states are (B, T, dim), or (N, dim) where ``positions`` (N,) asks for those alone.
-        """
+        """The normed hidden states, at ``positions`` as in ``take``, and all keys and values."""
         config, device = self.config, input_ids.device
         start = past[0][0].size(2) if past else 0
         end = start + input_ids.size(1)
@@ -237,9 +230,8 @@ class MiniMindLM(PreTrainedModel):
     def compile(self, **settings) -> None:
         """``torch.compile`` each block for all lengths; state-dict keys and the loss stay.
 
-        The blocks share their programs. There are several, because a last block computes less and
-        a batch of one row is special, but fewer than the 8 after which PyTorch would silently go
-        on uncompiled.
+        The blocks share their programs. There are several (a last block computes less, a batch of
+        one row is special), but fewer than the 8 beyond which PyTorch silently stops compiling.
         """
         for layer in self.layers:
             layer.compile(**{"dynamic": True, **settings})

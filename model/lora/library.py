@@ -42,17 +42,13 @@ class SkillLibrary:
         self.active: dict[str, float] = {}  # the weights of what the model carries
         self._skills: dict[str, dict[str, LoRA]] = {}
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._skills)
-
     def add(
         self, name: str, path: str | PathLike, skill: Skill | None = None, **allowed: bool
     ) -> SkillMeta:
         """Read the skill file ``path`` as ``name``, in place of one of that name; returns its meta.
 
-        What the model carries changes at the next ``use``. ``skill``: what ``read_lora`` gave for
-        ``path``, where it was read already. ``allowed``: ``allow_base_mismatch``, as for
-        ``adapters_in``, which raises ``UserError`` for a file that does not fit.
+        What the model carries changes at the next ``use``. ``skill``, ``allowed`` and the
+        ``UserError`` for a file that does not fit are those of ``adapters_in``.
         """
         loras, meta = adapters_in(self.model, path, skill, **allowed)
         for lora in loras.values():  # so that no compiled program depends on a skill's own number
@@ -115,19 +111,17 @@ def merge_lora(model: nn.Module) -> None:
     check_receptive(model)
     found, weights = dict(adapted(model)), {}
     if not found:
-        way_out = "call apply_lora or attach_lora first"
-        raise UserError(f"there is no LoRA on this model to merge; {way_out}")
+        raise UserError("there is no LoRA on this model to merge; call attach_lora first")
     if any(map(is_quantized, found.values())):
         raise UserError("a 4-bit weight has no room for an update; call dequantize(model) first")
     users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for name, linear in found.items():
         weights[name] = linear.lora.merged(dense_weight(linear))
         if users[id(linear.weight)] > 1:
-            wrong = f"{name} shares its weight with another module: keep its LoRA attached"
-            raise UserError(f"{wrong}; none is merged")
+            raise UserError(f"{name} shares its weight with another module: keep LoRA attached")
         if not weights[name].isfinite().all():
-            wrong = f"merging would put NaN or infinity into {name}"
-            raise UserError(f"{wrong}; go back to an earlier skill file")
+            broken = f"merging would put NaN or infinity into {name}"
+            raise UserError(f"{broken}; go back to an earlier skill file")
     for name, linear in found.items():
         # A tuple is no child: state-dict keys stay.
         linear.unmerged = linear.weight.clone(), detach(linear)
@@ -172,7 +166,7 @@ def factors_of(loras: Mapping[str, LoRA], name: str) -> Factors:
 def mixed(parts: Sequence[tuple[Factors, float]]) -> Factors:
     """The exact sum of weight times update; the ranks of a target add up.
 
-    Raises ``UserError`` for weights that are no numbers, or so large that a product is not finite.
+    Raises ``UserError`` for a weight that is no number, or too large for a finite product.
     """
     collected = defaultdict(list)  # of each target: (A, weight * B) of the skills that have it
     for factors, weight in parts:
@@ -193,8 +187,7 @@ def mixed(parts: Sequence[tuple[Factors, float]]) -> Factors:
 def truncated(factors: Factors, rank: int) -> tuple[Factors, float]:
     """The nearest updates of at most ``rank``, by singular values, and the share that is lost.
 
-    The share is the Frobenius norm of what is left out over that of the whole, over all targets; it
-    is 0 for no update.
+    The share is the Frobenius norm of what is left out over that of all; 0 for no update.
     """
     cut, lost, whole = {}, 0.0, 0.0
     for target, (A, B) in factors.items():

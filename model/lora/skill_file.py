@@ -56,8 +56,8 @@ def save_lora(
 
     ``meta`` is completed by ranks, scales and the base's fingerprint. ``extra``: tensors that were
     trained beside the LoRA and belong to the skill; their names begin with "_". Prints which
-    updates are still zero: such a Linear's ``forward`` never ran in training (some modules,
-    PyTorch's MultiheadAttention for one, use its weight alone).
+    updates are still zero: the ``forward`` of such a Linear never ran in training, as within
+    PyTorch's MultiheadAttention, which uses its weight alone.
     """
     check_receptive(model)
     loras = {name: linear.lora for name, linear in adapted(model)}
@@ -113,14 +113,11 @@ def read_lora(path: str | PathLike) -> Skill:
 
 
 def _ranks(tensors: dict[str, Tensor], path: str | PathLike) -> dict[str, int]:
-    """The rank of each target. Raises ``UserError``, with the keys, for tensors that are no LoRA.
-
-    Names that begin with "_" are passed over.
-    """
+    """The rank of each target. Raises ``UserError``, with the keys, for what is no LoRA."""
     ranks, shapes, problems = {}, defaultdict(dict), []
     for name, tensor in tensors.items():
         target, _, key = name.rpartition(".lora.")
-        if name.startswith("_"):
+        if name.startswith("_"):  # one of ``extra``
             continue
         if target and key in KEYS and tensor.is_floating_point():
             shapes[target][key] = tuple(tensor.shape)
@@ -188,8 +185,7 @@ def load_lora(model: nn.Module, path: str | PathLike, **allowed: bool) -> SkillM
     """Copy a skill file into the LoRA applied to ``model``; returns its meta.
 
     Device and dtype of the model stay. Raises ``UserError``, before anything changes, for what
-    ``adapters_in`` refuses unless ``allowed``, and if ranks, targets or kind differ from what is
-    applied.
+    ``adapters_in`` refuses unless ``allowed``, and if ranks, targets or kind differ.
     """
     loras, meta = adapters_in(model, path, **allowed)
     own = {name: linear.lora for name, linear in adapted(model)}
@@ -215,8 +211,7 @@ def _described(loras: Mapping[str, LoRA]) -> str:
 def attach_lora(model: nn.Module, path: str | PathLike, **allowed: bool) -> SkillMeta:
     """Replace what ``model`` carries by a skill file of any rank and targets; returns its meta.
 
-    ``allowed``: ``allow_base_mismatch`` and ``with_extra``, as for ``adapters_in``. When that
-    refuses the file, the active skill stays.
+    ``allowed`` is that of ``adapters_in``; when that refuses the file, the active skill stays.
     """
     loras, meta = adapters_in(model, path, **allowed)
     model.requires_grad_(False)
