@@ -15,9 +15,7 @@ from core.options import CheckedOptions, option, require
 SHORTHANDS = ("square", "all-linear")
 Init = Literal["minimind", "kaiming", "gaussian", "pissa"]
 TARGETS_HELP = "square, all-linear, names or name endings of Linears, or one regular expression"
-INIT_HELP = (
-    "A starts from N(0, 0.02), U(+-1/sqrt(inputs)) or N(0, 1/rank) and B at 0; pissa: from W's SVD"
-)
+INIT_HELP = "A from N(0, 0.02), U(+-1/sqrt(inputs)) or N(0, 1/rank), B = 0; pissa: from W's SVD"
 
 
 @dataclass
@@ -41,18 +39,14 @@ class LoRAConfig(CheckedOptions):
         (), "names or name endings to leave out, or one regular expression", group="skill"
     )
     layers_to_transform: tuple[int, ...] = option(
-        (), "numbers of the layers to adapt (default: all)", group="skill"
+        (), "layers to adapt (default: all)", group="skill"
     )
-    rank_pattern: dict[str, int] = option(
-        (), "other ranks for some names: wo=4 'layers.7.*=32'", group="skill"
-    )
-    alpha_pattern: dict[str, float] = option((), "other alphas for some names", group="skill")
+    rank_pattern: dict[str, int] = option((), "ranks by name: wo=4 'layers.7.*=32'", group="skill")
+    alpha_pattern: dict[str, float] = option((), "alphas by name", group="skill")
     use_rslora: bool = option(False, "scale by alpha / sqrt(rank)", group="skill")
-    use_dora: bool = option(
-        False, "learn each output's magnitude apart from its direction (DoRA)", group="skill"
-    )
+    use_dora: bool = option(False, "learn magnitudes apart from directions (DoRA)", group="skill")
     lora_dropout: float = option(
-        0.0, "share of the update's inputs dropped in training", group="skill", at_least=0, below=1
+        0.0, "probability of dropping an input of the update", group="skill", at_least=0, below=1
     )
     init_lora_weights: Init = option("minimind", INIT_HELP, group="skill")
 

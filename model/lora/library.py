@@ -42,6 +42,9 @@ class SkillLibrary:
         self.active: dict[str, float] = {}  # the weights of what the model carries
         self._skills: dict[str, dict[str, LoRA]] = {}
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._skills)
+
     def add(
         self, name: str, path: str | PathLike, skill: Skill | None = None, **allowed: bool
     ) -> SkillMeta:

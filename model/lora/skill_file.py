@@ -124,13 +124,12 @@ def _ranks(tensors: dict[str, Tensor], path: str | PathLike) -> dict[str, int]:
         else:
             problems.append(f"unexpected {name} ({tensor.dtype})")
     for target, found in shapes.items():
-        match [found.get(key) for key in KEYS]:
-            case [(rank, _), (outputs, columns), magnitude] if (
-                rank == columns >= 1 and magnitude in (None, (outputs,))
-            ):
-                ranks[target] = rank
-            case _:
-                problems.append(f"{target} has the shapes {found}, which make no update")
+        A, B = found.get("A.weight", ()), found.get("B.weight", ())
+        pair = len(A) == len(B) == 2 and A[0] == B[1] >= 1
+        if pair and found.get("magnitude") in (None, B[:1]):
+            ranks[target] = A[0]
+        else:
+            problems.append(f"{target} has the shapes {found}, which make no update")
     if problems or not ranks:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         few = "; ".join(problems[:5]) or "it holds no tensors"
