@@ -22,9 +22,8 @@ HEAD = "_head."  # comes before the names of a head's tensors in a skill file
 def read_config(base: Path) -> PretrainedConfig:
     """The config of a Hugging Face model. Raises ``UserError`` if ``base`` is none."""
     if not is_pretrained(base):
-        raise UserError(
-            f"base {base} is neither a folder with a config.json nor owner/model on the hub"
-        )
+        neither = "neither a folder with a config.json nor owner/model on the hub"
+        raise UserError(f"base {base} is {neither}")
     try:
         return AutoConfig.from_pretrained(pretrained_name(base))
     except Exception as error:  # a file, the network or the library's own checks: many kinds
@@ -63,10 +62,7 @@ def open_classifier(base: Path, labels: Sequence[str]) -> nn.Module:
                 parameter.copy_(fresh[name])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in head or name in missing)
-    body_parameters = model.base_model.named_parameters()
-    given = [
-        (name, parameter) for name, parameter in body_parameters if not parameter.requires_grad
-    ]
+    given = [(name, p) for name, p in model.base_model.named_parameters() if not p.requires_grad]
     model.base_model.known_as = fingerprint(given, model.config)
     return model
 
@@ -84,8 +80,8 @@ def check_row_length(model: nn.Module, max_seq_len: int) -> None:
 def head_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a classifier that train beside a LoRA, by name."""
     added = {id(parameter) for parameter in lora_parameters(model)}
-    named = model.named_parameters()
-    return {name: p for name, p in named if p.requires_grad and id(p) not in added}
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return {name: p for name, p in trained if id(p) not in added}
 
 
 def head_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -1,5 +1,4 @@
-"""LoRA (Hu et al. 2021): a frozen Linear learns a low-rank update, and the update is a file of its
-own.
+"""LoRA (Hu et al. 2021): a frozen Linear learns a low-rank update, which is a file of its own.
 
     x ──> Linear (frozen) ──────────────────> + ──> y
     └──> A (in -> rank) ──> B (rank -> out) ──┘     times alpha / rank
@@ -44,17 +43,16 @@ def apply_lora(
         raise UserError("LoRA is already applied to this model; call remove_lora(model) first")
     check_receptive(model)
     config = LoRAConfig(rank, alpha, target_modules, **options)
-    loras = {}
-    for name, linear in choose_targets(model, config).items():
-        settings = (linear, *config.rank_and_scaling(name), config.lora_dropout)
-        if config.init_lora_weights == "pissa":
-            loras[name] = linear, PiSSA(*settings)
-        else:
-            kind = DoRA if config.use_dora else LoRA
-            loras[name] = linear, kind(*settings, config.init_lora_weights)
+    dropout, init = config.lora_dropout, config.init_lora_weights
+    kind = DoRA if config.use_dora else LoRA
+    if init == "pissa":
+        kind = PiSSA
+    targets, loras = choose_targets(model, config), {}
+    for name, linear in targets.items():
+        loras[name] = kind(linear, *config.rank_and_scaling(name), dropout, init)
     model.requires_grad_(False)  # freeze first: whatever is added below is what trains
-    for linear, lora in loras.values():
-        attach(linear, lora)
+    for name, lora in loras.items():
+        attach(targets[name], lora)
     return list(loras)
 
 
