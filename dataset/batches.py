@@ -27,17 +27,15 @@ IGNORED = -100  # the label of a position that is not learned, PyTorch's own def
 class Batch:
     """One micro-batch.
 
-    ``inputs``: what the model's forward takes, ``input_ids`` (B, T) int64, right-padded. ``labels``
-    (B, T) int64: the id itself where it is learned, else -100; ``labels[:, 0]`` is -100 because
-    nothing predicts it. ``n_targets``: how many labels are learned. ``n_bytes``: how many UTF-8
-    bytes they stand for. ``n_tokens``: how many ids are not padding.
+    ``labels`` (B, T) int64 hold the id itself where it is learned, else -100; ``labels[:, 0]`` is
+    -100 because nothing predicts it.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Tensor]  # for the model's forward: ``input_ids`` (B, T) int64, right-padded
     labels: Tensor
-    n_targets: int
-    n_bytes: int
-    n_tokens: int
+    n_targets: int  # labels that are learned
+    n_bytes: int  # UTF-8 bytes that those stand for
+    n_tokens: int  # ids that are not padding
 
 
 class Samples(Protocol):
@@ -48,15 +46,14 @@ class Samples(Protocol):
     def collate(self, indices: np.ndarray) -> Batch: ...
 
 
+@dataclass(eq=False)
 class TokenSamples:
     """Samples of a causal model: ``samples[n]`` is an array of ``2 * id + learned`` per token."""
 
-    lengths: np.ndarray
+    rows: TokenRows
+    max_seq_len: int
     pad_id: int
     bytes_of: np.ndarray  # UTF-8 bytes each id stands for
-
-    def __len__(self) -> int:
-        return len(self.lengths)
 
     def collate(self, indices: np.ndarray) -> Batch:
         """Right-pad the chosen samples to the longest of them."""
@@ -68,27 +65,24 @@ class TokenSamples:
         learned[:, 0] = False
         labels = torch.from_numpy(np.where(learned, ids, IGNORED))
         n_bytes, n_tokens = int(self.bytes_of[ids[learned]].sum()), sum(map(len, rows))
-        return Batch(
-            {"input_ids": torch.from_numpy(ids)}, labels, int(learned.sum()), n_bytes, n_tokens
-        )
+        inputs = {"input_ids": torch.from_numpy(ids)}
+        return Batch(inputs, labels, int(learned.sum()), n_bytes, n_tokens)
 
 
+@dataclass(eq=False)
 class PretrainSamples(TokenSamples):
-    """Documents laid end to end and cut into windows of ``max_seq_len`` tokens: no padding, nothing
-    dropped.
+    """Documents laid end to end and cut into windows of ``max_seq_len`` tokens, without padding.
 
-    Neighbouring windows share one token, so that every token but the very first is predicted
-    exactly once.
+    Nothing is dropped, and neighbouring windows share one token, so that every token but the very
+    first is predicted exactly once.
     """
 
-    def __init__(self, rows: TokenRows, max_seq_len: int, pad_id: int, bytes_of: np.ndarray):
-        self.rows, self.max_seq_len = rows, max_seq_len
-        self.pad_id, self.bytes_of = pad_id, bytes_of
-        self._ends = np.cumsum(rows.lengths, dtype=np.int64)  # of each document in the stream
-        tokens = int(self._ends[-1]) if len(rows) else 0
-        count = -(-max(tokens - 1, 0) // (max_seq_len - 1))
-        self.lengths = np.full(count, max_seq_len, np.int32)
-        self.lengths[-1:] = tokens - (count - 1) * (max_seq_len - 1)
+    def __post_init__(self):
+        self._ends = np.cumsum(self.rows.lengths, dtype=np.int64)  # of each document in the stream
+        tokens, stride = int(self._ends[-1]) if len(self._ends) else 0, self.max_seq_len - 1
+        count = -(-max(tokens - 1, 0) // stride)
+        self.lengths = np.full(count, self.max_seq_len, np.int32)
+        self.lengths[-1:] = tokens - (count - 1) * stride
 
     def __getitem__(self, index: int) -> np.ndarray:
         start = index * (self.max_seq_len - 1)
@@ -101,28 +95,28 @@ class PretrainSamples(TokenSamples):
         return np.concatenate(pieces)
 
     def describe(self) -> str:
-        counts = f"{len(self.rows)} documents, {int(self.rows.lengths.sum())} tokens"
-        return f"{counts}, {len(self)} windows, 0 % truncated"
+        counts = f"{len(self._ends)} documents, {int(self.rows.lengths.sum())} tokens"
+        return f"{counts}, {len(self.lengths)} windows, 0 % truncated"
 
 
+@dataclass(eq=False)
 class ChatSamples(TokenSamples):
     """Chats cut after ``max_seq_len`` tokens, without those that have nothing left to learn."""
 
-    def __init__(self, rows: TokenRows, max_seq_len: int, pad_id: int, bytes_of: np.ndarray):
-        self.rows, self.max_seq_len = rows, max_seq_len
-        self.pad_id, self.bytes_of = pad_id, bytes_of
-        lengths = np.minimum(rows.lengths, max_seq_len)
-        self._kept = np.flatnonzero(rows.first_target < lengths)
+    def __post_init__(self):
+        lengths = np.minimum(self.rows.lengths, self.max_seq_len)
+        self._kept = np.flatnonzero(self.rows.first_target < lengths)
         self.lengths = lengths[self._kept]
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.rows[int(self._kept[index])][: self.max_seq_len]
 
     def describe(self) -> str:
-        share = 100 * (self.rows.lengths > self.max_seq_len).sum() / max(len(self.rows), 1)
-        counts = f"{len(self)} chats, {int(self.lengths.sum())} tokens"
+        kept, lengths = len(self._kept), self.rows.lengths
+        share = 100 * (lengths > self.max_seq_len).sum() / max(len(lengths), 1)
+        counts = f"{kept} chats, {int(self.lengths.sum())} tokens"
         found = f"{counts}, {share:.1f} % truncated at {self.max_seq_len}"
-        left_out = len(self.rows) - len(self)
+        left_out = len(lengths) - kept
         return f"{found}, {left_out} left out: nothing to learn" if left_out else found
 
 
@@ -149,7 +143,7 @@ class PretrainDataset:
         settings = max_seq_len, tokenizer.pad_token_id or 0, token_bytes(tokenizer)
         train, val = split_rows(rows, val_ratio)
         self.train, self.val = self.samples(train, *settings), self.samples(val, *settings)
-        if not len(self.train):
+        if not len(self.train.lengths):
             names = ", ".join(map(str, paths))
             raise UserError(f"max_seq_len {max_seq_len} leaves nothing to learn in {names}")
 
@@ -166,8 +160,8 @@ class Batches:
     A step takes ``rows_per_step`` samples of like length, so that little is padding: the shuffled
     samples are cut into pools of ``POOL`` steps, sorted by length within each, and the steps are
     shuffled again. An epoch uses every sample once; one of its steps may be smaller. Process
-    ``rank`` of ``world_size`` gets its share of each step's samples, at least one micro-batch of
-    them: a fully masked one where samples are too few, or too unequal, for all processes.
+    ``rank`` of ``world_size`` gets its share of each step's samples, or a fully masked micro-batch
+    where samples are too few, or too unequal, for all processes.
     """
 
     def __init__(
@@ -200,8 +194,7 @@ class Batches:
     def largest_batch(self) -> Batch:
         """The micro-batch of the first epoch with the most tokens, padding included.
 
-        Of a long epoch only ``PROBED`` steps are cut, those whose samples could fill the largest
-        micro-batches.
+        Only the ``PROBED`` steps whose samples could fill the largest micro-batches are cut.
         """
         lengths = self.samples.lengths
         fullest = lengths * np.clip(self.micro_tokens // lengths, 1, self.batch_size)
@@ -234,8 +227,8 @@ class Batches:
     def _cut(self, step: np.ndarray) -> list[np.ndarray]:
         """The samples of this process' micro-batches of a step.
 
-        Its share are neighbours by length, so that little is padding, and as many tokens for each
-        process as can be.
+        Its share are neighbours by length, so that little is padding, and about as many tokens as
+        those of every other process.
         """
         lengths = self.samples.lengths
         longest_first = step[np.argsort(-lengths[step], kind="stable")]

@@ -1,5 +1,4 @@
-"""Data files tokenised once: a memory-mapped table of token ids and learned flags in the cache
-folder.
+"""Data files tokenised once, into memory-mapped tables of token ids and learned flags.
 
 A table is three files: ``.tokens``, one number ``2 * id + learned`` a token, the rows end to end;
 ``.rows``, a ``ROW`` for each row; ``.json``, written last, which seals them with their checksums.
@@ -29,7 +28,7 @@ from dataset.rows import (
     Block,
     clean_any,
     clean_chat,
-    clean_rows,
+    clean_row,
     clean_text,
     read_blocks,
     read_rows,
@@ -85,9 +84,6 @@ class TokenRows:
     def __reduce__(self) -> tuple:
         return TokenRows, (self.table, self.dtype, self.chosen)
 
-    def __len__(self) -> int:
-        return len(self.chosen)
-
     def __getitem__(self, n: int) -> np.ndarray:
         """``2 * id + learned`` for each token of row ``n``: a view of the file, read when used."""
         start = int(self.rows["start"][self.chosen[n]])
@@ -105,10 +101,9 @@ def tokenize_files(
     """The usable rows of all files in order, tokenised.
 
     The cache is keyed by the bytes of the files, the tokenizer's fingerprint and the format.
-    ``workers`` processes tokenise (0: one for each core, none for small files); the table is the
-    same whatever their number. ``bad_rows`` "stop" lists the first bad rows and raises
-    ``UserError``; "skip" leaves all of them out and prints how many. Raises ``UserError`` for files
-    without usable rows, and for files that change while they are read.
+    ``workers`` processes tokenise (0: one for each core, none for small files) and make the same
+    table whatever their number. ``bad_rows`` is as in ``settle_bad_rows``. Raises ``UserError`` for
+    files without usable rows, and for files that change while they are read.
     """
     for path in paths:
         if not path.is_file():
@@ -130,9 +125,9 @@ def tokenize_files(
             # Windows replaces no open file: a process that began together with this was first.
             if (facts := _facts_of(table)) is None:
                 raise
-    # The cache may have been filled from files with other names.
-    shown = [f"{paths[file]}:{line}: {reason}" for file, line, reason in facts["shown"]]
-    settle_bad_rows(facts["bad"], shown, bad_rows)
+    if facts["bad"]:  # named by today's files: those that filled the cache may have had other names
+        shown = [f"{paths[file]}:{line}: {reason}" for file, line, reason in facts["shown"]]
+        settle_bad_rows(facts["bad"], shown, bad_rows)
     if not facts["rows"]:
         raise UserError(f"no usable row in {', '.join(map(str, paths))}")
     return TokenRows(table, np.dtype(facts["dtype"]))
@@ -141,8 +136,8 @@ def tokenize_files(
 def _facts_of(table: Path) -> dict | None:
     """What the seal says of a table; None if a file of it is missing or not as it was written.
 
-    CRC-32 tells: an accident passes once in four billion times; intent is not guarded against. The
-    whole table is read, which takes about a second for each gigabyte.
+    CRC-32 misses one accident in four billion and guards against no intent. The whole table is
+    read, which takes about a second for each gigabyte.
     """
     try:
         sealed = json.loads(table.read_text(encoding="utf-8"))
@@ -186,10 +181,10 @@ def _write_table(
             if sha256_file(path, table.parent) != before:
                 raise UserError(f"{path} changed while it was read; start again once it is whole")
 
-    def write_both(token_file: BinaryIO) -> None:
-        atomic_write(table.with_suffix(".rows"), lambda row_file: write(token_file, row_file))
-
-    atomic_write(table.with_suffix(".tokens"), write_both)
+    atomic_write(
+        table.with_suffix(".tokens"),
+        lambda tokens: atomic_write(table.with_suffix(".rows"), lambda rows: write(tokens, rows)),
+    )
     seal = {"crc32": zlib.crc32(json.dumps(facts).encode()), "facts": facts}
     atomic_write(table, lambda file: file.write(json.dumps(seal).encode()))
     return facts
@@ -235,7 +230,8 @@ def _encode(
     """Clean and tokenise a block of the file with the given number."""
     file, block = numbered
     good, bad = [], []
-    for line, row in clean_rows(block, kind.clean):
+    for line, text in block.rows:
+        row = clean_row(text, kind.clean)
         if isinstance(row, BadRow):
             bad.append((file, line, str(row)))
         else:
@@ -259,8 +255,7 @@ def digest(row: dict) -> int:
 
 
 def split_rows(rows: TokenRows, val_ratio: float) -> tuple[TokenRows, TokenRows]:
-    """Training and validation rows, told apart by a hash of their content, so that duplicates land
-    on one side.
+    """Training and validation rows, split by a hash of their content: duplicates stay together.
 
     At least one row each; ``val_ratio`` 0 holds nothing out. Raises ``UserError`` when nothing is
     left to train on.
