@@ -2,7 +2,7 @@
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -124,7 +124,7 @@ class PretrainDataset:
     """Training and validation windows of pretraining files: ``train`` and ``val``.
 
     ``cache`` is the folder of token tables. Raises ``UserError`` if nothing is left to train on,
-    and whatever ``tokenize_files`` and ``split_rows`` raise.
+    and as ``tokenize_files`` and ``split_rows`` do.
     """
 
     kind, samples = TEXT, PretrainSamples
@@ -154,42 +154,38 @@ class SFTDataset(PretrainDataset):
     kind, samples = CHAT, ChatSamples
 
 
+@dataclass(eq=False)
 class Batches:
     """The optimizer steps of each epoch, in an order that depends on seed and epoch alone.
 
     A step takes ``rows_per_step`` samples of like length, so that little is padding: the shuffled
     samples are cut into pools of ``POOL`` steps, sorted by length within each, and the steps are
     shuffled again. An epoch uses every sample once; one of its steps may be smaller. Process
-    ``rank`` of ``world_size`` gets its share of each step's samples, or a fully masked micro-batch
-    where samples are too few, or too unequal, for all processes.
+    ``rank`` of ``world_size`` gets its share of each step, or a fully masked micro-batch.
     """
 
-    def __init__(
-        self,
-        samples: Samples,
-        batch_size: int,
-        accumulation_steps: int,
-        seed: int,
-        num_workers: int = 0,
-        *,
-        micro_tokens: int = MICRO_TOKENS,
-        rank: int = 0,
-        world_size: int = 1,
-        rows_per_step: int | None = None,
-    ):
-        self.samples, self.seed, self.num_workers = samples, seed, num_workers
-        self.batch_size, self.micro_tokens = batch_size, micro_tokens
-        self.rank, self.world_size = rank, world_size
-        self.rows_per_step = rows_per_step or batch_size * accumulation_steps * world_size
-        self.steps_per_epoch = -(-len(samples.lengths) // self.rows_per_step)
+    samples: Samples
+    batch_size: int
+    accumulation_steps: int
+    seed: int
+    num_workers: int = 0
+    _: KW_ONLY
+    micro_tokens: int = MICRO_TOKENS
+    rank: int = 0
+    world_size: int = 1
+    rows_per_step: int = 0  # 0: batch_size * accumulation_steps * world_size
+
+    def __post_init__(self):
+        if not self.rows_per_step:
+            self.rows_per_step = self.batch_size * self.accumulation_steps * self.world_size
+        self.steps_per_epoch = -(-len(self.samples.lengths) // self.rows_per_step)
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
         """This process' micro-batches, one list a step, from step ``start`` of the epoch on."""
         planned = self._planned(epoch, start)
         if self.num_workers:
-            yield from by_workers(self._made, planned, self.num_workers)
-        else:
-            yield from map(self._made, planned)
+            return by_workers(self._made, planned, self.num_workers)
+        return map(self._made, planned)
 
     def largest_batch(self) -> Batch:
         """The micro-batch of the first epoch with the most tokens, padding included.
@@ -225,11 +221,7 @@ class Batches:
             yield order[step * rows : (step + 1) * rows]
 
     def _cut(self, step: np.ndarray) -> list[np.ndarray]:
-        """The samples of this process' micro-batches of a step.
-
-        Its share are neighbours by length, so that little is padding, and about as many tokens as
-        those of every other process.
-        """
+        """The samples of this process' micro-batches: as many tokens as another's, like lengths."""
         lengths = self.samples.lengths
         longest_first = step[np.argsort(-lengths[step], kind="stable")]
         ends = np.cumsum(lengths[longest_first])
@@ -239,10 +231,8 @@ class Batches:
         return micro_batches(lengths, share, self.batch_size, self.micro_tokens)
 
     def _made(self, step: np.ndarray) -> list[Batch]:
-        parts = self._cut(step)
-        if not parts:
-            return [masked(self.samples.collate(step[:1]))]
-        return [self.samples.collate(part) for part in parts]
+        made = [self.samples.collate(part) for part in self._cut(step)]
+        return made or [masked(self.samples.collate(step[:1]))]
 
 
 def micro_batches(
@@ -250,9 +240,8 @@ def micro_batches(
 ) -> list[np.ndarray]:
     """Cut the samples ``indices`` into micro-batches, longest first, in the way that costs least.
 
-    A micro-batch has at most ``batch_size`` samples and ``micro_tokens`` tokens, padding included
-    (or one sample). It costs its padded tokens and, for starting it, ``micro_tokens / PASS_COST``
-    more. ``lengths`` are those of all samples.
+    Each has at most ``batch_size`` samples and ``micro_tokens`` tokens, padding included (or one
+    sample). It costs its padded tokens and ``micro_tokens / PASS_COST`` more, for starting it.
     """
     indices = indices[np.argsort(-lengths[indices], kind="stable")]
     lengths, count = lengths[indices], len(indices)
@@ -266,9 +255,9 @@ def micro_batches(
         cost[end], cut[end] = totals.min(), begin[totals.argmin()]
     parts = []
     while count:
-        parts.insert(0, indices[cut[count] : count])
+        parts.append(indices[cut[count] : count])
         count = int(cut[count])
-    return parts
+    return parts[::-1]
 
 
 def masked(batch: Batch) -> Batch:

@@ -39,7 +39,7 @@ class Block(NamedTuple):
 
 
 def read_rows(path: Path, clean: Callable[[dict], dict]) -> Iterator[tuple[int, dict | BadRow]]:
-    """Yield ``(line number, row)`` for every row of ``path``, cleaned by ``clean_row``."""
+    """``(line number, row)`` for every row of ``path``, as ``clean_row`` returns it."""
     for block in read_blocks(path):
         for line, row in block.rows:
             yield line, clean_row(row, clean)
@@ -48,9 +48,8 @@ def read_rows(path: Path, clean: Callable[[dict], dict]) -> Iterator[tuple[int, 
 def read_blocks(path: Path) -> Iterator[Block]:
     """The rows of ``path`` in order, a block at a time, so that memory does not grow with it.
 
-    Reads JSON lines, one JSON array, or a table of tab-separated columns, plain, ``.gz`` or
-    ``.zst``, UTF-8 with or without a byte-order mark. Raises ``UserError`` if the file itself
-    cannot be read.
+    Reads JSON lines, a JSON array or tab-separated columns; plain, ``.gz`` or ``.zst``; UTF-8 with
+    or without a byte-order mark. Raises ``UserError`` if the file itself cannot be read.
     """
     if not path.is_file():
         raise UserError(f"data file {path} does not exist; check its path")
@@ -81,10 +80,9 @@ def read_blocks(path: Path) -> Iterator[Block]:
 
 
 def _table_rows(text: io.BufferedReader) -> Iterator[tuple[int, bytes | BadRow]]:
-    """Line number and JSON of each line below the header, as an object of texts by column.
+    """Line number and JSON of each line below the header. Quotes mean nothing, as in GLUE's files.
 
-    Quotes mean nothing, as in GLUE's files. Blank lines between rows are skipped, except in a table
-    of one column, where they are rows without a text.
+    Blank lines are skipped, except between the rows of a single column: there a text is missing.
     """
     header, blank = _cells(text.readline()), 0
     if len(set(header)) < len(header):
@@ -126,10 +124,10 @@ def _json_rows(text: io.BufferedReader) -> Iterator[tuple[int, bytes | BadRow]]:
 
 
 def _array_items(chunks: Iterator[bytes], line: int) -> Iterator[tuple[int, bytes | BadRow]]:
-    """The items of a JSON array, each with the line where it begins.
+    """The items of a JSON array, each with its first line; holds little more than the longest.
 
-    ``chunks`` follow the opening bracket, which stands on ``line``. Holds little more text than the
-    longest item. Nobody can tell where a broken item ends: it is the last one, a ``BadRow``.
+    ``chunks`` follow the opening bracket, which stands on ``line``. Nobody can tell where a broken
+    item ends: it is the last one, a ``BadRow``.
     """
     # Bytes that are not UTF-8 pass through unchanged, so that only their own item is refused.
     decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
@@ -169,10 +167,7 @@ def _array_items(chunks: Iterator[bytes], line: int) -> Iterator[tuple[int, byte
 
 
 def clean_row(row: bytes | BadRow, clean: Callable[[dict], dict]) -> dict | BadRow:
-    """The row that ``clean`` makes of a JSON object, or why there is none.
-
-    ``clean`` is ``clean_text``, ``clean_chat`` or the like: it raises ``BadRow`` for other objects.
-    """
+    """What ``clean``, such as ``clean_chat``, makes of a row's JSON object, or why it cannot."""
     if isinstance(row, BadRow):
         return row
     try:
@@ -211,10 +206,10 @@ def clean_text(row: dict) -> dict:
 
 
 def clean_chat(row: dict) -> dict:
-    """``{"conversations": [{"role", "content"}, ...]}`` from any of the chat styles.
+    """``{"conversations": [{"role", "content"}, ...]}`` from a row of any chat style.
 
-    The roles in the data are honoured: an optional system turn, then user and assistant in turn,
-    with at least one assistant turn, or there would be nothing to learn. Raises ``BadRow``.
+    The roles are those of the data: an optional system turn, then user and assistant in turn, the
+    last an assistant's, or there would be nothing to learn. Raises ``BadRow``.
     """
     messages, clean, before = _messages_of(row), [], None
     if not isinstance(messages, list) or not messages:
@@ -273,10 +268,9 @@ def keys_of(row: dict) -> str:
 
 
 def settle_bad_rows(count: int, shown: list[str], bad_rows: str) -> None:
-    """Print how many bad rows there are if ``bad_rows`` is "skip", else list them and stop.
+    """Go on without the ``count`` bad rows if ``bad_rows`` is "skip"; ``shown`` are the first.
 
-    ``shown`` are the first of ``count`` bad rows. "stop" and "refuse" raise ``UserError``, which
-    offers to skip the rows only with "stop".
+    Otherwise list them and raise ``UserError``, which for "refuse" does not offer to skip them.
     """
     if bad_rows == "skip":
         print(f"bad rows skipped: {count}, the first {shown[0]}")
@@ -287,9 +281,9 @@ def settle_bad_rows(count: int, shown: list[str], bad_rows: str) -> None:
 
 
 def read_texts(path: Path) -> list[str]:
-    """One text for each row of a data file of either kind: a chat's contents, one a line.
+    """The text of each usable row of a data file, of a chat its contents, one a line.
 
-    Bad rows are left out, and their number is printed. Raises ``UserError`` if no row is left.
+    Prints the number of bad rows. Raises ``UserError`` if no row is left.
     """
     texts, bad = [], 0
     for _, row in read_rows(path, clean_any):

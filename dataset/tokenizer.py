@@ -80,9 +80,9 @@ def foreign_tokenizer(
     ``prompt_template`` replaces its own template; ``otherwise`` serves if it has none. Raises
     ``UserError`` as ``read_tokenizer`` does, and without a token that ends a turn or any template.
     """
-    tokenizer, lacks = read_tokenizer(name), "lacks an end-of-turn token; train or name another"
+    tokenizer = read_tokenizer(name)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {name} {lacks}")
+        raise UserError(f"the tokenizer of {name} lacks an end-of-turn token; name another")
     if prompt_template is None and not tokenizer.chat_template:
         prompt_template = otherwise
     if prompt_template is not None:
@@ -105,8 +105,7 @@ def use_template(tokenizer: PreTrainedTokenizerBase, prompt_template: str) -> No
         raise UserError("prompt_template holds bytes that are no text in the terminal's encoding")
     parts = prompt_template.replace("\\n", "\n").split("{user}")
     if len(parts) != 2:
-        wanted = "must have one {user}, where the question goes"
-        raise UserError(f"prompt_template {prompt_template!r} {wanted}")
+        raise UserError(f"prompt_template {prompt_template!r} must have one {{user}}")
     before, after = (json.dumps(part, ensure_ascii=False) for part in parts)
     bos = tokenizer.bos_token_id
     begins = bos is not None and tokenizer("a").input_ids[:1] == [bos]
@@ -124,8 +123,7 @@ def read_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
     Raises ``UserError`` if it cannot be read, or does not come from the `tokenizers` library.
     """
-    path = Path(name)
-    source, is_local = pretrained_name(path), path.is_dir()
+    source, is_local = pretrained_name(Path(name)), Path(name).is_dir()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=is_local)
     except Exception as error:  # the libraries raise bare Exception for a broken file
@@ -140,21 +138,17 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hex SHA-256 over everything that decides which ids a text or a chat becomes."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     decisive = {key: backend[key] for key in ("normalizer", "pre_tokenizer", "model")}
-    tokens = sorted(tokenizer.added_tokens_decoder.items())
-    added = {token_id: token.content for token_id, token in tokens}
+    added = {n: token.content for n, token in tokenizer.added_tokens_decoder.items()}
     found = [decisive, added, tokenizer.chat_template]
     text = json.dumps(found, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_trained_with(
-    tokenizer: PreTrainedTokenizerBase, fingerprint: str | None, skill: str
-) -> None:
-    """Raise ``UserError`` unless ``fingerprint``, of a skill file, is the tokenizer's or None."""
+def check_trained_with(tokenizer: PreTrainedTokenizerBase, fingerprint: str | None, skill: str):
+    """Raise ``UserError`` unless the ``fingerprint`` that a skill names is None or this one's."""
     if fingerprint not in (None, tokenizer_fingerprint(tokenizer)):
-        advice = "name that one as tokenizer_path or set allow_base_mismatch"
-        reason = "was trained with another tokenizer or chat template"
-        raise UserError(f"skill {skill} {reason}; {advice}")
+        reason = f"skill {skill} was trained with another tokenizer or chat template"
+        raise UserError(f"{reason}; name that one as tokenizer_path or set allow_base_mismatch")
 
 
 def reading_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -168,9 +162,8 @@ def reading_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def spelled_bytes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[bytes]:
     """The bytes that each id stands for, perhaps a part of a character.
 
-    A control token stands for its name, and an id without a token for nothing. Byte-level
-    vocabularies spell a byte as a character; those with byte fallback write a space as U+2581 and a
-    lone byte as <0xNN>.
+    Byte-level vocabularies spell a byte as a character; those with byte fallback write a space as
+    U+2581 and a lone byte as <0xNN>. An id without a token stands for nothing.
     """
     is_byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
     spelled = []
@@ -186,10 +179,7 @@ def spelled_bytes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> lis
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids that stand for no text: those that have a role, such as eos, or are marked special.
-
-    More are marked where a template ends a turn with another token than eos, as in Qwen2's bases.
-    """
+    """The ids that stand for no text: those with a role, such as eos, and those marked special."""
     added = tokenizer.added_tokens_decoder.items()
     return {token_id for token_id, token in added if token.special} | set(tokenizer.all_special_ids)
 
