@@ -63,11 +63,12 @@ def main(argv: list[str] | None = None) -> int:
 def inspect(path: Path, kind, tokenizer, options: Options) -> Report:
     """Read ``path`` as training would and show its first rows; without a kind, all are bad."""
     from dataset.cache import TEXT
-    from dataset.rows import BadRow, clean_any, clean_rows, read_blocks
+    from dataset.rows import BadRow, clean_any, clean_row, read_blocks
 
     report = Report()
     for block in read_blocks(path):
-        rows = list(clean_rows(block, kind.clean if kind else clean_any))
+        clean = kind.clean if kind else clean_any
+        rows = [(line, clean_row(row, clean)) for line, row in block.rows]
         report.bad += [f"{path}:{line}: {row}" for line, row in rows if isinstance(row, BadRow)]
         good = [(line, row[kind.key]) for line, row in rows if not isinstance(row, BadRow)]
         encoded = kind.encode(tokenizer, [row for _, row in good]) if kind else []

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"no usable row in {first}; look at it with scripts/inspect_data.py")
     tokenizer, cache = load_tokenizer(options.tokenizer_path), cache_dir(options.out_dir)
     rows = tokenize_files(options.files, kind, tokenizer, cache, options.bad_rows, options.workers)
-    print(f"{len(rows):,} {kind.name} rows, {int(rows.lengths.sum()):,} tokens in {cache}")
+    print(f"{len(rows.lengths):,} {kind.name} rows, {int(rows.lengths.sum()):,} tokens in {cache}")
 
 
 if __name__ == "__main__":

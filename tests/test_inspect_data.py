@@ -99,7 +99,7 @@ def test_its_figures_are_those_of_training(tmp_path, capsys, tokenizer, max_seq_
     assert code == 0 and "chat rows\nrows: 150 usable, 0 bad\n" in out
     assert f"truncated at {max_seq_len}: {truncated} ({truncated / 1.5:.1f} %)" in out
     assert f"left out in training: {left_out} ({left_out / 1.5:.1f} %)" in out
-    assert len(samples) == 150 - left_out
+    assert len(samples.lengths) == 150 - left_out
     steps = Batches(samples, TrainOptions().batch_size, 1, TrainOptions().seed).steps(0)
     shapes = [(batch.labels.numel(), batch.n_tokens) for batches in steps for batch in batches]
     computed, useful = map(sum, zip(*shapes, strict=True))
