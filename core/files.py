@@ -134,13 +134,6 @@ def read_object(path: Path) -> dict:
         return {}
 
 
-def set_ordinary_mode(path: Path) -> None:
-    """Give a file that a library made private (0600) the permissions that open() gives."""
-    umask = os.umask(0)  # it can only be read by setting it
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
-
-
 def fsync_folder(folder: Path) -> None:
     """Make renames in ``folder`` outlast a power cut, where the system can do that."""
     # Windows cannot open a folder, and some network file systems refuse to sync one.

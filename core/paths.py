@@ -86,11 +86,6 @@ def weights_text(weights: Mapping[str, float]) -> str:
     return " ".join(words)
 
 
-def pretrained_name(base: Path) -> str:
-    """The name of ``base`` for Hugging Face's libraries: a folder's path, or ``owner/model``."""
-    return str(base) if base.exists() else base.as_posix()
-
-
 def is_pretrained(base: Path) -> bool:
     """Whether this names a Hugging Face model: a folder with config.json, or ``owner/model``."""
     if base.exists() or (base.parent.exists() and base.parent != Path()):

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from core.errors import UserError, reason_of
-from core.paths import TOKENIZER_DIR, pretrained_name
+from core.paths import TOKENIZER_DIR
 
 # The byte that each character stands for in byte-level vocabularies.
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -123,7 +123,7 @@ def read_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
     Raises ``UserError`` if it cannot be read, or does not come from the `tokenizers` library.
     """
-    source, is_local = pretrained_name(Path(name)), Path(name).is_dir()
+    source, is_local = Path(name).as_posix(), Path(name).is_dir()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=is_local)
     except Exception as error:  # the libraries raise bare Exception for a broken file

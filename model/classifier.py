@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
 from core.errors import UserError, reason_of
-from core.paths import is_pretrained, pretrained_name
+from core.paths import is_pretrained
 from model.huggingface import load_pretrained
 from model.kernels import IGNORED
 from model.LMConfig import check_length, context_of
@@ -25,7 +25,7 @@ def read_config(base: Path) -> PretrainedConfig:
         neither = "neither a folder with a config.json nor owner/model on the hub"
         raise UserError(f"base {base} is {neither}")
     try:
-        return AutoConfig.from_pretrained(pretrained_name(base))
+        return AutoConfig.from_pretrained(base.as_posix())
     except Exception as error:  # a file, the network or the library's own checks: many kinds
         reason = reason_of(error)
         raise UserError(f"the config of base {base} cannot be read ({reason})") from error

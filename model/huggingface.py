@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging as library_logging
 
 from core.errors import UserError, reason_of
-from core.paths import pretrained_name
 
 
 def open_causal(base: Path) -> nn.Module:
@@ -48,7 +47,7 @@ def load_pretrained(kind: Any, base: Path, called: str, **settings) -> tuple[nn.
     try:
         with quiet_library():  # the caller reports what is missing
             settings |= {"dtype": torch.float32, "output_loading_info": True}
-            model, report = kind.from_pretrained(pretrained_name(base), **settings)
+            model, report = kind.from_pretrained(base.as_posix(), **settings)
     except Exception as error:  # a file, the network or the library's own checks: many kinds
         reason = reason_of(error)
         raise UserError(f"base {base} is no {called} that can be loaded ({reason})") from error

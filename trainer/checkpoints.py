@@ -11,11 +11,10 @@ go a moment earlier.
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from core.errors import UserError
-from core.files import fsync_folder, set_ordinary_mode, sha256_file, try_lock
+from core.files import fsync_folder, sha256_file, try_lock
 from trainer.runtime import Runtime
 
 FORMAT = 2
@@ -59,8 +58,8 @@ class Progress:
     nats: float = 0.0
     targets: int = 0
     overflows: int = 0
-    first_loss: float = math.nan
-    last_loss: float = math.nan
+    first_loss: float | None = None
+    last_loss: float | None = None
     tokens: int = 0
     seconds: float = 0.0
 
@@ -238,10 +237,10 @@ def write_state(
         unfinished.mkdir()
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(on_cpu, unfinished / TENSORS)
-        set_ordinary_mode(unfinished / TENSORS)
-        text = json.dumps(strict(manifest, _float_as_dict), indent=1, allow_nan=False) + "\n"
+        text = json.dumps(manifest, indent=1, allow_nan=False) + "\n"
         (unfinished / MANIFEST).write_bytes(text.encode())
         (unfinished / METRICS).write_bytes(metrics.encode())
+        (unfinished / TENSORS).chmod((unfinished / METRICS).stat().st_mode)  # else it is private
         sums = "".join(f"{sha256_file(unfinished / name)}  {name}\n" for name in FILES)
         (unfinished / SUMS).write_bytes(sums.encode())
         for name in (*FILES, SUMS):
@@ -269,9 +268,7 @@ def _read(path: Path) -> State:
         contents = {name: (path / name).read_bytes() for name in FILES}
         written = (path / SUMS).read_bytes()
     except PermissionError as error:  # nothing is wrong with the state
-        raise UserError(
-            f"{error.filename}: {error.strerror}; allow reading it, then resume"
-        ) from error
+        raise UserError(f"{error.filename}: {error.strerror}; allow reading it") from error
     except OSError as error:
         raise _Damaged(f"{Path(error.filename or path).name}: {error.strerror}") from error
     sums = [f"{hashlib.sha256(contents[name]).hexdigest()}  {name}\n".encode() for name in FILES]
@@ -280,26 +277,8 @@ def _read(path: Path) -> State:
             raise _Damaged(f"checksum of {name}")
     if written != b"".join(sums):
         raise _Damaged(f"{SUMS} holds more than checksums")
-    manifest = json.loads(contents[MANIFEST], object_hook=_float)
+    manifest = json.loads(contents[MANIFEST])
     return State(path, manifest, load(contents[TENSORS]), contents[METRICS].decode())
-
-
-def strict(value: object, instead: Callable[[float], object]) -> object:
-    """Plain JSON, with ``instead(number)`` for NaN and infinity, which JSON lacks."""
-    if isinstance(value, dict):
-        return {key: strict(item, instead) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict(item, instead) for item in value]
-    return instead(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _float_as_dict(number: float) -> dict:
-    """A manifest gives every number back; null means an unset option there."""
-    return {"float": str(number)}
-
-
-def _float(found: dict) -> dict | float:
-    return float(found["float"]) if found.keys() == {"float"} else found
 
 
 def _discard(path: Path) -> None:

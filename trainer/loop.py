@@ -99,7 +99,7 @@ def warm_up(model: nn.Module, batch: Batch, run: Run, loss_sum: LossSum) -> nn.M
         few = ", ".join(idle[:8])
         print(f"warning: {len(idle)} trainable tensors get no gradient and will not learn: {few}")
     if options.compile:
-        print("compiling", flush=True)
+        print("compiling")
         model.compile()
     replica = runtime.replicate(model, has_idle=bool(idle))
     if options.compile or replica is not model:

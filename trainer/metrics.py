@@ -18,7 +18,6 @@ from core.errors import UserError, reason_of
 from core.files import atomic_write
 from dataset.batches import Batch
 from model.kernels import IGNORED
-from trainer.checkpoints import strict
 from trainer.options import TrainOptions
 from trainer.runtime import Runtime
 
@@ -84,7 +83,7 @@ class Validation:
         found = {kind: measure() for kind, measure in self.measures.items()}
         for kind, metrics in found.items():
             if metrics.targets:
-                last = {"step": step, **asdict(metrics)}
+                last = {"step": step, **strict(asdict(metrics))}
                 first = self.results[kind].get("first", last)
                 self.results[kind] = {"first": first, "last": last}
         return next(iter(found.values()))
@@ -95,6 +94,13 @@ class Validation:
             steps = [f"loss {r['loss']:.4f} after step {r['step']}" for r in result.values()]
             lines.append(f"{kind}: {', '.join(steps) or 'nothing held out'}")
         return "\n".join(lines)
+
+
+def strict(value: object) -> object:
+    """``value`` as strict JSON has it: null in the place of NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: strict(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Clock:
@@ -198,7 +204,7 @@ class RunLog(AbstractContextManager):
 
     def write(self, record: dict) -> None:
         """Append one JSON line; NaN and infinity become null."""
-        line = json.dumps(strict(record, lambda number: None), allow_nan=False) + "\n"
+        line = json.dumps(strict(record), allow_nan=False) + "\n"
         self.lines += line
         try:
             with self._file.open("a", encoding="utf-8", newline="\n") as file:

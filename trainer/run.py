@@ -58,8 +58,8 @@ class Summary:
     """
 
     steps: int
-    first_loss: float
-    last_loss: float
+    first_loss: float | None
+    last_loss: float | None
     final: dict | None
     tokens: int
     seconds: float
@@ -200,7 +200,7 @@ class Run:
             text += f", {duration(left)} left" if left is not None else ""
             self.bar.set_postfix_str(text, refresh=False)
             if self.bar.disable:
-                print(f"step {progress.step}/{self.total}: {text}", flush=True)
+                print(f"step {progress.step}/{self.total}: {text}")
         self.bar.update()
 
     def save_when_due(self) -> None:

@@ -131,17 +131,11 @@ def run_stage(
     run = Run(options, runtime, states, validation, write_files, log_to)
     rows = options.batch_size * options.accumulation_steps * runtime.world_size
     pass_tokens = MICRO_TOKENS if runtime.device.type == "cpu" else GPU_MICRO_TOKENS
-    source = Batches(
-        samples,
-        options.batch_size,
-        options.accumulation_steps,
-        options.seed,
-        options.num_workers,
-        micro_tokens=options.micro_tokens or pass_tokens,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        rows_per_step=states.remembered("rows_per_step", rows),
-    )
+    share = {"rank": runtime.rank, "world_size": runtime.world_size}
+    share["rows_per_step"] = states.remembered("rows_per_step", rows)
+    share["micro_tokens"] = options.micro_tokens or pass_tokens
+    sizes = options.batch_size, options.accumulation_steps
+    source = Batches(samples, *sizes, options.seed, options.num_workers, **share)
     groups = param_groups(model, options.weight_decay, options.optimizer, *lora_plus)
     train(model, source, groups, run, loss_sum)
     runtime.stop()
