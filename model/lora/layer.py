@@ -22,7 +22,7 @@ class LoRA(nn.Module):
     """The update ``scaling * B(A(dropout(x)))`` of ``linear``; its parameters are fp32.
 
     A ~ N(0, 0.02) and B = 0, so training starts from the base exactly; ``init`` "kaiming" and
-    "gaussian" are PEFT's other ways to draw A.
+    "gaussian" are PEFT's other ways to draw A, and "none" leaves both to the caller.
     """
 
     patched_forward = staticmethod(forward_with_lora)
@@ -34,6 +34,8 @@ class LoRA(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.A = nn.Linear(inputs, rank, bias=False)
         self.B = nn.Linear(rank, outputs, bias=False)
+        if init == "none":
+            return
         if init == "kaiming":
             nn.init.kaiming_uniform_(self.A.weight, a=math.sqrt(5))
         else:

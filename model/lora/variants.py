@@ -89,6 +89,6 @@ def lora_of(linear: Linear, tensors: dict[str, Tensor], scaling: float = 1.0) ->
     """
     kind = DoRA if "magnitude" in tensors else LoRA
     with torch.device("meta"):  # nothing is drawn
-        lora = kind(linear, tensors["A.weight"].size(0), scaling)
+        lora = kind(linear, tensors["A.weight"].size(0), scaling, init="none")
     lora.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, assign=True)
     return lora
