@@ -80,7 +80,8 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        mask, is_causal, dropout = None, T > 1, self.dropout if self.training else 0.0
+        mask, is_causal = None, T > 1
+        dropout = self.dropout if self.training else 0.0
         if past is not None and T > 1:
             # is_causal aligns its mask to the first key: wrong for new tokens after a cache.
             S, is_causal = k.size(2), False
@@ -219,7 +220,8 @@ class MiniMindLM(PreTrainedModel):
             head_dim = config.dim // config.n_heads
             self._rope = rope_table(head_dim, config.max_seq_len, config.rope_theta, device)
         turns, present = self._rope[start:end], []
-        h, past = self.dropout(self.tok_embeddings(input_ids)), past or [None] * len(self.layers)
+        h = self.dropout(self.tok_embeddings(input_ids))
+        past = past or [None] * len(self.layers)
         for layer, layer_past in zip(self.layers, past, strict=True):
             # Only the last may leave positions out: keys and values of a next one need them all.
             wanted = positions if layer is self.layers[-1] else None
