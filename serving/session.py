@@ -15,7 +15,7 @@ from dataset.tokenizer import check_trained_with, use_template
 from model.generation import Sampling, generate
 from model.LMConfig import context_of
 from model.lora.library import SkillLibrary
-from model.lora.skill_file import Skill, SkillMeta, adapters_in
+from model.lora.skill_file import Skill, SkillMeta, adapters_in, read_lora
 
 
 class ChatSession:
@@ -95,10 +95,11 @@ class ChatSession:
         if self._read.get(name, (0,))[0] != written:
             self._read.pop(name, None)
             allowed = self.allow_base_mismatch
-            meta = self.library.add(name, path, skill, allow_base_mismatch=allowed)
-            self._ask_with(meta.prompt_template)
+            skill = skill or read_lora(path)
+            self._ask_with(skill[1].prompt_template)
             if not (self._keeps_template or allowed):
-                check_trained_with(self.tokenizer, meta.tokenizer, name)
+                check_trained_with(self.tokenizer, skill[1].tokenizer, name)
+            meta = self.library.add(name, path, skill, allow_base_mismatch=allowed)
             self._read[name] = written, meta
         return self._read[name][1]
 
