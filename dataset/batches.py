@@ -188,10 +188,7 @@ class Batches:
         return map(self._made, planned)
 
     def largest_batch(self) -> Batch:
-        """The micro-batch of the first epoch with the most tokens, padding included.
-
-        Only the ``PROBED`` steps whose samples could fill the largest micro-batches are cut.
-        """
+        """The largest micro-batch, padding included, of an epoch's ``PROBED`` fullest steps."""
         lengths = self.samples.lengths
         fullest = lengths * np.clip(self.micro_tokens // lengths, 1, self.batch_size)
         steps = heapq.nlargest(PROBED, self._planned(0), key=lambda step: fullest[step].max())

@@ -135,8 +135,7 @@ def tokenize_files(
 def _facts_of(table: Path) -> dict | None:
     """What the seal says of a table; None if a file of it is missing or not as it was written.
 
-    CRC-32 misses one accident in four billion and guards against no intent. The whole table is
-    read, which takes about a second for each gigabyte.
+    Reads the whole table, about a gigabyte each second. CRC-32 guards against accidents only.
     """
     try:
         sealed = json.loads(table.read_text(encoding="utf-8"))

@@ -17,11 +17,10 @@ def encode_chat(
 ) -> Encoded:
     """Ids of a chat in the tokenizer's own template, and a flag for each id: is it learned?
 
-    The template is rendered with a placeholder for each content; template pieces and contents are
-    tokenised apart and joined. So labels are right by construction, and a content can never spell a
-    control token. The assistant's texts are learned, each with its end of turn (up to the first
-    control token after the text). The decoded ids equal the rendered template. Raises ``UserError``
-    if the template changes contents in any way other than trimming them.
+    Template pieces and contents are tokenised apart and joined, so that labels are right by
+    construction and no content can spell a control token. The assistant's texts are learned, each
+    up to the first control token after it. The decoded ids equal the rendered template. Raises
+    ``UserError`` if the template does more to contents than trim them.
     """
     return encode_chats(tokenizer, [messages], add_generation_prompt)[0]
 
@@ -98,10 +97,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -
 def _encode(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], split_special_tokens: bool
 ) -> list[list[int]]:
-    """``input_ids`` of ``tokenizer(texts, add_special_tokens=False, ...)``.
-
-    The offsets and masks that nobody reads would take a third of the time.
-    """
+    """``tokenizer(texts, ...).input_ids`` in two thirds of the time: without offsets and masks."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()

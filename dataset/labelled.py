@@ -108,9 +108,8 @@ def labels_of(rows: Sequence[dict]) -> list[str]:
 class LabelledSamples:
     """Rows as a classifier's inputs, cut after ``max_seq_len`` tokens: of a pair, the longer text.
 
-    ``labels`` are their names; a sample's label is a number among them, or 0 where a row has none.
-    ``pairs``: whether the classifier reads two texts. Raises ``UserError`` for rows of the other
-    kind, and for a row without a token.
+    A sample's label is the number of its name in ``labels``, or 0 where the row has none. Raises
+    ``UserError`` for rows of another kind than ``pairs`` says, and for a row without a token.
     """
 
     def __init__(

@@ -281,18 +281,14 @@ def settle_bad_rows(count: int, shown: list[str], bad_rows: str) -> None:
 
 
 def read_texts(path: Path) -> list[str]:
-    """The text of each usable row of a data file, of a chat its contents, one a line.
-
-    Prints the number of bad rows. Raises ``UserError`` if no row is left.
-    """
+    """One text for each usable row, a chat's contents line by line; ``UserError`` without any."""
     texts, bad = [], 0
     for _, row in read_rows(path, clean_any):
         if isinstance(row, BadRow):
             bad += 1
-        elif "text" in row:
-            texts.append(row["text"])
-        else:
-            texts.append("\n".join(message["content"] for message in row["conversations"]))
+            continue
+        messages = row.get("conversations") or [{"content": row["text"]}]
+        texts.append("\n".join(message["content"] for message in messages))
     if bad:
         print(f"{path}: {bad} bad rows left out")
     if not texts:

@@ -119,10 +119,7 @@ def use_template(tokenizer: PreTrainedTokenizerBase, prompt_template: str) -> No
 
 
 def read_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """Any tokenizer of a Hugging Face folder or hub name.
-
-    Raises ``UserError`` if it cannot be read, or does not come from the `tokenizers` library.
-    """
+    """Any fast tokenizer of a Hugging Face folder or hub name. Raises ``UserError`` without one."""
     source, is_local = Path(name).as_posix(), Path(name).is_dir()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=is_local)
@@ -130,7 +127,7 @@ def read_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         reason = f"the tokenizer in {name} cannot be read ({reason_of(error)})"
         raise UserError(f"{reason}; train or copy it again") from error
     if not hasattr(tokenizer, "backend_tokenizer"):
-        raise UserError(f"the tokenizer of {name} lacks a tokenizer.json")
+        raise UserError(f"the tokenizer of {name} lacks a tokenizer.json; name another")
     return tokenizer
 
 

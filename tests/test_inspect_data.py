@@ -46,8 +46,8 @@ def test_the_defaults_are_those_of_training():
     [
         ([], "required: files"),
         (["--n", "1"], "required: files"),
-        (["a.jsonl", "--n", "-1"], "--n -1 must not be negative"),
-        (["a.jsonl", "--max_seq_len", "1"], "--max_seq_len 1 must be at least 2"),
+        (["a.jsonl", "--n", "-1"], "n=-1 must be at least 0"),
+        (["a.jsonl", "--max_seq_len", "1"], "max_seq_len=1 must be at least 2"),
         (["a.jsonl", "--files", "b.jsonl"], "unknown flag --files; see --help"),
     ],
 )
