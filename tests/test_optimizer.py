@@ -9,7 +9,7 @@ from trainer.runtime import multiplies_bf16
 
 
 def test_muon_has_the_linears_adamw_the_rest_and_vectors_do_not_decay(tiny_model):
-    matrices, vectors, muon = param_groups(tiny_model, 0.1, "muon")
+    matrices, muon, vectors = param_groups(tiny_model, 0.1, "muon")
     assert [group["weight_decay"] for group in (matrices, vectors, muon)] == [0.1, 0.0, 0.1]
     assert [group["muon"] for group in (matrices, vectors, muon)] == [False, False, True]
     assert all(p.dim() == 1 for p in vectors["params"]) and all(
@@ -21,8 +21,8 @@ def test_muon_has_the_linears_adamw_the_rest_and_vectors_do_not_decay(tiny_model
     assert sum(p.numel() for group in (matrices, vectors, muon) for p in group["params"]) == sum(
         p.numel() for p in tiny_model.parameters()
     )
-    matrices, _, muon = param_groups(tiny_model, 0.1)
-    assert not muon["params"] and len(matrices["params"]) == 1 + 7 * tiny_model.config.n_layers
+    matrices, _ = param_groups(tiny_model, 0.1)
+    assert not matrices["muon"] and len(matrices["params"]) == 1 + 7 * tiny_model.config.n_layers
 
 
 def test_a_step_is_that_of_torchs_muon_and_adamw(tiny_model, monkeypatch):
@@ -32,7 +32,7 @@ def test_a_step_is_that_of_torchs_muon_and_adamw(tiny_model, monkeypatch):
     twin = type(tiny_model)(tiny_model.config)
     twin.load_state_dict(tiny_model.state_dict())
     ours = MuonAdamW(param_groups(tiny_model, 0.1, "muon"), 1e-2)
-    matrices, vectors, muon = param_groups(twin, 0.1, "muon")
+    matrices, muon, vectors = param_groups(twin, 0.1, "muon")
     theirs = [
         torch.optim.AdamW([matrices, vectors], lr=1e-2, betas=BETAS, fused=True),
         torch.optim.Muon(muon["params"], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),

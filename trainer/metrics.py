@@ -231,15 +231,10 @@ class RunLog(AbstractContextManager):
             self._part.unlink(missing_ok=True)
 
 
-class NoLog(AbstractContextManager):
-    """Stands for a ``RunLog`` where nothing is written: in every rank but the first."""
-
-    lines, wandb_id = "", None
+class NoLog:
+    """Stands for a ``RunLog`` in every rank but the first: it takes records and keeps none."""
 
     def write(self, record: dict) -> None:
-        pass
-
-    def __exit__(self, *_) -> None:
         pass
 
 

@@ -34,11 +34,10 @@ MAX_OVERFLOWS = 20  # fp16 steps in a row that overflow before the run is given 
 
 
 class BatchSource(Protocol):
-    """One item of ``steps`` holds the micro-batches of one optimizer step for this rank.
+    """An item of ``steps`` holds this rank's micro-batches of an optimizer step, at least one.
 
     A step has ``rows_per_step`` rows over all ranks. ``steps(epoch, start)`` leaves out the first
-    ``start`` steps of the epoch; a rank's list is never empty. ``largest_batch()`` is the largest
-    micro-batch of this rank.
+    ``start`` steps of the epoch.
     """
 
     steps_per_epoch: int
@@ -68,14 +67,13 @@ class Summary:
     peak_memory_mb: int | None
 
     def __str__(self) -> str:
+        work = f"{self.steps} steps, {self.tokens:,} tokens in {duration(self.seconds)}"
+        speed = f"{self.tokens_per_second:,.0f} tokens/s ({self.matmul_share:.0%} of the floor)"
         memory = f", peak memory {self.peak_memory_mb:,} MB" if self.peak_memory_mb else ""
-        return (
-            f"{self.steps} steps, {self.tokens:,} tokens in {duration(self.seconds)}: loss"
-            f" {self.first_loss:.3f} -> {self.last_loss:.3f}, {self.tokens_per_second:,.0f}"
-            f" tokens/s ({100 * self.matmul_share:.0f} % of the matmul floor){memory}"
-        )
+        return f"{work}: loss {self.first_loss:.3f} -> {self.last_loss:.3f}, {speed}{memory}"
 
 
+@dataclass
 class Run:
     """One run, from resuming it to its last line; ``train`` drives it.
 
@@ -85,17 +83,12 @@ class Run:
     validated again. ``log_to`` is the metrics file. A dry run makes a few steps and writes nothing.
     """
 
-    def __init__(
-        self,
-        options: TrainOptions,
-        runtime: Runtime,
-        states: RunStates,
-        validation: Validation,
-        write_files: Callable[[dict], None],
-        log_to: Path,
-    ):
-        self.options, self.runtime, self.states = options, runtime, states
-        self.validation, self.write_files, self.log_to = validation, write_files, log_to
+    options: TrainOptions
+    runtime: Runtime
+    states: RunStates
+    validation: Validation
+    write_files: Callable[[dict], None]
+    log_to: Path
 
     def plan(self, source: BatchSource) -> None:
         """Fix the number of steps. Raises ``UserError`` when the warm-up is longer than the run."""
