@@ -1,11 +1,10 @@
 """Exact resume: the states of a run on disk, from which going on equals not having stopped.
 
 "Equals" means bit for bit, on the same machine, torch, thread count and number of processes. A
-state is a folder ``step-N`` that is whole or absent, and every bit of it is checked when it is
-read. The order of a save: files are written and fsynced in a folder of another name, that folder
-is renamed, its parent is fsynced, and older states are renamed away and deleted. A kill at any
-point leaves the earlier states or the new one. Only the states of a run that another run replaces
-go a moment earlier.
+state is a folder ``step-N`` that is whole or absent, and every bit is checked when it is read. A
+save writes and fsyncs files in a folder of another name, renames it, fsyncs its parent, and then
+renames older states away and deletes them. A kill at any point leaves the earlier states or the
+new one; only the states of a run that another run replaces go a moment earlier.
 """
 
 import contextlib
@@ -81,9 +80,8 @@ class _Damaged(Exception):
 class RunStates:
     """The saved states of one run in ``folder``; ``found`` is the one that a resume starts from.
 
-    ``identity``: what must be equal when the run is resumed, plain JSON by name. Raises
-    ``UserError`` when ``resume`` is asked for and the newest whole state has another identity or
-    format, or when all states are damaged.
+    ``identity`` is what must be equal in a resumed run, plain JSON by name. Raises ``UserError``
+    when the state to resume from has another identity or format, or when all are damaged.
     """
 
     def __init__(self, folder: Path, identity: dict, *, resume: bool):
@@ -104,18 +102,15 @@ class RunStates:
     def alone(self) -> Iterator[None]:
         """Inside, no other process can be: two runs of one name would delete each other's states.
 
-        Raises ``UserError`` when another process is inside, and when nothing can be written in
-        ``folder``.
+        Raises ``UserError`` when another process is inside, or the folder cannot be written.
         """
         folder = self.folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = (folder / LOCK).open("a")
         except OSError as error:
-            reason = error.strerror
-            raise UserError(
-                f"cannot write in {folder}: {reason}; choose another out_dir"
-            ) from error
+            said = f"cannot write in {folder}: {error.strerror}"
+            raise UserError(f"{said}; choose another out_dir") from error
         with file:
             if not try_lock(file):
                 way_out = "let it end or choose another out_dir"
@@ -203,10 +198,9 @@ def saved_states(folder: Path) -> list[tuple[int, Path]]:
 
 
 def newest_state(folder: Path) -> State | None:
-    """The newest whole state; None when there are no states.
+    """The newest whole state, with a printed line for each damaged one; None without any.
 
-    It prints a line for each damaged state. Raises ``UserError`` when all are damaged, or when one
-    is there but may not be read.
+    Raises ``UserError`` when all are damaged, or when one may not be read.
     """
     states = saved_states(folder)
     for _, path in states:
@@ -222,12 +216,11 @@ def newest_state(folder: Path) -> State | None:
 def write_state(
     folder: Path, step: int, tensors: dict, manifest: dict, metrics: str, *, starts_over: bool
 ) -> None:
-    """Write ``folder``/step-N, then delete all but the newest two.
+    """Write ``folder``/step-N, then delete all but the newest ``KEPT``.
 
-    ``starts_over``: the states in ``folder`` belong to another run. They go just before the new
-    one takes its name, as do states of later steps, which a resume passed over as damaged; a kill
-    in between leaves none. Raises ``UserError`` when the disk refuses; the earlier states stay as
-    they are while the new one is written.
+    ``starts_over``: the states in ``folder`` are another run's. They go just before the new one
+    takes its name, as do states of later steps, which a resume passed over as damaged. Raises
+    ``UserError`` when the disk refuses; the earlier states stay until the new one is written.
     """
     unfinished = folder / f".new-step-{step}"
     try:

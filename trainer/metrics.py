@@ -28,8 +28,7 @@ UNCOUNTED_STEPS = 3  # the first steps allocate memory and warm caches, so no sp
 class Metrics:
     """``loss`` in nats per supervised target; ``bits_per_byte`` of the learned text alone.
 
-    Control tokens count neither as bits nor as bytes of text. Both figures are NaN when nothing
-    was supervised (``targets`` 0).
+    Control tokens count as neither bits nor bytes. Both are NaN without any ``targets``.
     """
 
     loss: float
@@ -44,8 +43,7 @@ def evaluate(
 ) -> Metrics:
     """The token mean over ``batches``; ``control`` holds the ids that stand for no text.
 
-    The model runs in eval mode and returns to its own mode. It runs uncompiled, because every new
-    length of a batch would cost a compilation.
+    The model keeps its mode. It runs uncompiled: a new length would cost a compilation.
     """
     was_training = model.training
     model.eval()
@@ -69,9 +67,9 @@ def evaluate(
 class Validation:
     """The held-out results of a run: the first and the last of each kind, with their steps.
 
-    ``measures`` maps a kind to a function that measures it; each result is a dataclass of numbers
-    with ``loss`` and ``targets``, such as ``Metrics``. ``results`` is plain JSON, which a saved run
-    state keeps: {} for a kind of which nothing was held out, else its "first" and "last".
+    ``measures`` maps a kind to a function whose result is a dataclass of numbers with ``loss`` and
+    ``targets``. ``results`` is plain JSON, which a run state keeps: the "first" and "last" of each
+    kind, {} where nothing was held out.
     """
 
     def __init__(self, measures: dict[str, Callable[[], Metrics]]):
@@ -147,10 +145,10 @@ def duration(seconds: float) -> str:
 
 
 def matmul_floor(model: nn.Module, runtime: Runtime) -> float:
-    """The tokens per second of all ranks if the products of the Linear layers were all the work.
+    """An estimate of the tokens/s of all ranks if Linear layers were all the work.
 
-    An estimate: 4 FLOP a weight and token, 6 where the weight trains (Kaplan et al. 2020), at the
-    speed of one large product. Attention is left out.
+    It takes 4 FLOP a weight and token, 6 where the weight trains (Kaplan et al. 2020), at the speed
+    of one large product.
     """
     flops, size = 1, 1024 if runtime.device.type == "cpu" else 4096
     for module in model.modules():
