@@ -24,6 +24,7 @@ from core.files import atomic_write, sha256_file
 from dataset.chat import Encoded, encode_chats, encode_documents
 from dataset.rows import (
     SHOWN_BAD_ROWS,
+    TABLES,
     BadRow,
     Block,
     clean_any,
@@ -108,8 +109,9 @@ def tokenize_files(
         if not path.is_file():
             raise UserError(f"data file {path} does not exist; check data_path")
     hashes = [sha256_file(path, cache) for path in paths]
-    identity = json.dumps([FORMAT, kind.name, tokenizer_fingerprint(tokenizer), *hashes])
-    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    tables = [n for n, path in enumerate(paths) if path.name.endswith(TABLES)]
+    identity = [FORMAT, kind.name, tokenizer_fingerprint(tokenizer), *hashes, *tables]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     table = cache / f"{kind.name}-{key}.json"
     facts = _facts_of(table)
     if facts is None:

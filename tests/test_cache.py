@@ -227,6 +227,16 @@ def test_the_second_call_reads_the_cache(make, texts, tmp_path, monkeypatch):
     assert written(tmp_path / "cache") == before
 
 
+def test_the_same_bytes_are_other_rows_in_a_table(tokenizer, make, tmp_path):
+    path = write(tmp_path / "a.jsonl", TEXTS[:3])
+    assert decoded(tokenizer, make(path)) == framed(TEXTS[:3])
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(["text", *lines]), encoding="utf-8")
+    assert decoded(tokenizer, make(path, "skip")) == framed(TEXTS[:3])
+    table = make(path.rename(tmp_path / "a.tsv"))
+    assert decoded(tokenizer, table) == framed([{"text": line} for line in lines])
+
+
 def test_a_warm_start_hashes_no_data(make, texts, monkeypatch):
     now = files.time.time_ns
     monkeypatch.setattr(files.time, "time_ns", lambda: now() + HOUR_NS)  # later
