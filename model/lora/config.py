@@ -34,9 +34,7 @@ class LoRAConfig(CheckedOptions):
     alpha: float | None = option(None, ALPHA_HELP, above=0, group="skill")
     target_modules: str | tuple[str, ...] = option(("square",), TARGETS_HELP, group="skill")
     exclude_modules: str | tuple[str, ...] = option((), EXCLUDE_HELP, group="skill")
-    layers_to_transform: tuple[int, ...] = option(
-        (), "layers to adapt (default: all)", group="skill"
-    )
+    layers_to_transform: tuple[int, ...] = option((), "which layers (default: all)", group="skill")
     rank_pattern: dict[str, int] = option((), "ranks by name: wo=4 'layers.7.*=32'", group="skill")
     alpha_pattern: dict[str, float] = option((), "alphas by name", group="skill")
     use_rslora: bool = option(False, "scale by alpha / sqrt(rank)", group="skill")
