@@ -1,6 +1,6 @@
 """Teach a frozen base one skill: python train_lora.py --lora_name mine --data_path mine.jsonl"""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from core.errors import run
@@ -10,6 +10,9 @@ from model.lora.config import LoRAConfig
 from trainer.options import TrainOptions
 
 IDENTITY, GENERAL = (bundled_data("lora_identity.jsonl"),), (bundled_data("sft_mini.jsonl"),)
+BASE_HELP = "file, Hugging Face folder or owner/model (default: newest full_sft_*)"
+TEMPLATE_HELP = r"how a base without chat template is asked: 'Q: {user}\nA: '"
+LORA_PLUS_HELP = "times the rate of A that B learns at (LoRA+)"
 
 
 @dataclass
@@ -19,18 +22,10 @@ class Options(LoRAConfig, TrainOptions):
     lora_name: str = option("identity", "name of the skill; it names the file", group="most used")
     data_path: tuple[Path, ...] = option(IDENTITY, "chat files of the skill", group="most used")
     general_data: tuple[Path, ...] = option(GENERAL, "chats that show its cost", group="data")
-    base: Path | None = option(
-        None,
-        "file, Hugging Face folder or owner/model (default: newest full_sft_*)",
-        group="most used",
-    )
-    prompt_template: str | None = option(
-        None, r"how a base without chat template is asked: 'Q: {user}\nA: '", group="data"
-    )
+    base: Path | None = option(None, BASE_HELP, group="most used")
+    prompt_template: str | None = option(None, TEMPLATE_HELP, group="data")
     load_in_4bit: bool = option(False, "QLoRA; needs requirements-4bit.txt", group="device")
-    loraplus_lr_ratio: float = option(
-        1.0, "times the rate of A that B learns at (LoRA+)", group="training", above=0
-    )
+    loraplus_lr_ratio: float = option(1.0, LORA_PLUS_HELP, group="training", above=0)
     epochs: int = 20
     learning_rate: float = 3e-3  # 5e-5 teaches nothing: results/sweep_lora_lr.json
     weight_decay: float = 0.0
@@ -62,30 +57,20 @@ def main(argv: list[str] | None = None) -> Path:
     changes = {"data_path": options.general_data, "val_ratio": base.held_out_share}
     general_options = replace(options, **changes, bad_rows="skip")
     general_data = read_data(SFTDataset, general_options, tokenizer, runtime)
-    lora_options = {field.name: getattr(options, field.name) for field in fields(LoRAConfig)}
-    apply_lora(model, **lora_options)
+    apply_lora(model, config=options)
     print(table_of(model))
     held_out = {"domain": data.val, "general": general_data.val}
     validation = validation_of(model, held_out, tokenizer, options, runtime)
     if not options.dry_run:
         runtime.on_first(lambda: validation(step=0))
     path = lora_path(options.out_dir, options.lora_name, model.config.hidden_size)
-    meta = SkillMeta(
-        **run_facts("lora", options, tokenizer, base),
-        prompt_template=options.prompt_template,
-        load_in_4bit=options.load_in_4bit,
-    )
-    return run_stage(
-        model,
-        data.train,
-        options,
-        runtime,
-        path=path,
-        record=meta,
-        validation=validation,
-        write=lambda meta: save_lora(model, path, meta),
-        lora_plus=(output_parameters(model), options.loraplus_lr_ratio),
-    )
+    facts = run_facts("lora", options, tokenizer, base)
+    asked = {name: getattr(options, name) for name in ("prompt_template", "load_in_4bit")}
+    result = {"path": path, "record": SkillMeta(**facts, **asked)}
+    result["write"] = lambda meta: save_lora(model, path, meta)
+    if options.loraplus_lr_ratio != 1:
+        result["lora_plus"] = output_parameters(model), options.loraplus_lr_ratio
+    return run_stage(model, data.train, options, runtime, validation=validation, **result)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,9 @@ SUPPORTED = (
 
 
 def choose_python(requirements: Sequence[str], arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the Python to run commands with, and the ``arguments`` that remain.
+    """The Python to run commands with, ``ensure_environment``'s, and the ``arguments`` that remain.
 
-    It is the environment's, which is made where it is missing, or with ``--use_this_python`` the
-    running one. Raises ``UserError`` where the environment cannot be made.
+    With ``--use_this_python`` among them it is the running one.
     """
     others = [argument for argument in arguments if argument != "--use_this_python"]
     is_own = len(others) == len(arguments)
@@ -37,10 +36,9 @@ def choose_python(requirements: Sequence[str], arguments: Sequence[str]) -> tupl
 def ensure_environment(requirements: Sequence[str], root: Path = ROOT) -> str:
     """Install the requirement files (names in ``root``) in ``root/.venv``; return its Python.
 
-    The stamp, a JSON file in .venv, holds the Python version and the SHA-256 of every installed
-    requirement file. It is removed before anything changes and written last, so that the next run
-    finishes an interrupted installation: by pip if the environment's Python runs, else from
-    nothing. Concurrent runs wait for one another. Raises ``UserError`` when venv or pip fails.
+    The stamp (JSON: the Python version, each file's SHA-256) is removed before anything changes and
+    written last, so the next run finishes an interrupted installation: by pip if that Python runs,
+    else from nothing. Concurrent runs wait. Raises ``UserError`` when venv or pip fails.
     """
     folder, stamp = root / ".venv", root / ".venv" / STAMP
     python = str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
@@ -68,9 +66,9 @@ def ensure_environment(requirements: Sequence[str], root: Path = ROOT) -> str:
 
 
 def run(command: Sequence[str], variables: dict[str, str] | None = None) -> int:
-    """Run a command in the foreground; return its exit code, 128 + n when signal n ended it.
+    """Run a command and wait until it has ended, after Ctrl-C (130) and SIGTERM too.
 
-    Ctrl-C, which then gives 130, and SIGTERM reach the child; this waits until it has saved.
+    Returns its exit code, 128 + n when signal n ended it.
     """
     environment = {**os.environ, "PYTHONUTF8": "1", "PIP_USER": "0", **(variables or {})}
     for name in ("PYTHONHOME", "PYTHONPATH"):  # they would mix in another environment's packages
@@ -110,9 +108,9 @@ def _succeed(command: Sequence[str], failure: str) -> None:
     code = run(command)
     if code == 130:
         raise KeyboardInterrupt
-    way_on = "check network and disk space, then start again to go on from here"
     if code:
-        raise UserError(f"{failure}; its messages are above: {way_on}")
+        way_out = "check network and disk space, then start again to go on from here"
+        raise UserError(f"{failure}; its messages are above: {way_out}")
 
 
 def _version(python: str) -> str | None:

@@ -22,10 +22,7 @@ SPINNING = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
 
 
 class UserError(Exception):
-    """A mistake in a flag, a file or the machine's set-up.
-
-    The message is one sentence that names the place (file:line, flag, key) and the way out.
-    """
+    """A mistake that the user can mend: one sentence with its place (file:line, flag, key)."""
 
 
 class Stopped(Exception):
@@ -40,10 +37,9 @@ def run(main: Callable[[], object], *, keep_working: bool = False) -> None:
     """Run a command's ``main`` and end the process.
 
     Exit codes: 0 when ``main`` returns; 2 with one line on stderr for a ``UserError``, a missing
-    package, too little memory, and a file or an output that the system refuses; 130 for Ctrl-C;
-    128 + its number for a signal that ``Stopped`` the work; 141 when nobody reads the output any
-    more, unless the command is to ``keep_working`` without a reader. Any other exception is a bug
-    and propagates with its traceback.
+    package, too little memory, and a file that the system refuses; 130 for Ctrl-C; 128 + its number
+    for a signal that ``Stopped`` the work; 141 when nobody reads the output any more, unless the
+    command is to ``keep_working``. Any other exception is a bug and keeps its traceback.
     """
     limit_spinning()
     _open_streams()
@@ -74,10 +70,10 @@ def run(main: Callable[[], object], *, keep_working: bool = False) -> None:
 
 
 def limit_spinning() -> None:
-    """Let OpenMP's threads sleep soon where they wait for one another, unless the user decided.
+    """Let OpenMP's threads sleep soon while they wait for one another, unless the user decided.
 
-    Their spinning takes the cores away from the very threads they wait for as soon as another
-    program is busy. It has an effect before torch is imported, and on child processes.
+    Beside another busy program, spinning takes the cores from the very threads they wait for. It
+    has an effect before torch is imported, and on child processes.
     """
     if os.environ.keys().isdisjoint({*SPINNING, "OMP_WAIT_POLICY"}):
         os.environ.update(SPINNING)

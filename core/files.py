@@ -23,8 +23,8 @@ _ours: set[Path] = set()  # the temporary files that this process is writing
 def try_lock(file: IO, *, where_unknown: bool = True) -> bool:
     """Lock a file that is open for writing; False if another process holds the lock.
 
-    The lock lasts until the process closes the file or ends, however it ends; a process forked
-    meanwhile does not hold it too. On a file system without locks the answer is ``where_unknown``.
+    It lasts until this process closes the file or ends; forked processes do not hold it too. On a
+    file system without locks the answer is ``where_unknown``.
     """
     try:
         if WINDOWS:
@@ -46,10 +46,9 @@ def try_lock(file: IO, *, where_unknown: bool = True) -> bool:
 def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Write ``path`` through ``write(file)``: a crash leaves the old content or the new, no part.
 
-    A temporary file in the same folder is written, fsynced and renamed over ``path``; then the
-    folder is fsynced where the system allows it. Missing folders are made. Temporary files that
-    killed writers of ``path`` left are deleted, those of live ones never. Raises ``UserError`` when
-    the disk refuses.
+    A temporary file in the same folder is written, fsynced and renamed over ``path``. Missing
+    folders are made. Temporary files that killed writers of ``path`` left are deleted, those of
+    live ones never. Raises ``UserError`` when the disk refuses.
     """
     path, outer = Path(path), sys.exc_info()[1]
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -98,9 +97,8 @@ def _delete_dead(path: Path) -> None:
 def sha256_file(path: Path, cache: Path | None = None) -> str:
     """Hex SHA-256 of a file's bytes.
 
-    With a ``cache`` folder it is remembered there, in ``sha256.json``, for as long as the file
-    keeps its size and its times. That file may be deleted at any time; one that cannot be read or
-    written only costs the time to hash.
+    With a ``cache`` folder its ``sha256.json``, which may be deleted at any time, remembers it for
+    as long as the file keeps its size and its times.
     """
     path = Path(path).resolve()
     memo = Path(cache) / "sha256.json" if cache else None

@@ -24,8 +24,7 @@ RETIRED_FLAGS = {
     "--ddp": "processes are found from the environment; leave it out",
     "--local_rank": "processes are found from the environment; leave it out",
     "--load": "a base file says itself what it is; use --base FILE",
-    "--model_mode": "the base is chosen by file; use --base out/pretrain_512.pth or"
-    " --base out/full_sft_512.pth",
+    "--model_mode": "the base is chosen by file; use --base out/full_sft_512.pth, for example",
 }
 
 
@@ -47,8 +46,7 @@ class CheckedOptions:
     """Base class of options that check themselves, whether a command line or a program makes them.
 
     Raises ``UserError``, which names the option, for a number outside its bounds and for a value
-    that is none of the ``Literal`` choices. A subclass with checks of its own calls
-    ``super().__post_init__()`` in its ``__post_init__``.
+    that is none of the ``Literal`` choices.
     """
 
     def __post_init__(self) -> None:

@@ -37,10 +37,7 @@ def lora_paths(out_dir: str | Path, name: str | None = None) -> list[Path]:
 
 
 def find_skill(out_dir: str | Path, name: str, dim: int | None = None) -> Path:
-    """The file of skill ``name``, of this ``dim`` or the newest of any.
-
-    Raises ``UserError``, which names the skills there are, when there is none.
-    """
+    """The file of skill ``name``, of this ``dim`` or the newest. Raises ``UserError`` for none."""
     found = [lora_path(out_dir, name, dim)] if dim else lora_paths(out_dir, name)
     if not found or not found[-1].is_file():
         there = ", ".join(sorted({skill_of(path) for path in lora_paths(out_dir)})) or "none yet"

@@ -1,7 +1,4 @@
-"""Base files: safe reading, records, the fingerprint that tells bases apart, and which base to use.
-
-A base file is a plain state dict (.pth); its record (.json) lies beside it.
-"""
+"""Base files (a state dict, .pth, and its record, .json), their fingerprints, and which to use."""
 
 import contextlib
 import hashlib
@@ -89,8 +86,8 @@ class RunRecord(Record):
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """The flat ``{name: tensor}`` of a ``.pth`` file, on the CPU; nothing in the file is executed.
 
-    Raises ``UserError`` for a file that is missing, damaged (checksums) or no zip archive, and for
-    one that holds anything but dense tensors of ``FLOATS`` or whole numbers, finite in fp32.
+    Raises ``UserError`` for a missing or damaged file (checksums), and for one that holds anything
+    but dense tensors of ``FLOATS`` or whole numbers, finite in fp32.
     """
     path = Path(path)
     if not path.is_file():
@@ -160,10 +157,7 @@ def check_keys(own: dict[str, Tensor], tensors: dict[str, Tensor], source: str |
 
 
 def save_base(path: str | Path, model: MiniMindLM, record: RunRecord | None = None) -> None:
-    """Write the state dict (.pth), then ``record``, completed by config and fingerprint (.json).
-
-    Raises ``UserError`` for a model that carries a LoRA.
-    """
+    """Write weights, then ``record`` with config and fingerprint. ``UserError`` if LoRA is on."""
     path, tensors = Path(path), model.state_dict()
     if any(".lora." in name for name in tensors):
         raise UserError("a base is saved without a LoRA; call remove_lora(model) first")
@@ -176,15 +170,21 @@ def save_base(path: str | Path, model: MiniMindLM, record: RunRecord | None = No
     atomic_write(path.with_suffix(".json"), lambda file: file.write(text.encode()))
 
 
-def load_base(path: str | Path, device: torch.device | str = "cpu") -> tuple[MiniMindLM, RunRecord]:
-    """The model in a base file, in eval mode on ``device``, and the record beside it.
+def load_base(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, RunRecord]:
+    """The model of a base file or a Hugging Face name, fp32 in eval mode, and its record.
 
-    The file's own tensors become the parameters, copied where they are not fp32. A ``.pth`` alone
-    (MiniMind's) loads too: its shapes give the config, the rest are defaults, printed; its record
-    holds only ``config`` and ``fingerprint``. Raises ``UserError`` for unreadable or unfitting
+    A file's own tensors become the parameters, copied where they are not fp32. A ``.pth`` alone
+    (MiniMind's) loads too: its shapes give the config, the rest are defaults, printed. Records of
+    such files and of Hugging Face models hold ``config``, ``fingerprint`` and no more, but for the
+    latter's ``stage``. Raises ``UserError`` for what cannot be loaded: unreadable or unfitting
     weights, tied tensors that differ, or a record of other weights.
     """
     path = Path(path)
+    if is_pretrained(path):
+        model = open_causal(path)
+        record = RunRecord(stage=PRETRAINED, config={"vocab_size": model.config.vocab_size})
+        record.fingerprint = fingerprint(model.named_parameters(), model.config)
+        return model.to(device), record
     beside, record, held = path.with_suffix(".json"), read_record(path), read_tensors(path)
     # Older MiniMind versions saved the rotary table and the causal mask, which we compute.
     names = [name for name in held if name != "pos_cis" and not name.endswith(".mask")]
@@ -254,10 +254,9 @@ def choose_base(
     skill_base: dict | None = None,
     stages: Iterable[str] = STAGES,
 ) -> Path:
-    """The base to use: the one that is ``named``, or that the skill needs, or the newest.
+    """The base that is ``named``, or that the skill needs, or the newest of the latest stage.
 
-    The skill's is the file in ``out_dir`` that is ``skill_base``, the ``base`` of a ``SkillMeta``;
-    the newest, that of the latest of ``stages``. Raises ``UserError`` when there is none.
+    ``skill_base``: the ``base`` of a ``SkillMeta``. Raises ``UserError`` when there is none.
     """
     if named is not None:
         if not named.is_file() and not is_pretrained(named):
@@ -279,17 +278,3 @@ def choose_base(
     if file := skill_base.get("file"):
         raise UserError(f"there is {there}; the skill was trained on {file}: name that one as base")
     raise UserError(f"{there}; train one or name a base")
-
-
-def open_base(base: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, RunRecord]:
-    """The model in eval mode on ``device``, and its record: ``load_base``'s for a file of ours.
-
-    A Hugging Face model is fp32; its record holds ``stage``, ``config`` (vocab_size) and
-    ``fingerprint``. Raises ``UserError`` for what cannot be loaded.
-    """
-    if not is_pretrained(base):
-        return load_base(base, device)
-    model = open_causal(base)
-    record = RunRecord(stage=PRETRAINED, config={"vocab_size": model.config.vocab_size})
-    record.fingerprint = fingerprint(model.named_parameters(), model.config)
-    return model.to(device), record

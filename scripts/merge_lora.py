@@ -11,26 +11,22 @@ from core.errors import run
 from core.options import CheckedOptions, option, parse, require
 from core.paths import find_skill, is_pretrained, lora_path, skill_name, skill_weights, weights_text
 
+BASE_HELP = "base file, Hugging Face folder or owner/model (default: the first skill's own)"
+
 
 @dataclass
 class Options(CheckedOptions):
     """Write skills into a copy of their base (--output), or several into one (--lora_name)."""
 
-    skills: tuple[str, ...] = option(
-        (), "NAME or NAME=WEIGHT; a negative weight subtracts", positional=True
-    )
+    skills: tuple[str, ...] = option((), "NAME or NAME=WEIGHT, perhaps below 0", positional=True)
     out_dir: Path = option(Path("out"), "folder of the trained files")
-    base: Path | None = option(
-        None, "base file, Hugging Face folder or owner/model (default: the first skill's own)"
-    )
+    base: Path | None = option(None, BASE_HELP)
     output: Path | None = option(None, "new base: a .pth file, or a folder for a Hugging Face base")
     dtype: Literal["float32", "bfloat16"] = option("float32", "of the new base's weights")
     load_in_4bit: bool = option(False, "merge into the base as its 4 bits stand for it (QLoRA)")
     lora_name: str | None = option(None, "new skill: the weighted sum, exact unless --rank cuts it")
     rank: int = option(0, "largest rank of the new skill; 0: the sum of all ranks", at_least=0)
-    tokenizer_path: Path | None = option(
-        None, "tokenizer of a Hugging Face base (default: the base's own)"
-    )
+    tokenizer_path: Path | None = option(None, "of a Hugging Face base (default: its own)")
     allow_base_mismatch: bool = option(False, "use a skill on a base it was not trained on")
 
     def __post_init__(self):
@@ -52,13 +48,13 @@ def main(argv: list[str] | None = None) -> Path:
     from model.lora.library import SkillLibrary
     from model.lora.skill_file import read_lora
     from model.quantized import quantize
-    from model.weights import choose_base, open_base
+    from model.weights import choose_base, load_base
 
     weights = skill_weights(options.skills)
     first = next(iter(weights))
     _, meta = read_lora(find_skill(options.out_dir, first))
     base = choose_base(options.out_dir, options.base, meta.base)
-    model, record = open_base(base)
+    model, record = load_base(base)
     print(f"base: {base}")
     if options.load_in_4bit:
         quantize(model)

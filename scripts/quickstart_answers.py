@@ -39,9 +39,8 @@ def read_probes(skill: str) -> list[Probe]:
 def ask_all(base: Path, skills: Sequence[str], out_dir: Path, longest: int = 48) -> list[Probe]:
     """Put every skill's probes to the base and, swapping live, to the skills in ``out_dir``.
 
-    It is the chat of ``eval_model.py`` with ``--seed 0`` for each question and answers of at most
-    ``longest`` tokens. Taking the likeliest token instead would pass a skill whose right word is
-    the likeliest of many unlikely ones.
+    It is the chat of ``eval_model.py`` with ``--seed 0`` for each question: taking the likeliest
+    token would pass a skill whose right word is the likeliest of many unlikely ones.
     """
     model, _ = load_base(base, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer, sampling = load_tokenizer(TOKENIZER_DIR), Sampling(max_new_tokens=longest)
@@ -60,8 +59,7 @@ def ask_all(base: Path, skills: Sequence[str], out_dir: Path, longest: int = 48)
 def report(probes: Sequence[Probe], wanted: float, allowed: float) -> bool:
     """Print a few questions with all answers, and all hit rates; return whether everyone passes.
 
-    A skill passes with a share of at least ``wanted`` of its own probes, the base with at most
-    ``allowed`` of them.
+    A skill needs a share of at least ``wanted`` of its own probes, the base at most ``allowed``.
     """
     by_skill: dict[str, list[Probe]] = {}
     for probe in probes:

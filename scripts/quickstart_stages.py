@@ -1,8 +1,7 @@
-"""The stages of the quick start, which ``quickstart.py`` runs inside the environment.
+"""The stages of the quick start: front doors run as a user would run them.
 
-Each training stage is a front door run as a user would run it. Its stamp in out/quickstart/stages/
-holds a hash of everything that went in and of what came out, and is written last; a stage whose
-stamp still holds is not run again.
+A stage's stamp in out/quickstart/stages/ holds a hash of what went in and of what came out, and is
+written last; a stage whose stamp still holds is not run again.
 """
 
 import hashlib
@@ -40,10 +39,7 @@ LORA = COMMON | {"epochs": 30, "batch_size": 8, "learning_rate": 3e-3}
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of a front door on the file ``data``, from the ``base`` that another stage made.
-
-    ``options`` are the door's other flags, ``outputs`` the files that it leaves.
-    """
+    """One run of a front door; ``options`` are its flags besides ``data_path`` and ``base``."""
 
     name: str
     door: Path
@@ -79,7 +75,7 @@ def plan() -> list[Stage]:
 
 
 def run_stage(stage: Stage, stamps: Path) -> tuple[float, bool]:
-    """Run the stage unless its stamp in folder ``stamps`` holds: the seconds, and was it reused.
+    """Run the stage, unless its stamp in ``stamps`` holds: seconds, and whether it was reused.
 
     Ends the process with the door's exit code when the door fails.
     """

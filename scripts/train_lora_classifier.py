@@ -17,39 +17,27 @@ from trainer.options import TrainOptions
 
 OF_PREDICTION = {"base", "lora_name", "predict", "out_dir"}
 OF_PREDICTION |= {"device", "dtype", "tokenizer_path", "seed"}
+ROWS_HELP = "rows with text, label and perhaps text_pair: .jsonl, .json or .tsv"
+PREDICT_HELP = "train nothing: print label and probability of this file's rows"
 
 
 @dataclass
 class Options(LoRAConfig, TrainOptions):
     """Train LoRA and a new head on labelled texts or pairs of texts, and score held-out rows."""
 
-    base: Path | None = option(
-        None, "pretrained model: a Hugging Face folder or owner/model", group="most used"
-    )
-    data_path: tuple[Path, ...] = option(
-        (), "rows with text, label and perhaps text_pair: .jsonl, .json or .tsv", group="most used"
-    )
+    base: Path | None = option(None, "Hugging Face folder or owner/model", group="most used")
+    data_path: tuple[Path, ...] = option((), ROWS_HELP, group="most used")
     lora_name: str = option("classifier", "name of the skill and its files", group="most used")
-    predict: Path | None = option(
-        None, "train nothing: print label and probability of this file's rows", group="most used"
-    )
-    val_path: tuple[Path, ...] = option(
-        (), "rows to score (default: val_ratio of the training rows)", group="data"
-    )
-    full: bool = option(
-        False, "train all weights, into the folder out/classifier_<name>", group="skill"
-    )
-    load_in_4bit: bool = option(
-        False, "freeze the body in 4 bits (QLoRA; needs requirements-4bit.txt)", group="device"
-    )
+    predict: Path | None = option(None, PREDICT_HELP, group="most used")
+    val_path: tuple[Path, ...] = option((), "rows to score (default: val_ratio)", group="data")
+    full: bool = option(False, "train all weights, into out/classifier_<name>", group="skill")
+    load_in_4bit: bool = option(False, "QLoRA; needs requirements-4bit.txt", group="device")
     rank: int = 8
     alpha: float | None = option(16.0, "the update is scaled by alpha / rank")
     target_modules: tuple[str, ...] = ("query", "value")
     epochs: int = 3
     batch_size: int = 32
-    learning_rate: float | None = option(
-        None, "peak learning rate (default: 1e-3, with --full 5e-5)"
-    )
+    learning_rate: float | None = option(None, "peak rate (default: 1e-3, with --full 5e-5)")
     warmup_ratio: float = 0.06
     decay_ratio: float = 1.0
     weight_decay: float = 0.01
@@ -120,17 +108,11 @@ def train(options: Options, runtime) -> Path:
         else:
             save_lora(body, path, record, classifier.head_tensors(model))
 
-    return run_stage(
-        model,
-        samples,
-        options,
-        runtime,
-        path=path,
-        record=SkillMeta(**facts, **asked, labels=labels, pairs=pairs),
-        validation=Validation({"val": partial(score, model, batches, runtime)}),
-        write=write,
-        loss_sum=classifier.class_loss_sum,
-    )
+    record = SkillMeta(**facts, **asked, labels=labels, pairs=pairs)
+    plugged = {"validation": Validation({"val": partial(score, model, batches, runtime)})}
+    plugged["loss_sum"] = classifier.class_loss_sum
+    result = {"path": path, "record": record, "write": write}
+    return run_stage(model, samples, options, runtime, **result, **plugged)
 
 
 def labelled_rows(options: Options) -> tuple[list[dict], list[dict], list[str]]:
@@ -166,8 +148,7 @@ def choose_trained(options: Options, model, runtime) -> Path:
         lacking = f"--base {options.base} lacks weights, which 4 bits cannot learn"
         require(not new, f"{lacking}; drop --load_in_4bit")
         quantize(body, runtime.dtype)
-    lora_options = {field.name: getattr(options, field.name) for field in fields(LoRAConfig)}
-    apply_lora(body, **lora_options)
+    apply_lora(body, config=options)
     for parameter in new:
         parameter.requires_grad_(True)
     print(f"{table_of(body)}\ntrained whole: {', '.join(head_state(model))}")
@@ -175,10 +156,7 @@ def choose_trained(options: Options, model, runtime) -> Path:
 
 
 def predict(options: Options, runtime) -> None:
-    """Print ``{"label", "probability"}`` for each row of --predict in order; rows need no label.
-
-    Rows are cut and weights quantised as in training.
-    """
+    """Print ``{"label", "probability"}`` of each row, cut as in training; rows need no label."""
     import numpy as np
     import torch
 

@@ -19,6 +19,8 @@ from core.paths import bundled_data
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # pad, bos, eos: ids 0, 1, 2
 BYTES = 256
 HELD_OUT = 20
+BUNDLED = (bundled_data("pretrain_mini.jsonl"), bundled_data("sft_mini.jsonl"))
+CHARACTERS_HELP = "train on about so many characters of each file, drawn at random; 0: all"
 # ChatML without a default system prompt. The generation marks tell other trainers what is learned.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -36,17 +38,10 @@ CHAT_TEMPLATE = (
 class Options(CheckedOptions):
     """Train a byte-level BPE tokenizer on data files and report how well it packs held-out rows."""
 
-    data_path: tuple[Path, ...] = option(
-        (bundled_data("pretrain_mini.jsonl"), bundled_data("sft_mini.jsonl")),
-        "data files: pretraining or chat rows",
-    )
-    vocab_size: int = option(
-        6400, "entries, the 3 special tokens and 256 bytes included", at_least=BYTES + 3
-    )
+    data_path: tuple[Path, ...] = option(BUNDLED, "data files: pretraining or chat rows")
+    vocab_size: int = option(6400, "entries; 259 are bytes and special tokens", at_least=BYTES + 3)
     tokenizer_path: Path = option(Path("out/tokenizer"), "folder to write")
-    max_characters: int = option(
-        0, "train on about so many characters of each file, drawn at random; 0: all", at_least=0
-    )
+    max_characters: int = option(0, CHARACTERS_HELP, at_least=0)
     held_out: int = option(HELD_OUT, "every N-th row is held out for the report", at_least=2)
 
 
@@ -78,7 +73,7 @@ def split_texts(texts: list[str], every: int = HELD_OUT) -> tuple[list[str], lis
 def draw(texts: list[str], max_characters: int) -> Iterator[str]:
     """Random texts, always the same ones, until ``max_characters`` are reached; all of them for 0.
 
-    A cap keeps a large file from spending the whole vocabulary on its own language and style.
+    A cap keeps a large file from spending the whole vocabulary on its own language.
     """
     drawn = 0
     for text in random.Random(0).sample(texts, len(texts)) if max_characters else texts:
@@ -96,13 +91,10 @@ def train_bpe(texts: Iterator[str], vocab_size: int):
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty(),
-    )
-    bpe.train_from_iterator(texts, trainer)
+    wanted = {"vocab_size": vocab_size, "special_tokens": list(SPECIAL_TOKENS)}
+    wanted["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+    progress = sys.stderr.isatty()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(**wanted, show_progress=progress))
     names = dict(zip(("pad_token", "bos_token", "eos_token"), SPECIAL_TOKENS, strict=True))
     settings = {"chat_template": CHAT_TEMPLATE, "clean_up_tokenization_spaces": False}
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **names, **settings)

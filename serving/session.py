@@ -22,9 +22,8 @@ class ChatSession:
     """History, active skill and random state of a chat. The base's weights are never written.
 
     ``history_cnt`` earlier messages go with each question. With ``continues`` a prompt is continued
-    as plain text, without template and history: the base is no chat model. A skill trained with a
-    ``prompt_template`` is asked with it (a mix with that of its first skill), unless the session
-    ``keeps_template``.
+    as plain text, without template and history. A skill trained with a ``prompt_template`` is asked
+    with it (a mix with that of its first skill), unless the session ``keeps_template``.
     """
 
     def __init__(
@@ -75,8 +74,7 @@ class ChatSession:
     def use_skill(self, name: str | None, skill: Skill | None = None) -> None:
         """Switch to the skill ``name``, to a mix such as ``a=0.7 b=-0.2``, or for None to the base.
 
-        ``skill`` is what ``read_lora`` gave for the file, if it was read already. Raises
-        ``UserError`` with the reason, or with the names there are; the active skill stays.
+        ``skill``: what ``read_lora`` gave for the file, if read. After a ``UserError`` all stays.
         """
         weights, before = skill_weights((name or "").split()), self.tokenizer.chat_template
         try:
@@ -94,8 +92,7 @@ class ChatSession:
         written = path.stat().st_mtime_ns
         if self._read.get(name, (0,))[0] != written:
             self._read.pop(name, None)
-            allowed = self.allow_base_mismatch
-            skill = skill or read_lora(path)
+            skill, allowed = skill or read_lora(path), self.allow_base_mismatch
             self._ask_with(skill[1].prompt_template)
             if not (self._keeps_template or allowed):
                 check_trained_with(self.tokenizer, skill[1].tokenizer, name)
@@ -110,12 +107,11 @@ class ChatSession:
             if path != lora_path(self.out_dir, skill_of(path), dim):
                 yield path.name, f"it is for another dim than this base's {dim}"
                 continue
-            reason = None
             try:
                 adapters_in(self.model, path, allow_base_mismatch=self.allow_base_mismatch)
+                yield skill_of(path), None
             except UserError as error:
-                reason = str(error)
-            yield skill_of(path), reason
+                yield skill_of(path), str(error)
 
     def _ask_with(self, prompt_template: str | None) -> None:
         self.tokenizer.chat_template = self._template

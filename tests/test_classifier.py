@@ -39,7 +39,7 @@ from model.lora.layer import lora_parameters
 from model.lora.skill_file import adapters_in, read_lora
 from model.model_lora import apply_lora, save_lora
 from model.quantized import quantize
-from model.weights import open_base
+from model.weights import load_base
 from scripts.train_lora_classifier import main as train_classifier
 from trainer.scores import score, scores_of
 
@@ -420,7 +420,7 @@ def test_a_decoder_is_a_classifier_too(data, tmp_path, capsys):
         [answer == str(row["label"]) for answer, row in zip(answers, reviews(80, 1), strict=True)]
     )
     assert right == read_lora(path)[1].metrics["val"]["last"]["accuracy"] > 0.8
-    chat, small = (open_base(tmp_path / "base")[0] for _ in range(2))
+    chat, small = (load_base(tmp_path / "base")[0] for _ in range(2))
     quantize(small)
     for model in (chat, small):
         with pytest.raises(UserError, match="is more than a LoRA: _head"):

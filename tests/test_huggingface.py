@@ -32,7 +32,7 @@ from dataset.tokenizer import foreign_tokenizer, token_bytes
 from model.generation import Sampling
 from model.LMConfig import check_length
 from model.lora.skill_file import read_lora
-from model.weights import choose_base, open_base
+from model.weights import choose_base, load_base
 from scripts.merge_lora import main as merge_lora
 from serving.session import ChatSession
 
@@ -87,7 +87,7 @@ def test_answers_are_those_of_the_library_and_a_skill_comes_and_goes(
     tensors, meta = read_lora(path)
     assert meta.base["file"] == name and len(tensors) == 2 * 2 * 2
     assert "2 x  model.layers.N.self_attn.q_proj" in capsys.readouterr().out
-    model, record = open_base(base)
+    model, record = load_base(base)
     tokenizer = foreign_tokenizer(base)
     assert record.fingerprint == meta.base["fingerprint"]
     session = ChatSession(
@@ -173,7 +173,7 @@ def test_a_skill_is_asked_in_its_own_words_and_ends_where_it_learned_to(
     )
     train_lora.main([*argv, "--lora_name", "own"])
     train_lora.main([*argv, "--lora_name", "asked", "--prompt_template", TEMPLATE])
-    model, _ = open_base(base)
+    model, _ = load_base(base)
     settings = {"seed": 0, "history_cnt": 0, "continues": False, "out_dir": out}
     session = ChatSession(model, foreign_tokenizer(base), Sampling(), **settings)
     model.generation_config.eos_token_id = [7, 8]
@@ -239,7 +239,7 @@ def test_a_skill_is_read_by_the_tokenizer_of_its_training_only(folders, trained,
         with pytest.raises(UserError, match="skill strange was trained with another tokenizer"):
             action()
     assert not (tmp_path / "merged").exists()
-    model, _ = open_base(base)
+    model, _ = load_base(base)
     settings = {"seed": 0, "history_cnt": 0, "continues": False, "out_dir": out}
     session = ChatSession(model, foreign_tokenizer(base), Sampling(), **settings)
     for _ in range(2):  # nothing of it stays
@@ -259,10 +259,10 @@ def test_a_model_that_sees_what_it_should_predict_is_refused(folders, tmp_path):
         tmp_path / "masked"
     )
     with pytest.raises(UserError, match="masked sees the tokens that it would have to predict"):
-        open_base(tmp_path / "masked")
+        load_base(tmp_path / "masked")
     config = BertConfig(**SIZES | {"num_key_value_heads": 4}, is_decoder=True)
     BertLMHeadModel(config).save_pretrained(tmp_path / "causal")
-    assert open_base(tmp_path / "causal")[1].stage
+    assert load_base(tmp_path / "causal")[1].stage
 
 
 def test_the_template_of_the_flag(folders):
@@ -298,7 +298,7 @@ def test_what_is_no_base_is_named(folders, tmp_path, trained):
         choose_base(tmp_path, None, {"file": "llama", "fingerprint": "0123"})
     for name in ("encoder", "broken"):
         with pytest.raises(UserError, match=f"base .*{name} ") as caught:
-            open_base(tmp_path / name)
+            load_base(tmp_path / name)
         assert "\n" not in str(caught.value)
     argv = flags(out_dir=tmp_path / "out", base=folders / "llama", data_path=trained.chats, **SMALL)
     with pytest.raises(UserError, match="is no MiniMindLM"):
@@ -329,7 +329,7 @@ def test_a_changed_rotary_base_is_another_base(folders, tmp_path):
     config["rope_parameters"]["rope_theta"] *= 2
     path.write_text(json.dumps(config), encoding="utf-8")
     marks = [
-        open_base(folder)[1].fingerprint
+        load_base(folder)[1].fingerprint
         for folder in (folders / "llama", folders / "llama", path.parent)
     ]
     assert marks[0] == marks[1] != marks[2]
@@ -350,7 +350,7 @@ def test_a_pickled_model_that_runs_code_is_refused_unrun(folders, tmp_path):
     (tmp_path / "hostile" / "model.safetensors").unlink()
     torch.save({"x": Touch()}, tmp_path / "hostile" / "pytorch_model.bin")
     with pytest.raises(UserError, match="no causal language model that can be loaded"):
-        open_base(tmp_path / "hostile")
+        load_base(tmp_path / "hostile")
     assert not (tmp_path / "canary").exists()
 
 

@@ -16,7 +16,7 @@ from core.paths import base_path, cache_dir, checkpoints_dir, metrics_path
 from dataset.batches import MICRO_TOKENS, Batches, PretrainDataset, Samples, validation_batches
 from dataset.tokenizer import control_ids, tokenizer_fingerprint, tokenizer_of
 from model.LMConfig import check_length
-from model.weights import Record, RunRecord, choose_base, open_base
+from model.weights import Record, RunRecord, choose_base, load_base
 from trainer.checkpoints import RunStates
 from trainer.loop import LossSum, loss_sum, train
 from trainer.metrics import Validation, evaluate
@@ -53,7 +53,7 @@ def open_stage_base(
 ) -> Base:
     """The base that is named, or the newest one of ``stage``; ``UserError`` if options misfit."""
     path = choose_base(options.out_dir, options.base, stages=(stage,))
-    model, record = open_base(path, runtime.device)
+    model, record = load_base(path, runtime.device)
     model.config.use_cache = False  # training needs no keys and values; decoding asks for them
     print(f"base: {path}")
     tokenizer = tokenizer_of(record, path, options.tokenizer_path, options.out_dir, prompt_template)

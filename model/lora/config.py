@@ -1,7 +1,4 @@
-"""Which LoRA to add: the keywords of ``apply_lora``, which are also options of the doors.
-
-Standard library only, so that a door can print its help at once.
-"""
+"""Which LoRA to add. Standard library only, so that a door can print its help at once."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +12,9 @@ from core.options import CheckedOptions, option, require
 SHORTHANDS = ("square", "all-linear")
 Init = Literal["minimind", "kaiming", "gaussian", "pissa"]
 TARGETS_HELP = "square, all-linear, names or name endings of Linears, or one regular expression"
+EXCLUDE_HELP = "names or name endings to leave out, or one regular expression"
+ALPHA_HELP = "the update is scaled by alpha / rank (default: a scale of 1)"
+DROPOUT_HELP = "probability of dropping an input of the update"
 INIT_HELP = "A from N(0, 0.02), U(+-1/sqrt(inputs)) or N(0, 1/rank), B = 0; pissa: from W's SVD"
 
 
@@ -25,29 +25,21 @@ class LoRAConfig(CheckedOptions):
     ``target_modules`` and ``exclude_modules``: a list of names or name endings, or a regular
     expression for whole module names: a string, or a list of one word with signs of expressions.
     Targets may also be "square" (as many inputs as outputs) or "all-linear" (all but the output
-    head). ``rank_pattern`` and ``alpha_pattern``: a number for each name ending, which may be a
-    regular expression; the first match counts; ``key=value`` words become the dict. Raises
+    head). ``rank_pattern`` and ``alpha_pattern``: a dict, or ``key=value`` words, with a number for
+    each name ending, which may be a regular expression; the first match counts. Raises
     ``UserError`` for values that no LoRA can have.
     """
 
     rank: int = option(16, "rank of the update", group="most used", at_least=1)
-    alpha: float | None = option(
-        None, "the update is scaled by alpha / rank (default: a scale of 1)", group="skill", above=0
-    )
+    alpha: float | None = option(None, ALPHA_HELP, above=0, group="skill")
     target_modules: str | tuple[str, ...] = option(("square",), TARGETS_HELP, group="skill")
-    exclude_modules: str | tuple[str, ...] = option(
-        (), "names or name endings to leave out, or one regular expression", group="skill"
-    )
-    layers_to_transform: tuple[int, ...] = option(
-        (), "layers to adapt (default: all)", group="skill"
-    )
+    exclude_modules: str | tuple[str, ...] = option((), EXCLUDE_HELP, group="skill")
+    layers_to_transform: tuple[int, ...] = option((), "which layers (default: all)", group="skill")
     rank_pattern: dict[str, int] = option((), "ranks by name: wo=4 'layers.7.*=32'", group="skill")
     alpha_pattern: dict[str, float] = option((), "alphas by name", group="skill")
     use_rslora: bool = option(False, "scale by alpha / sqrt(rank)", group="skill")
     use_dora: bool = option(False, "learn magnitudes apart from directions (DoRA)", group="skill")
-    lora_dropout: float = option(
-        0.0, "probability of dropping an input of the update", group="skill", at_least=0, below=1
-    )
+    lora_dropout: float = option(0.0, DROPOUT_HELP, at_least=0, below=1, group="skill")
     init_lora_weights: Init = option("minimind", INIT_HELP, group="skill")
 
     def __post_init__(self):
@@ -67,16 +59,12 @@ class LoRAConfig(CheckedOptions):
             raise UserError("use_dora and init_lora_weights=pissa exclude each other: choose one")
 
     def rank_and_scaling(self, name: str) -> tuple[int, float]:
-        """Rank and scale of the update of module ``name``.
-
-        The scale is alpha / rank, alpha / sqrt(rank) (Kalajdzievski 2023), or 1 without an alpha.
-        """
+        """Rank and scale for module ``name``; alpha / sqrt(rank) is Kalajdzievski's (2023)."""
         ranks = [rank for key, rank in self.rank_pattern.items() if ends_with(name, key)]
         alphas = [alpha for key, alpha in self.alpha_pattern.items() if ends_with(name, key)]
         rank, alpha = [*ranks, self.rank][0], [*alphas, self.alpha][0]
-        if alpha is None:
-            return rank, 1.0
-        return rank, alpha / (sqrt(rank) if self.use_rslora else rank)
+        divisor = sqrt(rank) if self.use_rslora else rank
+        return rank, 1.0 if alpha is None else alpha / divisor
 
 
 def ends_with(name: str, key: str) -> bool:

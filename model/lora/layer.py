@@ -21,8 +21,8 @@ def forward_with_lora(linear: Linear, x: Tensor) -> Tensor:
 class LoRA(nn.Module):
     """The update ``scaling * B(A(dropout(x)))`` of ``linear``; its parameters are fp32.
 
-    A ~ N(0, 0.02) and B = 0, so training starts from the base exactly; ``init`` "kaiming" and
-    "gaussian" are PEFT's other ways to draw A, and "none" leaves both to the caller.
+    A ~ N(0, 0.02) and B = 0, so training starts from the base exactly; "kaiming" and "gaussian" are
+    PEFT's ways to draw A, and ``init`` "none" leaves both to the caller.
     """
 
     patched_forward = staticmethod(forward_with_lora)

@@ -32,9 +32,8 @@ Factors = dict[str, tuple[Tensor, Tensor]]  # of each target: A (rank, inputs), 
 class SkillLibrary:
     """The skills of ``model``, which gets no other LoRA as long as this is used.
 
-    The base's weights and state-dict keys never change; what is not active lies outside the model.
-    With none active each Linear has its own forward again. A compiled model needs no new program
-    for a swap between skills of the same ranks and targets.
+    The base's weights and state-dict keys never change; with no skill active each Linear has its
+    own forward again. Swaps between skills of the same ranks and targets need no recompilation.
     """
 
     def __init__(self, model: nn.Module):
@@ -48,10 +47,9 @@ class SkillLibrary:
     def add(
         self, name: str, path: str | PathLike, skill: Skill | None = None, **allowed: bool
     ) -> SkillMeta:
-        """Read the skill file ``path`` as ``name``, in place of one of that name; returns its meta.
+        """Read the skill file ``path`` as ``name``, for the next ``use``; returns its meta.
 
-        What the model carries changes at the next ``use``. ``skill``, ``allowed`` and the
-        ``UserError`` for a file that does not fit are those of ``adapters_in``.
+        ``skill``, ``allowed`` and the ``UserError`` are those of ``adapters_in``.
         """
         loras, meta = adapters_in(self.model, path, skill, **allowed)
         for lora in loras.values():  # so that no compiled program depends on a skill's own number
@@ -78,10 +76,7 @@ class SkillLibrary:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model is the base alone; afterwards it carries again what it did.
-
-        Raises ``UserError`` while a LoRA is merged into the model.
-        """
+        """Inside, the model is the base alone. Raises ``UserError`` while a LoRA is merged."""
         check_receptive(self.model)
         taken, active = exchange(self.model, {}), self.active
         try:
@@ -107,9 +102,8 @@ class SkillLibrary:
 def merge_lora(model: nn.Module) -> None:
     """Write each update into its Linear's weight: in fp32, rounded to the weight's dtype once.
 
-    Weights and LoRA are kept, for ``unmerge_lora``. Raises ``UserError``, before anything changes,
-    when there is no LoRA, when one is merged already, for weights of 4 bits, for a weight that
-    another module uses too, and where a merged weight would not be finite.
+    ``unmerge_lora`` undoes it. Raises ``UserError``, before anything changes, without a LoRA, when
+    one is merged already, for weights of 4 bits or shared ones, and where a sum is not finite.
     """
     check_receptive(model)
     found, weights = dict(adapted(model)), {}

@@ -23,10 +23,7 @@ META_KEY = "_meta"  # a uint8 tensor of JSON; MiniMind's own loader passes over 
 
 @dataclass(kw_only=True)
 class SkillMeta(Record):
-    """What a skill file says of itself.
-
-    ``save_lora`` fills in the entries from ``rank`` to ``ranks`` and the fingerprint in ``base``.
-    """
+    """What a skill file says of itself; ``save_lora`` sets ``rank`` to ``ranks``, and ``base``."""
 
     rank: int = 0  # rank and alpha are the most usual
     alpha: int | float = 0.0
@@ -54,8 +51,7 @@ def save_lora(
 ) -> None:
     """Write the applied LoRA as one ``.pth``: fp32 tensors under MiniMind's keys, and ``meta``.
 
-    ``meta`` is completed by ranks, scales and the base's fingerprint. ``extra``: tensors that were
-    trained beside the LoRA and belong to the skill; their names begin with "_". Prints which
+    ``extra``: tensors that were trained beside the LoRA; their names begin with "_". Prints which
     updates are still zero: the ``forward`` of such a Linear never ran in training, as within
     PyTorch's MultiheadAttention, which uses its weight alone.
     """
@@ -87,9 +83,9 @@ def read_lora(path: str | PathLike) -> Skill:
     """The tensors of a skill file, ``extra`` ones included, and its meta, checked against them.
 
     A file without ``_meta`` (MiniMind's) gets rank and targets from its tensors, scale 1 and no
-    base, as is printed. Names lose wrappers' parts, which earlier versions wrote. Raises
-    ``UserError`` for anything that is no LoRA file.
+    base, as is printed. Raises ``UserError`` for anything that is no LoRA file.
     """
+    # Earlier versions wrote the parts of names that wrappers add.
     tensors = {base_name(name): tensor for name, tensor in read_tensors(path).items()}
     packed = tensors.pop(META_KEY, None)
     ranks = _ranks(tensors, path)
@@ -148,9 +144,8 @@ def adapters_in(
     """The updates in a skill file by target, ready for ``attach`` to ``model``; and its meta.
 
     ``skill``: what ``read_lora`` gave for ``path``, where it was read already. Raises ``UserError``
-    for a file with ``extra`` tensors (unless the caller uses them: ``with_extra``), for one that
-    was trained on another base (unless ``allow_base_mismatch``), for targets that the model lacks
-    or has in another size, all of which are named, and as ``check_receptive`` does.
+    for a file with ``extra`` tensors (unless ``with_extra``), for one of another base (unless
+    ``allow_base_mismatch``), for all targets that do not fit, and as ``check_receptive`` does.
     """
     check_receptive(model)
     tensors, meta = skill or read_lora(path)
@@ -183,8 +178,8 @@ def adapters_in(
 def load_lora(model: nn.Module, path: str | PathLike, **allowed: bool) -> SkillMeta:
     """Copy a skill file into the LoRA applied to ``model``; returns its meta.
 
-    Device and dtype of the model stay. Raises ``UserError``, before anything changes, for what
-    ``adapters_in`` refuses unless ``allowed``, and if ranks, targets or kind differ.
+    Raises ``UserError``, before anything changes, for what ``adapters_in`` refuses unless
+    ``allowed``, and if ranks, targets or kind differ.
     """
     loras, meta = adapters_in(model, path, **allowed)
     own = {name: linear.lora for name, linear in adapted(model)}
@@ -200,11 +195,10 @@ def load_lora(model: nn.Module, path: str | PathLike, **allowed: bool) -> SkillM
 
 def _described(loras: Mapping[str, LoRA]) -> str:
     """Kinds, ranks and targets of ``loras``, for a sentence."""
-    if not loras:
-        return "no LoRA"
     kinds = ", ".join(sorted({type(lora).__name__ for lora in loras.values()}))
     ranks = ", ".join(map(str, sorted({lora.rank for lora in loras.values()})))
-    return f"{kinds} of rank {ranks} on {len(loras)} Linears ({endings(loras)})"
+    found = f"{kinds} of rank {ranks} on {len(loras)} Linears ({endings(loras)})"
+    return found if loras else "no LoRA"
 
 
 def attach_lora(model: nn.Module, path: str | PathLike, **allowed: bool) -> SkillMeta:
@@ -219,10 +213,9 @@ def attach_lora(model: nn.Module, path: str | PathLike, **allowed: bool) -> Skil
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """``fingerprint`` of the model without its LoRA; recomputed only after a weight changed.
+    """The model's ``known_as``, else ``fingerprint`` without its LoRA, kept until a weight changes.
 
-    It is the model's ``known_as`` where that was set: before it was quantised, or without what else
-    it has to learn. Writes through ``parameter.data`` and by fused optimizers cannot be seen.
+    Writes through ``parameter.data`` and by fused optimizers cannot be seen.
     """
     if hasattr(model, "known_as"):
         return model.known_as

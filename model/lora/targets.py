@@ -13,11 +13,7 @@ from model.lora.layer import Linear, adapted, base_name, features, lora_paramete
 
 
 def check_receptive(model: nn.Module) -> None:
-    """Raise ``UserError`` for a model that no LoRA can be put on or saved from.
-
-    That is a wrapper of the whole model (``torch.compile``'s, DistributedDataParallel), and a model
-    into which a LoRA is merged.
-    """
+    """Raise ``UserError`` for a wrapper (``torch.compile``'s, DDP's), or if a LoRA is merged."""
     children = [name for name, _ in model.named_children()]
     if children in (["_orig_mod"], ["module"]):
         wrapper = f"{type(model).__name__} wraps the model that has the names"
@@ -45,8 +41,8 @@ def output_head(model: nn.Module) -> nn.Module | None:
 def choose_targets(model: nn.Module, config: LoRAConfig) -> dict[str, Linear]:
     """The Linears of ``model`` that ``config`` chooses, by name, in their order.
 
-    Raises ``UserError`` if nothing is left, for a name, pattern or layer number that matches
-    nothing, and for a rank beyond a Linear's features. It lists what could match.
+    Raises ``UserError``, which lists what could match, if nothing is left or a name, pattern or
+    layer matches nothing, and for a rank beyond a Linear's features.
     """
     found, wanted, head = linears(model), config.target_modules, output_head(model)
     if wanted in SHORTHANDS:
@@ -77,11 +73,7 @@ def choose_targets(model: nn.Module, config: LoRAConfig) -> dict[str, Linear]:
 
 
 def _matching(names: Iterable[str], wanted: str | tuple[str, ...], option: str) -> list[str]:
-    """Those of ``names`` that match ``wanted``, in their order.
-
-    A string is a regular expression for a whole name, a word of a tuple a name or its ending.
-    Raises ``UserError`` for what matches nothing.
-    """
+    """Those of ``names`` that match ``wanted``, in their order; ``UserError`` for an idle word."""
     if isinstance(wanted, str):
         matches = {wanted: [name for name in names if re.fullmatch(wanted, name)]}
     else:

@@ -83,10 +83,7 @@ class PiSSA(LoRA):
 
 
 def lora_of(linear: Linear, tensors: dict[str, Tensor], scaling: float = 1.0) -> LoRA:
-    """The adapter for ``linear`` whose parameters are ``tensors`` (see ``exported``) themselves.
-
-    Those that are not fp32 are copied.
-    """
+    """The LoRA whose parameters are ``tensors`` (see ``exported``), copied where not fp32."""
     kind = DoRA if "magnitude" in tensors else LoRA
     with torch.device("meta"):  # nothing is drawn
         lora = kind(linear, tensors["A.weight"].size(0), scaling, init="none")
