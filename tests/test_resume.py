@@ -146,23 +146,22 @@ def test_a_resumed_run_leaves_the_same_bits(
 
 @needs_compiler
 def test_a_compiled_run_resumes_to_the_same_bits(trained, tmp_path, monkeypatch):
-    # Passes of all kinds: of one row and of several, each of its own length.
-    door, argv = door_and_flags("lora", trained, batch_size=4, micro_tokens=160)
+    # Passes of all kinds: of one row and of several, more lengths than torch compiles programs for.
+    settings = {"batch_size": 4, "micro_tokens": 160, "max_steps": 8, "log_interval": 1}
+    door, argv = door_and_flags("lora", trained, **settings)
     plain, whole, cut = (tmp_path / name / "out" for name in ("plain", "whole", "cut"))
     door.main([*argv, "--out_dir", str(plain)])
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     door.main([*argv, "--compile", "--out_dir", str(whole)])
-    assert (
-        counters["stats"]["unique_graphs"] >= 4
-    )  # first, middle and last block, and those for a single row
-    cut_short(monkeypatch, 7)
-    with pytest.raises(Crash):
-        door.main([*argv, "--compile", "--out_dir", str(cut)])
+    # Of the first and the last block, and those for a single row.
+    assert counters["stats"]["unique_graphs"] >= 4
+    shutil.copytree(whole, cut)
+    shutil.rmtree(states_in(cut)[8])
     torch.compiler.reset()  # as in a new process
     door.main([*argv, "--compile", "--out_dir", str(cut), "--resume"])
     assert left_in(cut) == left_in(whole)
-    for compiled, uncompiled in zip(metrics_of(whole), metrics_of(plain), strict=True):
-        assert compiled.get("loss", 0) == pytest.approx(uncompiled.get("loss", 0), abs=1e-4)
+    losses = ([record.get("loss", 0) for record in metrics_of(out)] for out in (whole, plain))
+    assert next(losses) == pytest.approx(next(losses), abs=1e-4)
 
 
 @pytest.fixture(scope="module")
