@@ -180,13 +180,15 @@ def sharp_model(tiny_model) -> MiniMindLM:
 
 
 class Source:
-    """The same steps every epoch."""
+    """The same steps every epoch; ``asked`` lists the epochs and starts that were asked for."""
 
     def __init__(self, *steps: list[Batch]):
         self.all_steps, self.steps_per_epoch = list(steps), len(steps)
         self.rows_per_step = max(sum(len(batch.labels) for batch in step) for step in steps)
+        self.asked = []
 
     def steps(self, epoch: int, start: int = 0):
+        self.asked.append((epoch, start))
         return iter(self.all_steps[start:])
 
     def largest_batch(self) -> Batch:

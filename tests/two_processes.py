@@ -7,8 +7,9 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import sys
-from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,15 +21,14 @@ import train_lora
 import train_pretrain
 import trainer.loop
 from core.errors import Stopped, UserError
+from dataset.batches import masked
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 from trainer.loop import accumulate_gradients, loss_sum
 from trainer.runtime import Runtime
 
 RAGGED = ragged_batch(8, seed=0)
-EMPTY = replace(
-    RAGGED, labels=torch.full_like(RAGGED.labels, -100), n_targets=0, n_bytes=0, n_tokens=0
-)
+EMPTY = masked(RAGGED)
 SHARES = {
     "equal": ([(0, 2), (2, 4)], [(4, 6), (6, 8)]),
     "rank 1 has fewer": ([(0, 2), (2, 4), (4, 7)], [(7, 8)]),
@@ -66,9 +66,7 @@ def gradients(runtime: Runtime) -> dict:
 
 
 def bypassed(runtime: Runtime) -> list[str]:
-    """Two steps of a model with parameters that the loss never reaches: the names of those without
-    a gradient.
-    """
+    """The parameters without a gradient after two steps of a model that has such."""
     model = double_model()
     model.bypassed = torch.nn.Linear(2, 2)
     replica = runtime.replicate(model, has_idle=True)
@@ -80,20 +78,16 @@ def bypassed(runtime: Runtime) -> list[str]:
 
 
 def limit_file_size(size: int) -> None:
-    """From now on no file of this process can grow beyond ``size`` bytes, where the system can do
-    that.
-    """
+    """Let no file of this process grow beyond ``size`` bytes, where the system can do that."""
     with contextlib.suppress(ModuleNotFoundError):
         import resource
 
-        resource.setrlimit(
-            resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
-        )
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
 
 
 def run_door(door, out: Path, *words: str, crash_at: int = 0, poison_at: int = 0, **values) -> dict:
-    """Run a door; returns how it ended and the rows that this rank learned from, one list an
-    optimizer step.
+    """Run a door; return how it ended, and the rows of each step that this rank learned from.
 
     In step ``crash_at`` of this process every rank raises; in step ``poison_at`` rank 1's loss is
     NaN.
@@ -104,14 +98,8 @@ def run_door(door, out: Path, *words: str, crash_at: int = 0, poison_at: int = 0
         return loss_sum(model, batch) * math.nan
 
     def watched(replica, batches, scaler, runtime, loss):
-        steps.append(
-            [
-                row
-                for batch in batches
-                if batch.n_targets
-                for row in batch.inputs["input_ids"].tolist()
-            ]
-        )
+        learned = [batch.inputs["input_ids"].tolist() for batch in batches if batch.n_targets]
+        steps.append(list(chain.from_iterable(learned)))
         if len(steps) == crash_at:
             raise RuntimeError("crash")
         loss = poisoned if len(steps) == poison_at and runtime.rank == 1 else loss
@@ -134,20 +122,14 @@ def scenarios(folder: Path, texts: Path, chats: Path, base: Path):
     Runtime.stop = lambda self: None  # the processes of one torchrun meet once
     pretrain = PRETRAIN | {"data_path": texts}
     yield "whole", run_door(train_pretrain, folder / "whole" / "out", **pretrain)
-    cut = folder / "cut" / "out"
-    yield "crashed", run_door(train_pretrain, cut, crash_at=7, **pretrain)
+    cut, two = folder / "cut" / "out", folder / "two" / "out"
+    yield "poisoned", run_door(train_pretrain, cut, poison_at=7, **pretrain)
+    if runtime.rank == 0:
+        shutil.copytree(cut, folder / "poisoned" / "out")  # the next run goes on in the other
     yield "resumed", run_door(train_pretrain, cut, "--resume", **pretrain)
-    yield (
-        "crashed for one",
-        run_door(train_pretrain, folder / "one" / "out", crash_at=7, **pretrain),
-    )
-    yield (
-        "resumed from one",
-        run_door(train_pretrain, folder / "two" / "out", "--resume", **pretrain),
-    )
+    yield "resumed from one", run_door(train_pretrain, two, "--resume", **pretrain)
     apart = cut if runtime.rank == 0 else folder / "apart" / "out"
     yield "not shared", run_door(train_pretrain, apart, "--resume", **pretrain)
-    yield "poisoned", run_door(train_pretrain, folder / "poisoned" / "out", poison_at=7, **pretrain)
     if runtime.rank == 0:
         limit_file_size(1_000_000)
     yield "full disk", run_door(train_pretrain, folder / "full" / "out", **pretrain)
@@ -156,14 +138,9 @@ def scenarios(folder: Path, texts: Path, chats: Path, base: Path):
     (barred := folder / "barred" / "out").mkdir(parents=True, exist_ok=True)
     (barred / "metrics").touch()  # where a folder should be
     yield "no metrics", run_door(train_pretrain, barred, **pretrain)
-    lora = SHORT | {
-        "data_path": chats,
-        "general_data": chats,
-        "base": base,
-        "lora_name": "x",
-        "max_steps": 4,
-    }
-    yield "lora", run_door(train_lora, folder / "lora" / "out", **(lora | {"batch_size": 2}))
+    lora = SHORT | {"data_path": chats, "general_data": chats, "base": base, "lora_name": "x"}
+    lora |= {"max_steps": 2, "batch_size": 2}
+    yield "lora", run_door(train_lora, folder / "lora" / "out", **lora)
 
 
 def main() -> None:
