@@ -53,7 +53,7 @@ class Options:
     def __post_init__(self):
         require(hasattr(os, "fork"), "this needs a system with fork and SIGKILL: Linux or macOS")
         if self.quick:
-            self.steps, self.kills, self.terms, self.terms_2 = 12, 2, 1, 0
+            self.steps, self.kills, self.terms, self.terms_2 = 8, 1, 1, 0
             self.halves, self.damages = 1, 10
 
 

@@ -1,6 +1,8 @@
 """Small real parts that several test files share."""
 
+import inspect
 import json
+import logging
 import os
 import shutil
 import signal
@@ -17,9 +19,10 @@ limit_spinning()  # before torch is imported
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as library_logging
 
 from benchmarks.seeded_model import fill
-from core.paths import TOKENIZER_DIR, bundled_data
+from core.paths import REPOSITORY, TOKENIZER_DIR, bundled_data
 from dataset.batches import Batch
 from dataset.tokenizer import load_tokenizer
 from model.LMConfig import LMConfig
@@ -34,6 +37,22 @@ from trainer.run import Run, Summary
 from trainer.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
+
+
+class DeprecatedUse(logging.Handler):
+    """Raises where transformers logs that our code, not another package, uses what will go."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        frame, between = inspect.currentframe(), {__name__, "logging", "torch", "transformers"}
+        while frame.f_globals["__name__"].partition(".")[0] in between:
+            frame = frame.f_back
+        path = Path(frame.f_code.co_filename)
+        is_ours = path.is_relative_to(REPOSITORY) and "site-packages" not in path.parts
+        if is_ours and "deprecat" in record.getMessage():
+            raise AssertionError(record.getMessage())
+
+
+library_logging.get_logger("transformers").addHandler(DeprecatedUse())
 
 # The tests send these; a shell's background job would ignore Ctrl-C, and nohup the end of the
 # terminal.

@@ -21,6 +21,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.utils import logging as library_logging
 
 import eval_model
 import train_full_sft
@@ -333,6 +334,11 @@ def test_a_changed_rotary_base_is_another_base(folders, tmp_path):
         for folder in (folders / "llama", folders / "llama", path.parent)
     ]
     assert marks[0] == marks[1] != marks[2]
+
+
+def test_a_use_that_transformers_will_drop_fails_its_test():
+    with pytest.raises(AssertionError, match="deprecated"):
+        library_logging.get_logger("transformers.any").warning("`old` is deprecated. Use `new`.")
 
 
 def test_a_model_may_know_no_bound():

@@ -25,5 +25,5 @@ def test_killed_and_damaged_runs_end_as_undisturbed_ones(tmp_path):
     assert figures["failures"] == []
     for name in ("sigkill at random times", "sigkill at the calls of a save"):
         runs = figures[name].get("runs", figures[name].get("points"))
-        assert figures[name]["equal"] == runs > 1
+        assert figures[name]["equal"] == runs > 0
     assert figures["damaged states"]["fell back to the state before"] == 20
