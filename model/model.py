@@ -80,11 +80,11 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        mask, is_causal = None, T > 1
-        dropout = self.dropout if self.training else 0.0
-        if past is not None and T > 1:
+        is_causal = T > 1 and past is None  # in this order: a compiled T is no plain number
+        mask, dropout = None, self.dropout if self.training else 0.0
+        if T > 1 and past is not None:
             # is_causal aligns its mask to the first key: wrong for new tokens after a cache.
-            S, is_causal = k.size(2), False
+            S = k.size(2)
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=True)
         y = take(y.transpose(1, 2).reshape(B, T, -1), positions)

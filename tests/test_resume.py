@@ -149,6 +149,7 @@ def test_a_resumed_run_leaves_the_same_bits(
 @needs_compiler
 def test_a_compiled_run_resumes_to_the_same_bits(trained, tmp_path, monkeypatch):
     """With passes of one row and of several, and more lengths than programs may be made for."""
+    torch.compiler.reset()  # other tests compile, too
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", True)  # it would ask for 10 s
     one_layer = (
