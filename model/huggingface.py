@@ -15,10 +15,7 @@ from core.errors import UserError, reason_of
 
 
 def open_causal(base: Path) -> nn.Module:
-    """The fp32 causal language model of a Hugging Face folder or hub name, in eval mode.
-
-    Raises ``UserError`` for what is none, masked language models included.
-    """
+    """The fp32 causal language model of a folder or hub name, in eval mode, or ``UserError``."""
     model, missing = load_pretrained(AutoModelForCausalLM, base, "causal language model")
     if missing:
         lacks = ", ".join(missing[:3])
@@ -39,10 +36,9 @@ def _looks_ahead(model: nn.Module) -> bool:
 
 
 def load_pretrained(kind: Any, base: Path, called: str, **settings) -> tuple[nn.Module, list[str]]:
-    """The fp32 model of a Hugging Face auto class, and the parameters that its files lack.
+    """The fp32 model of a Hugging Face auto class, and the names of parameters its files lack.
 
-    These, by name, are drawn. Raises ``UserError``, which names the kind of model as ``called``, if
-    it cannot be loaded.
+    ``UserError`` says that ``base`` is no such ``called``.
     """
     try:
         with quiet_library():  # the caller reports what is missing
@@ -56,10 +52,7 @@ def load_pretrained(kind: Any, base: Path, called: str, **settings) -> tuple[nn.
 
 
 def save_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a Hugging Face folder; an old one stays until the new one is whole.
-
-    Raises ``UserError`` when the disk refuses.
-    """
+    """Write a Hugging Face folder; an old one stays until it is whole. ``UserError`` if refused."""
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
