@@ -12,17 +12,16 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging as library_logging
 
 from core.errors import UserError, reason_of
+from core.options import require
 
 
 def open_causal(base: Path) -> nn.Module:
     """The fp32 causal language model of a folder or hub name, in eval mode, or ``UserError``."""
     model, missing = load_pretrained(AutoModelForCausalLM, base, "causal language model")
-    if missing:
-        lacks = ", ".join(missing[:3])
-        raise UserError(f"base {base} lacks {lacks}: it is no causal language model")
-    if _looks_ahead(model.eval()):
-        seen = f"base {base} sees the tokens that it would have to predict"
-        raise UserError(f"{seen}: it is no causal language model")
+    fault = f"lacks {', '.join(missing[:3])}" if missing else ""
+    if not fault and _looks_ahead(model.eval()):
+        fault = "sees the tokens that it would have to predict"
+    require(not fault, f"base {base} {fault}: it is no causal language model")
     return model
 
 

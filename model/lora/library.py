@@ -116,8 +116,7 @@ def merge_lora(model: nn.Module) -> None:
         if users[id(linear.weight)] > 1:
             raise UserError(f"{name} shares its weight with another module: keep LoRA attached")
         if not weights[name].isfinite().all():
-            broken = f"merging would put NaN or infinity into {name}"
-            raise UserError(f"{broken}; go back to an earlier skill file")
+            raise UserError(f"merging would put NaN or infinity into {name}; use an older skill")
     for name, linear in found.items():
         # A tuple is no child: state-dict keys stay.
         linear.unmerged = linear.weight.clone(), detach(linear)
