@@ -24,7 +24,7 @@ SUPPORTED = (
 
 
 def choose_python(requirements: Sequence[str], arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """The environment's Python, or with ``--use_this_python`` the running one, and the others."""
+    """The Python to run, .venv's or with ``--use_this_python`` this one, and other arguments."""
     others = [argument for argument in arguments if argument != "--use_this_python"]
     is_own = len(others) == len(arguments)
     return ensure_environment(requirements) if is_own else sys.executable, others
@@ -63,7 +63,7 @@ def ensure_environment(requirements: Sequence[str], root: Path = ROOT) -> str:
 
 
 def run(command: Sequence[str], variables: dict[str, str] | None = None) -> int:
-    """Run a command to its end; its exit code, 130 after Ctrl-C, 128 + n if signal n ended it."""
+    """Run a command to its end; return its exit code: 130 after Ctrl-C, 128 + n for signal n."""
     environment = {**os.environ, "PYTHONUTF8": "1", "PIP_USER": "0", **(variables or {})}
     for name in ("PYTHONHOME", "PYTHONPATH"):  # they would mix in another environment's packages
         environment.pop(name, None)

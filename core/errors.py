@@ -70,7 +70,7 @@ def run(main: Callable[[], object], *, keep_working: bool = False) -> None:
 
 
 def limit_spinning() -> None:
-    """Let OpenMP's threads sleep soon while they wait, unless the user decided; before torch."""
+    """Let waiting OpenMP threads sleep soon, unless the user decided. Call it before torch loads."""
     # Beside another busy program, spinning takes the cores from the very threads they wait for.
     if os.environ.keys().isdisjoint({*SPINNING, "OMP_WAIT_POLICY"}):
         os.environ.update(SPINNING)

@@ -43,7 +43,7 @@ def option(default: Any, help: str, **stated: Any) -> Any:
 
 @dataclasses.dataclass
 class CheckedOptions:
-    """Options that check themselves: ``UserError`` names one outside its bounds or choices."""
+    """Options that check themselves: ``UserError`` for a value outside its bounds or choices."""
 
     def __post_init__(self) -> None:
         for name, declared in _declarations(type(self)).items():

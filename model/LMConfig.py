@@ -5,7 +5,6 @@ import sys
 from transformers import PretrainedConfig
 
 from core.errors import UserError
-from core.options import require
 
 LARGEST = 1 << 20  # a larger size is a typing error or a damaged file
 
@@ -49,15 +48,17 @@ class LMConfig(PretrainedConfig):
             if not isinstance(value, int) or not 1 <= value <= LARGEST:
                 raise UserError(f"{name}={value} must be a whole number from 1 to {LARGEST:,}")
             setattr(self, name, value)
-        even = dim % n_heads == 0 and dim // n_heads % 2 == 0  # rotary pairs
-        require(even, f"dim={dim} must split into n_heads={n_heads} heads of even width")
-        several = f"n_heads={n_heads} must be a multiple of n_kv_heads={n_kv_heads}"
-        require(n_heads % n_kv_heads == 0, several)
-        require(0.0 <= dropout < 1.0, f"dropout={dropout} must lie in [0, 1)")
-        positive = f"norm_eps={norm_eps} and rope_theta={rope_theta} must be positive"
-        require(norm_eps > 0 and rope_theta > 0, positive)
-        tied = "tie_word_embeddings=False: the head shares the embedding's weight"
-        require(tie_word_embeddings, tied)
+        if dim % n_heads or (dim // n_heads) % 2:
+            wanted = f"n_heads={n_heads} heads of even width (rotary pairs)"
+            raise UserError(f"dim={dim} must split into {wanted}")
+        if n_heads % n_kv_heads:
+            raise UserError(f"n_heads={n_heads} must be a multiple of n_kv_heads={n_kv_heads}")
+        if not 0.0 <= dropout < 1.0:
+            raise UserError(f"dropout={dropout} must lie in [0, 1)")
+        if not (norm_eps > 0 and rope_theta > 0):
+            raise UserError(f"norm_eps={norm_eps} and rope_theta={rope_theta} must be positive")
+        if not tie_word_embeddings:
+            raise UserError("tie_word_embeddings=False: the head shares the embedding's weight")
         self.hidden_dim = hidden_dim or multiple_of * -(-int(8 * dim / 3) // multiple_of)
         self.norm_eps, self.rope_theta, self.dropout = norm_eps, rope_theta, dropout
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

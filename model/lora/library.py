@@ -159,7 +159,7 @@ def factors_of(loras: Mapping[str, LoRA], name: str) -> Factors:
 
 
 def mixed(parts: Sequence[tuple[Factors, float]]) -> Factors:
-    """The exact sum of weight times update. ``UserError`` for a weight that makes none finite."""
+    """The exact weighted sum. Raises ``UserError`` where a weight or the sum is not finite."""
     collected = defaultdict(list)  # of each target: (A, weight * B) of the skills that have it
     for factors, weight in parts:
         if not isinstance(weight, Real) or not math.isfinite(weight):

@@ -201,7 +201,7 @@ def _described(loras: Mapping[str, LoRA]) -> str:
 
 
 def attach_lora(model: nn.Module, path: str | PathLike, **allowed: bool) -> SkillMeta:
-    """Replace what ``model`` carries by a skill file that ``adapters_in`` accepts; its meta."""
+    """Replace what ``model`` carries by a skill file, unless ``adapters_in`` refuses; its meta."""
     loras, meta = adapters_in(model, path, **allowed)
     model.requires_grad_(False)
     exchange(model, loras)
