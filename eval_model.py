@@ -10,9 +10,7 @@ from core.options import CheckedOptions, option, parse, require
 from core.paths import find_skill, skill_name
 
 BASE_HELP = "base file, Hugging Face folder or owner/model (default: the skill's, else the newest)"
-TEMPLATE_HELP = (
-    r"how a base without chat template is asked (default: as its skill): 'Q: {user}\nA: '"
-)
+TEMPLATE_HELP = r"how a base without chat template is asked (default: as a skill): 'Q: {user}\nA: '"
 PENALTY_HELP = "above 1 makes tokens that were used before less likely"
 
 
@@ -86,10 +84,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def opened(options: Options, device) -> tuple:
-    """Path, model and record of the base, and what ``read_lora`` gave for the skill, or None.
-
-    The skill decides the base, unless one is named, and the base which of the skill's files.
-    """
+    """Path, model and record of the base, and what ``read_lora`` gave for the skill, or None."""
+    # The skill decides the base, unless one is named, and the base which of the skill's files.
     from model.lora.skill_file import read_lora
     from model.quantized import quantize
     from model.weights import choose_base, load_base

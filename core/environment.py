@@ -24,10 +24,7 @@ SUPPORTED = (
 
 
 def choose_python(requirements: Sequence[str], arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """The Python to run commands with, ``ensure_environment``'s, and the ``arguments`` that remain.
-
-    With ``--use_this_python`` among them it is the running one.
-    """
+    """The Python to run, .venv's or with ``--use_this_python`` this one, and other arguments."""
     others = [argument for argument in arguments if argument != "--use_this_python"]
     is_own = len(others) == len(arguments)
     return ensure_environment(requirements) if is_own else sys.executable, others
@@ -66,10 +63,7 @@ def ensure_environment(requirements: Sequence[str], root: Path = ROOT) -> str:
 
 
 def run(command: Sequence[str], variables: dict[str, str] | None = None) -> int:
-    """Run a command and wait until it has ended, after Ctrl-C (130) and SIGTERM too.
-
-    Returns its exit code, 128 + n when signal n ended it.
-    """
+    """Run a command to its end; return its exit code: 130 after Ctrl-C, 128 + n for signal n."""
     environment = {**os.environ, "PYTHONUTF8": "1", "PIP_USER": "0", **(variables or {})}
     for name in ("PYTHONHOME", "PYTHONPATH"):  # they would mix in another environment's packages
         environment.pop(name, None)

@@ -70,11 +70,8 @@ def run(main: Callable[[], object], *, keep_working: bool = False) -> None:
 
 
 def limit_spinning() -> None:
-    """Let OpenMP's threads sleep soon while they wait for one another, unless the user decided.
-
-    Beside another busy program, spinning takes the cores from the very threads they wait for. It
-    has an effect before torch is imported, and on child processes.
-    """
+    """Let waiting OpenMP threads sleep soon, unless the user decided. Call it before torch loads."""
+    # Beside another busy program, spinning takes the cores from the very threads they wait for.
     if os.environ.keys().isdisjoint({*SPINNING, "OMP_WAIT_POLICY"}):
         os.environ.update(SPINNING)
 

@@ -43,11 +43,7 @@ def option(default: Any, help: str, **stated: Any) -> Any:
 
 @dataclasses.dataclass
 class CheckedOptions:
-    """Base class of options that check themselves, whether a command line or a program makes them.
-
-    Raises ``UserError``, which names the option, for a number outside its bounds and for a value
-    that is none of the ``Literal`` choices.
-    """
+    """Options that check themselves: ``UserError`` for a value outside its bounds or choices."""
 
     def __post_init__(self) -> None:
         for name, declared in _declarations(type(self)).items():

@@ -96,10 +96,7 @@ def head_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_head(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy the head of the skill file ``path`` into a classifier from ``open_classifier``.
-
-    Raises ``UserError``, before anything changes, where it does not fit.
-    """
+    """Copy a skill file's head into a classifier. Raises ``UserError`` first if it does not fit."""
     own, head = head_state(model), head_of(tensors)
     check_keys(own, head, path)
     with torch.no_grad():

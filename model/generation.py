@@ -13,10 +13,7 @@ from model.model import CACHE
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
-
-    ``temperature`` 0 takes the likeliest; ``top_k`` 0 and ``top_p`` 1 keep all.
-    """
+    """How a token is drawn: ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep all."""
 
     temperature: float = 0.7
     top_p: float = 0.9
@@ -31,10 +28,9 @@ def generate(
 ) -> Iterator[int]:
     """Yield new ids after the prompt ``ids``.
 
-    It ends before an id in ``stop``, after ``max_new_tokens``, or where the context ends. ``model``
-    returns ``logits`` and a cache, and after the prompt gets one new token at a time. ``rng`` lives
-    on the CPU, so that a seed means the same on every device. Raises ``UserError`` for a prompt
-    that fills the context.
+    It ends before an id in ``stop``, after ``max_new_tokens``, or where the context ends. ``rng``
+    lives on the CPU, so that a seed means the same on every device. Raises ``UserError`` for a
+    prompt that fills the context.
     """
     context = context_of(model.config)
     if not 0 < len(ids) < context:

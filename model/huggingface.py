@@ -12,20 +12,16 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging as library_logging
 
 from core.errors import UserError, reason_of
+from core.options import require
 
 
 def open_causal(base: Path) -> nn.Module:
-    """The fp32 causal language model of a Hugging Face folder or hub name, in eval mode.
-
-    Raises ``UserError`` for what is none, masked language models included.
-    """
+    """The fp32 causal language model of a folder or hub name, in eval mode, or ``UserError``."""
     model, missing = load_pretrained(AutoModelForCausalLM, base, "causal language model")
-    if missing:
-        lacks = ", ".join(missing[:3])
-        raise UserError(f"base {base} lacks {lacks}: it is no causal language model")
-    if _looks_ahead(model.eval()):
-        seen = f"base {base} sees the tokens that it would have to predict"
-        raise UserError(f"{seen}: it is no causal language model")
+    fault = f"lacks {', '.join(missing[:3])}" if missing else ""
+    if not fault and _looks_ahead(model.eval()):
+        fault = "sees the tokens that it would have to predict"
+    require(not fault, f"base {base} {fault}: it is no causal language model")
     return model
 
 
@@ -39,10 +35,9 @@ def _looks_ahead(model: nn.Module) -> bool:
 
 
 def load_pretrained(kind: Any, base: Path, called: str, **settings) -> tuple[nn.Module, list[str]]:
-    """The fp32 model of a Hugging Face auto class, and the parameters that its files lack.
+    """The fp32 model of a Hugging Face auto class, and the names of parameters its files lack.
 
-    These, by name, are drawn. Raises ``UserError``, which names the kind of model as ``called``, if
-    it cannot be loaded.
+    ``UserError`` says that ``base`` is no such ``called``.
     """
     try:
         with quiet_library():  # the caller reports what is missing
@@ -56,10 +51,7 @@ def load_pretrained(kind: Any, base: Path, called: str, **settings) -> tuple[nn.
 
 
 def save_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a Hugging Face folder; an old one stays until the new one is whole.
-
-    Raises ``UserError`` when the disk refuses.
-    """
+    """Write a Hugging Face folder; an old one stays until it is whole. ``UserError`` if refused."""
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed

@@ -1,7 +1,4 @@
-"""Three operations with hand-written gradients, which save passes over memory and memory kept.
-
-Each names its plain PyTorch equivalent; the tests compare values and gradients with it in float64.
-"""
+"""Three memory-saving operations with hand-written gradients, tested against plain PyTorch."""
 
 import torch
 import torch.nn.functional as F

@@ -173,19 +173,17 @@ class MiniMindLM(PreTrainedModel):
     ) -> CausalLMOutputWithPast:
         """Compute next-token logits, and the loss when ``labels`` are given.
 
-        ``input_ids`` (B, T) int64, right-padded: a position sees only what stands before it, so
-        padding and batch-mates never change a row. ``cache`` holds S earlier tokens (none: S = 0);
-        older versions of transformers call it ``past_key_values``. ``logits_to_keep`` n > 0 keeps
-        the last n positions, 0 keeps all, and a tensor names the positions to keep. ``labels``
-        (B, T) are the ids themselves or -100; they are shifted here. The loss is the summed
-        cross-entropy / ``num_items_in_batch`` (default: the number of supervised targets), and 0
-        when nothing is supervised.
+        ``input_ids`` (B, T) int64, right-padded: padding and batch-mates never change a row.
+        ``cache`` holds S earlier tokens (none: S = 0); older versions of transformers call it
+        ``past_key_values``. ``logits_to_keep`` n > 0 keeps the last n positions, 0 keeps all, and a
+        tensor names them. ``labels`` (B, T) are the ids themselves or -100; they are shifted here.
+        The loss is the summed cross-entropy / ``num_items_in_batch`` (default: the number of
+        supervised targets), and 0 when nothing is supervised.
 
         Returns logits (B, T or kept, vocab_size), ``loss`` (scalar, fp32 at least), and a cache of
-        S + T tokens when ``use_cache``. In training mode with ``labels``, only positions with a
-        supervised target reach the head and the last block's output and MLP, and ``logits`` is
-        None; loss and gradients are the same. Raises ``UserError`` past ``max_seq_len``, and for
-        ``labels`` together with ``logits_to_keep``.
+        S + T tokens when ``use_cache``. In training mode with ``labels``, only supervised positions
+        reach the head and the last block's output and MLP, and ``logits`` is None. Raises
+        ``UserError`` past ``max_seq_len``, and for ``labels`` together with ``logits_to_keep``.
         """
         past, keeps_last = cache or past_key_values, isinstance(logits_to_keep, int)
         if labels is None:
@@ -230,7 +228,7 @@ class MiniMindLM(PreTrainedModel):
         return self.norm(h), present
 
     def compile(self, **settings) -> None:
-        """``torch.compile`` each block for all lengths; state-dict keys and the loss stay.
+        """``torch.compile`` each block, for all lengths; state-dict keys and the loss stay.
 
         The blocks share their programs. There are several (a last block computes less, a batch of
         one row is special), but fewer than the 8 beyond which PyTorch silently stops compiling.

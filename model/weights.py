@@ -27,10 +27,8 @@ ARITHMETIC = ("n_heads", "n_kv_heads", "norm_eps", "rope_theta")
 HEADS = ("num_attention_heads", "num_key_value_heads")
 THEIR_ARITHMETIC = (*HEADS, "rms_norm_eps", "layer_norm_eps", "rope_parameters")
 # What a base file's record keeps of the config.
-ARCHITECTURE = (
-    *("dim", "n_layers", "vocab_size", "hidden_dim", "multiple_of", "max_seq_len", "dropout"),
-    *ARITHMETIC,
-)
+SHAPES = ("dim", "n_layers", "vocab_size", "hidden_dim", "multiple_of", "max_seq_len", "dropout")
+ARCHITECTURE = SHAPES + ARITHMETIC
 AnyRecord = TypeVar("AnyRecord", bound="Record")
 
 
@@ -122,10 +120,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def fingerprint(parameters: Iterable[tuple[str, Tensor]], config: object) -> str:
-    """Hex SHA-256 of ``arithmetic(config)`` and the weights: sorted names, shapes, bf16 values.
-
-    So a bf16 copy is the same base. Pass ``named_parameters()``, which names tied tensors once.
-    """
+    """Hex SHA-256 of ``arithmetic(config)`` and the weights' names, shapes and bf16 values."""
     digest = hashlib.sha256(json.dumps(arithmetic(config), sort_keys=True).encode())
     for name, tensor in sorted(parameters, key=lambda item: item[0]):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -251,13 +246,10 @@ def _config_from_shapes(tensors: dict[str, Tensor], path: Path) -> dict:
 def choose_base(
     out_dir: str | Path,
     named: Path | None = None,
-    skill_base: dict | None = None,
+    skill_base: dict | None = None,  # the ``base`` of a SkillMeta
     stages: Iterable[str] = STAGES,
 ) -> Path:
-    """The base that is ``named``, or that the skill needs, or the newest of the latest stage.
-
-    ``skill_base``: the ``base`` of a ``SkillMeta``. Raises ``UserError`` when there is none.
-    """
+    """The base that is ``named``, or else a skill's own, or else the newest of the latest stage."""
     if named is not None:
         if not named.is_file() and not is_pretrained(named):
             wrong = "is a folder without config.json" if named.is_dir() else "does not exist"

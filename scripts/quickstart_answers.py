@@ -57,7 +57,7 @@ def ask_all(base: Path, skills: Sequence[str], out_dir: Path, longest: int = 48)
 
 
 def report(probes: Sequence[Probe], wanted: float, allowed: float) -> bool:
-    """Print a few questions with all answers, and all hit rates; return whether everyone passes.
+    """Print some answers and all hit rates; return whether the skills and the base pass.
 
     A skill needs a share of at least ``wanted`` of its own probes, the base at most ``allowed``.
     """

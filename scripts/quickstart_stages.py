@@ -75,10 +75,7 @@ def plan() -> list[Stage]:
 
 
 def run_stage(stage: Stage, stamps: Path) -> tuple[float, bool]:
-    """Run the stage, unless its stamp in ``stamps`` holds: seconds, and whether it was reused.
-
-    Ends the process with the door's exit code when the door fails.
-    """
+    """The stage's seconds, and whether its stamp let it be reused; exits where its door fails."""
     stamp = stamps / f"{stage.name}.json"
     code = [path for room in ROOMS for path in sorted((REPOSITORY / room).rglob("*.py"))]
     tokenizer = sorted(path for path in TOKENIZER_DIR.glob("*") if path.is_file())

@@ -72,9 +72,9 @@ class ChatSession:
                 self.messages.append({"role": "assistant", "content": answer})
 
     def use_skill(self, name: str | None, skill: Skill | None = None) -> None:
-        """Switch to the skill ``name``, to a mix such as ``a=0.7 b=-0.2``, or for None to the base.
+        """Switch to a skill, to a mix such as ``a=0.7 b=-0.2``, or for None to the bare base.
 
-        ``skill``: what ``read_lora`` gave for the file, if read. After a ``UserError`` all stays.
+        ``skill``: what ``read_lora`` gave for the file, if read. A ``UserError`` changes nothing.
         """
         weights, before = skill_weights((name or "").split()), self.tokenizer.chat_template
         try:

@@ -61,9 +61,8 @@ class SkillLibrary:
     def use(self, skills: str | Mapping[str, float] | None) -> None:
         """Make this the active skill, the mix ``{name: weight}``, or for None the base alone.
 
-        A mix computes the exact weighted sum of the updates. Raises ``UserError``, before anything
-        changes, for an unknown name, a weight that is not finite, a DoRA in a mix, and while a LoRA
-        is merged into the model.
+        A mix is the exact weighted sum. Raises ``UserError``, before anything changes, for an
+        unknown name, a weight that is not finite, a DoRA in a mix, and while a LoRA is merged.
         """
         weights = {skills: 1.0} if isinstance(skills, str) else dict(skills or {})
         if list(weights.values()) == [1.0]:
@@ -117,8 +116,7 @@ def merge_lora(model: nn.Module) -> None:
         if users[id(linear.weight)] > 1:
             raise UserError(f"{name} shares its weight with another module: keep LoRA attached")
         if not weights[name].isfinite().all():
-            broken = f"merging would put NaN or infinity into {name}"
-            raise UserError(f"{broken}; go back to an earlier skill file")
+            raise UserError(f"merging would put NaN or infinity into {name}; use an older skill")
     for name, linear in found.items():
         # A tuple is no child: state-dict keys stay.
         linear.unmerged = linear.weight.clone(), detach(linear)
@@ -161,10 +159,7 @@ def factors_of(loras: Mapping[str, LoRA], name: str) -> Factors:
 
 
 def mixed(parts: Sequence[tuple[Factors, float]]) -> Factors:
-    """The exact sum of weight times update; the ranks of a target add up.
-
-    Raises ``UserError`` for a weight that is no number, or too large for a finite product.
-    """
+    """The exact weighted sum. Raises ``UserError`` where a weight or the sum is not finite."""
     collected = defaultdict(list)  # of each target: (A, weight * B) of the skills that have it
     for factors, weight in parts:
         if not isinstance(weight, Real) or not math.isfinite(weight):
@@ -182,10 +177,7 @@ def mixed(parts: Sequence[tuple[Factors, float]]) -> Factors:
 
 
 def truncated(factors: Factors, rank: int) -> tuple[Factors, float]:
-    """The nearest updates of at most ``rank``, by singular values, and the share that is lost.
-
-    The share is the Frobenius norm of what is left out over that of all; 0 for no update.
-    """
+    """The nearest updates of at most ``rank``, and the share of the Frobenius norm that is lost."""
     cut, lost, whole = {}, 0.0, 0.0
     for target, (A, B) in factors.items():
         # B A = Qb (Rb Ra') Qa', so the singular values are those of a small square matrix.

@@ -178,8 +178,7 @@ def adapters_in(
 def load_lora(model: nn.Module, path: str | PathLike, **allowed: bool) -> SkillMeta:
     """Copy a skill file into the LoRA applied to ``model``; returns its meta.
 
-    Raises ``UserError``, before anything changes, for what ``adapters_in`` refuses unless
-    ``allowed``, and if ranks, targets or kind differ.
+    Raises ``UserError`` as ``adapters_in`` does, and if ranks, targets or kind differ.
     """
     loras, meta = adapters_in(model, path, **allowed)
     own = {name: linear.lora for name, linear in adapted(model)}
@@ -202,10 +201,7 @@ def _described(loras: Mapping[str, LoRA]) -> str:
 
 
 def attach_lora(model: nn.Module, path: str | PathLike, **allowed: bool) -> SkillMeta:
-    """Replace what ``model`` carries by a skill file of any rank and targets; returns its meta.
-
-    ``allowed`` is that of ``adapters_in``; when that refuses the file, the active skill stays.
-    """
+    """Replace what ``model`` carries by a skill file, unless ``adapters_in`` refuses; its meta."""
     loras, meta = adapters_in(model, path, **allowed)
     model.requires_grad_(False)
     exchange(model, loras)

@@ -73,7 +73,7 @@ def choose_targets(model: nn.Module, config: LoRAConfig) -> dict[str, Linear]:
 
 
 def _matching(names: Iterable[str], wanted: str | tuple[str, ...], option: str) -> list[str]:
-    """Those of ``names`` that match ``wanted``, in their order; ``UserError`` for an idle word."""
+    """The ``names`` that match ``wanted``. ``UserError`` for a word of it that matches nothing."""
     if isinstance(wanted, str):
         matches = {wanted: [name for name in names if re.fullmatch(wanted, name)]}
     else:

@@ -52,9 +52,8 @@ class DoRA(LoRA):
 class PiSSA(LoRA):
     """LoRA whose A and B start as the largest singular values of W (Meng et al. 2024).
 
-    The paper takes them out of the frozen weight. Here the base stays as it is, and the start,
-    ``A0`` and ``B0``, is subtracted from the update. A file gets both as one ordinary LoRA of twice
-    the rank, which fits the base like any other.
+    The paper takes them out of the frozen weight. Here the base stays, and the start, ``A0`` and
+    ``B0``, is subtracted from the update. A file gets both as one ordinary LoRA of twice the rank.
     """
 
     def __init__(self, linear: Linear, rank: int, scaling: float = 1.0, *args):
