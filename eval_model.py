@@ -10,7 +10,7 @@ from core.options import CheckedOptions, option, parse, require
 from core.paths import find_skill, skill_name
 
 BASE_HELP = "base file, Hugging Face folder or owner/model (default: the skill's, else the newest)"
-TEMPLATE_HELP = r"how a base without chat template is asked (default: as a skill): 'Q: {user}\nA: '"
+TEMPLATE_HELP = r"asks a base without chat template (default: as its skill did): 'Q: {user}\nA: '"
 PENALTY_HELP = "above 1 makes tokens that were used before less likely"
 
 

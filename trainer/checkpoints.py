@@ -140,8 +140,9 @@ class RunStates:
         manifest, tensors = self.found.manifest, self.found.tensors
         model, optimizer, scaler = trained
         with torch.no_grad():
-            for name, parameter in _trainable(model).items():
-                parameter.copy_(tensors[f"model.{name}"])
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(tensors[f"model.{name}"])
         numbers = {name: number for number, name in _numbered(trained)}
         state = {}
         for key, value in (tensors | manifest["optimizer"]).items():
@@ -171,7 +172,7 @@ class RunStates:
         ``metrics`` lines.
         """
         model, optimizer, scaler = trained
-        tensors = {f"model.{name}": parameter for name, parameter in _trainable(model).items()}
+        tensors = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
         for rank, states in enumerate(rng):
             tensors |= {f"rng.{rank}.{name}": state for name, state in states.items()}
         held = optimizer.state_dict()["state"]
@@ -279,10 +280,6 @@ def _discard(path: Path) -> None:
     gone = path.with_name(f".old-{path.name}")
     os.rename(path, gone)
     shutil.rmtree(gone)
-
-
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _numbered(trained: Trained) -> list[tuple[int, str]]:

@@ -123,12 +123,14 @@ def run_stage(
     states = RunStates(checkpoints_dir(folder, name), identity(record), resume=resume)
     if path.exists() and not (states.found or options.dry_run):
         print(f"starting clean: {path} of an earlier run will be replaced")
-
-    def write_files(metrics: dict) -> None:
-        write(replace(record, metrics=metrics))
-
-    log_to = metrics_path(folder, name)
-    run = Run(options, runtime, states, validation, write_files, log_to)
+    run = Run(
+        options,
+        runtime,
+        states,
+        validation,
+        write_files=lambda metrics: write(replace(record, metrics=metrics)),
+        log_to=metrics_path(folder, name),
+    )
     rows = options.batch_size * options.accumulation_steps * runtime.world_size
     pass_tokens = MICRO_TOKENS if runtime.device.type == "cpu" else GPU_MICRO_TOKENS
     share = {"rank": runtime.rank, "world_size": runtime.world_size}
