@@ -70,11 +70,7 @@ def run(main: Callable[[], object], *, keep_working: bool = False) -> None:
 
 
 def limit_spinning() -> None:
-<<<<<<< HEAD
     """Let waiting OpenMP threads sleep soon, unless the user decided. Call before torch loads."""
-=======
-    """Let idle OpenMP threads sleep soon, unless the user decided; call it before torch loads."""
->>>>>>> r-last
     # Beside another busy program, spinning takes the cores from the very threads they wait for.
     if os.environ.keys().isdisjoint({*SPINNING, "OMP_WAIT_POLICY"}):
         os.environ.update(SPINNING)
