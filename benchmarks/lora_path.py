@@ -57,11 +57,19 @@ class Tracer:
         return self
 
     def figures(self) -> dict[str, int]:
-        """``file_changes``: first calls that lead into another file than the first call before."""
+        """``function_lines``: of the functions that ran, docstrings and signatures included.
+
+        ``file_changes``: first calls that lead into another file than the first call before.
+        """
         order = [code.co_filename for code in self.functions]
+        read = set()
+        for code in self.functions:
+            lines, first = inspect.getsourcelines(code)
+            read |= {(code.co_filename, first + n) for n in range(len(lines))}
         return {
             "files": len(set(order)),
             "file_lines": sum(len(Path(name).read_bytes().splitlines()) for name in set(order)),
+            "function_lines": len(read),
             "executed_lines": len(self.lines),
             "functions": sum(not code.co_name.startswith("<") for code in self.functions),
             "file_changes": sum(a != b for a, b in pairwise(order)),
