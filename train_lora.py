@@ -1,8 +1,6 @@
-"""Teach a frozen base one skill: python train_lora.py --lora_name mine --data_path
-my_chats.jsonl
-"""
+"""Teach a frozen base one skill: python train_lora.py --lora_name mine --data_path mine.jsonl"""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from core.errors import run
@@ -11,32 +9,23 @@ from core.paths import bundled_data, lora_path, skill_name
 from model.lora.config import LoRAConfig
 from trainer.options import TrainOptions
 
+IDENTITY, GENERAL = (bundled_data("lora_identity.jsonl"),), (bundled_data("sft_mini.jsonl"),)
+BASE_HELP = "file, Hugging Face folder or owner/model (default: newest full_sft_*)"
+TEMPLATE_HELP = r"how a base without chat template is asked: 'Q: {user}\nA: '"
+LORA_PLUS_HELP = "times the rate of A that B learns at (LoRA+)"
+
 
 @dataclass
 class Options(LoRAConfig, TrainOptions):
     """Freeze a chat base, train rank-16 LoRA on chats and save out/lora/lora_<name>_<dim>.pth."""
 
     lora_name: str = option("identity", "name of the skill; it names the file", group="most used")
-    data_path: tuple[Path, ...] = option(
-        (bundled_data("lora_identity.jsonl"),), "chat files of the skill", group="most used"
-    )
-    general_data: tuple[Path, ...] = option(
-        (bundled_data("sft_mini.jsonl"),), "chats that show what the skill costs", group="data"
-    )
-    base: Path | None = option(
-        None,
-        "file, Hugging Face folder or owner/model to freeze (default: newest full_sft_*)",
-        group="most used",
-    )
-    prompt_template: str | None = option(
-        None, r"how a base without chat template is asked: 'Q: {user}\nA: '", group="data"
-    )
-    load_in_4bit: bool = option(
-        False, "freeze the base in 4 bits (QLoRA; needs requirements-4bit.txt)", group="device"
-    )
-    loraplus_lr_ratio: float = option(
-        1.0, "B learns at so many times the rate of A (LoRA+)", group="training", above=0
-    )
+    data_path: tuple[Path, ...] = option(IDENTITY, "chat files of the skill", group="most used")
+    general_data: tuple[Path, ...] = option(GENERAL, "chats that show its cost", group="data")
+    base: Path | None = option(None, BASE_HELP, group="most used")
+    prompt_template: str | None = option(None, TEMPLATE_HELP, group="data")
+    load_in_4bit: bool = option(False, "QLoRA; needs requirements-4bit.txt", group="device")
+    loraplus_lr_ratio: float = option(1.0, LORA_PLUS_HELP, group="training", above=0)
     epochs: int = 20
     learning_rate: float = 3e-3  # 5e-5 teaches nothing: results/sweep_lora_lr.json
     weight_decay: float = 0.0
@@ -59,36 +48,29 @@ def main(argv: list[str] | None = None) -> Path:
     from trainer.stage import open_stage_base, read_data, run_facts, run_stage, validation_of
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
-    base = open_stage_base(options, runtime, ("full_sft",), options.prompt_template)
+    base = open_stage_base(options, runtime, "full_sft", options.prompt_template)
     model, tokenizer = base.model, base.tokenizer
     if options.load_in_4bit:
         quantize(model, runtime.dtype)
     data = read_data(SFTDataset, options, tokenizer, runtime)
-    # Held out by the rule that the base was trained with, or the base would have seen these chats.
-    share = base.held_out_share
-    general = replace(options, data_path=options.general_data, val_ratio=share, bad_rows="skip")
-    general_data = read_data(SFTDataset, general, tokenizer, runtime)
-    lora_options = {field.name: getattr(options, field.name) for field in fields(LoRAConfig)}
-    apply_lora(model, **lora_options)
+    # What the base's own run held out, because it has seen all other general chats.
+    changes = {"data_path": options.general_data, "val_ratio": base.held_out_share}
+    general_options = replace(options, **changes, bad_rows="skip")
+    general_data = read_data(SFTDataset, general_options, tokenizer, runtime)
+    apply_lora(model, config=options)
     print(table_of(model))
     held_out = {"domain": data.val, "general": general_data.val}
     validation = validation_of(model, held_out, tokenizer, options, runtime)
     if not options.dry_run:
         runtime.on_first(lambda: validation(step=0))
     path = lora_path(options.out_dir, options.lora_name, model.config.hidden_size)
-    asked = {name: getattr(options, name) for name in ("prompt_template", "load_in_4bit")}
     facts = run_facts("lora", options, tokenizer, base)
-    return run_stage(
-        model,
-        data.train,
-        options,
-        runtime,
-        path=path,
-        record=SkillMeta(**facts, **asked),
-        validation=validation,
-        write=lambda record: save_lora(model, path, record),
-        fast=(output_parameters(model), options.loraplus_lr_ratio),
-    )
+    asked = {name: getattr(options, name) for name in ("prompt_template", "load_in_4bit")}
+    result = {"path": path, "record": SkillMeta(**facts, **asked)}
+    result["write"] = lambda meta: save_lora(model, path, meta)
+    if options.loraplus_lr_ratio != 1:
+        result["lora_plus"] = output_parameters(model), options.loraplus_lr_ratio
+    return run_stage(model, data.train, options, runtime, validation=validation, **result)
 
 
 if __name__ == "__main__":

@@ -9,21 +9,19 @@ from core.options import option, parse
 from core.paths import TOKENIZER_DIR, base_path, bundled_data
 from trainer.options import TrainOptions
 
+BUNDLED = (bundled_data("pretrain_mini.jsonl"),)
+
 
 @dataclass
 class Options(TrainOptions):
     """Train a language model from zero on {"text": ...} rows and save out/pretrain_<dim>.pth."""
 
-    data_path: tuple[Path, ...] = option(
-        (bundled_data("pretrain_mini.jsonl"),), "pretraining files", group="most used"
-    )
+    data_path: tuple[Path, ...] = option(BUNDLED, "pretraining files", group="most used")
     dim: int = option(512, "width of the model", group="most used")
     n_layers: int = option(8, "number of blocks", group="most used")
     batch_size: int = 8
     learning_rate: float = 2e-3
-    optimizer: Literal["muon", "adamw"] = option(
-        "muon", "updates the weights of the Linear layers; AdamW updates all others"
-    )
+    optimizer: Literal["muon", "adamw"] = option("muon", "of Linear layers; AdamW updates others")
     n_heads: int = option(8, "query heads", group="training")
     n_kv_heads: int = option(2, "key/value heads", group="training")
     dropout: float = option(0.0, "dropout while training", group="training")
@@ -42,29 +40,18 @@ def main(argv: list[str] | None = None) -> Path:
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
     tokenizer = load_tokenizer(options.tokenizer_path)
-    config = LMConfig(
-        dim=options.dim,
-        n_layers=options.n_layers,
-        n_heads=options.n_heads,
-        n_kv_heads=options.n_kv_heads,
-        dropout=options.dropout,
-        vocab_size=len(tokenizer),
-    )
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "dropout")
+    sizes = {name: getattr(options, name) for name in names}
+    config = LMConfig(**sizes, vocab_size=len(tokenizer))
     check_length(config, options.max_seq_len)
     data = read_data(PretrainDataset, options, tokenizer, runtime)
     model = MiniMindLM(config).to(runtime.device)
     path = base_path(options.out_dir, "pretrain", options.dim)
     facts = run_facts("pretrain", options, tokenizer)
-    return run_stage(
-        model,
-        data.train,
-        options,
-        runtime,
-        path=path,
-        record=RunRecord(**facts, val_ratio=options.val_ratio),
-        validation=validation_of(model, {"val": data.val}, tokenizer, options, runtime),
-        write=lambda record: save_base(path, model, record),
-    )
+    validation = validation_of(model, {"val": data.val}, tokenizer, options, runtime)
+    result = {"path": path, "record": RunRecord(**facts, val_ratio=options.val_ratio)}
+    result["write"] = lambda record: save_base(path, model, record)
+    return run_stage(model, data.train, options, runtime, validation=validation, **result)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> dict:
     settings = {"default": UNSET}
     settings |= {str(spins): {"GOMP_SPINCOUNT": str(spins)} for spins in options.spins}
     found = read_results(options.result)
-    found |= {**measured_on(("torch",)), "chosen": SPINNING}
+    found |= measured_on(("torch",))
     for size in options.sizes:
         if size not in SIZES:
             raise UserError(f"sizes {size!r} is not known: choose from {', '.join(SIZES)}")

@@ -111,10 +111,10 @@ def asked(options: Options, base: Path, questions: list[str]) -> list[dict]:
     """What the base, the skill and the base after the skill answer, and what the skill costs."""
     from dataset.tokenizer import foreign_tokenizer
     from model.generation import Sampling
-    from model.weights import open_base
+    from model.weights import load_base
     from serving.session import ChatSession
 
-    model, _ = open_base(base)
+    model, _ = load_base(base)
     tokenizer, sampling = foreign_tokenizer(base), Sampling(temperature=0.0, max_new_tokens=48)
     settings = {"seed": 0, "history_cnt": 0, "continues": False, "out_dir": options.out_dir}
     session, found = ChatSession(model, tokenizer, sampling, **settings), []

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.result_file import measured_on, write_results
+from benchmarks.result_file import measured_on, read_results, write_results
 from core.errors import UserError, run
 from core.options import option, parse, require
 from core.paths import REPOSITORY
@@ -45,8 +45,7 @@ def main(argv: list[str] | None = None) -> dict:
     listed = json.loads(options.list.read_text(encoding="utf-8"))
     chosen = [m for m in listed if not options.only or any(w in m["name"] for w in options.only)]
     require(bool(chosen), f"no name in {options.list} has one of the words {options.only}")
-    goes_on = options.result is not None and options.result.is_file()
-    figures = json.loads(options.result.read_text(encoding="utf-8")) if goes_on else {}
+    figures = read_results(options.result)
     figures |= measured_on(("torch", "pytest"))
     found = figures.setdefault("mutants", {})
     with tempfile.TemporaryDirectory() as folder:

@@ -10,6 +10,11 @@ from pathlib import Path
 from core.files import atomic_write
 
 
+def read_results(path: Path | None) -> dict:
+    """The figures in a results file, to be gone on with; {} where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
+
+
 def write_results(path: Path | None, figures: dict) -> None:
     """Write ``figures`` to ``path``; None writes nothing."""
     if path is not None:

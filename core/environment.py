@@ -1,6 +1,4 @@
-"""The project's own Python environment, .venv: made, finished after an interruption, and used to
-run commands. Standard library only.
-"""
+"""Makes the project's own Python environment, .venv, and runs commands. Standard library only."""
 
 import contextlib
 import json
@@ -10,97 +8,65 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import UserError
-from core.files import atomic_write, sha256_file, try_lock
+from core.files import atomic_write, read_object, sha256_file, try_lock
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = "requirements-stamp.json"
-# What the pinned torch has builds for; the commands have checked that Python is not older.
-PLATFORMS = ("linux-x86_64", "linux-aarch64", "macosx-arm64", "win-amd64")
-NEWEST = (3, 14)
 SUPPORTED = (
-    "a 64-bit CPython 3.10 to 3.14 from python.org on Linux (x86-64 or arm64, glibc), macOS 14 or"
-    " newer (Apple silicon) or Windows (x86-64)"
+    "PyTorch is built for 64-bit CPython 3.10 to 3.14 from python.org on Linux (x86-64 or arm64,"
+    " glibc), macOS 14 or newer (Apple silicon) and Windows (x86-64)"
 )
 
 
 def choose_python(requirements: Sequence[str], arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the Python to run commands with, and the ``arguments`` that remain.
-
-    It is that of the environment, which is made where it is missing, or with ``--use_this_python``
-    the running one with its packages as they are. Raises ``UserError`` where the pinned torch has
-    no build and where the environment cannot be made.
-    """
+    """The Python to run, .venv's or with ``--use_this_python`` this one, and other arguments."""
     others = [argument for argument in arguments if argument != "--use_this_python"]
-    if len(others) < len(arguments):
-        return sys.executable, others
-    if not torch_has_a_build():
-        this = f"{platform.python_implementation()} {platform.python_version()}"
-        raise UserError(f"no PyTorch for {this} on {platform.platform()}: use {SUPPORTED}")
-    return ensure_environment(requirements), others
-
-
-def torch_has_a_build() -> bool:
-    """Whether the pinned torch can be installed for this Python on this machine."""
-    name = sysconfig.get_platform()
-    if sys.platform == "darwin":  # where that names the machine on which Python was built
-        release = int(platform.mac_ver()[0].partition(".")[0] or 0)
-        name = f"macosx-{platform.machine()}" if release >= 14 else ""
-    musl = "musl" in (sysconfig.get_config_var("SOABI") or "")
-    ours = platform.python_implementation() == "CPython" and sys.version_info[:2] <= NEWEST
-    return ours and name in PLATFORMS and sys.maxsize > 2**32 and not musl
+    is_own = len(others) == len(arguments)
+    return ensure_environment(requirements) if is_own else sys.executable, others
 
 
 def ensure_environment(requirements: Sequence[str], root: Path = ROOT) -> str:
-    """Make ``root/.venv`` hold what the requirement files (names in ``root``) ask for; return its
-    Python.
+    """Install the requirement files (names in ``root``) in ``root/.venv``; return its Python.
 
-    The stamp, a JSON file in .venv, holds the Python version and the SHA-256 of every installed
-    requirement file. It is removed before anything changes and written last, so that the next run
-    finishes an interrupted installation: by pip if the environment's Python runs, else from
-    nothing. Concurrent runs wait for one another. Raises ``UserError`` when venv or pip fails.
+    The stamp (JSON: the Python version, each file's SHA-256) is removed before anything changes and
+    written last, so the next run finishes an interrupted installation: by pip if that Python runs,
+    else from nothing. Concurrent runs wait. Raises ``UserError`` when venv or pip fails.
     """
-    folder = root / ".venv"
+    folder, stamp = root / ".venv", root / ".venv" / STAMP
     python = str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
     wanted = {name: sha256_file(root / name) for name in requirements}
 
     def is_ready() -> bool:
-        return (wanted | {"python": _version(python)}).items() <= _stamp(folder).items()
+        return (wanted | {"python": _version(python)}).items() <= read_object(stamp).items()
 
     if is_ready():
         return python
     with (root / ".venv.lock").open("a") as lock:
         if not try_lock(lock):
-            print("environment: another run is preparing it; waiting", flush=True)
+            print("environment: another run is preparing it; waiting")
             while not try_lock(lock):
                 time.sleep(0.5)
         if not is_ready():  # another run may have finished it while this one waited
-            before = _stamp(folder)
-            (folder / STAMP).unlink(missing_ok=True)
-            if _version(python) is None:
-                _create(folder)
-            _install(python, [str(root / name) for name in requirements])
-            stamp = {**before, **wanted} if before.get("python") == _version(python) else wanted
-            text = json.dumps(stamp | {"python": _version(python)}, indent=1)
-            atomic_write(folder / STAMP, lambda file: file.write(text.encode()))
+            before = read_object(stamp)
+            stamp.unlink(missing_ok=True)
+            _install(folder, python, [str(root / name) for name in requirements])
+            wanted["python"] = _version(python)
+            kept = before if before.get("python") == wanted["python"] else {}
+            text = json.dumps(kept | wanted, indent=1)
+            atomic_write(stamp, lambda file: file.write(text.encode()))
     return python
 
 
 def run(command: Sequence[str], variables: dict[str, str] | None = None) -> int:
-    """Run a command in the foreground; return its exit code, 128 + n when signal n ended it.
-
-    Ctrl-C and SIGTERM reach the child, which may still save its work: this waits for it. Ctrl-C
-    then gives 130.
-    """
+    """Run a command to its end; return its exit code: 130 after Ctrl-C, 128 + n for signal n."""
     environment = {**os.environ, "PYTHONUTF8": "1", "PIP_USER": "0", **(variables or {})}
     for name in ("PYTHONHOME", "PYTHONPATH"):  # they would mix in another environment's packages
         environment.pop(name, None)
-    sys.stdout.flush()
     process = subprocess.Popen(command, env=environment)
     before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
     code, interrupted = None, False
@@ -115,14 +81,12 @@ def run(command: Sequence[str], variables: dict[str, str] | None = None) -> int:
     return 130 if interrupted else (128 - code if code < 0 else code)
 
 
-def _create(folder: Path) -> None:
-    print(f"environment: making {folder} with Python {platform.python_version()}")
-    command = [sys.executable, "-m", "venv", "--clear", str(folder)]
-    package = f"python3.{sys.version_info[1]}-venv"
-    _succeed(command, f"cannot make {folder} (Debian and Ubuntu need `sudo apt install {package}`)")
-
-
-def _install(python: str, files: Sequence[str]) -> None:
+def _install(folder: Path, python: str, files: Sequence[str]) -> None:
+    if _version(python) is None:
+        print(f"environment: making {folder} with Python {platform.python_version()}")
+        cure = f"Debian and Ubuntu need `sudo apt install python3.{sys.version_info[1]}-venv`"
+        command = [sys.executable, "-m", "venv", "--clear", str(folder)]
+        _succeed(command, f"cannot make {folder} ({cure})")
     if sys.platform == "linux" and not shutil.which("nvidia-smi"):
         print("environment: if pip downloads gigabytes of CUDA, which is useless without an NVIDIA")
         print("  GPU: Ctrl-C, set PIP_EXTRA_INDEX_URL to pytorch.org's CPU index, start again")
@@ -130,7 +94,7 @@ def _install(python: str, files: Sequence[str]) -> None:
     lines = [line for path in files for line in Path(path).read_text("utf-8").splitlines()]
     # torch comes first and alone: whatever needs it then finds this build and installs no other.
     for pin in (line for line in lines if line.startswith("torch==")):
-        _succeed([*pip, pin], f"pip could not install {pin}")
+        _succeed([*pip, pin], f"pip could not install {pin} ({SUPPORTED})")
     _succeed([*pip, *(f"--requirement={path}" for path in files)], f"pip could not install {files}")
 
 
@@ -139,15 +103,8 @@ def _succeed(command: Sequence[str], failure: str) -> None:
     if code == 130:
         raise KeyboardInterrupt
     if code:
-        way_on = "check network and disk space, then start again to go on from here"
-        raise UserError(f"{failure}; its messages are above: {way_on}")
-
-
-def _stamp(folder: Path) -> dict:
-    try:
-        return dict(json.loads((folder / STAMP).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
+        way_out = "check network and disk space, then start again to go on from here"
+        raise UserError(f"{failure}; its messages are above: {way_out}")
 
 
 def _version(python: str) -> str | None:

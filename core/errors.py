@@ -1,6 +1,4 @@
-"""How a command starts and ends: a user's mistake, or what the machine refuses, is one sentence and
-exit code 2; any other error keeps its traceback.
-"""
+"""How a command starts and ends: a mistake is one sentence, a bug keeps its traceback."""
 
 import contextlib
 import errno
@@ -15,27 +13,20 @@ from typing import TextIO
 NEEDED = {"torch", "transformers", "datasets", "tokenizers", "tqdm", "wandb", "matplotlib", "numpy"}
 INSTALL_HINT = "run `python scripts/quickstart.py` once, then use the Python in .venv"
 # The signals that ask work to stop. SIGHUP says that the terminal is gone; Windows has none.
-STOPPING = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-)
+STOPPING = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
 ECHO_SECONDS = 3.0  # torchrun repeats a Ctrl-C that the terminal has already sent to every process
 # PyTorch's words on a GPU, on POSIX and on Windows.
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 # How long an OpenMP thread that waits keeps its core busy: GNU's turns, Intel's and LLVM's ms.
-SPINNING = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "0"}
+SPINNING = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
 
 
 class UserError(Exception):
-    """A mistake in a flag, a file or the machine's set-up.
-
-    The message is one sentence that names the place (file:line, flag, key) and the way out.
-    """
+    """A mistake that the user can mend: one sentence with its place (file:line, flag, key)."""
 
 
 class Stopped(Exception):
-    """Work ended early but in good order because the signal ``signum`` asked for it, and has said
-    so.
-    """
+    """Work ended early but in good order, as the signal ``signum`` asked, and has said so."""
 
     def __init__(self, signum: int):
         super().__init__(f"stopped by signal {signum}")
@@ -46,20 +37,17 @@ def run(main: Callable[[], object], *, keep_working: bool = False) -> None:
     """Run a command's ``main`` and end the process.
 
     Exit codes: 0 when ``main`` returns; 2 with one line on stderr for a ``UserError``, a missing
-    package, memory that does not suffice, and a file or an output that the system refuses; 130 for
-    Ctrl-C; 128 + its number for a signal that ``Stopped`` the work; 141 when nobody reads the
-    output any more, unless the command is to ``keep_working`` without a reader. Any other exception
-    is a bug and propagates with its traceback.
+    package, too little memory, and a file that the system refuses; 130 for Ctrl-C; 128 + its number
+    for a signal that ``Stopped`` the work; 141 when nobody reads the output any more, unless the
+    command is to ``keep_working``. Any other exception is a bug and keeps its traceback.
     """
     limit_spinning()
     _open_streams()
+    if keep_working:
+        sys.stdout, sys.stderr = _Unfailing(sys.stdout), _Unfailing(sys.stderr)
     try:
-        with contextlib.ExitStack() as stack:
-            if keep_working:
-                stack.enter_context(contextlib.redirect_stdout(_Unfailing(sys.stdout)))
-                stack.enter_context(contextlib.redirect_stderr(_Unfailing(sys.stderr)))
-            main()
-            sys.stdout.flush()
+        main()
+        sys.stdout.flush()
         return
     except KeyboardInterrupt:
         message, code = "interrupted", 130
@@ -82,11 +70,8 @@ def run(main: Callable[[], object], *, keep_working: bool = False) -> None:
 
 
 def limit_spinning() -> None:
-    """Let OpenMP's threads sleep soon where they wait for one another, unless the user decided.
-
-    Their spinning takes the cores away from the very threads they wait for as soon as another
-    program is busy. It has an effect before torch is imported, and on child processes.
-    """
+    """Let waiting OpenMP threads sleep soon, unless the user decided. Call before torch loads."""
+    # Beside another busy program, spinning takes the cores from the very threads they wait for.
     if os.environ.keys().isdisjoint({*SPINNING, "OMP_WAIT_POLICY"}):
         os.environ.update(SPINNING)
 
@@ -118,18 +103,17 @@ def _sentence_for(error: Exception) -> str:
     reason = reason_of(error)
     no_memory = isinstance(error, RuntimeError) and any(words in reason for words in NO_MEMORY)
     if no_memory or isinstance(error, MemoryError):
-        way_out = "take a smaller model, batch_size or micro_tokens"
-        return f"the memory does not suffice ({reason}): {way_out}"
+        return f"out of memory ({reason}): take a smaller model, batch_size or micro_tokens"
     return ""
 
 
 def _open_streams() -> None:
-    """Replace the streams that the starter of this process closed; print what they cannot spell."""
+    """Replace closed streams; print each line at once, and spell what the output cannot."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # on Windows a file may not know every character
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
 class _Unfailing:

@@ -5,8 +5,8 @@ import glob
 import hashlib
 import json
 import os
+import secrets
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +23,8 @@ _ours: set[Path] = set()  # the temporary files that this process is writing
 def try_lock(file: IO, *, where_unknown: bool = True) -> bool:
     """Lock a file that is open for writing; False if another process holds the lock.
 
-    The lock lasts until the process closes the file or ends, however it ends; a process forked
-    meanwhile does not hold it too. On a file system without locks the answer is ``where_unknown``.
+    It lasts until this process closes the file or ends; forked processes do not hold it too. On a
+    file system without locks the answer is ``where_unknown``.
     """
     try:
         if WINDOWS:
@@ -44,31 +44,25 @@ def try_lock(file: IO, *, where_unknown: bool = True) -> bool:
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write ``path`` through ``write(file)`` so that a crash leaves the old content or the new,
-    never a part.
+    """Write ``path`` through ``write(file)``: a crash leaves the old content or the new, no part.
 
-    A temporary file in the same folder is written, fsynced and renamed over ``path``; then the
-    folder is fsynced where the system allows it. Missing folders are made. Temporary files that
-    killed writers of ``path`` left are deleted, those of live ones never. Raises ``UserError`` when
-    the disk refuses.
+    A temporary file in the same folder is written, fsynced and renamed over ``path``. Missing
+    folders are made. Temporary files that killed writers of ``path`` left are deleted, those of
+    live ones never. Raises ``UserError`` when the disk refuses.
     """
-    path = Path(path)
-    temporary, outer = None, sys.exc_info()[1]
+    path, outer = Path(path), sys.exc_info()[1]
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    _ours.add(temporary)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _delete_dead(path)
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            _ours.add(temporary)
+        with temporary.open("xb") as file:
             try_lock(file)
             write(file)
             file.flush()
             os.fsync(file.fileno())
             if WINDOWS:
                 file.close()
-            set_ordinary_mode(temporary)
             os.replace(temporary, path)
         fsync_folder(path.parent)
     except UserError:  # from ``write``, about another file
@@ -79,14 +73,12 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError) or cause is outer:
             raise
-        reason = cause.strerror or cause
-        raise UserError(
-            f"cannot write {path}: {reason}; make room there or choose another folder"
-        ) from error
+        way_out = "make room there or choose another folder"
+        raise UserError(f"cannot write {path}: {cause.strerror or cause}; {way_out}") from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-            _ours.discard(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        _ours.discard(temporary)
 
 
 def _delete_dead(path: Path) -> None:
@@ -105,14 +97,12 @@ def _delete_dead(path: Path) -> None:
 def sha256_file(path: Path, cache: Path | None = None) -> str:
     """Hex SHA-256 of a file's bytes.
 
-    With a ``cache`` folder it is remembered there, in ``sha256.json``, for as long as the file
-    keeps its size and its times. That file may be deleted at any time; one that cannot be read or
-    written only costs the time to hash.
+    With a ``cache`` folder its ``sha256.json``, which may be deleted at any time, remembers it for
+    as long as the file keeps its size and its times.
     """
     path = Path(path).resolve()
     memo = Path(cache) / "sha256.json" if cache else None
-    stamp, known = _stamp(path), _read_memo(memo)
-    entry = known.get(str(path))
+    stamp, entry = _stamp(path), read_object(memo).get(str(path)) if memo else None
     if isinstance(entry, list) and entry[:-1] == stamp:
         return entry[-1]
     digest, began = hashlib.sha256(), time.time_ns()
@@ -122,39 +112,29 @@ def sha256_file(path: Path, cache: Path | None = None) -> str:
     # A file that has just changed may change again within one tick of its clock, and keep its
     # times: git's "racily clean" entries. Such a file is not remembered.
     if memo and _stamp(path) == stamp and began - max(stamp[1:]) > RACY_NS:
-        known = _read_memo(memo) | {str(path): [*stamp, digest.hexdigest()]}
+        known = read_object(memo) | {str(path): [*stamp, digest.hexdigest()]}
         with contextlib.suppress(UserError):
             atomic_write(memo, lambda file: file.write(json.dumps(known, indent=1).encode()))
     return digest.hexdigest()
 
 
 def _stamp(path: Path) -> list[int]:
-    """Size and times, of which at least one changes when a file is written. On Unix nobody can set
-    back the second time.
-    """
+    """Size and times: writing changes at least one. On Unix nobody can set back the second time."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _read_memo(memo: Path | None) -> dict:
+def read_object(path: Path) -> dict:
+    """The JSON object in a file; an empty one where the file is missing or damaged."""
     try:
-        known = json.loads(memo.read_text(encoding="utf-8")) if memo else {}
-    except (OSError, ValueError):
-        known = {}
-    return known if isinstance(known, dict) else {}
-
-
-def set_ordinary_mode(path: Path) -> None:
-    """The permissions that a plain open() would have given; temporary files are private (0600)."""
-    umask = os.umask(0)  # it can only be read by setting it
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def fsync_folder(folder: Path) -> None:
     """Make renames in ``folder`` outlast a power cut, where the system can do that."""
-    # Windows cannot open a folder, and some network file systems refuse to sync one: the rename
-    # itself has happened.
+    # Windows cannot open a folder, and some network file systems refuse to sync one.
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

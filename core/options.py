@@ -5,11 +5,12 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import types
 import typing
 from math import inf
 from operator import ge, gt, le, lt
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from core.errors import UserError
 
@@ -23,39 +24,44 @@ RETIRED_FLAGS = {
     "--ddp": "processes are found from the environment; leave it out",
     "--local_rank": "processes are found from the environment; leave it out",
     "--load": "a base file says itself what it is; use --base FILE",
-    "--model_mode": "the base is chosen by file; use --base out/pretrain_512.pth or"
-    " --base out/full_sft_512.pth",
+    "--model_mode": "the base is chosen by file; use --base out/full_sft_512.pth, for example",
 }
 
 
-def option(default: Any, help: str, *, group: str = "", positional=False, **bounds: float) -> Any:
-    """A dataclass field that becomes the flag of the same name, or a required value without a flag.
+def option(default: Any, help: str, **stated: Any) -> Any:
+    """A dataclass field that becomes the flag of the same name.
 
-    ``--help`` lists it under the heading ``group``, one of ``GROUPS``. ``bounds`` are any of
-    ``at_least``, ``at_most``, ``above`` and ``below``; a number that has one must also be finite. A
-    subclass may declare the field again, as ``epochs: int = 20`` or ``option(20, "other help")``:
-    it inherits whatever it does not state.
+    ``group`` is its heading in --help, one of ``GROUPS``; ``positional=True`` makes it a required
+    value without a flag. ``at_least``, ``at_most``, ``above`` and ``below`` bound a number, which
+    must then be finite. A subclass may declare the field again, as ``epochs: int = 20`` or
+    ``option(20, "other help")``: it inherits whatever it does not state.
     """
-    assert group in ("", *GROUPS) and bounds.keys() <= BOUNDS.keys(), (group, bounds)
-    stated = {"help": help, "positional": positional, **({"group": group} if group else {})}
-    return dataclasses.field(default=default, metadata={**stated, **bounds})
+    assert stated.get("group", GROUPS[0]) in GROUPS, stated
+    assert stated.keys() <= {"group", "positional", *BOUNDS}, stated
+    return dataclasses.field(default=default, metadata={"help": help, **stated})
 
 
 @dataclasses.dataclass
 class CheckedOptions:
-    """Base class of options that check themselves, whether a command line or a program makes them.
-
-    Raises ``UserError``, which names the option, for a number outside its bounds and for a value
-    that is none of the ``Literal`` choices. A subclass with checks of its own calls
-    ``super().__post_init__()`` in its ``__post_init__``.
-    """
+    """Options that check themselves: ``UserError`` for a value outside its bounds or choices."""
 
     def __post_init__(self) -> None:
         for name, declared in _declarations(type(self)).items():
-            value = getattr(self, name)
-            if value is not None or not declared["optional"]:
-                wanted = _broken_rule(value, declared)
-                require(not wanted, f"{name}={value!r} must be {wanted}")
+            value, choices = getattr(self, name), declared["choices"]
+            if value is None and declared["optional"]:
+                continue
+            said = f"{name}={value!r} must be"
+            if choices:
+                require(value in choices, f"{said} one of {', '.join(map(str, choices))}")
+            bounds = {rule: declared[rule] for rule in BOUNDS if rule in declared}
+            if bounds:
+                whole = declared["kind"] is int
+                is_number = isinstance(value, int if whole else (int, float))
+                if isinstance(value, bool) or not is_number or not -inf < value < inf:
+                    raise UserError(f"{said} a {'whole' if whole else 'finite'} number")
+                met = all(BOUNDS[rule](value, bound) for rule, bound in bounds.items())
+                words = [f"{rule.replace('_', ' ')} {bound}" for rule, bound in bounds.items()]
+                require(met, f"{said} {' and '.join(words)}")
 
 
 def require(condition: bool, message: str) -> None:
@@ -68,67 +74,61 @@ def parse(options: type[T], argv: list[str] | None) -> T:
     """Parse ``argv`` (None: the process's own) into an instance of the dataclass ``options``.
 
     Supported types: bool (``--flag`` / ``--no-flag``), int, float, str, Path, ``Literal`` choices,
-    any of these ``| None``, and tuples of them or a dict (one or more values; of ``str |
-    tuple[str, ...]`` the tuple). Raises ``UserError`` for unknown, malformed, retired or
-    contradicting flags. ``--help`` prints and exits 0.
+    tuples of them or a dict (one or more values), and unions with None. Raises ``UserError`` for
+    unknown, malformed, retired or contradicting flags. ``--help`` prints and exits 0.
     """
-    declarations = _declarations(options)
-    positional = [name for name, declared in declarations.items() if declared["positional"]]
-    parser = _Parser(
-        usage=" ".join(["%(prog)s", *positional, "[--flag VALUE ...]"]),
-        description=(options.__doc__ or "").strip(),
-        allow_abbrev=False,
-    )
-    for group in ("", *GROUPS):
-        names = [name for name, found in declarations.items() if found.get("group", "") == group]
-        section = parser.add_argument_group(group) if group and names else parser
-        for name in names:
-            _add_flag(section, name, declarations[name])
+    parser = _Parser(description=(options.__doc__ or "").strip(), allow_abbrev=False)
+    sections = {group: parser.add_argument_group(group) for group in GROUPS}
+    positional = []
+    for name, declared in _declarations(options).items():
+        kind, default = declared["kind"], declared["default"]
+        shown = " ".join(map(str, default)) if declared["several"] else default
+        said = declared["help"] + ("" if shown in (None, "") else f" (default: {shown})")
+        settings: dict[str, Any] = {"default": default, "help": said.replace("%", "%%")}
+        if kind is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        elif declared["choices"]:
+            settings["choices"] = declared["choices"]
+        else:
+            metavar = {int: "N", float: "X", str: "TEXT", Path: "PATH"}[kind]
+            settings |= {"type": _int if kind is int else kind, "metavar": metavar}
+        if declared["several"]:
+            settings |= {"nargs": "+", "action": _StoreTuple}
+        flag, section = f"--{name}", sections.get(declared.get("group"), parser)
+        if declared.get("positional"):
+            positional.append(name)
+            flag, settings["metavar"] = name, name
+        section.add_argument(flag, **settings)
+    parser.usage = " ".join(["%(prog)s", *positional, "[--flag VALUE ...]"])
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = [f"--{name}" for name in declarations if name not in positional]
+        flags = [f"--{name}" for name in vars(parsed) if name not in positional]
         raise UserError(_explain_unknown(unknown[0], flags))
     return options(**vars(parsed))
 
 
 @functools.cache
 def _declarations(options: type) -> dict[str, dict[str, Any]]:
-    """What the dataclass states of each option, its default and its type; those that the most
-    derived class declares come first.
+    """What the dataclass states of each option, with its default and what its type says.
+
+    The options that the most derived class declares come first. Of a union the last type that is
+    not None counts, of a tuple or a dict the first: ``str | tuple[str, ...]`` is ``several`` str.
     """
-    hints = typing.get_type_hints(options)
-    defaults = {field.name: field.default for field in dataclasses.fields(options)}
     found: dict[str, dict[str, Any]] = {}
     for owner in options.__mro__:
-        fields = vars(owner).get("__dataclass_fields__", {})
         for name in inspect.get_annotations(owner):
-            if name in defaults and name in fields:
-                found[name] = {**fields[name].metadata, **found.get(name, {})}
-    for name, declared in found.items():
-        hint = hints[name]
-        optional = type(None) in typing.get_args(hint)
-        if optional:  # ``X | None``: the type is X
-            (hint,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
-        declared |= {"type": hint, "optional": optional, "default": defaults[name]}
-        bounded = not BOUNDS.keys().isdisjoint(declared)
-        assert not bounded or issubclass(options, CheckedOptions), f"nobody checks {name}"
+            stated = owner.__dataclass_fields__[name].metadata
+            found[name] = {**stated, **found.get(name, {})}
+    for field in dataclasses.fields(options):
+        is_union = typing.get_origin(field.type) in (types.UnionType, typing.Union)
+        members = typing.get_args(field.type) if is_union else (field.type,)
+        kind = [member for member in members if member is not type(None)][-1]
+        several = typing.get_origin(kind) in (tuple, dict)
+        kind = typing.get_args(kind)[0] if several else kind
+        choices = typing.get_args(kind)  # of a Literal; the other types have none
+        found[field.name] |= {"kind": kind, "several": several, "choices": choices}
+        found[field.name] |= {"default": field.default, "optional": type(None) in members}
     return found
-
-
-def _broken_rule(value: Any, declared: dict[str, Any]) -> str:
-    """What ``value`` would have to be; "" when it is."""
-    if typing.get_origin(declared["type"]) is Literal:
-        choices = typing.get_args(declared["type"])
-        return "" if value in choices else f"one of {', '.join(map(str, choices))}"
-    bounds = {name: bound for name, bound in declared.items() if name in BOUNDS}
-    if not bounds:
-        return ""
-    kinds, noun = ((int,), "whole") if declared["type"] is int else ((int, float), "finite")
-    if isinstance(value, bool) or not isinstance(value, kinds) or not -inf < value < inf:
-        return f"a {noun} number"
-    if all(BOUNDS[name](value, bound) for name, bound in bounds.items()):
-        return ""
-    return " and ".join(f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -142,28 +142,6 @@ class _StoreTuple(argparse.Action):
         if getattr(namespace, self.dest) is not self.default:
             parser.error(f"{option_string} is given twice: write all its values after one")
         setattr(namespace, self.dest, tuple(values))
-
-
-def _add_flag(section: argparse._ActionsContainer, name: str, declared: dict[str, Any]) -> None:
-    hint, default = declared["type"], declared["default"]
-    tuples = [kind for kind in typing.get_args(hint) if typing.get_origin(kind) is tuple]
-    hint = tuples[0] if tuples else hint
-    several = typing.get_origin(hint) in (tuple, dict)
-    hint = typing.get_args(hint)[0] if several else hint
-    shown = " ".join(map(str, default)) if several else default
-    help_text = declared["help"] + ("" if shown in (None, "") else f" (default: {shown})")
-    settings: dict[str, Any] = {"default": default, "help": help_text.replace("%", "%%")}
-    if hint is bool:
-        settings["action"] = argparse.BooleanOptionalAction
-    elif typing.get_origin(hint) is Literal:
-        settings["choices"] = typing.get_args(hint)
-    else:
-        settings["type"] = _int if hint is int else hint
-        kind = {int: "N", float: "X", str: "TEXT", Path: "PATH"}[hint]
-        settings["metavar"] = name if declared["positional"] else kind
-    if several:
-        settings |= {"nargs": "+", "action": _StoreTuple}
-    section.add_argument(name if declared["positional"] else f"--{name}", **settings)
 
 
 def _int(text: str) -> int:

@@ -1,7 +1,4 @@
-"""Where things lie. Each path rule is written here once.
-
-``out_dir`` is relative to the caller's folder; what ships with the code is relative to the code.
-"""
+"""Every path rule. ``out_dir`` is relative to the caller's folder, bundled files to the code."""
 
 import os
 import re
@@ -22,10 +19,7 @@ def base_path(out_dir: str | Path, stage: str, dim: int) -> Path:
 
 
 def lora_path(out_dir: str | Path, name: str, dim: int | str) -> Path:
-    """``out/lora/lora_<name>_<dim>.pth``, for the names ``medical`` and ``lora_medical`` alike.
-
-    Raises ``UserError`` for a name that is more than letters, digits, ``_``, ``-`` and ``.``.
-    """
+    """``out/lora/lora_<name>_<dim>.pth``, for the names ``medical`` and ``lora_medical`` alike."""
     return Path(out_dir) / "lora" / f"lora_{skill_name(name)}_{dim}.pth"
 
 
@@ -43,9 +37,7 @@ def lora_paths(out_dir: str | Path, name: str | None = None) -> list[Path]:
 
 
 def find_skill(out_dir: str | Path, name: str, dim: int | None = None) -> Path:
-    """The file of skill ``name``: of this ``dim``, or the newest of any. Raises ``UserError`` with
-    the skills there are when there is none.
-    """
+    """The file of skill ``name``, of this ``dim`` or the newest. Raises ``UserError`` for none."""
     found = [lora_path(out_dir, name, dim)] if dim else lora_paths(out_dir, name)
     if not found or not found[-1].is_file():
         there = ", ".join(sorted({skill_of(path) for path in lora_paths(out_dir)})) or "none yet"
@@ -60,7 +52,7 @@ def skill_of(path: Path) -> str:
 
 
 def skill_name(name: str) -> str:
-    """The bare name of a skill, without the ``lora_`` in front."""
+    """The bare name of a skill, without ``lora_`` in front. Raises ``UserError``."""
     bare = re.sub(r"^(lora_)+", "", name)
     too_long = len(os.fsencode(bare)) > 100  # of the 255 bytes that file systems give a name
     reserved = bare == "off"  # /lora off means: no skill
@@ -71,14 +63,12 @@ def skill_name(name: str) -> str:
 
 
 def skill_weights(words: Iterable[str]) -> dict[str, float]:
-    """``NAME=0.7`` and ``NAME``, which weighs 1, as names and weights.
-
-    Raises ``UserError`` for anything else.
-    """
+    """Names and weights from ``NAME=0.7`` and ``NAME``, which weighs 1. Raises ``UserError``."""
     weights = {}
     for word in words:
         name, equals, number = word.partition("=")
-        if (name := skill_name(name)) in weights:
+        name = skill_name(name)
+        if name in weights:
             raise UserError(f"skill {name} is named twice; give it one weight")
         try:
             weights[name] = float(number) if equals else 1.0
@@ -89,19 +79,12 @@ def skill_weights(words: Iterable[str]) -> dict[str, float]:
 
 def weights_text(weights: Mapping[str, float]) -> str:
     """The words that ``skill_weights`` reads as ``weights``."""
-    words = [name if weight == 1 else f"{name}={weight:g}" for name, weight in weights.items()]
+    words = (name if weight == 1 else f"{name}={weight:g}" for name, weight in weights.items())
     return " ".join(words)
 
 
-def pretrained_name(base: Path) -> str:
-    """The name of ``base`` for Hugging Face's libraries: a folder's path, or ``owner/model``."""
-    return str(base) if base.exists() else base.as_posix()
-
-
 def is_pretrained(base: Path) -> bool:
-    """Whether this names a Hugging Face model: a folder with a config.json, or ``owner/model`` on
-    the hub.
-    """
+    """Whether this names a Hugging Face model: a folder with config.json, or ``owner/model``."""
     if base.exists() or (base.parent.exists() and base.parent != Path()):
         return (base / "config.json").is_file()
     return re.fullmatch(r"[\w.-]+/[\w.-]+", base.as_posix()) is not None and base.suffix != ".pth"

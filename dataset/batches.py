@@ -2,7 +2,7 @@
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -27,17 +27,15 @@ IGNORED = -100  # the label of a position that is not learned, PyTorch's own def
 class Batch:
     """One micro-batch.
 
-    ``inputs``: what the model's forward takes, ``input_ids`` (B, T) int64, right-padded. ``labels``
-    (B, T) int64: the id itself where it is learned, else -100; ``labels[:, 0]`` is -100 because
-    nothing predicts it. ``n_targets``: how many labels are learned. ``n_bytes``: how many UTF-8
-    bytes they stand for. ``n_tokens``: how many ids are not padding.
+    ``labels`` (B, T) int64 hold the id itself where it is learned, else -100; ``labels[:, 0]`` is
+    -100 because nothing predicts it.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Tensor]  # for the model's forward: ``input_ids`` (B, T) int64, right-padded
     labels: Tensor
-    n_targets: int
-    n_bytes: int
-    n_tokens: int
+    n_targets: int  # labels that are learned
+    n_bytes: int  # UTF-8 bytes that those stand for
+    n_tokens: int  # ids that are not padding
 
 
 class Samples(Protocol):
@@ -48,15 +46,14 @@ class Samples(Protocol):
     def collate(self, indices: np.ndarray) -> Batch: ...
 
 
+@dataclass(eq=False)
 class TokenSamples:
     """Samples of a causal model: ``samples[n]`` is an array of ``2 * id + learned`` per token."""
 
-    lengths: np.ndarray
+    rows: TokenRows
+    max_seq_len: int
     pad_id: int
     bytes_of: np.ndarray  # UTF-8 bytes each id stands for
-
-    def __len__(self) -> int:
-        return len(self.lengths)
 
     def collate(self, indices: np.ndarray) -> Batch:
         """Right-pad the chosen samples to the longest of them."""
@@ -68,27 +65,24 @@ class TokenSamples:
         learned[:, 0] = False
         labels = torch.from_numpy(np.where(learned, ids, IGNORED))
         n_bytes, n_tokens = int(self.bytes_of[ids[learned]].sum()), sum(map(len, rows))
-        return Batch(
-            {"input_ids": torch.from_numpy(ids)}, labels, int(learned.sum()), n_bytes, n_tokens
-        )
+        inputs = {"input_ids": torch.from_numpy(ids)}
+        return Batch(inputs, labels, int(learned.sum()), n_bytes, n_tokens)
 
 
+@dataclass(eq=False)
 class PretrainSamples(TokenSamples):
-    """Documents laid end to end and cut into windows of ``max_seq_len`` tokens: no padding, nothing
-    dropped.
+    """Documents laid end to end and cut into windows of ``max_seq_len`` tokens, without padding.
 
-    Neighbouring windows share one token, so that every token but the very first is predicted
-    exactly once.
+    Nothing is dropped, and neighbouring windows share one token, so that every token but the very
+    first is predicted exactly once.
     """
 
-    def __init__(self, rows: TokenRows, max_seq_len: int, pad_id: int, bytes_of: np.ndarray):
-        self.rows, self.max_seq_len = rows, max_seq_len
-        self.pad_id, self.bytes_of = pad_id, bytes_of
-        self._ends = np.cumsum(rows.lengths, dtype=np.int64)  # of each document in the stream
-        tokens = int(self._ends[-1]) if len(rows) else 0
-        count = -(-max(tokens - 1, 0) // (max_seq_len - 1))
-        self.lengths = np.full(count, max_seq_len, np.int32)
-        self.lengths[-1:] = tokens - (count - 1) * (max_seq_len - 1)
+    def __post_init__(self):
+        self._ends = np.cumsum(self.rows.lengths, dtype=np.int64)  # of each document in the stream
+        tokens, stride = int(self._ends[-1]) if len(self._ends) else 0, self.max_seq_len - 1
+        count = -(-max(tokens - 1, 0) // stride)
+        self.lengths = np.full(count, self.max_seq_len, np.int32)
+        self.lengths[-1:] = tokens - (count - 1) * stride
 
     def __getitem__(self, index: int) -> np.ndarray:
         start = index * (self.max_seq_len - 1)
@@ -101,28 +95,28 @@ class PretrainSamples(TokenSamples):
         return np.concatenate(pieces)
 
     def describe(self) -> str:
-        counts = f"{len(self.rows)} documents, {int(self.rows.lengths.sum())} tokens"
-        return f"{counts}, {len(self)} windows, 0 % truncated"
+        counts = f"{len(self._ends)} documents, {int(self.rows.lengths.sum())} tokens"
+        return f"{counts}, {len(self.lengths)} windows, 0 % truncated"
 
 
+@dataclass(eq=False)
 class ChatSamples(TokenSamples):
     """Chats cut after ``max_seq_len`` tokens, without those that have nothing left to learn."""
 
-    def __init__(self, rows: TokenRows, max_seq_len: int, pad_id: int, bytes_of: np.ndarray):
-        self.rows, self.max_seq_len = rows, max_seq_len
-        self.pad_id, self.bytes_of = pad_id, bytes_of
-        lengths = np.minimum(rows.lengths, max_seq_len)
-        self._kept = np.flatnonzero(rows.first_target < lengths)
+    def __post_init__(self):
+        lengths = np.minimum(self.rows.lengths, self.max_seq_len)
+        self._kept = np.flatnonzero(self.rows.first_target < lengths)
         self.lengths = lengths[self._kept]
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.rows[int(self._kept[index])][: self.max_seq_len]
 
     def describe(self) -> str:
-        share = 100 * (self.rows.lengths > self.max_seq_len).sum() / max(len(self.rows), 1)
-        counts = f"{len(self)} chats, {int(self.lengths.sum())} tokens"
+        kept, lengths = len(self._kept), self.rows.lengths
+        share = 100 * (lengths > self.max_seq_len).sum() / max(len(lengths), 1)
+        counts = f"{kept} chats, {int(self.lengths.sum())} tokens"
         found = f"{counts}, {share:.1f} % truncated at {self.max_seq_len}"
-        left_out = len(self.rows) - len(self)
+        left_out = len(lengths) - kept
         return f"{found}, {left_out} left out: nothing to learn" if left_out else found
 
 
@@ -130,7 +124,7 @@ class PretrainDataset:
     """Training and validation windows of pretraining files: ``train`` and ``val``.
 
     ``cache`` is the folder of token tables. Raises ``UserError`` if nothing is left to train on,
-    and whatever ``tokenize_files`` and ``split_rows`` raise.
+    and as ``tokenize_files`` and ``split_rows`` do.
     """
 
     kind, samples = TEXT, PretrainSamples
@@ -149,7 +143,7 @@ class PretrainDataset:
         settings = max_seq_len, tokenizer.pad_token_id or 0, token_bytes(tokenizer)
         train, val = split_rows(rows, val_ratio)
         self.train, self.val = self.samples(train, *settings), self.samples(val, *settings)
-        if not len(self.train):
+        if not len(self.train.lengths):
             names = ", ".join(map(str, paths))
             raise UserError(f"max_seq_len {max_seq_len} leaves nothing to learn in {names}")
 
@@ -160,49 +154,41 @@ class SFTDataset(PretrainDataset):
     kind, samples = CHAT, ChatSamples
 
 
+@dataclass(eq=False)
 class Batches:
     """The optimizer steps of each epoch, in an order that depends on seed and epoch alone.
 
     A step takes ``rows_per_step`` samples of like length, so that little is padding: the shuffled
     samples are cut into pools of ``POOL`` steps, sorted by length within each, and the steps are
     shuffled again. An epoch uses every sample once; one of its steps may be smaller. Process
-    ``rank`` of ``world_size`` gets its share of each step's samples, at least one micro-batch of
-    them: a fully masked one where samples are too few, or too unequal, for all processes.
+    ``rank`` of ``world_size`` gets its share of each step, or a fully masked micro-batch.
     """
 
-    def __init__(
-        self,
-        samples: Samples,
-        batch_size: int,
-        accumulation_steps: int,
-        seed: int,
-        num_workers: int = 0,
-        *,
-        micro_tokens: int = MICRO_TOKENS,
-        rank: int = 0,
-        world_size: int = 1,
-        rows_per_step: int | None = None,
-    ):
-        self.samples, self.seed, self.num_workers = samples, seed, num_workers
-        self.batch_size, self.micro_tokens = batch_size, micro_tokens
-        self.rank, self.world_size = rank, world_size
-        self.rows_per_step = rows_per_step or batch_size * accumulation_steps * world_size
-        self.steps_per_epoch = -(-len(samples.lengths) // self.rows_per_step)
+    samples: Samples
+    batch_size: int
+    accumulation_steps: int
+    seed: int
+    num_workers: int = 0
+    _: KW_ONLY
+    micro_tokens: int = MICRO_TOKENS
+    rank: int = 0
+    world_size: int = 1
+    rows_per_step: int = 0  # 0: batch_size * accumulation_steps * world_size
+
+    def __post_init__(self):
+        if not self.rows_per_step:
+            self.rows_per_step = self.batch_size * self.accumulation_steps * self.world_size
+        self.steps_per_epoch = -(-len(self.samples.lengths) // self.rows_per_step)
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
         """This process' micro-batches, one list a step, from step ``start`` of the epoch on."""
         planned = self._planned(epoch, start)
         if self.num_workers:
-            yield from by_workers(self._made, planned, self.num_workers)
-        else:
-            yield from map(self._made, planned)
+            return by_workers(self._made, planned, self.num_workers)
+        return map(self._made, planned)
 
     def largest_batch(self) -> Batch:
-        """The micro-batch of the first epoch with the most tokens, padding included.
-
-        Of a long epoch only ``PROBED`` steps are cut, those whose samples could fill the largest
-        micro-batches.
-        """
+        """The largest micro-batch, padding included, of an epoch's ``PROBED`` fullest steps."""
         lengths = self.samples.lengths
         fullest = lengths * np.clip(self.micro_tokens // lengths, 1, self.batch_size)
         steps = heapq.nlargest(PROBED, self._planned(0), key=lambda step: fullest[step].max())
@@ -232,11 +218,7 @@ class Batches:
             yield order[step * rows : (step + 1) * rows]
 
     def _cut(self, step: np.ndarray) -> list[np.ndarray]:
-        """The samples of this process' micro-batches of a step.
-
-        Its share are neighbours by length, so that little is padding, and as many tokens for each
-        process as can be.
-        """
+        """The samples of this process' micro-batches: as many tokens as another's, like lengths."""
         lengths = self.samples.lengths
         longest_first = step[np.argsort(-lengths[step], kind="stable")]
         ends = np.cumsum(lengths[longest_first])
@@ -246,10 +228,8 @@ class Batches:
         return micro_batches(lengths, share, self.batch_size, self.micro_tokens)
 
     def _made(self, step: np.ndarray) -> list[Batch]:
-        parts = self._cut(step)
-        if not parts:
-            return [masked(self.samples.collate(step[:1]))]
-        return [self.samples.collate(part) for part in parts]
+        made = [self.samples.collate(part) for part in self._cut(step)]
+        return made or [masked(self.samples.collate(step[:1]))]
 
 
 def micro_batches(
@@ -257,9 +237,8 @@ def micro_batches(
 ) -> list[np.ndarray]:
     """Cut the samples ``indices`` into micro-batches, longest first, in the way that costs least.
 
-    A micro-batch has at most ``batch_size`` samples and ``micro_tokens`` tokens, padding included
-    (or one sample). It costs its padded tokens and, for starting it, ``micro_tokens / PASS_COST``
-    more. ``lengths`` are those of all samples.
+    Each has at most ``batch_size`` samples and ``micro_tokens`` tokens, padding included (or one
+    sample). It costs its padded tokens and ``micro_tokens / PASS_COST`` more, for starting it.
     """
     indices = indices[np.argsort(-lengths[indices], kind="stable")]
     lengths, count = lengths[indices], len(indices)
@@ -273,9 +252,9 @@ def micro_batches(
         cost[end], cut[end] = totals.min(), begin[totals.argmin()]
     parts = []
     while count:
-        parts.insert(0, indices[cut[count] : count])
+        parts.append(indices[cut[count] : count])
         count = int(cut[count])
-    return parts
+    return parts[::-1]
 
 
 def masked(batch: Batch) -> Batch:

@@ -1,5 +1,4 @@
-"""Data files tokenised once: a memory-mapped table of token ids and learned flags in the cache
-folder.
+"""Data files tokenised once, into memory-mapped tables of token ids and learned flags.
 
 A table is three files: ``.tokens``, one number ``2 * id + learned`` a token, the rows end to end;
 ``.rows``, a ``ROW`` for each row; ``.json``, written last, which seals them with their checksums.
@@ -9,7 +8,7 @@ import hashlib
 import json
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from itertools import chain
@@ -25,11 +24,12 @@ from core.files import atomic_write, sha256_file
 from dataset.chat import Encoded, encode_chats, encode_documents
 from dataset.rows import (
     SHOWN_BAD_ROWS,
+    TABLES,
     BadRow,
     Block,
     clean_any,
     clean_chat,
-    clean_rows,
+    clean_row,
     clean_text,
     read_blocks,
     read_rows,
@@ -41,9 +41,10 @@ from dataset.workers import by_workers, usable_cores
 FORMAT = 6  # raise it when the meaning of a cached table changes
 ROW = np.dtype([("start", "<i8"), ("digest", "<i8"), ("length", "<i4"), ("first_target", "<i4")])
 SMALL_BYTES = 1 << 24  # of text: less is tokenised sooner than worker processes start
-SHRINK = {".gz": 3, ".zst": 3}  # about how many times more text a packed file holds
+PACKED = {".gz": 3, ".zst": 3}  # about how many times more text such a file holds
 MOST_WORKERS = 16  # where one reading and writing process becomes the bottleneck
-BAR_SECONDS = 2  # work that takes longer gets a bar
+# A bar is for terminals, and for work that takes more than two seconds.
+BAR = {"unit": "B", "unit_scale": True, "leave": False, "delay": 2, "disable": None}
 
 
 class Kind(NamedTuple):
@@ -67,11 +68,10 @@ def kind_of(path: Path) -> Kind | None:
 
 
 class TokenRows:
-    """The rows of a memory-mapped table, or a ``chosen`` subset of them.
+    """The rows of a memory-mapped table, or a ``chosen`` subset of them, in twelve bytes a row.
 
     ``lengths`` and ``first_target`` are (rows,) int32. The first target is the position of the
     first learned token that something predicts, so at least 1; it is the length if there is none.
-    Takes twelve bytes of memory a row. Pickles by file name: worker processes map the same pages.
     """
 
     def __init__(self, table: Path, dtype: np.dtype, chosen: np.ndarray | None = None):
@@ -82,11 +82,8 @@ class TokenRows:
         self.lengths = self.rows["length"][self.chosen]
         self.first_target = self.rows["first_target"][self.chosen]
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple:  # by file name: worker processes map the same pages
         return TokenRows, (self.table, self.dtype, self.chosen)
-
-    def __len__(self) -> int:
-        return len(self.chosen)
 
     def __getitem__(self, n: int) -> np.ndarray:
         """``2 * id + learned`` for each token of row ``n``: a view of the file, read when used."""
@@ -102,20 +99,19 @@ def tokenize_files(
     bad_rows: str = "stop",
     workers: int = 0,
 ) -> TokenRows:
-    """The usable rows of all files in order, tokenised.
+    """The usable rows of all files in order, tokenised by ``workers`` processes.
 
-    The cache is keyed by the bytes of the files, the tokenizer's fingerprint and the format.
-    ``workers`` processes tokenise (0: one for each core, none for small files); the table is the
-    same whatever their number. ``bad_rows`` "stop" lists the first bad rows and raises
-    ``UserError``; "skip" leaves all of them out and prints how many. Raises ``UserError`` for files
-    without usable rows, and for files that change while they are read.
+    0 workers: one for each core, or none for small files; the table is the same. The cache is keyed
+    by the bytes of the files, the tokenizer's fingerprint and the format. Raises ``UserError`` for
+    files that lack usable rows or change while they are read, and as ``settle_bad_rows`` does.
     """
     for path in paths:
         if not path.is_file():
             raise UserError(f"data file {path} does not exist; check data_path")
     hashes = [sha256_file(path, cache) for path in paths]
-    identity = json.dumps([FORMAT, kind.name, tokenizer_fingerprint(tokenizer), *hashes])
-    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    tables = [n for n, path in enumerate(paths) if path.name.endswith(TABLES)]
+    identity = [FORMAT, kind.name, tokenizer_fingerprint(tokenizer), *hashes, *tables]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     table = cache / f"{kind.name}-{key}.json"
     facts = _facts_of(table)
     if facts is None:
@@ -130,9 +126,9 @@ def tokenize_files(
             # Windows replaces no open file: a process that began together with this was first.
             if (facts := _facts_of(table)) is None:
                 raise
-    # The cache may have been filled from files with other names.
-    shown = [f"{paths[file]}:{line}: {reason}" for file, line, reason in facts["shown"]]
-    settle_bad_rows(facts["bad"], shown, bad_rows)
+    if facts["bad"]:  # named by today's files: those that filled the cache may have had other names
+        shown = [f"{paths[file]}:{line}: {reason}" for file, line, reason in facts["shown"]]
+        settle_bad_rows(facts["bad"], shown, bad_rows)
     if not facts["rows"]:
         raise UserError(f"no usable row in {', '.join(map(str, paths))}")
     return TokenRows(table, np.dtype(facts["dtype"]))
@@ -141,8 +137,7 @@ def tokenize_files(
 def _facts_of(table: Path) -> dict | None:
     """What the seal says of a table; None if a file of it is missing or not as it was written.
 
-    CRC-32 tells: an accident passes once in four billion times; intent is not guarded against. The
-    whole table is read, which takes about a second for each gigabyte.
+    Reads the whole table, about a gigabyte each second. CRC-32 guards against accidents only.
     """
     try:
         sealed = json.loads(table.read_text(encoding="utf-8"))
@@ -164,69 +159,59 @@ def _facts_of(table: Path) -> dict | None:
 def _write_table(
     table: Path, paths: tuple[Path, ...], hashes: list[str], encode: Callable, workers: int
 ) -> dict:
-    """Write the files of ``table``, each whole or not at all, the seal last; returns its facts."""
+    """Write the files of ``table``, each whole or not at all, the seal last; return its facts."""
+    size = sum(path.stat().st_size for path in paths)
+    unpacked = sum(path.stat().st_size * PACKED.get(path.suffix, 1) for path in paths)
+    is_small = unpacked < SMALL_BYTES
+    workers = workers or (1 if is_small else min(usable_cores(), MOST_WORKERS))
+    blocks = ((n, block) for n, path in enumerate(paths) for block in read_blocks(path))
     crc32 = {".tokens": 0, ".rows": 0}
     facts = {"rows": 0, "bad": 0, "shown": [], "crc32": crc32}
 
     def write(token_file: BinaryIO, row_file: BinaryIO) -> None:
         start = 0
-        with closing(_encoded(paths, encode, workers)) as parts:
+        parts = by_workers(encode, blocks, workers) if workers > 1 else (encode(b) for b in blocks)
+        with closing(parts), tqdm(total=size, **BAR) as bar:
             for part in parts:
                 part.rows["start"] += start
                 start += len(part.tokens)
-                token_file.write(part.tokens.tobytes())
-                row_file.write(part.rows.tobytes())
-                crc32[".tokens"] = zlib.crc32(part.tokens.tobytes(), crc32[".tokens"])
-                crc32[".rows"] = zlib.crc32(part.rows.tobytes(), crc32[".rows"])
+                token_file.write(part.tokens)
+                row_file.write(part.rows)
+                crc32[".tokens"] = zlib.crc32(part.tokens, crc32[".tokens"])
+                crc32[".rows"] = zlib.crc32(part.rows, crc32[".rows"])
                 facts["dtype"] = part.tokens.dtype.str
                 facts["rows"] += len(part.rows)
                 facts["bad"] += len(part.bad)
                 facts["shown"] += part.bad[: SHOWN_BAD_ROWS - len(facts["shown"])]
+                bar.update(part.read)
         for path, before in zip(paths, hashes, strict=True):
             if sha256_file(path, table.parent) != before:
                 raise UserError(f"{path} changed while it was read; start again once it is whole")
 
-    def write_both(token_file: BinaryIO) -> None:
-        atomic_write(table.with_suffix(".rows"), lambda row_file: write(token_file, row_file))
-
-    atomic_write(table.with_suffix(".tokens"), write_both)
+    began = time.perf_counter()
+    if not is_small:
+        names = ", ".join(path.name for path in paths)
+        print(f"tokenising {names}: {size / 1e6:,.0f} MB, {workers} processes", flush=True)
+    atomic_write(
+        table.with_suffix(".tokens"),
+        lambda tokens: atomic_write(table.with_suffix(".rows"), lambda rows: write(tokens, rows)),
+    )
+    if not is_small:
+        rows, seconds = facts["rows"], time.perf_counter() - began
+        speed = f"{rows / seconds:,.0f} rows/s, {size / 1e6 / seconds:.1f} MB/s"
+        print(f"tokenised {rows:,} rows in {seconds:.0f} s ({speed})", flush=True)
     seal = {"crc32": zlib.crc32(json.dumps(facts).encode()), "facts": facts}
     atomic_write(table, lambda file: file.write(json.dumps(seal).encode()))
     return facts
 
 
 class Part(NamedTuple):
-    """What becomes of one block of rows."""
+    """The tokens of one block of rows."""
 
     tokens: np.ndarray  # 2 * id + learned, the rows end to end
     rows: np.ndarray  # of dtype ROW; each start counts from the part's first token
     bad: list[tuple[int, int, str]]  # number of the file, line, reason
     read: int  # bytes of the file
-
-
-def _encoded(
-    paths: tuple[Path, ...], encode: Callable[[tuple[int, Block]], Part], workers: int
-) -> Iterator[Part]:
-    """The parts of all files in order; what takes long is announced and shows a bar."""
-    sizes = {path: path.stat().st_size for path in paths}
-    total = sum(sizes.values())
-    is_small = sum(SHRINK.get(path.suffix, 1) * size for path, size in sizes.items()) < SMALL_BYTES
-    workers = workers or (1 if is_small else min(usable_cores(), MOST_WORKERS))
-    if not is_small:
-        names = ", ".join(path.name for path in paths)
-        print(f"tokenising {names}: {total / 1e6:,.0f} MB, {workers} processes", flush=True)
-    rows, began = 0, time.perf_counter()
-    blocks = ((n, block) for n, path in enumerate(paths) for block in read_blocks(path))
-    look = {"unit": "B", "unit_scale": True, "leave": False, "delay": BAR_SECONDS, "disable": None}
-    with tqdm(total=total, **look) as bar:
-        for part in by_workers(encode, blocks, workers) if workers > 1 else map(encode, blocks):
-            yield part
-            rows += len(part.rows)
-            bar.update(part.read)
-    if not is_small:
-        seconds = time.perf_counter() - began
-        speed = f"{rows / seconds:,.0f} rows/s, {total / 1e6 / seconds:.1f} MB/s"
-        print(f"tokenised {rows:,} rows in {seconds:.0f} s ({speed})", flush=True)
 
 
 def _encode(
@@ -235,7 +220,8 @@ def _encode(
     """Clean and tokenise a block of the file with the given number."""
     file, block = numbered
     good, bad = [], []
-    for line, row in clean_rows(block, kind.clean):
+    for line, text in block.rows:
+        row = clean_row(text, kind.clean)
         if isinstance(row, BadRow):
             bad.append((file, line, str(row)))
         else:
@@ -259,8 +245,7 @@ def digest(row: dict) -> int:
 
 
 def split_rows(rows: TokenRows, val_ratio: float) -> tuple[TokenRows, TokenRows]:
-    """Training and validation rows, told apart by a hash of their content, so that duplicates land
-    on one side.
+    """Training and validation rows, split by a hash of their content: duplicates stay together.
 
     At least one row each; ``val_ratio`` 0 holds nothing out. Raises ``UserError`` when nothing is
     left to train on.

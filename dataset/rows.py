@@ -1,6 +1,7 @@
 """From a data file to clean rows: ``{"text"}`` for pretraining, ``{"conversations"}`` for chats.
 
-A row that cannot be used is reported as ``file:line: reason`` and never reaches the model.
+``read_blocks`` decides what a file's rows are, ``clean_text`` and ``clean_chat`` which of them are
+usable. Any other row is reported as ``file:line: reason`` and never reaches the model.
 """
 
 import codecs
@@ -16,7 +17,8 @@ from typing import Any, NamedTuple
 
 from core.errors import UserError
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
+TABLES = (".tsv", ".tsv.gz", ".tsv.zst")
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", *TABLES)
 ROLES = ("system", "user", "assistant")
 CHUNK_BYTES = 1 << 18  # of a JSON array that are read at once
 BLOCK_BYTES = 1 << 21  # of rows that are parsed and tokenised together
@@ -37,25 +39,23 @@ class Block(NamedTuple):
 
 
 def read_rows(path: Path, clean: Callable[[dict], dict]) -> Iterator[tuple[int, dict | BadRow]]:
-    """Yield ``(line number, row)`` for every row of ``path``.
-
-    ``clean`` turns a parsed JSON object into a row or raises ``BadRow``, which is then yielded in
-    place of the row. Reads the formats of ``read_blocks``.
-    """
+    """``(line number, row)`` for every row of ``path``, as ``clean_row`` returns it."""
     for block in read_blocks(path):
-        yield from clean_rows(block, clean)
+        for line, row in block.rows:
+            yield line, clean_row(row, clean)
 
 
 def read_blocks(path: Path) -> Iterator[Block]:
     """The rows of ``path`` in order, a block at a time, so that memory does not grow with it.
 
-    Reads JSON lines or one JSON array, plain, ``.gz`` or ``.zst``, UTF-8 with or without a
-    byte-order mark. Raises ``UserError`` if the file itself cannot be read.
+    Reads JSON lines, a JSON array or tab-separated columns; plain, ``.gz`` or ``.zst``; UTF-8 with
+    or without a byte-order mark. Raises ``UserError`` if the file itself cannot be read.
     """
     if not path.is_file():
         raise UserError(f"data file {path} does not exist; check its path")
     if not path.name.endswith(SUFFIXES):
         raise UserError(f"data file {path} has an unknown ending; use one of {', '.join(SUFFIXES)}")
+    rows_in = _table_rows if path.name.endswith(TABLES) else _json_rows
     try:
         with path.open("rb") as file:
             text = file
@@ -65,10 +65,12 @@ def read_blocks(path: Path) -> Iterator[Block]:
                 import pyarrow
 
                 text = io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
+            if text.peek(len(codecs.BOM_UTF8)).startswith(codecs.BOM_UTF8):
+                text.read(len(codecs.BOM_UTF8))
             rows, size, before = [], 0, 0
-            for line, row in _cut(text):
+            for line, row in rows_in(text):
                 rows.append((line, row))
-                size += 0 if isinstance(row, BadRow) else len(row)
+                size += len(row if isinstance(row, bytes) else str(row))
                 if size >= BLOCK_BYTES:
                     yield Block(rows, file.tell() - before)
                     rows, size, before = [], 0, file.tell()
@@ -77,30 +79,55 @@ def read_blocks(path: Path) -> Iterator[Block]:
         raise UserError(f"cannot read {path}: {error}; download or copy it again") from error
 
 
-def _cut(text: io.BufferedReader) -> Iterator[tuple[int, bytes | BadRow]]:
+def _table_rows(text: io.BufferedReader) -> Iterator[tuple[int, bytes | BadRow]]:
+    """Line number and JSON of each line below the header. Quotes mean nothing, as in GLUE's files.
+
+    Blank lines are skipped, except between the rows of a single column: there a text is missing.
+    """
+    header, blank = _cells(text.readline()), 0
+    if len(set(header)) < len(header):
+        yield 1, BadRow("a column's name is there twice; name each once")
+        return
+    for number, line in enumerate(text, 2):
+        cells = _cells(line)
+        if cells == [""]:
+            blank += 1
+            continue
+        if len(header) == 1:
+            yield from ((n, BadRow("the line is empty")) for n in range(number - blank, number))
+        blank = 0
+        if len(cells) == len(header):
+            row = json.dumps(dict(zip(header, cells, strict=True)), ensure_ascii=False)
+            yield number, row.encode("utf-8", "surrogateescape")
+        else:
+            yield number, BadRow(f"{len(cells)} columns, the header has {len(header)}")
+
+
+def _cells(line: bytes) -> list[str]:
+    return line.decode("utf-8", "surrogateescape").rstrip("\r\n").split("\t")
+
+
+def _json_rows(text: io.BufferedReader) -> Iterator[tuple[int, bytes | BadRow]]:
     """Line number and JSON of each row: a line, or an item if the file begins with a ``[``."""
-    if text.peek(len(codecs.BOM_UTF8)).startswith(codecs.BOM_UTF8):
-        text.read(len(codecs.BOM_UTF8))
     line, head = 1, text.readline(CHUNK_BYTES)
     while head.isspace():
         line += head.count(b"\n")
         head = text.readline(CHUNK_BYTES)
     if head.lstrip().startswith(b"["):
         rest = head.partition(b"[")[2]
-        chunks = chain([rest], iter(lambda: text.read(CHUNK_BYTES), b""))
-        yield from _array_items(chunks, line)
+        yield from _array_items(chain([rest], iter(lambda: text.read(CHUNK_BYTES), b"")), line)
         return
     first = head if head.endswith(b"\n") else head + text.readline()
     for number, row in enumerate(chain([first], text), line):
-        if row and not row.isspace():
-            yield number, row.rstrip(b"\r\n")
+        if row := row.rstrip():
+            yield number, row
 
 
 def _array_items(chunks: Iterator[bytes], line: int) -> Iterator[tuple[int, bytes | BadRow]]:
-    """The items of a JSON array, each with the line where it begins.
+    """The items of a JSON array, each with its first line; holds little more than the longest.
 
-    ``chunks`` follow the opening bracket, which stands on ``line``. Holds little more text than the
-    longest item. Nobody can tell where a broken item ends: it is the last one, a ``BadRow``.
+    ``chunks`` follow the opening bracket, which stands on ``line``. Nobody can tell where a broken
+    item ends: it is the last one, a ``BadRow``.
     """
     # Bytes that are not UTF-8 pass through unchanged, so that only their own item is refused.
     decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
@@ -139,40 +166,30 @@ def _array_items(chunks: Iterator[bytes], line: int) -> Iterator[tuple[int, byte
             return
 
 
-def clean_rows(block: Block, clean: Callable[[dict], dict]) -> Iterator[tuple[int, dict | BadRow]]:
-    """``(line number, row)`` for every row of a block, as ``read_rows`` yields them."""
-    for line, row in block.rows:
-        try:
-            found = clean(_parsed(row))
-        except BadRow as bad:
-            found = bad
-        yield line, found
-
-
-def _parsed(row: bytes | BadRow) -> dict:
-    """The JSON object of a row. Raises ``BadRow`` if there is none."""
+def clean_row(row: bytes | BadRow, clean: Callable[[dict], dict]) -> dict | BadRow:
+    """What ``clean``, such as ``clean_chat``, makes of a row's JSON object, or why it cannot."""
     if isinstance(row, BadRow):
-        raise row
+        return row
     try:
         parsed = json.loads(row.decode(), object_pairs_hook=_without_duplicates)
     except UnicodeDecodeError as error:
         place = f"byte {error.start + 1} of the row ({error.reason})"
-        raise BadRow(f"not UTF-8 at {place}; re-save the file as UTF-8") from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # also a number with more digits than Python reads
+        return BadRow(f"not UTF-8 at {place}; re-save the file as UTF-8")
+    except (ValueError, RecursionError) as error:  # a number may have too many digits for Python
         column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise BadRow(f"invalid JSON{column}: {getattr(error, 'msg', error)}") from error
+        return BadRow(f"invalid JSON{column}: {getattr(error, 'msg', error)}")
     if not isinstance(parsed, dict):
-        raise BadRow(f"a row must be a JSON object, not {type(parsed).__name__}")
-    return parsed
+        return BadRow(f"a row must be a JSON object, not {type(parsed).__name__}")
+    try:
+        return clean(parsed)
+    except BadRow as bad:
+        return bad
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
     row = dict(pairs)
     if len(row) < len(pairs):
-        raise BadRow("a key appears twice")
+        raise ValueError("a key appears twice")
     return row
 
 
@@ -189,37 +206,18 @@ def clean_text(row: dict) -> dict:
 
 
 def clean_chat(row: dict) -> dict:
-    """``{"conversations": [{"role", "content"}, ...]}`` from any of the three chat formats.
+    """``{"conversations": [{"role", "content"}, ...]}`` from a row of any chat style.
 
-    The roles in the data are honoured: an optional system turn, then user and assistant in turn,
-    with at least one assistant turn, or there would be nothing to learn. Raises ``BadRow``.
+    The roles are those of the data: an optional system turn, then user and assistant in turn, the
+    last an assistant's, or there would be nothing to learn. Raises ``BadRow``.
     """
-    if "conversations" in row:
-        messages = row["conversations"]
-    elif "messages" in row:
-        messages = row["messages"]
-    elif "instruction" in row and "output" in row:
-        question = content(row["instruction"], '"instruction"')
-        if row.get("input"):
-            question += "\n" + content(row["input"], '"input"')
-        turns = {"system": row["system"]} if row.get("system") else {}
-        turns |= {"user": question, "assistant": row["output"]}
-        messages = [{"role": role, "content": turn} for role, turn in turns.items()]
-    else:
-        names = '"conversations", "messages" or "instruction" with "output"'
-        raise BadRow(f"no {names} among its keys {keys_of(row)}")
-    return {"conversations": _checked(messages)}
-
-
-def _checked(messages: Any) -> list[dict]:
-    """A list of ``{"role", "content"}`` in a legal order, without other keys. Raises ``BadRow``."""
+    messages, clean, before = _messages_of(row), [], None
     if not isinstance(messages, list) or not messages:
         raise BadRow("the conversation is not a list of messages")
-    clean = []
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise BadRow(f'message {number} is not an object with "role" and "content"')
-        role, before = message["role"], clean[-1]["role"] if clean else None
+        role = message["role"]
         if role not in ROLES:
             raise BadRow(f"message {number} has role {role!r}, not one of {', '.join(ROLES)}")
         if role == "system" and number > 1:
@@ -229,9 +227,26 @@ def _checked(messages: Any) -> list[dict]:
         if role == "assistant" and before != "user":
             raise BadRow(f"message {number} is an answer to no question")
         clean.append({"role": role, "content": content(message["content"], f"message {number}")})
-    if clean[-1]["role"] != "assistant":
+        before = role
+    if before != "assistant":
         raise BadRow("the conversation does not end with an assistant turn")
-    return clean
+    return {"conversations": clean}
+
+
+def _messages_of(row: dict) -> Any:
+    """The messages of a chat row, whatever its style; unchecked. Raises ``BadRow`` without any."""
+    for key in ("conversations", "messages"):
+        if key in row:
+            return row[key]
+    if "instruction" not in row or "output" not in row:
+        names = '"conversations", "messages" or "instruction" with "output"'
+        raise BadRow(f"no {names} among its keys {keys_of(row)}")
+    question = content(row["instruction"], '"instruction"')
+    if row.get("input"):
+        question += "\n" + content(row["input"], '"input"')
+    turns = {"system": row["system"]} if row.get("system") else {}
+    turns |= {"user": question, "assistant": row["output"]}
+    return [{"role": role, "content": turn} for role, turn in turns.items()]
 
 
 def content(value: Any, where: str) -> str:
@@ -253,32 +268,27 @@ def keys_of(row: dict) -> str:
 
 
 def settle_bad_rows(count: int, shown: list[str], bad_rows: str) -> None:
-    """Continue without the ``count`` bad rows if ``bad_rows`` is "skip", and print how many.
+    """Go on without the ``count`` bad rows if ``bad_rows`` is "skip"; ``shown`` are the first.
 
-    Otherwise print ``shown``, the first of them, and raise ``UserError`` if there are any. With
-    ``bad_rows`` "refuse" the message does not offer to skip them.
+    Otherwise list them and raise ``UserError``, which for "refuse" does not offer to skip them.
     """
-    if count and bad_rows == "skip":
+    if bad_rows == "skip":
         print(f"bad rows skipped: {count}, the first {shown[0]}")
-    elif count:
-        advice = "" if bad_rows == "refuse" else " or choose bad_rows=skip"
-        print("\n".join(shown), *["..."] * (count > len(shown)), sep="\n", flush=True)
-        raise UserError(f"{count} bad rows, the first {shown[0]}; mend them{advice}")
+        return
+    advice = "" if bad_rows == "refuse" else " or choose bad_rows=skip"
+    print(*shown, *["..."] * (count > len(shown)), sep="\n", flush=True)
+    raise UserError(f"{count} bad rows, the first {shown[0]}; mend them{advice}")
 
 
 def read_texts(path: Path) -> list[str]:
-    """One text for each row of a data file of either kind: a chat's contents, one a line.
-
-    Bad rows are left out, and their number is printed. Raises ``UserError`` if no row is left.
-    """
+    """One text for each usable row, a chat's contents line by line; ``UserError`` without any."""
     texts, bad = [], 0
     for _, row in read_rows(path, clean_any):
         if isinstance(row, BadRow):
             bad += 1
-        elif "text" in row:
-            texts.append(row["text"])
-        else:
-            texts.append("\n".join(message["content"] for message in row["conversations"]))
+            continue
+        messages = row.get("conversations") or [{"content": row["text"]}]
+        texts.append("\n".join(message["content"] for message in messages))
     if bad:
         print(f"{path}: {bad} bad rows left out")
     if not texts:

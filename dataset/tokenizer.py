@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from core.errors import UserError, reason_of
-from core.paths import TOKENIZER_DIR, pretrained_name
+from core.paths import TOKENIZER_DIR
 
 # The byte that each character stands for in byte-level vocabularies.
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -45,10 +45,8 @@ def tokenizer_of(
 
     It is the one ``named``, else whichever of the shipped one and ``out_dir/tokenizer`` has the
     fingerprint. A base of other makers brings its own; ``prompt_template`` replaces its chat
-    template, and ``otherwise`` serves if it has none.
-
-    Raises ``UserError`` if no such tokenizer is found, if nothing tells which one it is, and for
-    one without a chat template.
+    template, and ``otherwise`` serves if it has none. Raises ``UserError`` if no such tokenizer is
+    found, if nothing tells which one it is, and for one without a chat template.
     """
     shipped, folder = (TOKENIZER_DIR, out_dir / "tokenizer"), named or base
     fingerprint, vocab_size = record.tokenizer, record.config["vocab_size"]
@@ -77,17 +75,14 @@ def tokenizer_of(
 def foreign_tokenizer(
     name: str | Path, prompt_template: str | None = None, otherwise: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder or hub name, with ``prompt_template`` in place of its
-    chat template, or ``otherwise`` if it has none.
+    """The tokenizer of a Hugging Face folder or hub name, with a chat template.
 
-    Raises ``UserError`` if it cannot be read (see ``read_tokenizer``), has no token that ends a
-    turn, or has no template either way.
+    ``prompt_template`` replaces its own template; ``otherwise`` serves if it has none. Raises
+    ``UserError`` as ``read_tokenizer`` does, and without a token that ends a turn or any template.
     """
     tokenizer = read_tokenizer(name)
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"the tokenizer of {name} lacks an end-of-turn token; train or name another"
-        )
+        raise UserError(f"the tokenizer of {name} lacks an end-of-turn token; name another")
     if prompt_template is None and not tokenizer.chat_template:
         prompt_template = otherwise
     if prompt_template is not None:
@@ -99,11 +94,10 @@ def foreign_tokenizer(
 
 
 def use_template(tokenizer: PreTrainedTokenizerBase, prompt_template: str) -> None:
-    """Give the tokenizer a chat template in which a question takes the place of ``{user}`` in
-    ``prompt_template``, and an answer ends the text.
+    """Give the tokenizer a chat template: ``prompt_template`` with a question for ``{user}``.
 
-    ``\\n`` in it is a line break. The beginning-of-text token comes first if the tokenizer puts it
-    before every text. Raises ``UserError`` unless ``{user}`` occurs exactly once.
+    An answer ends the text. ``\\n`` is a line break. The beginning-of-text token comes first if the
+    tokenizer puts it before every text. Raises ``UserError`` unless ``{user}`` occurs exactly once.
     """
     if not isinstance(prompt_template, str):
         raise UserError(f"the skill's file gives a prompt_template {prompt_template!r}, not a text")
@@ -111,8 +105,7 @@ def use_template(tokenizer: PreTrainedTokenizerBase, prompt_template: str) -> No
         raise UserError("prompt_template holds bytes that are no text in the terminal's encoding")
     parts = prompt_template.replace("\\n", "\n").split("{user}")
     if len(parts) != 2:
-        wanted = "must have one {user}, where the question goes"
-        raise UserError(f"prompt_template {prompt_template!r} {wanted}")
+        raise UserError(f"prompt_template {prompt_template!r} must have one {{user}}")
     before, after = (json.dumps(part, ensure_ascii=False) for part in parts)
     bos = tokenizer.bos_token_id
     begins = bos is not None and tokenizer("a").input_ids[:1] == [bos]
@@ -126,20 +119,15 @@ def use_template(tokenizer: PreTrainedTokenizerBase, prompt_template: str) -> No
 
 
 def read_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """Any tokenizer of a Hugging Face folder or hub name.
-
-    Raises ``UserError`` if it cannot be read, or does not come from the `tokenizers` library.
-    """
-    path = Path(name)
+    """Any fast tokenizer of a Hugging Face folder or hub name. Raises ``UserError`` without one."""
+    source, is_local = Path(name).as_posix(), Path(name).is_dir()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            pretrained_name(path), local_files_only=path.is_dir()
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=is_local)
     except Exception as error:  # the libraries raise bare Exception for a broken file
         reason = f"the tokenizer in {name} cannot be read ({reason_of(error)})"
         raise UserError(f"{reason}; train or copy it again") from error
     if not hasattr(tokenizer, "backend_tokenizer"):
-        raise UserError(f"the tokenizer of {name} lacks a tokenizer.json")
+        raise UserError(f"the tokenizer of {name} lacks a tokenizer.json; name another")
     return tokenizer
 
 
@@ -147,29 +135,21 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hex SHA-256 over everything that decides which ids a text or a chat becomes."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     decisive = {key: backend[key] for key in ("normalizer", "pre_tokenizer", "model")}
-    tokens = sorted(tokenizer.added_tokens_decoder.items())
-    added = {token_id: token.content for token_id, token in tokens}
+    added = {n: token.content for n, token in tokenizer.added_tokens_decoder.items()}
     found = [decisive, added, tokenizer.chat_template]
     text = json.dumps(found, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_trained_with(
-    tokenizer: PreTrainedTokenizerBase, fingerprint: str | None, skill: str
-) -> None:
-    """Raise ``UserError`` if ``skill`` was trained with another tokenizer or template of it, by the
-    ``fingerprint`` in its file; None fits any.
-    """
+def check_trained_with(tokenizer: PreTrainedTokenizerBase, fingerprint: str | None, skill: str):
+    """Raise ``UserError`` unless the ``fingerprint`` that a skill names is None or this one's."""
     if fingerprint not in (None, tokenizer_fingerprint(tokenizer)):
-        advice = "name that one as tokenizer_path or set allow_base_mismatch"
-        reason = "was trained with another tokenizer or chat template"
-        raise UserError(f"skill {skill} {reason}; {advice}")
+        reason = f"skill {skill} was trained with another tokenizer or chat template"
+        raise UserError(f"{reason}; name that one as tokenizer_path or set allow_base_mismatch")
 
 
 def reading_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hex SHA-256 over everything that decides which ids a classifier's row becomes, framed and
-    cut.
-    """
+    """Hex SHA-256 over everything that decides which ids a classifier's framed, cut row becomes."""
     frame = json.loads(tokenizer.backend_tokenizer.to_str())["post_processor"]
     rest = frame, tokenizer.truncation_side, tokenizer.pad_token_id
     text = json.dumps([tokenizer_fingerprint(tokenizer), *rest])
@@ -177,11 +157,10 @@ def reading_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def spelled_bytes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[bytes]:
-    """The bytes that each id stands for, perhaps a part of a character; a control token's are those
-    of its name, and an id without a token has none.
+    """The bytes that each id stands for, perhaps a part of a character.
 
     Byte-level vocabularies spell a byte as a character; those with byte fallback write a space as
-    U+2581 and a lone byte as <0xNN>.
+    U+2581 and a lone byte as <0xNN>. An id without a token stands for nothing.
     """
     is_byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
     spelled = []
@@ -197,11 +176,7 @@ def spelled_bytes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> lis
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids that stand for no text: those with a name of their own, such as eos, and all that are
-    marked special.
-
-    More are marked where a template ends a turn with another token than eos, as in Qwen2's bases.
-    """
+    """The ids that stand for no text: those with a role, such as eos, and those marked special."""
     added = tokenizer.added_tokens_decoder.items()
     return {token_id for token_id, token in added if token.special} | set(tokenizer.all_special_ids)
 

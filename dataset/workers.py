@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import resource_tracker
 from typing import Any, TypeVar
@@ -24,14 +25,13 @@ THREADS = "TOKENIZERS_PARALLELISM"  # each process has one core; also, a fork wo
 def by_workers(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int
 ) -> Iterator[Result]:
-    """``function(item)`` for each item, in the order of the items, computed by ``workers``
-    processes.
+    """``function(item)`` for each item, in order, computed by ``workers`` processes.
 
     Function, items and results must pickle. Items are drawn as results are taken. The processes
     ignore ``STOPPING`` from their birth on, because a terminal sends Ctrl-C to them too, and the
     caller needs them until it has saved. They end when the generator is closed (see
-    ``contextlib.closing``) or exhausted, and when the calling process ends. An exception in
-    ``function`` is raised here. Raises ``UserError`` if a process was killed.
+    ``contextlib.closing``) or exhausted, and when the calling process ends. Raises here what
+    ``function`` raises, and ``UserError`` if a process was killed.
     """
     loader = DataLoader(
         _Work(function),
@@ -68,11 +68,11 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@dataclass
 class _Work:
     """What a loader takes for a data set: an item is the index of its result."""
 
-    def __init__(self, function: Callable[[Any], Any]):
-        self.function = function
+    function: Callable[[Any], Any]
 
     def __getitem__(self, item: Any) -> Any:
         try:
@@ -99,8 +99,9 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def _birth_of(started: list[multiprocessing.Process]) -> Iterator[None]:
-    """Collect the processes that start inside. They inherit that ``STOPPING`` waits, since one that
-    is spawned imports for seconds before it gets to ``_begin``, and that tokenizers use one thread.
+    """Collect the processes that start inside; tokenizers use one thread there.
+
+    ``STOPPING`` waits there too: a spawned process imports for seconds before it runs ``_begin``.
     """
     before, threads = multiprocessing.active_children(), os.environ.get(THREADS)
     os.environ[THREADS] = "false"

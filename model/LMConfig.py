@@ -13,9 +13,9 @@ class LMConfig(PretrainedConfig):
     """Architecture of a ``MiniMindLM``; the defaults make 25,829,888 parameters.
 
     ``hidden_dim`` None derives the SwiGLU width ``multiple_of * ceil(int(8 * dim / 3) /
-    multiple_of)`` when the config is made, so that a saved config never depends on what a later
-    version would derive. ``n_kv_heads`` None means one key/value head for each query head. Raises
-    ``UserError`` for combinations that no model can have.
+    multiple_of)`` at once, so that a saved config never depends on a later version's rule.
+    ``n_kv_heads`` None means one key/value head for each query head. Raises ``UserError`` for
+    combinations that no model can have.
     """
 
     model_type = "minimind"
@@ -42,15 +42,15 @@ class LMConfig(PretrainedConfig):
             n_kv_heads = n_heads
         sizes = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads}
         sizes |= {"vocab_size": vocab_size, "multiple_of": multiple_of, "max_seq_len": max_seq_len}
-        for name, value in (
-            sizes | {"hidden_dim": 1 if hidden_dim is None else hidden_dim}
-        ).items():
+        if hidden_dim is not None:
+            sizes["hidden_dim"] = hidden_dim
+        for name, value in sizes.items():
             if not isinstance(value, int) or not 1 <= value <= LARGEST:
                 raise UserError(f"{name}={value} must be a whole number from 1 to {LARGEST:,}")
+            setattr(self, name, value)
         if dim % n_heads or (dim // n_heads) % 2:
-            raise UserError(
-                f"dim={dim} must split into n_heads={n_heads} heads of even width (rotary pairs)"
-            )
+            wanted = f"n_heads={n_heads} heads of even width (rotary pairs)"
+            raise UserError(f"dim={dim} must split into {wanted}")
         if n_heads % n_kv_heads:
             raise UserError(f"n_heads={n_heads} must be a multiple of n_kv_heads={n_kv_heads}")
         if not 0.0 <= dropout < 1.0:
@@ -59,22 +59,13 @@ class LMConfig(PretrainedConfig):
             raise UserError(f"norm_eps={norm_eps} and rope_theta={rope_theta} must be positive")
         if not tie_word_embeddings:
             raise UserError("tie_word_embeddings=False: the head shares the embedding's weight")
-        self.dim = dim
-        self.n_layers = n_layers
-        self.n_heads = n_heads
-        self.n_kv_heads = n_kv_heads
-        self.vocab_size = vocab_size
         self.hidden_dim = hidden_dim or multiple_of * -(-int(8 * dim / 3) // multiple_of)
-        self.multiple_of = multiple_of
-        self.norm_eps = norm_eps
-        self.max_seq_len = max_seq_len
-        self.rope_theta = rope_theta
-        self.dropout = dropout
+        self.norm_eps, self.rope_theta, self.dropout = norm_eps, rope_theta, dropout
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 
 def context_of(config: PretrainedConfig) -> int:
-    """The most tokens that a model with this config takes; some of other makers know no bound."""
+    """The most tokens that a model with this config takes; ``sys.maxsize`` if it has no bound."""
     found = getattr(config, "max_position_embeddings", None) or 0
     return found if found > 0 else sys.maxsize
 

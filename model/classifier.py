@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
 from core.errors import UserError, reason_of
-from core.paths import is_pretrained, pretrained_name
+from core.paths import is_pretrained
 from model.huggingface import load_pretrained
 from model.kernels import IGNORED
 from model.LMConfig import check_length, context_of
@@ -22,11 +22,10 @@ HEAD = "_head."  # comes before the names of a head's tensors in a skill file
 def read_config(base: Path) -> PretrainedConfig:
     """The config of a Hugging Face model. Raises ``UserError`` if ``base`` is none."""
     if not is_pretrained(base):
-        raise UserError(
-            f"base {base} is neither a folder with a config.json nor owner/model on the hub"
-        )
+        neither = "neither a folder with a config.json nor owner/model on the hub"
+        raise UserError(f"base {base} is {neither}")
     try:
-        return AutoConfig.from_pretrained(pretrained_name(base))
+        return AutoConfig.from_pretrained(base.as_posix())
     except Exception as error:  # a file, the network or the library's own checks: many kinds
         reason = reason_of(error)
         raise UserError(f"the config of base {base} cannot be read ({reason})") from error
@@ -63,10 +62,7 @@ def open_classifier(base: Path, labels: Sequence[str]) -> nn.Module:
                 parameter.copy_(fresh[name])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in head or name in missing)
-    body_parameters = model.base_model.named_parameters()
-    given = [
-        (name, parameter) for name, parameter in body_parameters if not parameter.requires_grad
-    ]
+    given = [(name, p) for name, p in model.base_model.named_parameters() if not p.requires_grad]
     model.base_model.known_as = fingerprint(given, model.config)
     return model
 
@@ -84,8 +80,8 @@ def check_row_length(model: nn.Module, max_seq_len: int) -> None:
 def head_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a classifier that train beside a LoRA, by name."""
     added = {id(parameter) for parameter in lora_parameters(model)}
-    named = model.named_parameters()
-    return {name: p for name, p in named if p.requires_grad and id(p) not in added}
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return {name: p for name, p in trained if id(p) not in added}
 
 
 def head_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -100,10 +96,7 @@ def head_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_head(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy the head of the skill file ``path`` into a classifier from ``open_classifier``.
-
-    Raises ``UserError``, before anything changes, where it does not fit.
-    """
+    """Copy a skill file's head into a classifier. Raises ``UserError`` first if it does not fit."""
     own, head = head_state(model), head_of(tensors)
     check_keys(own, head, path)
     with torch.no_grad():

@@ -13,9 +13,7 @@ from model.model import CACHE
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. ``temperature`` 0 takes the likeliest; ``top_k`` 0 and ``top_p``
-    1 keep all.
-    """
+    """How a token is drawn: ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep all."""
 
     temperature: float = 0.7
     top_p: float = 0.9
@@ -30,16 +28,14 @@ def generate(
 ) -> Iterator[int]:
     """Yield new ids after the prompt ``ids``.
 
-    It ends before an id in ``stop``, after ``max_new_tokens``, or where the context ends. ``model``
-    returns ``logits`` and a cache, and is called with one new token at a time after the prompt.
-    ``rng`` lives on the CPU, so that a seed means the same on every device. Raises ``UserError``
-    for a prompt that fills the context.
+    It ends before an id in ``stop``, after ``max_new_tokens``, or where the context ends. ``rng``
+    lives on the CPU, so that a seed means the same on every device. Raises ``UserError`` for a
+    prompt that fills the context.
     """
     context = context_of(model.config)
     if not 0 < len(ids) < context:
-        raise UserError(
-            f"a prompt of {len(ids)} tokens leaves no room in the context of {context}; shorten it"
-        )
+        room = f"no room in the context of {context}"
+        raise UserError(f"a prompt of {len(ids)} tokens leaves {room}; shorten it")
     seen, new, cache = list(ids), list(ids), None
     for _ in range(min(sampling.max_new_tokens, context - len(ids))):
         inputs = torch.tensor([new], device=next(model.parameters()).device)
@@ -53,9 +49,7 @@ def generate(
 
 
 def next_token(logits: Tensor, seen: list[int], sampling: Sampling, rng: torch.Generator) -> int:
-    """Draw one id from fp32 ``logits`` (V,) on the CPU. ``seen``: the ids so far, for the
-    repetition penalty.
-    """
+    """Draw one id from fp32 ``logits`` (V,) on the CPU; ``seen`` ids get the repetition penalty."""
     logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return int(logits.argmax())
@@ -64,29 +58,24 @@ def next_token(logits: Tensor, seen: list[int], sampling: Sampling, rng: torch.G
 
 
 def penalize_repetition(logits: Tensor, seen: list[int], penalty: float) -> Tensor:
-    """Make ``seen`` ids less likely: positive logits are divided, negative ones multiplied (Keskar
-    et al. 2019).
-    """
+    """Divide positive logits of ``seen`` by ``penalty``, multiply others (Keskar et al. 2019)."""
     if penalty == 1.0:
         return logits
     repeated = torch.tensor(sorted(set(seen)))
     values = logits[repeated]
-    return logits.index_put(
-        (repeated,), torch.where(values > 0, values / penalty, values * penalty)
-    )
+    lowered = torch.where(values > 0, values / penalty, values * penalty)
+    return logits.index_copy(0, repeated, lowered)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """All but the ``k`` largest become -inf; 0 keeps all."""
+    """Set all but the ``k`` largest to -inf; 0 keeps all."""
     if not 0 < k < len(logits):
         return logits
     return logits.masked_fill(logits < logits.topk(k).values[-1], -torch.inf)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the fewest most likely ids whose probabilities sum to at least ``p``; the others become
-    -inf.
-    """
+    """Keep the fewest likeliest ids whose probabilities reach ``p`` in sum; set others to -inf."""
     if p >= 1.0:
         return logits
     probabilities, order = logits.softmax(-1).sort(descending=True)

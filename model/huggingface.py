@@ -12,50 +12,37 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging as library_logging
 
 from core.errors import UserError, reason_of
-from core.paths import pretrained_name
+from core.options import require
 
 
 def open_causal(base: Path) -> nn.Module:
-    """The fp32 causal language model in a Hugging Face folder or of that name on the hub, in eval
-    mode. Raises ``UserError`` for what is none, masked language models included.
-    """
+    """The fp32 causal language model of a folder or hub name, in eval mode, or ``UserError``."""
     model, missing = load_pretrained(AutoModelForCausalLM, base, "causal language model")
-    if missing:
-        lacks = ", ".join(missing[:3])
-        raise UserError(f"base {base} lacks {lacks}: it is no causal language model")
-    if _looks_ahead(model.eval()):
-        raise UserError(
-            f"base {base} sees the tokens that it would have to predict: it is no causal language"
-            " model"
-        )
+    fault = f"lacks {', '.join(missing[:3])}" if missing else ""
+    if not fault and _looks_ahead(model.eval()):
+        fault = "sees the tokens that it would have to predict"
+    require(not fault, f"base {base} {fault}: it is no causal language model")
     return model
 
 
 @torch.no_grad()
 def _looks_ahead(model: nn.Module) -> bool:
-    """Whether a later token moves earlier logits, beyond rounding: in masked language models it
-    does.
-    """
+    """Whether a later token moves earlier logits beyond rounding, as in masked language models."""
     # One sequence at a time, so that both are computed by the same sums in the same order.
-    one, other = (
-        model(input_ids=torch.tensor([[0, 0, 0, n]]), use_cache=False).logits[:, :-1]
-        for n in (0, 1)
-    )
+    sequences = [torch.tensor([[0, 0, 0, last]]) for last in (0, 1)]
+    one, other = (model(input_ids=ids, use_cache=False).logits[:, :-1] for ids in sequences)
     return bool((one - other).abs().max() > 1e-4 * one.abs().max())
 
 
-def load_pretrained(
-    kind: Any, base: Path, called: str, **settings: Any
-) -> tuple[nn.Module, list[str]]:
-    """The fp32 model of a Hugging Face auto class, and the names of the parameters that its files
-    lack, which are drawn.
+def load_pretrained(kind: Any, base: Path, called: str, **settings) -> tuple[nn.Module, list[str]]:
+    """The fp32 model of a Hugging Face auto class, and the names of parameters its files lack.
 
-    Raises ``UserError``, which names the kind of model as ``called``, if it cannot be loaded.
+    ``UserError`` says that ``base`` is no such ``called``.
     """
     try:
         with quiet_library():  # the caller reports what is missing
             settings |= {"dtype": torch.float32, "output_loading_info": True}
-            model, report = kind.from_pretrained(pretrained_name(base), **settings)
+            model, report = kind.from_pretrained(base.as_posix(), **settings)
     except Exception as error:  # a file, the network or the library's own checks: many kinds
         reason = reason_of(error)
         raise UserError(f"base {base} is no {called} that can be loaded ({reason})") from error
@@ -64,10 +51,7 @@ def load_pretrained(
 
 
 def save_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a Hugging Face folder; one that is there stays until the new one is whole.
-
-    Raises ``UserError`` when the disk refuses.
-    """
+    """Write a Hugging Face folder; an old one stays until it is whole. ``UserError`` if refused."""
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
@@ -79,9 +63,8 @@ def save_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pa
         unfinished.rename(folder)
     except Exception as error:  # the disk's refusals, some in the library's own kind
         reason = getattr(error, "strerror", None) or reason_of(error)
-        raise UserError(
-            f"cannot write {folder}: {reason}; make room there or choose another folder"
-        ) from error
+        way_out = "make room there or choose another folder"
+        raise UserError(f"cannot write {folder}: {reason}; {way_out}") from error
 
 
 @contextlib.contextmanager

@@ -1,7 +1,4 @@
-"""Three operations with hand-written gradients, which save passes over memory and memory kept.
-
-Each names its plain PyTorch equivalent; the tests compare values and gradients with it in float64.
-"""
+"""Three memory-saving operations with hand-written gradients, tested against plain PyTorch."""
 
 import torch
 import torch.nn.functional as F
@@ -15,27 +12,9 @@ TARGETS_AT_ONCE = 1024
 FROZEN_AT_ONCE = 128
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``weight * F.rms_norm(x.float(), ...).type_as(x)`` over the last dimension, or in fp64."""
-    return _RMSNorm.apply(x, weight, eps)
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """``F.silu(gate) * up``, of which only the two inputs are kept for the backward pass."""
-    return _SwiGLU.apply(gate, up)
-
-
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """``F.cross_entropy(hidden @ weight.T, targets, reduction="sum")``, a slice of N at a time.
-
-    ``hidden`` (N, D), ``weight`` (V, D), ``targets`` (N,) int64, none of them ignored. The softmax
-    is fp32, or fp64 for fp64 inputs; under autocast, products are in its dtype. The gradients are
-    computed in the forward pass, so that all logits never exist at once.
-    """
-    return _LinearCrossEntropy.apply(hidden, weight, targets)
-
-
 class _RMSNorm(torch.autograd.Function):
+    """``weight * F.rms_norm(x.float(), ...).type_as(x)`` over the last dimension, or in fp64."""
+
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
@@ -59,6 +38,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _SwiGLU(torch.autograd.Function):
+    """``F.silu(gate) * up``, which keeps only its two inputs for the backward pass."""
+
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
@@ -72,6 +53,13 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """``F.cross_entropy(hidden @ weight.T, targets, reduction="sum")``, a slice of N at a time.
+
+    ``hidden`` (N, D), ``weight`` (V, D), ``targets`` (N,) int64, none of them ignored. The softmax
+    is fp32, or fp64 for fp64 inputs; under autocast, products are in its dtype. The gradients are
+    computed in the forward pass, so that all logits never exist at once.
+    """
+
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         kind = hidden.device.type
@@ -79,14 +67,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         narrow = weight.to(dtype)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        loss = hidden.new_zeros(
-            (), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        )
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        loss = hidden.new_zeros((), dtype=wide)
         at_once = FROZEN_AT_ONCE if kind == "cpu" and grad_weight is None else TARGETS_AT_ONCE
         for start in range(0, len(targets), at_once):
             part = slice(start, start + at_once)
             inputs, wanted = hidden[part].to(dtype), targets[part, None]
-            log_p = F.log_softmax(inputs @ narrow.t(), -1, dtype=loss.dtype)  # (n, V)
+            log_p = F.log_softmax(inputs @ narrow.t(), -1, dtype=wide)  # (n, V)
             loss -= log_p.gather(1, wanted).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
@@ -104,3 +91,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         return *(None if saved is None else saved * grad for saved in ctx.saved_tensors), None
+
+
+rms_norm, swiglu = _RMSNorm.apply, _SwiGLU.apply
+linear_cross_entropy = _LinearCrossEntropy.apply

@@ -36,20 +36,16 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(head_dim: int, length: int, theta: float, device: torch.device) -> Tensor:
-    """The rotary angles ``position * theta^(-2i/head_dim)`` as unit complex numbers.
-
-    Returns (length, head_dim/2) complex64.
-    """
+    """The angles ``position * theta^(-2i/head_dim)`` as unit complex64 (length, head_dim/2)."""
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
     angles = torch.outer(torch.arange(length, device=device).float(), frequencies)
     return torch.complex(angles.cos(), angles.sin())
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn each pair of neighbouring features by the angle of its position, in fp32.
+    """Turn each pair of neighbouring features (not rotate-half) by its position's angle, in fp32.
 
-    ``x`` (B, T, heads, head_dim) of any dtype, ``turns`` (T, head_dim/2) complex64, the same for
-    all heads. This is the complex-pair order, not the rotate-half order.
+    ``x`` (B, T, heads, head_dim) of any dtype, ``turns`` (T, head_dim/2) complex64.
     """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turns[:, None, :]).flatten(-2).type_as(x)
@@ -58,13 +54,6 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
 def take(x: Tensor, positions: Tensor | None) -> Tensor:
     """``x`` (B, T, D) at the ``positions`` (N,) of the flattened batch, (N, D); None keeps all."""
     return x if positions is None else x.flatten(0, 1).index_select(0, positions)
-
-
-def _kept(h: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """The positions of ``h`` (B, T, dim) whose logits are asked for: the last n, or all for 0."""
-    if isinstance(logits_to_keep, int):
-        return h[:, -logits_to_keep:]
-    return h[:, logits_to_keep]
 
 
 class Attention(nn.Module):
@@ -91,20 +80,13 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        S = k.size(2)
-        mask = None
-        if past is not None and T > 1:
+        is_causal = T > 1 and past is None  # in this order: a compiled T is no plain number
+        mask, dropout = None, self.dropout if self.training else 0.0
+        if T > 1 and past is not None:
             # is_causal aligns its mask to the first key: wrong for new tokens after a cache.
+            S = k.size(2)
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=T > 1 and past is None,
-            enable_gqa=True,
-        )
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=True)
         y = take(y.transpose(1, 2).reshape(B, T, -1), positions)
         return self.resid_dropout(self.wo(y)), (k, v)
 
@@ -135,16 +117,9 @@ class MiniMindBlock(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(
-        self,
-        x: Tensor,
-        turns: Tensor,
-        past: tuple[Tensor, Tensor] | None = None,
-        positions: Tensor | None = None,
+        self, x: Tensor, turns: Tensor, past: tuple[Tensor, Tensor] | None, positions: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The new hidden states, and this layer's keys and values.
-
-        The states are (B, T, dim), or (N, dim) where ``positions`` (N,) asks for those alone.
-        """
+        """The hidden states, at ``positions`` as in ``take``, and this layer's keys and values."""
         attended, present = self.attention(self.attention_norm(x), turns, past, positions)
         h = take(x, positions) + attended
         return h + self.feed_forward(self.ffn_norm(h)), present
@@ -166,8 +141,7 @@ class MiniMindLM(PreTrainedModel):
         self.layers = nn.ModuleList(MiniMindBlock(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        # No buffer: from_pretrained leaves non-persistent buffers as garbage, and .bfloat16() would
-        # round the angles.
+        # No buffer: from_pretrained leaves it as garbage, and .bfloat16() would round the angles.
         self._rope: Tensor | None = None
         self.post_init()
 
@@ -199,26 +173,25 @@ class MiniMindLM(PreTrainedModel):
     ) -> CausalLMOutputWithPast:
         """Compute next-token logits, and the loss when ``labels`` are given.
 
-        ``input_ids`` (B, T) int64, right-padded: a position sees only what stands before it, so
-        padding and batch-mates never change a row. ``cache`` holds S earlier tokens (none: S = 0);
-        ``past_key_values`` is its name in older versions of transformers. ``logits_to_keep`` n > 0
-        keeps the last n positions, 0 keeps all, and a tensor names the positions to keep.
-        ``labels`` (B, T) are the ids themselves or -100; they are shifted here. The loss is the
-        summed cross-entropy / ``num_items_in_batch`` (default: the number of supervised targets),
-        and 0 when nothing is supervised.
+        ``input_ids`` (B, T) int64, right-padded: padding and batch-mates never change a row.
+        ``cache`` holds S earlier tokens (none: S = 0); older versions of transformers call it
+        ``past_key_values``. ``logits_to_keep`` n > 0 keeps the last n positions, 0 keeps all, and a
+        tensor names them. ``labels`` (B, T) are the ids themselves or -100; they are shifted here.
+        The loss is the summed cross-entropy / ``num_items_in_batch`` (default: the number of
+        supervised targets), and 0 when nothing is supervised.
 
-        Returns logits (B, T or kept, vocab_size), ``loss`` (scalar, fp32 at least), and a cache
-        that covers S + T tokens when ``use_cache``. In training mode with ``labels``, only
-        positions that predict a supervised target reach the head and the last block's output and
-        MLP, and ``logits`` is None; loss and gradients are the same. Raises ``UserError`` past
-        ``max_seq_len``, and for ``labels`` together with ``logits_to_keep``.
+        Returns logits (B, T or kept, vocab_size), ``loss`` (scalar, fp32 at least), and a cache of
+        S + T tokens when ``use_cache``. In training mode with ``labels``, only supervised positions
+        reach the head and the last block's output and MLP, and ``logits`` is None. Raises
+        ``UserError`` past ``max_seq_len``, and for ``labels`` together with ``logits_to_keep``.
         """
-        past = cache or past_key_values
+        past, keeps_last = cache or past_key_values, isinstance(logits_to_keep, int)
         if labels is None:
             h, present = self._hidden(input_ids, past, None)
-            output = {"logits": self.output(_kept(h, logits_to_keep))}
+            kept = slice(-logits_to_keep, None) if keeps_last else logits_to_keep
+            output = {"logits": self.output(h[:, kept])}
         else:
-            if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            if not keeps_last or logits_to_keep != 0:
                 raise UserError("labels need the logits of all positions: leave out logits_to_keep")
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()  # of each position
             supervised = (targets != IGNORED).nonzero().flatten()
@@ -234,38 +207,31 @@ class MiniMindLM(PreTrainedModel):
     def _hidden(
         self, input_ids: Tensor, past: KVCache | None, positions: Tensor | None
     ) -> tuple[Tensor, KVCache]:
-        """The normed hidden states, (B, T, dim), or (N, dim) of ``positions`` (N,) alone.
-
-        The second result holds each layer's keys and values.
-        """
-        past = past or [None] * len(self.layers)
-        start = 0 if past[0] is None else past[0][0].size(2)
-        turns = self._rope_at(start, input_ids.size(1), input_ids.device)
-        h = self.dropout(self.tok_embeddings(input_ids))
-        present = []
-        for layer, layer_past in zip(self.layers[:-1], past[:-1], strict=True):
-            h, layer_present = layer(h, turns, layer_past)
-            present.append(layer_present)
-        h, layer_present = self.layers[-1](h, turns, past[-1], positions)
-        return self.norm(h), [*present, layer_present]
-
-    def compile(self, **settings) -> None:
-        """``torch.compile`` each block for all lengths; state-dict keys and the loss stay.
-
-        The blocks share their programs. There are several, because a last block computes less and
-        a batch of one row is special, but fewer than the 8 after which PyTorch would silently go
-        on uncompiled.
-        """
-        for layer in self.layers:
-            layer.compile(**{"dynamic": True, **settings})
-
-    def _rope_at(self, start: int, length: int, device: torch.device) -> Tensor:
-        config = self.config
-        if start + length > config.max_seq_len:
-            raise UserError(
-                f"{start + length} tokens exceed the model's max_seq_len of {config.max_seq_len}"
-            )
+        """The normed hidden states, at ``positions`` as in ``take``, and all keys and values."""
+        config, device = self.config, input_ids.device
+        start = past[0][0].size(2) if past else 0
+        end = start + input_ids.size(1)
+        if end > config.max_seq_len:
+            limit = f"the model's max_seq_len of {config.max_seq_len}"
+            raise UserError(f"{end} tokens exceed {limit}")
         if self._rope is None or self._rope.device != device:
             head_dim = config.dim // config.n_heads
             self._rope = rope_table(head_dim, config.max_seq_len, config.rope_theta, device)
-        return self._rope[start : start + length]
+        turns, present = self._rope[start:end], []
+        h = self.dropout(self.tok_embeddings(input_ids))
+        past = past or [None] * len(self.layers)
+        for layer, layer_past in zip(self.layers, past, strict=True):
+            # Only the last may leave positions out: keys and values of a next one need them all.
+            wanted = positions if layer is self.layers[-1] else None
+            h, layer_present = layer(h, turns, layer_past, wanted)
+            present.append(layer_present)
+        return self.norm(h), present
+
+    def compile(self, **settings) -> None:
+        """``torch.compile`` each block, for all lengths; state-dict keys and the loss stay.
+
+        The blocks share their programs. There are several (a last block computes less, a batch of
+        one row is special), but fewer than the 8 beyond which PyTorch silently stops compiling.
+        """
+        for layer in self.layers:
+            layer.compile(**{"dynamic": True, **settings})

@@ -1,5 +1,4 @@
-"""LoRA (Hu et al. 2021): a frozen Linear learns a low-rank update, and the update is a file of its
-own.
+"""LoRA (Hu et al. 2021): a frozen Linear learns a low-rank update, which is a file of its own.
 
     x ──> Linear (frozen) ──────────────────> + ──> y
     └──> A (in -> rank) ──> B (rank -> out) ──┘     times alpha / rank
@@ -7,8 +6,8 @@ own.
 ``apply_lora`` adds A and B as a child module of each target and patches that Linear's ``forward``,
 so the base's state-dict keys stay what they were; ``remove_lora`` undoes it. Skills are files:
 ``save_lora``, ``load_lora`` into a model prepared with the same rank and targets, ``attach_lora``
-for whatever the file needs. The rest of LoRA is in the folder lora/: layer.py has the formula and
-the patch, targets.py chooses the Linears, config.py has all options, skill_file.py the file.
+for whatever the file needs. In lora/, layer.py has the formula and the patch, targets.py chooses
+the Linears, config.py has all options, skill_file.py the file.
 """
 
 from collections.abc import Sequence
@@ -30,31 +29,30 @@ def apply_lora(
     rank: int = 16,
     alpha: float | None = None,
     target_modules: str | Sequence[str] = "square",
+    config: LoRAConfig | None = None,
     **options,
 ) -> list[str]:
     """Freeze ``model`` and give its target Linears a trainable update; returns their names.
 
     ``target_modules``: "square" (as many inputs as outputs), "all-linear", a regular expression for
     whole module names, or a list of names or name endings. A Linear tied to an embedding is never a
-    target. ``alpha`` None means a scale of 1. ``options``: the others of ``LoRAConfig``. The new
-    parameters are fp32 on the Linear's device. Raises ``UserError`` if LoRA is already applied, for
-    impossible options, where nothing matches, and as ``check_receptive`` does.
+    target. ``alpha`` None means a scale of 1. ``options``: the others of ``LoRAConfig``; a
+    ``config`` replaces them all. The new parameters are fp32 on the Linear's device. Raises
+    ``UserError`` if LoRA is already applied, for impossible options, where nothing matches, and as
+    ``check_receptive`` does.
     """
     if any(True for _ in adapted(model)):
         raise UserError("LoRA is already applied to this model; call remove_lora(model) first")
     check_receptive(model)
-    config = LoRAConfig(rank, alpha, target_modules, **options)
-    loras = {}
-    for name, linear in choose_targets(model, config).items():
-        settings = (linear, *config.rank_and_scaling(name), config.lora_dropout)
-        if config.init_lora_weights == "pissa":
-            loras[name] = linear, PiSSA(*settings)
-        else:
-            kind = DoRA if config.use_dora else LoRA
-            loras[name] = linear, kind(*settings, config.init_lora_weights)
+    config = config or LoRAConfig(rank, alpha, target_modules, **options)
+    dropout, init = config.lora_dropout, config.init_lora_weights
+    kind = PiSSA if init == "pissa" else DoRA if config.use_dora else LoRA
+    targets, loras = choose_targets(model, config), {}
+    for name, linear in targets.items():
+        loras[name] = kind(linear, *config.rank_and_scaling(name), dropout, init)
     model.requires_grad_(False)  # freeze first: whatever is added below is what trains
-    for linear, lora in loras.values():
-        attach(linear, lora)
+    for name, lora in loras.items():
+        attach(targets[name], lora)
     return list(loras)
 
 

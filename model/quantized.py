@@ -1,6 +1,4 @@
-"""A frozen base in 4 bits (QLoRA, Dettmers et al. 2023): NF4 with double quantisation, by the
-optional library bitsandbytes.
-"""
+"""A frozen base in 4 bits (QLoRA, Dettmers et al. 2023), by the optional library bitsandbytes."""
 
 import logging
 
@@ -14,16 +12,14 @@ from model.lora.targets import check_receptive, linears, output_head
 
 
 def quantize(model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> None:
-    """Replace every Linear but the output head by one of 4 bits, in place; embeddings and norms
-    stay as they are.
+    """Replace Linears by ones of 4 bits (NF4 with double quantisation), in place.
 
-    So do Linears whose weight other code reads as numbers: those of a class of its own (PyTorch's
-    attention has such), and those that a Hugging Face model keeps in fp32 (T5's ``wo``).
-
-    ``compute_dtype``: of the products, for which a weight is spread out again. Prints what a
-    parameter costs now. Skills name the base as it was before. Raises ``UserError`` without
-    bitsandbytes, for a model that carries a LoRA or has no Linear left, and as ``check_receptive``
-    does.
+    The output head, embeddings and norms stay as they are. So do Linears whose weight other code
+    reads as numbers: those of a subclass (PyTorch's attention has such), and those that a Hugging
+    Face model keeps in fp32 (T5's ``wo``). ``compute_dtype``: of the products, for which a weight
+    is spread out again. Prints what a parameter costs now. Skills name the base as it was before.
+    Raises ``UserError`` without bitsandbytes, for a model that carries a LoRA or has no Linear
+    left, and as ``check_receptive`` does.
     """
     # It advises to install a package that would fetch compiled code from the hub.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -45,8 +41,8 @@ def quantize(model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> No
         small = Linear4bit(linear.in_features, linear.out_features, bias is not None, **settings)
         packed = Params4bit(weight.detach(), requires_grad=False, quant_type="nf4", module=small)
         small.weight, small.bias = packed.to(weight.device), bias  # moving is what quantises
-        # On some CPUs it would repack the weight at the first evaluation: other numbers from then
-        # on, in training too.
+        # On some CPUs it would repack the weight at the first evaluation, and compute other
+        # numbers from then on.
         small.support_avx512bf16_for_cpu = False
         setattr(*places[linear], small.train(linear.training))
     model.requires_grad_(False)
@@ -60,9 +56,7 @@ def quantize(model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> No
 
 
 def dequantize(model: nn.Module) -> None:
-    """Replace every Linear of 4 bits by an ordinary one, fp32, that computes the same; an applied
-    LoRA stays.
-    """
+    """Replace Linears of 4 bits by fp32 ones that compute the same; an applied LoRA stays."""
     loras, places = exchange(model, {}), _places(model)
     for small in filter(is_quantized, linears(model).values()):
         with torch.device("meta"):
@@ -77,7 +71,7 @@ def dequantize(model: nn.Module) -> None:
 
 
 def bits_per_parameter(model: nn.Module) -> tuple[float, float]:
-    """Of the quantised weights, with all their statistics, and of all parameters of the base."""
+    """Bits a parameter: of the quantised weights with their statistics, and of the whole base."""
     added = {id(parameter) for parameter in lora_parameters(model)}
     small, others = {}, {}  # tensors by where they lie: some are shared
     small_count = other_count = 0
@@ -96,9 +90,7 @@ def bits_per_parameter(model: nn.Module) -> tuple[float, float]:
 
 
 def _kept(model: nn.Module) -> set[nn.Module]:
-    """The output head, and the modules that Hugging Face's classes within ``model`` want in
-    fp32.
-    """
+    """The output head, and the modules that Hugging Face's classes in ``model`` want in fp32."""
     kept = {output_head(model)}
     for module in model.modules():
         for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
@@ -110,8 +102,7 @@ def _kept(model: nn.Module) -> set[nn.Module]:
 
 def _places(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, str]]:
     """Where each module hangs: its parent and its name there."""
-    return {
-        child: (parent, name)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-    }
+    places = {}
+    for parent in model.modules():
+        places |= {child: (parent, name) for name, child in parent.named_children()}
+    return places

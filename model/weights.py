@@ -1,6 +1,4 @@
-"""Base files: safe reading, records beside them, the fingerprint that tells bases apart, and which
-base a command uses.
-"""
+"""Base files (a state dict, .pth, and its record, .json), their fingerprints, and which to use."""
 
 import contextlib
 import hashlib
@@ -9,7 +7,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,21 +22,14 @@ from model.model import MiniMindLM
 FORMAT = 1
 PRETRAINED = "pretrained elsewhere"  # the stage in the record of a Hugging Face base
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what a file may hold
-# The config values that change the arithmetic but no shape, ours and (where a config has none of
-# them) Hugging Face's.
+# The config values that change the arithmetic but no shape: ours, else Hugging Face's.
 ARITHMETIC = ("n_heads", "n_kv_heads", "norm_eps", "rope_theta")
-THEIR_ARITHMETIC = (
-    "num_attention_heads",
-    "num_key_value_heads",
-    "rms_norm_eps",
-    "layer_norm_eps",
-    "rope_parameters",
-)
+HEADS = ("num_attention_heads", "num_key_value_heads")
+THEIR_ARITHMETIC = (*HEADS, "rms_norm_eps", "layer_norm_eps", "rope_parameters")
 # What a base file's record keeps of the config.
-ARCHITECTURE = (
-    *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "multiple_of"),
-    *("norm_eps", "max_seq_len", "rope_theta", "dropout"),
-)
+SHAPES = ("dim", "n_layers", "vocab_size", "hidden_dim", "multiple_of", "max_seq_len", "dropout")
+ARCHITECTURE = SHAPES + ARITHMETIC
+AnyRecord = TypeVar("AnyRecord", bound="Record")
 
 
 @dataclass(kw_only=True)
@@ -58,7 +49,7 @@ class Record:
     ONCE_OPTIONS: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def from_json(cls, content: object) -> Self:
+    def from_json(cls: type[AnyRecord], content: object) -> AnyRecord:
         """The record that ``to_json`` gave. Raises ``ValueError`` for anything else."""
         if not isinstance(content, dict):
             raise ValueError("it is no JSON object")
@@ -67,14 +58,14 @@ class Record:
         for name, value in known.items():
             if not isinstance(value, kinds[name]):
                 raise ValueError(f"{name} is {value!r}")
-        for name, value in known.get("options", {}).items():
-            if name in cls.ONCE_OPTIONS:
-                known.setdefault(name, value)
-        return cls(**known, more={key: content[key] for key in content.keys() - kinds.keys()})
+        options = known.get("options", {})
+        once = {name: options[name] for name in cls.ONCE_OPTIONS if name in options}
+        more = {name: content[name] for name in content.keys() - kinds.keys()}
+        return cls(**{**once, **known}, more=more)
 
     def to_json(self) -> dict:
         """What a file holds: every entry that is known."""
-        entries = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        entries = dict(vars(self))
         entries |= entries.pop("more")
         return {name: value for name, value in entries.items() if value is not None}
 
@@ -91,12 +82,10 @@ class RunRecord(Record):
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The flat ``{name: tensor}`` of a ``.pth`` file, on the CPU, with nothing in the file
-    executed.
+    """The flat ``{name: tensor}`` of a ``.pth`` file, on the CPU; nothing in the file is executed.
 
-    Refused with one ``UserError``: a file that is missing, no zip archive, damaged (checksums),
-    holds anything but dense tensors, floating point of another type than ``FLOATS``, or numbers
-    that are not finite in fp32.
+    Raises ``UserError`` for a missing or damaged file (checksums), and for one that holds anything
+    but dense tensors of ``FLOATS`` or whole numbers, finite in fp32.
     """
     path = Path(path)
     if not path.is_file():
@@ -110,51 +99,38 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         reason = reason_of(error, 120)
         if type(error).__name__ == "UnpicklingError":  # torch's sentence is about its own flag
             reason = "it holds more than tensors"
-        raise UserError(
-            f"{path} is not a readable weights file ({reason}); copy or train it again"
-        ) from error
+        unreadable = f"{path} is not a readable weights file ({reason})"
+        raise UserError(f"{unreadable}; copy or train it again") from error
     if damaged:
         raise UserError(f"{path} is damaged (checksum of {damaged}); copy or train it again")
     if not isinstance(tensors, dict) or not tensors:
-        kind = type(tensors).__name__
-        raise UserError(f"{path} holds no weights but {kind}; expected a state dict")
+        raise UserError(f"{path} holds a {type(tensors).__name__}, not a state dict of weights")
     for name, tensor in tensors.items():
         is_tensor = isinstance(name, str) and isinstance(tensor, Tensor)
         if not is_tensor or tensor.layout != torch.strided or tensor.is_meta:
-            raise UserError(
-                f"{path} holds {name!r}, which is no dense tensor; expected a plain state dict"
-            )
+            raise UserError(f"{path} holds {name!r}, which is no dense tensor of a state dict")
         if not tensor.is_floating_point() or not tensor.numel():
             continue
         if tensor.dtype not in FLOATS:
             raise UserError(f"{path} holds {name} as {tensor.dtype}; convert it to float32")
-        # The extremes of a tensor with a NaN are NaN; isfinite of the whole tensor would need much
-        # time and memory.
+        # A NaN makes the extremes NaN. isfinite of the whole tensor would need time and memory.
         if not torch.stack(tensor.aminmax()).float().isfinite().all():
             raise UserError(f"{path} holds NaN or infinity in {name}; go back to an earlier file")
     return tensors
 
 
 def fingerprint(parameters: Iterable[tuple[str, Tensor]], config: object) -> str:
-    """Hex SHA-256 of a model's weights: sorted names, shapes, values rounded to bf16, and
-    ``arithmetic(config)``.
-
-    The rounding lets a bf16 copy count as the same base. Pass ``named_parameters()``: it names tied
-    tensors once.
-    """
+    """Hex SHA-256 of ``arithmetic(config)`` and the weights' names, shapes and bf16 values."""
     digest = hashlib.sha256(json.dumps(arithmetic(config), sort_keys=True).encode())
     for name, tensor in sorted(parameters, key=lambda item: item[0]):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(
-            tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy()
-        )
+        rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(rounded.view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def arithmetic(config: object) -> dict:
-    """The values of ``config`` that change what a model's weights compute; empty where there is no
-    config.
-    """
+    """The values of ``config`` that change what weights compute; {} where there is no config."""
     for names in (ARITHMETIC, THEIR_ARITHMETIC):
         found = {name: getattr(config, name, None) for name in names}
         if found := {name: value for name, value in found.items() if value is not None}:
@@ -163,9 +139,7 @@ def arithmetic(config: object) -> dict:
 
 
 def check_keys(own: dict[str, Tensor], tensors: dict[str, Tensor], source: str | Path) -> None:
-    """One ``UserError`` that names every missing, unexpected, mis-shaped and mistyped key of
-    ``tensors``, if any.
-    """
+    """Raise one ``UserError`` for all keys of ``tensors`` that differ from ``own``, if any do."""
     problems = [f"missing {name}" for name in sorted(own.keys() - tensors.keys())]
     problems += [f"unexpected {name}" for name in sorted(tensors.keys() - own.keys())]
     for name in sorted(own.keys() & tensors.keys()):
@@ -177,85 +151,64 @@ def check_keys(own: dict[str, Tensor], tensors: dict[str, Tensor], source: str |
         raise UserError(f"{source} does not fit the model: {'; '.join(problems)}")
 
 
-def model_of(config: LMConfig, tensors: dict[str, Tensor], source: str | Path) -> MiniMindLM:
-    """The model whose parameters are ``tensors`` themselves (copies where they are not fp32): they
-    exist only once.
-
-    Raises ``UserError`` as ``check_keys`` does.
-    """
-    with torch.device("meta"):
-        model = MiniMindLM(config)
-    check_keys(model.state_dict(), tensors, source)
-    model.load_state_dict(
-        {name: tensor.float().contiguous() for name, tensor in tensors.items()}, assign=True
-    )
-    model.tie_weights()
-    return model
-
-
 def save_base(path: str | Path, model: MiniMindLM, record: RunRecord | None = None) -> None:
-    """Write the state dict to ``path`` (.pth), then ``record``, completed by config and
-    fingerprint, to the .json beside it. Raises ``UserError`` for a model that carries a LoRA.
-    """
+    """Write weights, then ``record`` with config and fingerprint. ``UserError`` if LoRA is on."""
     path, tensors = Path(path), model.state_dict()
     if any(".lora." in name for name in tensors):
         raise UserError("a base is saved without a LoRA; call remove_lora(model) first")
-    record = replace(
-        record or RunRecord(),
-        config={name: getattr(model.config, name) for name in ARCHITECTURE},
-        fingerprint=fingerprint(model.named_parameters(), model.config),
-    )
-    text = (json.dumps(record.to_json(), indent=2, ensure_ascii=False) + "\n").encode()
+    config = {name: getattr(model.config, name) for name in ARCHITECTURE}
+    known = fingerprint(model.named_parameters(), model.config)
+    record = replace(record or RunRecord(), config=config, fingerprint=known)
+    text = json.dumps(record.to_json(), indent=2, ensure_ascii=False) + "\n"
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     atomic_write(path, lambda file: torch.save(tensors, file))
-    atomic_write(path.with_suffix(".json"), lambda file: file.write(text))
+    atomic_write(path.with_suffix(".json"), lambda file: file.write(text.encode()))
 
 
-def load_base(path: str | Path, device: torch.device | str = "cpu") -> tuple[MiniMindLM, RunRecord]:
-    """The model in a base file, in eval mode on ``device``, and the record beside it.
+def load_base(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, RunRecord]:
+    """The model of a base file or a Hugging Face name, fp32 in eval mode, and its record.
 
-    A ``.pth`` alone (MiniMind's) loads too: its shapes give the config, the rest are defaults,
-    printed; its record holds only ``config`` and ``fingerprint``. Raises ``UserError`` for
-    unreadable or unfitting weights, tied tensors that differ, or a record that does not belong to
-    the weights.
+    A file's own tensors become the parameters, copied where they are not fp32. A ``.pth`` alone
+    (MiniMind's) loads too: its shapes give the config, the rest are defaults, printed. Records of
+    such files and of Hugging Face models hold ``config``, ``fingerprint`` and no more, but for the
+    latter's ``stage``. Raises ``UserError`` for what cannot be loaded: unreadable or unfitting
+    weights, tied tensors that differ, or a record of other weights.
     """
     path = Path(path)
-    beside = path.with_suffix(".json")
-    # Files of older MiniMind versions carry the rotary table and the causal mask, which are
-    # computed here.
-    tensors = {
-        name: tensor
-        for name, tensor in read_tensors(path).items()
-        if name != "pos_cis" and not name.endswith(".mask")
-    }
-    record = read_record(path)
-    source = beside if record.config else path
+    if is_pretrained(path):
+        model = open_causal(path)
+        record = RunRecord(stage=PRETRAINED, config={"vocab_size": model.config.vocab_size})
+        record.fingerprint = fingerprint(model.named_parameters(), model.config)
+        return model.to(device), record
+    beside, record, held = path.with_suffix(".json"), read_record(path), read_tensors(path)
+    # Older MiniMind versions saved the rotary table and the causal mask, which we compute.
+    names = [name for name in held if name != "pos_cis" and not name.endswith(".mask")]
+    tensors = {name: held[name] for name in names}
     try:
         described = record.config or _config_from_shapes(tensors, path)
         architecture = {name: described[name] for name in ARCHITECTURE}
         config = LMConfig(**architecture)
     except (KeyError, TypeError, UserError) as error:
-        raise UserError(
-            f"{source} describes no possible model ({error}); correct it or retrain the base"
-        ) from error
-    head, embedding = tensors.get("output.weight"), tensors.get("tok_embeddings.weight")
-    if head is not None and embedding is not None and not torch.equal(head, embedding):
-        raise UserError(
-            f"{path}: output.weight and tok_embeddings.weight differ, but this model ties them"
-        )
-    model = model_of(config, tensors, path)
-    weights = fingerprint(model.named_parameters(), config)
-    if record.fingerprint not in (None, weights):
-        raise UserError(
-            f"{path} and {beside} are not from the same run; delete the .json or retrain"
-        )
-    return model.to(device).eval(), replace(record, config=architecture, fingerprint=weights)
+        wrong = f"{beside if record.config else path} describes no possible model ({error})"
+        raise UserError(f"{wrong}; correct it or retrain the base") from error
+    with torch.device("meta"):
+        model = MiniMindLM(config)
+    check_keys(model.state_dict(), tensors, path)
+    tensors = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+    if not torch.equal(tensors["output.weight"], tensors["tok_embeddings.weight"]):
+        differ = "output.weight and tok_embeddings.weight differ"
+        raise UserError(f"{path}: {differ}, but this model ties them")
+    model.load_state_dict(tensors, assign=True)
+    model.tie_weights()
+    found = fingerprint(model.named_parameters(), config)
+    if record.fingerprint not in (None, found):
+        differ = f"{path} and {beside} are not from the same run"
+        raise UserError(f"{differ}; delete the .json or retrain")
+    return model.to(device).eval(), replace(record, config=architecture, fingerprint=found)
 
 
 def read_record(path: Path) -> RunRecord:
-    """The ``.json`` beside a base file; an empty record when there is none. Raises ``UserError``
-    for a broken one.
-    """
+    """The record beside a base file, or an empty one. Raises ``UserError`` if it is broken."""
     beside = path.with_suffix(".json")
     if not beside.is_file():
         return RunRecord()
@@ -264,9 +217,8 @@ def read_record(path: Path) -> RunRecord:
         if not record.config:
             raise ValueError("it has no config")
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{beside} describes no base ({error}); delete it or retrain the base"
-        ) from error
+        way_out = "delete it or retrain the base"
+        raise UserError(f"{beside} describes no base ({error}); {way_out}") from error
     return record
 
 
@@ -280,14 +232,13 @@ def _config_from_shapes(tensors: dict[str, Tensor], path: Path) -> dict:
         if not dim:
             raise ValueError("its embedding is empty")
     except (KeyError, ValueError, IndexError) as error:
-        raise UserError(
-            f"{path} is no MiniMindLM: it lacks the embedding or the layers ({error})"
-        ) from error
-    defaults = {name: getattr(LMConfig(), name) for name in ARCHITECTURE}
+        lacks = f"it lacks the embedding or the layers ({error})"
+        raise UserError(f"{path} is no MiniMindLM: {lacks}") from error
+    defaults = LMConfig()
     config = {"dim": dim, "n_layers": 1 + max(layers), "hidden_dim": hidden_dim}
-    config |= {"vocab_size": vocab_size, "n_heads": defaults["n_heads"]}
-    config["n_kv_heads"] = max(1, kv_width * defaults["n_heads"] // dim)
-    assumed = {name: value for name, value in defaults.items() if name not in config}
+    config |= {"vocab_size": vocab_size, "n_heads": defaults.n_heads}
+    config["n_kv_heads"] = max(1, kv_width * defaults.n_heads // dim)
+    assumed = {name: getattr(defaults, name) for name in ARCHITECTURE if name not in config}
     print(f"{path} has no .json beside it: from its shapes {config}, assumed {assumed}")
     return config | assumed
 
@@ -295,20 +246,15 @@ def _config_from_shapes(tensors: dict[str, Tensor], path: Path) -> dict:
 def choose_base(
     out_dir: str | Path,
     named: Path | None = None,
-    skill_base: dict | None = None,
+    skill_base: dict | None = None,  # the ``base`` of a SkillMeta
     stages: Iterable[str] = STAGES,
 ) -> Path:
-    """The base to use: the one ``named``; else the file in ``out_dir`` that is ``skill_base``, the
-    ``base`` of a ``SkillMeta``; else the newest file of the latest of ``stages`` that is there.
-
-    Raises ``UserError`` when there is none.
-    """
+    """The base that is ``named``, or else a skill's own, or else the newest of the latest stage."""
     if named is not None:
         if not named.is_file() and not is_pretrained(named):
             wrong = "is a folder without config.json" if named.is_dir() else "does not exist"
-            raise UserError(
-                f"base {named} {wrong}; name a base file, a Hugging Face folder or owner/model"
-            )
+            way_out = "name a base file, a Hugging Face folder or owner/model"
+            raise UserError(f"base {named} {wrong}; {way_out}")
         return named
     folder, skill_base = Path(out_dir), skill_base or {}
     if wanted := skill_base.get("fingerprint"):
@@ -324,20 +270,3 @@ def choose_base(
     if file := skill_base.get("file"):
         raise UserError(f"there is {there}; the skill was trained on {file}: name that one as base")
     raise UserError(f"{there}; train one or name a base")
-
-
-def open_base(base: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, RunRecord]:
-    """The model in eval mode on ``device``, and its record: ``load_base``'s for a file of ours.
-
-    A Hugging Face model is fp32; its record holds ``stage``, ``config`` (vocab_size) and
-    ``fingerprint``. Raises ``UserError`` for what cannot be loaded.
-    """
-    if not is_pretrained(base):
-        return load_base(base, device)
-    model = open_causal(base)
-    record = RunRecord(
-        stage=PRETRAINED,
-        config={"vocab_size": model.config.vocab_size},
-        fingerprint=fingerprint(model.named_parameters(), model.config),
-    )
-    return model.to(device), record

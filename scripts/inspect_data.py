@@ -1,6 +1,4 @@
-"""Show what training makes of data files, and every row it cannot use: python
-scripts/inspect_data.py my_chats.jsonl
-"""
+"""Show what training makes of data files: python scripts/inspect_data.py my_chats.jsonl"""
 
 import sys
 import unicodedata
@@ -13,7 +11,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core.errors import run
-from core.options import option, parse, require
+from core.options import CheckedOptions, option, parse
 from core.paths import TOKENIZER_DIR
 from trainer.options import TrainOptions
 
@@ -21,17 +19,13 @@ BAR = 40  # characters of the longest bar
 
 
 @dataclass
-class Options:
+class Options(CheckedOptions):
     """Show samples, lengths and every bad row. Exit code 1: not all rows are usable."""
 
     files: tuple[Path, ...] = option((), "data files: pretraining or chat rows", positional=True)
-    n: int = option(3, "rows to show token by token, the first ones of each file")
-    max_seq_len: int = option(TrainOptions.max_seq_len, "tokens of a row or window in training")
+    n: int = option(3, "rows to show token by token, the first ones of each file", at_least=0)
+    max_seq_len: int = option(TrainOptions.max_seq_len, "tokens of a row or window", at_least=2)
     tokenizer_path: Path = option(TOKENIZER_DIR, "tokenizer folder")
-
-    def __post_init__(self):
-        require(self.n >= 0, f"--n {self.n} must not be negative")
-        require(self.max_seq_len >= 2, f"--max_seq_len {self.max_seq_len} must be at least 2")
 
 
 @dataclass
@@ -63,11 +57,12 @@ def main(argv: list[str] | None = None) -> int:
 def inspect(path: Path, kind, tokenizer, options: Options) -> Report:
     """Read ``path`` as training would and show its first rows; without a kind, all are bad."""
     from dataset.cache import TEXT
-    from dataset.rows import BadRow, clean_any, clean_rows, read_blocks
+    from dataset.rows import BadRow, clean_any, clean_row, read_blocks
 
     report = Report()
     for block in read_blocks(path):
-        rows = list(clean_rows(block, kind.clean if kind else clean_any))
+        clean = kind.clean if kind else clean_any
+        rows = [(line, clean_row(row, clean)) for line, row in block.rows]
         report.bad += [f"{path}:{line}: {row}" for line, row in rows if isinstance(row, BadRow)]
         good = [(line, row[kind.key]) for line, row in rows if not isinstance(row, BadRow)]
         encoded = kind.encode(tokenizer, [row for _, row in good]) if kind else []
@@ -84,9 +79,7 @@ def inspect(path: Path, kind, tokenizer, options: Options) -> Report:
 
 
 def show_row(place: str, ids: list[int], learned: list[bool], kind, tokenizer, max_seq_len: int):
-    """Print a row token by token: as Python text, so that blanks and newlines show, and part of a
-    character as Python bytes.
-    """
+    """Print each token as Python text, which shows blanks; part of a character as Python bytes."""
     from dataset.tokenizer import spelled_bytes
 
     print(f"\n{place}: {len(ids)} tokens\n{'token':<24} | {'id':>6} | learned")
@@ -112,21 +105,17 @@ def show(path: Path, kind, report: Report, max_seq_len: int) -> None:
 
     names = {"text": "pretraining rows", "chat": "chat rows"}
     found = names[kind.name] if kind else "neither pretraining nor chat rows"
-    print("", *report.bad, f"{path}: {found}", sep="\n")
     rows, tokens = len(report.lengths), sum(report.lengths)
+    print("", *report.bad, f"{path}: {found}", sep="\n")
     print(f"rows: {rows} usable, {len(report.bad)} bad")
     if not rows:
         return
-
-    def share(part: int) -> str:
-        return f"{part} ({100 * part / rows:.1f} %)"
-
-    long = share(sum(length > max_seq_len for length in report.lengths))
+    counts = [sum(length > max_seq_len for length in report.lengths), rows - len(report.taken)]
+    long, left_out = (f"{count} ({100 * count / rows:.1f} %)" for count in counts)
     print(f"tokens: {tokens}, median {median(report.lengths):.0f}, longest {max(report.lengths)}")
     if kind.name == "text":
         print(f"longer than a window of {max_seq_len}: {long}; they are split, 0 % is truncated")
     else:
-        left_out = share(rows - len(report.taken))
         print(f"truncated at {max_seq_len}: {long}")
         print(f"without targets after truncation, left out in training: {left_out}")
         if report.taken:  # on a CPU, with the doors' defaults

@@ -1,6 +1,4 @@
-"""Fuse skills: python scripts/merge_lora.py medical=0.7 identity --output
-out/full_sft_medic_512.pth
-"""
+"""Fuse skills: python scripts/merge_lora.py medical=0.7 identity --output out/full_sft_m_512.pth"""
 
 import sys
 from dataclasses import dataclass, replace
@@ -13,41 +11,36 @@ from core.errors import run
 from core.options import CheckedOptions, option, parse, require
 from core.paths import find_skill, is_pretrained, lora_path, skill_name, skill_weights, weights_text
 
+BASE_HELP = "base file, Hugging Face folder or owner/model (default: the first skill's own)"
+
 
 @dataclass
 class Options(CheckedOptions):
     """Write skills into a copy of their base (--output), or several into one (--lora_name)."""
 
-    skills: tuple[str, ...] = option(
-        (), "NAME or NAME=WEIGHT; a negative weight subtracts", positional=True
-    )
+    skills: tuple[str, ...] = option((), "NAME or NAME=WEIGHT, perhaps below 0", positional=True)
     out_dir: Path = option(Path("out"), "folder of the trained files")
-    base: Path | None = option(
-        None, "base file, Hugging Face folder or owner/model (default: the first skill's own)"
-    )
+    base: Path | None = option(None, BASE_HELP)
     output: Path | None = option(None, "new base: a .pth file, or a folder for a Hugging Face base")
     dtype: Literal["float32", "bfloat16"] = option("float32", "of the new base's weights")
     load_in_4bit: bool = option(False, "merge into the base as its 4 bits stand for it (QLoRA)")
     lora_name: str | None = option(None, "new skill: the weighted sum, exact unless --rank cuts it")
     rank: int = option(0, "largest rank of the new skill; 0: the sum of all ranks", at_least=0)
-    tokenizer_path: Path | None = option(
-        None, "tokenizer of a Hugging Face base (default: the base's own)"
-    )
+    tokenizer_path: Path | None = option(None, "of a Hugging Face base (default: its own)")
     allow_base_mismatch: bool = option(False, "use a skill on a base it was not trained on")
 
     def __post_init__(self):
         super().__post_init__()
         skill_weights(self.skills)
-        is_skill, of_skill = self.lora_name is not None, self.rank > 0
+        one_result = (self.output is None) != (self.lora_name is None)
+        require(one_result, "choose --output (a base) or --lora_name (a skill)")
+        if self.lora_name is None:
+            require(self.rank == 0, "--rank cuts a skill: give --lora_name instead of --output")
+            return
+        skill_name(self.lora_name)
         of_base = self.load_in_4bit or self.dtype != "float32" or self.tokenizer_path is not None
-        wrong = "choose --output (a base) or --lora_name (a skill)"
-        require((self.output is None) == is_skill, wrong)
-        wrong = "--rank cuts a skill: give --lora_name instead of --output"
-        require(is_skill or not of_skill, wrong)
         wrong = "--dtype, --load_in_4bit and --tokenizer_path are for --output, not for --lora_name"
-        require(not (of_base and is_skill), wrong)
-        if self.lora_name is not None:
-            skill_name(self.lora_name)
+        require(not of_base, wrong)
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -55,13 +48,13 @@ def main(argv: list[str] | None = None) -> Path:
     from model.lora.library import SkillLibrary
     from model.lora.skill_file import read_lora
     from model.quantized import quantize
-    from model.weights import choose_base, open_base
+    from model.weights import choose_base, load_base
 
     weights = skill_weights(options.skills)
     first = next(iter(weights))
     _, meta = read_lora(find_skill(options.out_dir, first))
     base = choose_base(options.out_dir, options.base, meta.base)
-    model, record = open_base(base)
+    model, record = load_base(base)
     print(f"base: {base}")
     if options.load_in_4bit:
         quantize(model)
@@ -73,18 +66,14 @@ def main(argv: list[str] | None = None) -> Path:
             print(f"note: {name} was trained on 4 bits; --load_in_4bit merges into what it saw")
     if len({meta.tokenizer for meta in metas} - {None}) > 1:
         print(f"note: the skills had other tokenizers or templates in training; {first}'s is taken")
-    if options.output:
-        merge_into_base(options, base, record, metas[0], library, weights)
-        return options.output
-    return fuse(options, base, metas[0], library, weights)
+    if options.lora_name is not None:
+        return fuse(options, base, metas[0], library, weights)
+    merge_into_base(options, base, record, metas[0], library, weights)
+    return options.output
 
 
-def merge_into_base(
-    options: Options, base: Path, record, first, library, weights: dict[str, float]
-) -> None:
-    """Write the base with the skills in its weights, and say how far its logits are from the
-    attached skills'.
-    """
+def merge_into_base(options: Options, base: Path, record, first, library, weights) -> None:
+    """Write the base with the skills in its weights, and say how far this moves its logits."""
     import torch
 
     from dataset.tokenizer import check_trained_with, tokenizer_of
@@ -116,10 +105,8 @@ def merge_into_base(
         merge_lora(model)
         model.to(getattr(torch, options.dtype))
         drift = (model(input_ids=ids).logits.float() - attached).abs().max()
-    print(
-        f"merged {weights_text(weights)}: logits differ by at most {drift:.1e} from those with"
-        " the skills attached"
-    )
+    said = f"logits differ by at most {drift:.1e} from those with the skills attached"
+    print(f"merged {weights_text(weights)}: {said}")
     if ours:
         origin = {"file": base.name, "fingerprint": record.fingerprint}
         merged = {"merged": {"base": origin, "skills": weights}}
@@ -129,10 +116,8 @@ def merge_into_base(
     print(f"saved {output}")
 
 
-def fuse(options: Options, base: Path, first, library, weights: dict[str, float]) -> Path:
-    """Write the weighted sum of the skills as one skill, which is asked as the first of them
-    was.
-    """
+def fuse(options: Options, base: Path, first, library, weights) -> Path:
+    """Write the weighted sum of the skills as one skill, which is asked as the first was."""
     from model.lora.layer import exchange
     from model.lora.library import loras_of, truncated
     from model.lora.skill_file import SkillMeta, save_lora

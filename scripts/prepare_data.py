@@ -1,8 +1,6 @@
-"""Tokenise data files ahead of training, on any machine with cores to spare: python
-scripts/prepare_data.py my.jsonl
+"""Tokenise data files ahead of training: python scripts/prepare_data.py my.jsonl
 
-Training does the same when it starts and finds nothing prepared. It must be given the same files in
-the same order.
+Training, which would do the same itself, must be given the same files in the same order.
 """
 
 import sys
@@ -13,23 +11,20 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core.errors import UserError, run
-from core.options import option, parse, require
+from core.options import CheckedOptions, option, parse
 from core.paths import TOKENIZER_DIR, cache_dir
 from trainer.options import TrainOptions
 
 
 @dataclass
-class Options:
+class Options(CheckedOptions):
     """Tokenise rows into out/cache, where training with the same --out_dir finds them."""
 
     files: tuple[Path, ...] = option((), "data files of one run, texts or chats", positional=True)
     out_dir: Path = option(TrainOptions.out_dir, "folder of all results, made if missing")
     tokenizer_path: Path = option(TOKENIZER_DIR, "tokenizer folder")
     bad_rows: Literal["stop", "skip"] = option(TrainOptions.bad_rows, "what to do about bad rows")
-    workers: int = option(0, "processes; 0: one a core")
-
-    def __post_init__(self):
-        require(self.workers >= 0, f"--workers {self.workers} must not be negative")
+    workers: int = option(0, "processes; 0: one for each core", at_least=0)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"no usable row in {first}; look at it with scripts/inspect_data.py")
     tokenizer, cache = load_tokenizer(options.tokenizer_path), cache_dir(options.out_dir)
     rows = tokenize_files(options.files, kind, tokenizer, cache, options.bad_rows, options.workers)
-    print(f"{len(rows):,} {kind.name} rows, {int(rows.lengths.sum()):,} tokens in {cache}")
+    print(f"{len(rows.lengths):,} {kind.name} rows, {int(rows.lengths.sum()):,} tokens in {cache}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
-"""From nothing to a chat with two swappable skills, in one command and about ten minutes on a
-laptop.
+"""From nothing to a chat with two swappable skills: one command, ten minutes on a laptop.
 
     python scripts/quickstart.py
 
 Makes the project's own environment (.venv), trains a small model from zero on the bundled data,
-teaches it two LoRA skills, asks the base and both skills the same questions and says how to go on.
-Everything lands in out/quickstart under the current folder; repeated, it reuses the stages that are
-finished. --use_this_python runs in the Python that started it and installs nothing.
+teaches it two LoRA skills and asks all the same questions. Everything lands in out/quickstart;
+repeated, it reuses finished stages. --use_this_python runs in this Python and installs nothing.
 """
 
 import os

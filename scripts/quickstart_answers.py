@@ -1,13 +1,8 @@
-"""The quick start's exam: the same held-out questions to the base and to every skill, side by
-side.
-"""
+"""The quick start's exam: the same held-out questions to the base and to every skill."""
 
 import json
-import shutil
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -18,14 +13,12 @@ from model.generation import Sampling
 from model.weights import load_base
 from serving.session import ChatSession
 
-SHOWN = 4  # questions a skill, in the table
+SHOWN = 4  # questions of each skill whose answers are printed
 
 
 @dataclass
 class Probe:
-    """A held-out question of a skill, the strings of which any one makes an answer right, and
-    everyone's answers.
-    """
+    """A held-out question of a skill and everyone's answers; any of ``expect`` makes one right."""
 
     skill: str
     question: str
@@ -43,27 +36,19 @@ def read_probes(skill: str) -> list[Probe]:
     return [Probe(skill, row["question"], row["expect"]) for row in rows]
 
 
-def ask_all(
-    base: Path, skills: Sequence[str], out_dir: Path, max_new_tokens: int = 48
-) -> list[Probe]:
+def ask_all(base: Path, skills: Sequence[str], out_dir: Path, longest: int = 48) -> list[Probe]:
     """Put every skill's probes to the base and, swapping live, to the skills in ``out_dir``.
 
-    It is the chat of ``eval_model.py`` with ``--seed 0`` for each question. Taking the likeliest
-    token instead would pass a skill whose right word is the likeliest of many unlikely ones.
+    It is the chat of ``eval_model.py`` with ``--seed 0`` for each question: taking the likeliest
+    token would pass a skill whose right word is the likeliest of many unlikely ones.
     """
     model, _ = load_base(base, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    session = ChatSession(
-        model,
-        load_tokenizer(TOKENIZER_DIR),
-        Sampling(max_new_tokens=max_new_tokens),
-        seed=0,
-        history_cnt=0,
-        continues=False,
-        out_dir=out_dir,
-    )
+    tokenizer, sampling = load_tokenizer(TOKENIZER_DIR), Sampling(max_new_tokens=longest)
+    settings = {"seed": 0, "history_cnt": 0, "continues": False, "out_dir": out_dir}
+    session = ChatSession(model, tokenizer, sampling, **settings)
     probes = [probe for skill in skills for probe in read_probes(skill)]
     for who in ("base", *skills):
-        print(f"asking {who}: {len(probes)} questions", flush=True)
+        print(f"asking {who}: {len(probes)} questions")
         session.use_skill(who if who in skills else None)
         for probe in probes:
             session.rng.manual_seed(0)
@@ -72,21 +57,19 @@ def ask_all(
 
 
 def report(probes: Sequence[Probe], wanted: float, allowed: float) -> bool:
-    """Print a few answers side by side and all hit rates; True when every skill and the base pass.
+    """Print some answers and all hit rates; return whether the skills and the base pass.
 
-    A skill passes with a share of at least ``wanted`` of its own probes, the base with at most
-    ``allowed`` of them.
+    A skill needs a share of at least ``wanted`` of its own probes, the base at most ``allowed``.
     """
     by_skill: dict[str, list[Probe]] = {}
     for probe in probes:
         by_skill.setdefault(probe.skill, []).append(probe)
     everyone = ["base", *by_skill]
-    width = min(shutil.get_terminal_size((120, 24)).columns, 140) // len(everyone) - 3
-    print("\n" + _row(everyone, width) + "\n" + _row(["-" * width] * len(everyone), width))
     for own in by_skill.values():
         for probe in own[:: max(1, len(own) // SHOWN)][:SHOWN]:
-            answers = [probe.answers[who] for who in everyone]
-            print(f"\n> {probe.question}\n{_row(answers, width)}")
+            print(f"\n> {probe.question}")
+            for who in everyone:
+                print(f"  {who + ':':<10} {' '.join(probe.answers[who].split())}")
 
     print("\nHeld-out questions answered right")
     passed = True
@@ -95,42 +78,9 @@ def report(probes: Sequence[Probe], wanted: float, allowed: float) -> bool:
         print(f"  {skill:<10} " + "  ".join(f"{who} {hits[who]}/{len(own)}" for who in everyone))
         if hits[skill] < wanted * len(own) or hits["base"] > allowed * len(own):
             passed = False
-            print(
-                f"    NOT good enough: the skill needs {wanted:.0%}, the base at most {allowed:.0%}"
-            )
+            needs = f"the skill needs {wanted:.0%}, the base at most {allowed:.0%}"
+            print(f"    NOT good enough: {needs}")
             for probe in own:
                 if not probe.is_hit(skill):
                     print(f"    missed: {probe.question} -> {probe.answers[skill]!r}")
     return passed
-
-
-def _row(cells: Sequence[str], width: int) -> str:
-    """Cells side by side, each wrapped to ``width`` columns of the terminal."""
-    wrapped = [_wrap(cell, width) for cell in cells]
-    lines = []
-    for parts in zip_longest(*wrapped, fillvalue=""):
-        lines.append(" | ".join(part + " " * (width - columns(part)) for part in parts).rstrip())
-    return "\n".join(lines)
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    """Lines of at most ``width`` columns, cut at spaces where there are any; Chinese has none and
-    is cut anywhere.
-    """
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and columns(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-            continue
-        if lines[-1]:
-            lines.append("")
-        for character in word:
-            if columns(lines[-1] + character) > width:
-                lines.append("")
-            lines[-1] += character
-    return lines
-
-
-def columns(text: str) -> int:
-    """Columns a text takes on a terminal: Chinese characters are two wide."""
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)

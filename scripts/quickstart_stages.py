@@ -1,8 +1,7 @@
-"""The stages of the quick start, which ``quickstart.py`` runs inside the environment.
+"""The stages of the quick start: front doors run as a user would run them.
 
-Each training stage is a front door run as a user would run it. Its stamp in out/quickstart/stages/
-holds a hash of everything that went in and of what came out, and is written last; a stage whose
-stamp still holds is not run again.
+A stage's stamp in out/quickstart/stages/ holds a hash of what went in and of what came out, and is
+written last; a stage whose stamp still holds is not run again.
 """
 
 import hashlib
@@ -20,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from core.environment import run as run_command
 from core.errors import UserError, run
-from core.files import atomic_write, sha256_file
+from core.files import atomic_write, read_object, sha256_file
 from core.paths import REPOSITORY, TOKENIZER_DIR, base_path, bundled_data, lora_path
 
 OUT = Path("out") / "quickstart"
@@ -40,11 +39,7 @@ LORA = COMMON | {"epochs": 30, "batch_size": 8, "learning_rate": 3e-3}
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of a front door on the file ``data``, from the ``base`` that another stage made.
-
-    ``options`` are the door's other flags, ``outputs`` the files that it leaves for later stages
-    and for the user.
-    """
+    """One run of a front door; ``options`` are its flags besides ``data_path`` and ``base``."""
 
     name: str
     door: Path
@@ -64,9 +59,7 @@ def flag_words(flags: Mapping[str, Any]) -> list[str]:
 
 
 def plan() -> list[Stage]:
-    """The training stages in their order. Both skills start from the fine-tuned base, neither from
-    the other.
-    """
+    """The training stages in order. Both skills start from the fine-tuned base."""
     pretrain, full_sft = (base_path(OUT, name, DIM) for name in ("pretrain", "full_sft"))
     pair = (pretrain, pretrain.with_suffix(".json"))
     data = bundled_data("pretrain_mini.jsonl")
@@ -82,31 +75,22 @@ def plan() -> list[Stage]:
 
 
 def run_stage(stage: Stage, stamps: Path) -> tuple[float, bool]:
-    """Run the stage unless its stamp in folder ``stamps`` holds; return (seconds it took, was it
-    reused).
-
-    Ends the process with the door's exit code when the door fails.
-    """
+    """The stage's seconds, and whether its stamp let it be reused; exits where its door fails."""
     stamp = stamps / f"{stage.name}.json"
     code = [path for room in ROOMS for path in sorted((REPOSITORY / room).rglob("*.py"))]
     tokenizer = sorted(path for path in TOKENIZER_DIR.glob("*") if path.is_file())
     base = [stage.base] if stage.base else []
     inputs = _digest([stage.door, stage.data, *base, *code, *tokenizer], stage.flags())
-    try:
-        done = json.loads(stamp.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        done = None
-    if done and [done["inputs"], done["outputs"]] == [inputs, _digest(stage.outputs)]:
+    done = read_object(stamp)
+    if (done.get("inputs"), done.get("outputs")) == (inputs, _digest(stage.outputs)):
         return done["seconds"], True
     stamp.unlink(missing_ok=True)
     started = time.monotonic()
-    if exit_code := run_command([sys.executable, str(stage.door), *stage.flags()]):
-        if exit_code != 130:
-            print(
-                f"quick start stopped: stage {stage.name} ended with exit code {exit_code}; its"
-                " message is above. Run the same command again to go on from here.",
-                file=sys.stderr,
-            )
+    exit_code = run_command([sys.executable, str(stage.door), *stage.flags()])
+    if exit_code not in (0, 130):
+        said = f"stage {stage.name} ended with exit code {exit_code}; its message is above"
+        print(f"quick start: {said}, and the same command goes on from here", file=sys.stderr)
+    if exit_code:
         sys.exit(exit_code)
     seconds = time.monotonic() - started
     done = {"inputs": inputs, "outputs": _digest(stage.outputs), "seconds": seconds}
@@ -153,17 +137,17 @@ def main() -> None:
     """Train what is not trained yet, ask, show, and exit 1 when a skill did not take."""
     started = time.monotonic()
     stages = plan()
-    if missing := [str(stage.data) for stage in stages if not stage.data.is_file()]:
+    missing = [str(stage.data) for stage in stages if not stage.data.is_file()]
+    if missing:
         raise UserError(f"{', '.join(missing)} is missing: get a whole copy of the repository")
     times = []
     for number, stage in enumerate(stages, 1):
-        print(f"\n== Stage {number} of {len(stages) + 1}: {stage.name}", flush=True)
+        print(f"\n== Stage {number} of {len(stages) + 1}: {stage.name}")
         seconds, reused = run_stage(stage, OUT / "stages")
         times.append((stage.name, seconds, "reused, it took then" if reused else "trained"))
         if reused:
             print(f"finished before: {', '.join(map(str, stage.outputs))}")
     print(f"\n== Stage {len(stages) + 1} of {len(stages) + 1}: the same questions to everyone")
-    sys.stdout.flush()
     from scripts.quickstart_answers import ask_all, report  # torch takes seconds to import
 
     asked = time.monotonic()

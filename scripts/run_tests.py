@@ -1,10 +1,7 @@
-"""Check the style and run the test suite in the project's own environment, which is made first
-where it is missing.
+"""Check the style and run the tests in .venv: python scripts/run_tests.py [pytest arguments]
 
-    python scripts/run_tests.py [pytest arguments]
-
-Arguments go to pytest, which uses up to four cores (-n 0: one process, as --pdb needs it).
---use_this_python runs in the Python that started it and installs nothing.
+pytest uses up to four cores (-n 0: one process, as --pdb needs it). --use_this_python runs in the
+Python that started it and installs nothing.
 """
 
 import os

@@ -1,7 +1,4 @@
-"""Teach a pretrained model to classify texts.
-
-python scripts/train_lora_classifier.py --base DIR --data_path labelled.tsv
-"""
+"""Teach a model to classify: python scripts/train_lora_classifier.py --base DIR --data_path FILE"""
 
 import json
 import sys
@@ -18,57 +15,29 @@ from core.paths import classifier_dir, lora_path, skill_name
 from model.lora.config import LoRAConfig
 from trainer.options import TrainOptions
 
-OF_PREDICTION = {
-    "base",
-    "lora_name",
-    "predict",
-    "out_dir",
-    "device",
-    "dtype",
-    "tokenizer_path",
-    "seed",
-}
+OF_PREDICTION = {"base", "lora_name", "predict", "out_dir"}
+OF_PREDICTION |= {"device", "dtype", "tokenizer_path", "seed"}
+ROWS_HELP = "rows with text, label and perhaps text_pair: .jsonl, .json or .tsv"
+PREDICT_HELP = "train nothing: print label and probability of this file's rows"
 
 
 @dataclass
 class Options(LoRAConfig, TrainOptions):
     """Train LoRA and a new head on labelled texts or pairs of texts, and score held-out rows."""
 
-    base: Path | None = option(
-        None, "pretrained model: a Hugging Face folder or owner/model", group="most used"
-    )
-    data_path: tuple[Path, ...] = option(
-        (),
-        "rows with text, label and perhaps text_pair: .jsonl, .json or .tsv",
-        group="most used",
-    )
-    lora_name: str = option(
-        "classifier", "name of the skill; it names the files", group="most used"
-    )
-    predict: Path | None = option(
-        None,
-        "train nothing: print the label of each row of this file, with its probability",
-        group="most used",
-    )
-    val_path: tuple[Path, ...] = option(
-        (), "rows to score (default: val_ratio of the training rows)", group="data"
-    )
-    full: bool = option(
-        False,
-        "train all weights instead of LoRA, into the folder out/classifier_<name>",
-        group="skill",
-    )
-    load_in_4bit: bool = option(
-        False, "freeze the body in 4 bits (QLoRA; needs requirements-4bit.txt)", group="device"
-    )
+    base: Path | None = option(None, "Hugging Face folder or owner/model", group="most used")
+    data_path: tuple[Path, ...] = option((), ROWS_HELP, group="most used")
+    lora_name: str = option("classifier", "name of the skill and its files", group="most used")
+    predict: Path | None = option(None, PREDICT_HELP, group="most used")
+    val_path: tuple[Path, ...] = option((), "rows to score (default: val_ratio)", group="data")
+    full: bool = option(False, "train all weights, into out/classifier_<name>", group="skill")
+    load_in_4bit: bool = option(False, "QLoRA; needs requirements-4bit.txt", group="device")
     rank: int = 8
     alpha: float | None = option(16.0, "the update is scaled by alpha / rank")
     target_modules: tuple[str, ...] = ("query", "value")
     epochs: int = 3
     batch_size: int = 32
-    learning_rate: float | None = option(
-        None, "peak learning rate (default: 1e-3, with --full 5e-5)"
-    )
+    learning_rate: float | None = option(None, "peak rate (default: 1e-3, with --full 5e-5)")
     warmup_ratio: float = 0.06
     decay_ratio: float = 1.0
     weight_decay: float = 0.01
@@ -77,9 +46,8 @@ class Options(LoRAConfig, TrainOptions):
     val_tokens: int = 10**9
 
     def __post_init__(self):
-        defaults = {field.name: field.default for field in fields(self)}
-        given = [name for name, default in defaults.items() if getattr(self, name) != default]
-        of_lora = [field.name for field in fields(LoRAConfig) if field.name in given]
+        given = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+        of_lora = [each.name for each in fields(LoRAConfig) if each.name in given]
         of_training = [name for name in given if name not in OF_PREDICTION]
         if self.learning_rate is None:
             self.learning_rate = 5e-5 if self.full else 1e-3
@@ -109,12 +77,7 @@ def train(options: Options, runtime) -> Path:
     from dataset.batches import validation_batches
     from dataset.labelled import LabelledSamples, has_pairs
     from dataset.tokenizer import reading_fingerprint
-    from model.classifier import (
-        check_row_length,
-        class_loss_sum,
-        head_tensors,
-        open_classifier,
-    )
+    from model import classifier
     from model.huggingface import save_folder
     from model.lora.skill_file import SkillMeta, base_fingerprint
     from model.model_lora import save_lora
@@ -123,20 +86,19 @@ def train(options: Options, runtime) -> Path:
     from trainer.stage import run_facts, run_stage
 
     rows, held_out, labels = labelled_rows(options)
-    model = open_classifier(options.base, labels).to(runtime.device)
+    model = classifier.open_classifier(options.base, labels).to(runtime.device)
     body, labels = model.base_model, list(model.config.id2label.values())
-    check_row_length(model, options.max_seq_len)
+    classifier.check_row_length(model, options.max_seq_len)
     tokenizer, pairs = opened_tokenizer(options, model), has_pairs(rows)
-    samples, val = (
-        LabelledSamples(part, labels, tokenizer, options.max_seq_len, pairs=pairs)
-        for part in (rows, held_out)
-    )
+    length = options.max_seq_len
+    samples = LabelledSamples(rows, labels, tokenizer, length, pairs=pairs)
+    val = LabelledSamples(held_out, labels, tokenizer, length, pairs=pairs)
     print(f"training: {samples.describe()}\nheld out: {val.describe()}")
     print(f"labels: {', '.join(labels)}\nbase: {options.base}")
     facts = run_facts("classifier", options, tokenizer)
     facts["base"] = {"file": options.base.name, "fingerprint": base_fingerprint(body)}
     facts["tokenizer"] = reading_fingerprint(tokenizer)
-    asked = {name: getattr(options, name) for name in ("max_seq_len", "load_in_4bit")}
+    asked = {"max_seq_len": length, "load_in_4bit": options.load_in_4bit}
     path = choose_trained(options, model, runtime)
     batches = validation_batches(val, options.batch_size, options.val_tokens)
 
@@ -144,19 +106,13 @@ def train(options: Options, runtime) -> Path:
         if options.full:
             save_folder(model, tokenizer, path)
         else:
-            save_lora(body, path, record, head_tensors(model))
+            save_lora(body, path, record, classifier.head_tensors(model))
 
-    return run_stage(
-        model,
-        samples,
-        options,
-        runtime,
-        path=path,
-        record=SkillMeta(**facts, **asked, labels=labels, pairs=pairs),
-        validation=Validation({"val": partial(score, model, batches, runtime)}),
-        write=write,
-        loss_sum=class_loss_sum,
-    )
+    record = SkillMeta(**facts, **asked, labels=labels, pairs=pairs)
+    plugged = {"validation": Validation({"val": partial(score, model, batches, runtime)})}
+    plugged["loss_sum"] = classifier.class_loss_sum
+    result = {"path": path, "record": record, "write": write}
+    return run_stage(model, samples, options, runtime, **result, **plugged)
 
 
 def labelled_rows(options: Options) -> tuple[list[dict], list[dict], list[str]]:
@@ -192,8 +148,7 @@ def choose_trained(options: Options, model, runtime) -> Path:
         lacking = f"--base {options.base} lacks weights, which 4 bits cannot learn"
         require(not new, f"{lacking}; drop --load_in_4bit")
         quantize(body, runtime.dtype)
-    lora_options = {field.name: getattr(options, field.name) for field in fields(LoRAConfig)}
-    apply_lora(body, **lora_options)
+    apply_lora(body, config=options)
     for parameter in new:
         parameter.requires_grad_(True)
     print(f"{table_of(body)}\ntrained whole: {', '.join(head_state(model))}")
@@ -201,10 +156,7 @@ def choose_trained(options: Options, model, runtime) -> Path:
 
 
 def predict(options: Options, runtime) -> None:
-    """Print ``{"label", "probability"}`` for each row of --predict in order; rows need no label.
-
-    Rows are cut and weights quantised as in training.
-    """
+    """Print ``{"label", "probability"}`` of each row, cut as in training; rows need no label."""
     import numpy as np
     import torch
 
@@ -219,19 +171,19 @@ def predict(options: Options, runtime) -> None:
     if not path.is_file():
         raise UserError(f"there is no skill file {path}; train it with --data_path, without --full")
     tensors, meta = read_lora(path)
-    is_complete = are_names(meta.labels) and isinstance(meta.max_seq_len, int)
-    if not head_of(tensors) or not is_complete:
+    labels, length, pairs = meta.labels, meta.max_seq_len, bool(meta.pairs)
+    are_names = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    differ = are_names and len(set(labels)) == len(labels) >= 2
+    if not (differ and head_of(tensors) and isinstance(length, int)):
         raise UserError(f"{path} is no classifier's skill: it lacks a head, labels or row length")
     with redirect_stdout(sys.stderr):  # what is printed below can be piped
         rows = read_labelled((options.predict,), "refuse", clean_unlabelled)
-        model = open_classifier(options.base, meta.labels).to(runtime.device).eval()
+        model = open_classifier(options.base, labels).to(runtime.device).eval()
         adapters_in(model.base_model, path, (tensors, meta), with_extra=True)
         tokenizer = opened_tokenizer(options, model)
         if reading_fingerprint(tokenizer) != meta.tokenizer:
             raise UserError(f"{path} was trained with another tokenizer; name it: --tokenizer_path")
-        samples = LabelledSamples(
-            rows, meta.labels, tokenizer, meta.max_seq_len, pairs=bool(meta.pairs)
-        )
+        samples = LabelledSamples(rows, labels, tokenizer, length, pairs=pairs)
         load_head(model, tensors, path)
         if meta.load_in_4bit:
             quantize(model.base_model, runtime.dtype)
@@ -241,21 +193,12 @@ def predict(options: Options, runtime) -> None:
         with torch.no_grad(), runtime.autocast():
             probabilities = model(**batch.inputs).logits[0].float().softmax(-1)
         best = int(probabilities.argmax())
-        answer = {"label": meta.labels[best], "probability": round(float(probabilities[best]), 4)}
+        answer = {"label": labels[best], "probability": round(float(probabilities[best]), 4)}
         print(json.dumps(answer))
 
 
-def are_names(labels) -> bool:
-    """Whether these are two or more different labels, as a skill file holds them."""
-    are_texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
-    return are_texts and len(set(labels)) == len(labels) >= 2
-
-
 def opened_tokenizer(options: Options, model):
-    """The tokenizer of the base, or the one named; the model learns what it pads with.
-
-    Raises ``UserError`` where it does not fit the model.
-    """
+    """The tokenizer named, or the base's, which the model must fit; sets the model's padding."""
     from dataset.tokenizer import read_tokenizer
 
     tokenizer, config = read_tokenizer(options.tokenizer_path or options.base), model.config

@@ -1,6 +1,4 @@
-"""Train a byte-level BPE tokenizer from data files: python scripts/train_tokenizer.py --data_path
-a.jsonl b.jsonl.gz
-"""
+"""Train a byte-level BPE tokenizer: python scripts/train_tokenizer.py --data_path a.jsonl b.json"""
 
 import json
 import random
@@ -21,8 +19,9 @@ from core.paths import bundled_data
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # pad, bos, eos: ids 0, 1, 2
 BYTES = 256
 HELD_OUT = 20
-# ChatML without a default system prompt. The generation marks let other trainers mask what is not
-# learned.
+BUNDLED = (bundled_data("pretrain_mini.jsonl"), bundled_data("sft_mini.jsonl"))
+CHARACTERS_HELP = "train on about so many characters of each file, drawn at random; 0: all"
+# ChatML without a default system prompt. The generation marks tell other trainers what is learned.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -37,23 +36,12 @@ CHAT_TEMPLATE = (
 
 @dataclass
 class Options(CheckedOptions):
-    """Train a byte-level BPE tokenizer on the texts of data files, and report how well it packs
-    held-out rows.
-    """
+    """Train a byte-level BPE tokenizer on data files and report how well it packs held-out rows."""
 
-    data_path: tuple[Path, ...] = option(
-        (bundled_data("pretrain_mini.jsonl"), bundled_data("sft_mini.jsonl")),
-        "data files: pretraining or chat rows",
-    )
-    vocab_size: int = option(
-        6400,
-        "entries, the 3 special tokens and 256 bytes included",
-        at_least=BYTES + len(SPECIAL_TOKENS),
-    )
+    data_path: tuple[Path, ...] = option(BUNDLED, "data files: pretraining or chat rows")
+    vocab_size: int = option(6400, "entries; 259 are bytes and special tokens", at_least=BYTES + 3)
     tokenizer_path: Path = option(Path("out/tokenizer"), "folder to write")
-    max_characters: int = option(
-        0, "train on about so many characters of each file, drawn at random; 0: all", at_least=0
-    )
+    max_characters: int = option(0, CHARACTERS_HELP, at_least=0)
     held_out: int = option(HELD_OUT, "every N-th row is held out for the report", at_least=2)
 
 
@@ -65,10 +53,8 @@ def main(argv: list[str] | None = None) -> Path:
     drawn = [draw(learned, options.max_characters) for learned, _ in texts.values()]
     tokenizer = train_bpe(chain.from_iterable(drawn), options.vocab_size)
     if len(tokenizer) < options.vocab_size:
-        raise UserError(
-            f"the data yields only {len(tokenizer)} entries, not --vocab_size {options.vocab_size}:"
-            " give more data or a smaller size"
-        )
+        wrong = f"the data yields only {len(tokenizer)} entries, not --vocab_size"
+        raise UserError(f"{wrong} {options.vocab_size}: give more data or a smaller size")
     save_tokenizer(tokenizer, options.tokenizer_path)
     print(f"{len(tokenizer)} entries -> {options.tokenizer_path}\n")
     print("file | held-out rows | characters per token")
@@ -87,7 +73,7 @@ def split_texts(texts: list[str], every: int = HELD_OUT) -> tuple[list[str], lis
 def draw(texts: list[str], max_characters: int) -> Iterator[str]:
     """Random texts, always the same ones, until ``max_characters`` are reached; all of them for 0.
 
-    A cap keeps a large file from spending the whole vocabulary on its own language and style.
+    A cap keeps a large file from spending the whole vocabulary on its own language.
     """
     drawn = 0
     for text in random.Random(0).sample(texts, len(texts)) if max_characters else texts:
@@ -98,48 +84,34 @@ def draw(texts: list[str], max_characters: int) -> Iterator[str]:
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int):
-    """A ``PreTrainedTokenizerFast`` whose ids 0, 1, 2 are pad, bos, eos and which can spell any
-    Unicode text.
-    """
+    """A ``PreTrainedTokenizerFast`` for any Unicode text; ids 0, 1, 2 are pad, bos and eos."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty(),
-    )
-    bpe.train_from_iterator(texts, trainer)
-    pad, bos, eos = SPECIAL_TOKENS
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        pad_token=pad,
-        bos_token=bos,
-        eos_token=eos,
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
+    wanted = {"vocab_size": vocab_size, "special_tokens": list(SPECIAL_TOKENS)}
+    wanted["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+    progress = sys.stderr.isatty()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(**wanted, show_progress=progress))
+    names = dict(zip(("pad_token", "bos_token", "eos_token"), SPECIAL_TOKENS, strict=True))
+    settings = {"chat_template": CHAT_TEMPLATE, "clean_up_tokenization_spaces": False}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **names, **settings)
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:
     """Write ``folder``, whole or not at all, in a form that transformers 4 and 5 read alike.
 
-    Raises ``UserError`` if the disk refuses, or if the folder holds another tokenizer: models may
-    need that one.
+    Raises ``UserError`` if the disk refuses, or if another tokenizer is there: models may need it.
     """
     from dataset.tokenizer import load_tokenizer, tokenizer_fingerprint
 
     if (folder / "tokenizer.json").exists():
         if tokenizer_fingerprint(load_tokenizer(folder)) == tokenizer_fingerprint(tokenizer):
             return
-        raise UserError(
-            f"{folder} holds another tokenizer, which models may have been trained with; delete it"
-            " or choose another --tokenizer_path"
-        )
+        wrong = f"{folder} holds another tokenizer, which models may have been trained with"
+        raise UserError(f"{wrong}; delete it or choose another --tokenizer_path")
     with tempfile.TemporaryDirectory() as unfinished:
         tokenizer.save_pretrained(unfinished)
         files = {path.name: path.read_bytes() for path in Path(unfinished).iterdir()}

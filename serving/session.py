@@ -21,10 +21,9 @@ from model.lora.skill_file import Skill, SkillMeta, adapters_in, read_lora
 class ChatSession:
     """History, active skill and random state of a chat. The base's weights are never written.
 
-    ``history_cnt`` earlier messages go with each question. ``continues``: the base is no chat
-    model, so a prompt is continued as plain text, without template and history. A skill trained
-    with a ``prompt_template`` is asked with it (a mix with that of its first skill), unless the
-    session ``keeps_template``. ``skill`` names what is active, empty for the base.
+    ``history_cnt`` earlier messages go with each question. With ``continues`` a prompt is continued
+    as plain text, without template and history. A skill trained with a ``prompt_template`` is asked
+    with it (a mix with that of its first skill), unless the session ``keeps_template``.
     """
 
     def __init__(
@@ -57,12 +56,9 @@ class ChatSession:
         return weights_text(self.weights)
 
     def reply(self, text: str) -> Iterator[str]:
-        """Stream the answer to ``text`` in whole characters; what was said, even if cut short,
-        joins the history.
-        """
+        """Stream the answer to ``text``; what was said, even if cut short, joins the history."""
         ids = self._prompt(text)
-        # Holds back the bytes of a character until it is whole.
-        decoder = DecodeStream(skip_special_tokens=True)
+        decoder = DecodeStream(skip_special_tokens=True)  # it yields whole characters
         answer, self.tokens = "", 0
         try:
             for token in generate(self.model, ids, self.sampling, self._stop(), self.rng):
@@ -72,17 +68,13 @@ class ChatSession:
                     yield piece
         finally:
             if answer.strip():
-                self.messages += [
-                    {"role": "user", "content": text},
-                    {"role": "assistant", "content": answer},
-                ]
+                self.messages.append({"role": "user", "content": text})
+                self.messages.append({"role": "assistant", "content": answer})
 
     def use_skill(self, name: str | None, skill: Skill | None = None) -> None:
-        """Switch to the skill ``name``, to a mix such as ``a=0.7 b=-0.2``, or for None to the bare
-        base. ``skill``: what ``read_lora`` gave for the one that is named, if it was read already.
+        """Switch to a skill, to a mix such as ``a=0.7 b=-0.2``, or for None to the bare base.
 
-        Raises ``UserError`` with the reason, or with the names there are; the active skill stays as
-        it is.
+        ``skill``: what ``read_lora`` gave for the file, if read. A ``UserError`` changes nothing.
         """
         weights, before = skill_weights((name or "").split()), self.tokenizer.chat_template
         try:
@@ -99,34 +91,27 @@ class ChatSession:
         path = find_skill(self.out_dir, name, self.model.config.hidden_size)
         written = path.stat().st_mtime_ns
         if self._read.get(name, (0,))[0] != written:
-            allowed = {"allow_base_mismatch": self.allow_base_mismatch}
-            skill = skill or read_lora(path)
-            _, meta = adapters_in(self.model, path, skill, **allowed)
-            self._ask_with(meta.prompt_template)
-            if not (self._keeps_template or self.allow_base_mismatch):
-                check_trained_with(self.tokenizer, meta.tokenizer, name)
-            self._read[name] = written, self.library.add(name, path, skill, **allowed)
+            self._read.pop(name, None)
+            skill, allowed = skill or read_lora(path), self.allow_base_mismatch
+            self._ask_with(skill[1].prompt_template)
+            if not (self._keeps_template or allowed):
+                check_trained_with(self.tokenizer, skill[1].tokenizer, name)
+            meta = self.library.add(name, path, skill, allow_base_mismatch=allowed)
+            self._read[name] = written, meta
         return self._read[name][1]
 
     def skills(self) -> Iterator[tuple[str, str | None]]:
-        """Every skill's name (of another dim: file name), and why it does not fit this base (None:
-        it fits).
-        """
+        """Each skill's name, or its file's for another dim, and why it is unfit here, or None."""
         dim = self.model.config.hidden_size
         for path in lora_paths(self.out_dir):
             if path != lora_path(self.out_dir, skill_of(path), dim):
                 yield path.name, f"it is for another dim than this base's {dim}"
                 continue
-            reason = None
             try:
                 adapters_in(self.model, path, allow_base_mismatch=self.allow_base_mismatch)
+                yield skill_of(path), None
             except UserError as error:
-                reason = str(error)
-            yield skill_of(path), reason
-
-    def reset(self) -> None:
-        """Forget what was said."""
-        self.messages.clear()
+                yield skill_of(path), str(error)
 
     def _ask_with(self, prompt_template: str | None) -> None:
         self.tokenizer.chat_template = self._template
@@ -134,9 +119,7 @@ class ChatSession:
             use_template(self.tokenizer, prompt_template)
 
     def _stop(self) -> set[int]:
-        """The ids that end an answer: those of the template, and those that the model's makers
-        name.
-        """
+        """The ids that end an answer: the template's and those that the model's makers name."""
         named = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         by_makers = set(named if isinstance(named, list) else [named]) - {None}
         by_template = set() if self.continues else ends_of_answer(self.tokenizer)

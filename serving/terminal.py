@@ -40,19 +40,13 @@ def chat(session: ChatSession) -> None:
 
 
 def answer(session: ChatSession, text: str) -> None:
-    """Stream one answer to stdout; its speed goes to stderr, so that a pipe holds what the model
-    said.
-    """
+    """Stream one answer to stdout; its speed goes to stderr, so that a pipe holds the answer."""
     began = time.perf_counter()
     for piece in session.reply(text):
         print(piece, end="", flush=True)
-    print(flush=True)
-    seconds = time.perf_counter() - began
-    print(
-        f"[{session.tokens} tokens, {session.tokens / seconds:.1f} tokens/s]",
-        file=sys.stderr,
-        flush=True,
-    )
+    print()
+    speed = session.tokens / (time.perf_counter() - began)
+    print(f"[{session.tokens} tokens, {speed:.1f} tokens/s]", file=sys.stderr)
 
 
 def command(session: ChatSession, line: str) -> None:
@@ -62,7 +56,7 @@ def command(session: ChatSession, line: str) -> None:
     if name == "/help":
         print(HELP)
     elif name == "/reset":
-        session.reset()
+        session.messages.clear()
         print("conversation forgotten")
     elif name == "/loras":
         found = list(session.skills())

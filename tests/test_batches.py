@@ -97,7 +97,7 @@ def check_batch(tokenizer, batch):
 
 
 def window_rows(samples):
-    return [(samples[n] >> 1, samples[n] & 1) for n in range(len(samples))]
+    return [(samples[n] >> 1, samples[n] & 1) for n in range(len(samples.lengths))]
 
 
 # Pretraining
@@ -109,7 +109,7 @@ def test_every_token_but_the_first_is_predicted_exactly_once(make, tokenizer, te
     stream = [pair for ids, learned in encoded for pair in zip(ids, learned, strict=True)]
     samples = make(PretrainDataset, texts, max_seq_len).train
     windows = window_rows(samples)
-    assert len(windows) == len(samples) == -(-(len(stream) - 1) // (max_seq_len - 1))
+    assert len(windows) == len(samples.lengths) == -(-(len(stream) - 1) // (max_seq_len - 1))
     assert all(2 <= len(ids) <= max_seq_len for ids, _ in windows)
     assert all(len(ids) == max_seq_len for ids, _ in windows[:-1])
     predicted = [
@@ -138,7 +138,7 @@ def test_windows_describe_themselves(make, texts):
     data = make(PretrainDataset, texts, 64)
     assert data.train.describe().startswith(f"{len(TEXTS)} documents, ")
     assert (
-        len(data.val) == 0
+        len(data.val.lengths) == 0
         and data.val.describe() == "0 documents, 0 tokens, 0 windows, 0 % truncated"
     )
 
@@ -196,7 +196,7 @@ def test_batches_keep_their_contract(make, tokenizer, request, kind, file, max_s
     samples = make(kind, request.getfixturevalue(file), max_seq_len).train
     batches = Batches(samples, 4, 2, seed=3)
     steps = list(batches.steps(0))
-    assert len(steps) == batches.steps_per_epoch == -(-len(samples) // 8)
+    assert len(steps) == batches.steps_per_epoch == -(-len(samples.lengths) // 8)
     for step in steps:
         for batch in step:
             check_batch(tokenizer, batch)
@@ -291,7 +291,7 @@ def test_micro_batches_are_the_cheapest_cut_within_their_limits(
     make, chats, batch_size, micro_tokens
 ):
     samples = make(SFTDataset, chats, 10_000).train
-    indices = np.arange(0, len(samples), 5)
+    indices = np.arange(0, len(samples.lengths), 5)
     lengths = np.sort(samples.lengths[indices])[::-1]
 
     def cost(cuts):
@@ -384,11 +384,10 @@ def test_validation_reads_about_so_many_tokens_spread_over_all(make, chats):
     batches = validation_batches(samples, 4, total // 3)
     rows = rows_in(batches)
     assert [len(row) for row in rows] == sorted(map(len, rows), reverse=True), "little padding"
-    assert abs(len(rows) - len(samples) // 3) <= 1 and all(
-        len(batch.labels) <= 4 for batch in batches
-    )
-    firsts, lasts = (tuple((samples[n] >> 1).tolist()) for n in (0, len(samples) - 1))
+    count = len(samples.lengths)
+    assert abs(len(rows) - count // 3) <= 1 and all(len(batch.labels) <= 4 for batch in batches)
+    firsts, lasts = (tuple((samples[n] >> 1).tolist()) for n in (0, count - 1))
     assert firsts in rows and lasts in rows
-    assert len(rows_in(validation_batches(samples, 4, 10 * total))) == len(samples)
+    assert len(rows_in(validation_batches(samples, 4, 10 * total))) == count
     assert len(rows_in(validation_batches(samples, 4, 1))) == 1
     assert validation_batches(make(SFTDataset, chats, 40).val, 4, 100) == []

@@ -69,11 +69,11 @@ def written(folder):
 
 
 def rows_of(table):
-    return [table[n].tolist() for n in range(len(table))]
+    return [table[n].tolist() for n in range(len(table.lengths))]
 
 
 def decoded(tokenizer, table):
-    return [tokenizer.decode(table[n] >> 1) for n in range(len(table))]
+    return [tokenizer.decode(table[n] >> 1) for n in range(len(table.lengths))]
 
 
 def framed(some):
@@ -227,6 +227,16 @@ def test_the_second_call_reads_the_cache(make, texts, tmp_path, monkeypatch):
     assert written(tmp_path / "cache") == before
 
 
+def test_the_same_bytes_are_other_rows_in_a_table(tokenizer, make, tmp_path):
+    path = write(tmp_path / "a.jsonl", TEXTS[:3])
+    assert decoded(tokenizer, make(path)) == framed(TEXTS[:3])
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(["text", *lines]), encoding="utf-8")
+    assert decoded(tokenizer, make(path, "skip")) == framed(TEXTS[:3])
+    table = make(path.rename(tmp_path / "a.tsv"))
+    assert decoded(tokenizer, table) == framed([{"text": line} for line in lines])
+
+
 def test_a_warm_start_hashes_no_data(make, texts, monkeypatch):
     now = files.time.time_ns
     monkeypatch.setattr(files.time, "time_ns", lambda: now() + HOUR_NS)  # later
@@ -273,7 +283,7 @@ def test_an_interrupted_write_leaves_no_table_and_no_process(
             make(texts, workers=workers)
         assert caught and multiprocessing.active_children() == []
     assert written(tmp_path / "cache") == {}
-    assert len(make(texts)) == len(TEXTS)
+    assert len(make(texts).lengths) == len(TEXTS)
 
 
 def cut(content, _):
@@ -344,7 +354,7 @@ def test_bad_rows_stop_the_run_or_are_skipped_and_are_remembered(make, tmp_path,
             make(path)
         printed = capsys.readouterr().out
         assert f'{path}:2: "text" is not text but int\n{path}:4: no "text" among' in printed
-        assert len(make(path, bad_rows="skip")) == 2
+        assert len(make(path, bad_rows="skip").lengths) == 2
         assert "bad rows skipped: 2" in capsys.readouterr().out
     assert len(written(tmp_path / "cache")) == 3
 
@@ -381,20 +391,24 @@ def test_duplicates_land_on_one_side_whatever_the_order(tokenizer, make, tmp_pat
     for path in (texts, write(tmp_path / "shuffled.jsonl", many)):
         table = make(path)
         train, val = split_rows(table, 0.2)
-        assert len(train) + len(val) == len(table) and len(train) and len(val)
+        sizes = [len(part.lengths) for part in (train, val)]
+        assert sum(sizes) == len(table.lengths) and all(sizes)
         sides.append([set(decoded(tokenizer, side)) for side in (train, val)])
     assert sides[0] == sides[1] and not sides[0][0] & sides[0][1]
 
 
 def test_the_split_takes_its_share_and_at_least_one_row(make, tmp_path):
     table = make(write(tmp_path / "many.jsonl", [{"text": f"row {n}"} for n in range(2000)]))
-    sizes = {ratio: tuple(map(len, split_rows(table, ratio))) for ratio in (0.0, 1e-9, 0.02, 0.5)}
+    sizes = {
+        ratio: tuple(len(part.lengths) for part in split_rows(table, ratio))
+        for ratio in (0.0, 1e-9, 0.02, 0.5)
+    }
     assert sizes[0.0] == (2000, 0) and sizes[1e-9] == (1999, 1)
     assert 20 <= sizes[0.02][1] <= 60 and 920 <= sizes[0.5][1] <= 1080
     lone = make(write(tmp_path / "lone.jsonl", [{"text": "the same"}] * 5))
     with pytest.raises(UserError, match=r"share of 0\.02 leaves no row to train on"):
         split_rows(lone, 0.02)
-    assert len(split_rows(lone, 0.0)[0]) == 5
+    assert len(split_rows(lone, 0.0)[0].lengths) == 5
 
 
 def test_the_same_rows_are_held_out_as_ever(make, tmp_path):
@@ -411,7 +425,7 @@ def test_training_finds_what_was_prepared(tokenizer, texts, tmp_path, capsys, mo
     assert capsys.readouterr().out.startswith(f"{len(TEXTS)} text rows, ")
     monkeypatch.setattr(cache, "read_blocks", None)  # whoever tokenises again fails
     data = PretrainDataset((texts,), tokenizer, 64, cache=cache_dir(tmp_path), val_ratio=0.0)
-    assert len(data.train.rows) == len(TEXTS)
+    assert len(data.train.rows.lengths) == len(TEXTS)
 
 
 def test_chats_are_told_from_texts_and_other_rows_refused(tmp_path, capsys):

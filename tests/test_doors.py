@@ -250,7 +250,7 @@ def test_history_goes_along_and_is_cut_to_what_was_asked(trained):
             {"role": "assistant", "content": "hi"},
         ]
     assert lengths[0] < lengths[1] == lengths[2]
-    session.reset()
+    session.messages.clear()
     assert len(session._prompt("hello")) == lengths[0]
 
 

@@ -14,7 +14,6 @@ import zipfile
 
 import pytest
 
-from core import environment
 from core.environment import ROOT, STAMP, choose_python, ensure_environment, run
 from core.errors import UserError
 from core.files import try_lock
@@ -51,14 +50,6 @@ def test_the_starters_need_no_environment_and_refuse_an_old_python(name, tmp_pat
         assert (process.returncode, error.count("\n")) == ((0, 0) if words else (2, 1)), error
         assert name in output if words else "3.10 to 3.14" in error
     assert not list(tmp_path.iterdir())
-
-
-def test_a_host_without_a_build_of_torch_is_refused_unless_its_packages_are_its_own(monkeypatch):
-    assert environment.torch_has_a_build()
-    monkeypatch.setattr(environment, "NEWEST", (3, 9))
-    with pytest.raises(UserError, match=r"3\.10 to 3\.14"):
-        choose_python(NAMES, ["-x"])
-    assert choose_python(NAMES, ["--use_this_python", "-x"]) == (sys.executable, ["-x"])
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +101,22 @@ def test_a_failed_installation_is_finished_by_the_next_run_and_forgets_nothing(m
     assert stamp.read_text(encoding="utf-8") == of_first, "another Python's packages count for none"
 
 
+def test_a_machine_without_a_build_of_torch_learns_what_is_supported(made, monkeypatch):
+    folder, python = made
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    (folder / "requirements-torch.txt").write_text("torch==0.0\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"torch==0\.0.*3\.10 to 3\.14"):
+        ensure_environment(["requirements-torch.txt"], folder)
+    assert ensure_environment(NAMES[:1], folder) == python
+    assert choose_python(NAMES, ["--use_this_python", "-x"]) == (sys.executable, ["-x"])
+
+
 def test_a_run_waits_for_another_that_prepares_the_environment(made):
     folder, _ = made
     (folder / ".venv" / STAMP).unlink()
-    program = "import sys; from pathlib import Path; from core.environment import *;"
-    program += "ensure_environment(['requirements.txt'], Path(sys.argv[1]))"
+    program = "import sys; from pathlib import Path; from core import environment, errors;"
+    program += "making = environment.ensure_environment, ['requirements.txt'], Path(sys.argv[1]);"
+    program += "errors.run(lambda: making[0](*making[1:]))"
     with (folder / ".venv.lock").open("a") as lock:
         assert try_lock(lock)
         other = child(program, folder)

@@ -34,7 +34,7 @@ from dataset.tokenizer import foreign_tokenizer, token_bytes
 from model.generation import Sampling
 from model.LMConfig import check_length
 from model.lora.skill_file import read_lora
-from model.weights import choose_base, open_base
+from model.weights import choose_base, load_base
 from scripts.merge_lora import main as merge_lora
 from serving.session import ChatSession
 
@@ -70,7 +70,7 @@ def skill_flags(base, out, trained, **more) -> list[str]:
 def session_on(base, out, prompt_template=None, sampling=None, **more) -> ChatSession:
     settings = {"seed": 0, "history_cnt": 0, "continues": False, "out_dir": out} | more
     tokenizer = foreign_tokenizer(base, prompt_template)
-    return ChatSession(open_base(base)[0], tokenizer, sampling or Sampling(), **settings)
+    return ChatSession(load_base(base)[0], tokenizer, sampling or Sampling(), **settings)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -84,7 +84,7 @@ def test_answers_are_those_of_the_library_and_a_skill_comes_and_goes(
     tensors, meta = read_lora(path)
     assert meta.base["file"] == name and len(tensors) == 2 * 2 * 2
     assert "2 x  model.layers.N.self_attn.q_proj" in capsys.readouterr().out
-    assert open_base(base)[1].fingerprint == meta.base["fingerprint"]
+    assert load_base(base)[1].fingerprint == meta.base["fingerprint"]
     session = session_on(base, out, sampling=Sampling(temperature=0.0, max_new_tokens=12))
 
     def answer():
@@ -204,9 +204,9 @@ def test_a_model_that_sees_what_it_should_predict_is_refused(folders, tmp_path):
     sizes = SIZES | {"num_key_value_heads": 4}
     BertForMaskedLM(BertConfig(**sizes)).save_pretrained(tmp_path / "masked")
     with pytest.raises(UserError, match="masked sees the tokens"):
-        open_base(tmp_path / "masked")
+        load_base(tmp_path / "masked")
     BertLMHeadModel(BertConfig(**sizes, is_decoder=True)).save_pretrained(tmp_path / "causal")
-    assert open_base(tmp_path / "causal")[1].stage
+    assert load_base(tmp_path / "causal")[1].stage
 
 
 def test_the_template_of_the_flag(folders):
@@ -239,7 +239,7 @@ def test_what_is_no_base_is_named(folders, tmp_path, trained):
         choose_base(tmp_path, None, {"file": "llama", "fingerprint": "0123"})
     for name in ("encoder", "broken"):
         with pytest.raises(UserError, match=f"base .*{name} ") as caught:
-            open_base(tmp_path / name)
+            load_base(tmp_path / name)
         assert "\n" not in str(caught.value)
     argv = flags(out_dir=tmp_path / "out", base=folders / "llama", data_path=trained.chats, **SMALL)
     with pytest.raises(UserError, match="is no MiniMindLM"):
@@ -263,7 +263,7 @@ def test_a_changed_rotary_base_is_another_base(folders, tmp_path):
     config["rope_parameters"]["rope_theta"] *= 2
     path.write_text(json.dumps(config), encoding="utf-8")
     bases = (folders / "llama", folders / "llama", path.parent)
-    marks = [open_base(base)[1].fingerprint for base in bases]
+    marks = [load_base(base)[1].fingerprint for base in bases]
     assert marks[0] == marks[1] != marks[2]
 
 
@@ -287,7 +287,7 @@ def test_a_pickled_model_that_runs_code_is_refused_unrun(folders, tmp_path):
     (tmp_path / "hostile" / "model.safetensors").unlink()
     torch.save({"x": Touch()}, tmp_path / "hostile" / "pytorch_model.bin")
     with pytest.raises(UserError, match="no causal language model that can be loaded"):
-        open_base(tmp_path / "hostile")
+        load_base(tmp_path / "hostile")
     assert not (tmp_path / "canary").exists()
 
 

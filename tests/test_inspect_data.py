@@ -46,8 +46,8 @@ def test_the_defaults_are_those_of_training():
     [
         ([], "required: files"),
         (["--n", "1"], "required: files"),
-        (["a.jsonl", "--n", "-1"], "--n -1 must not be negative"),
-        (["a.jsonl", "--max_seq_len", "1"], "--max_seq_len 1 must be at least 2"),
+        (["a.jsonl", "--n", "-1"], "n=-1 must be at least 0"),
+        (["a.jsonl", "--max_seq_len", "1"], "max_seq_len=1 must be at least 2"),
         (["a.jsonl", "--files", "b.jsonl"], "unknown flag --files; see --help"),
     ],
 )
@@ -99,7 +99,7 @@ def test_its_figures_are_those_of_training(tmp_path, capsys, tokenizer, max_seq_
     assert code == 0 and "chat rows\nrows: 150 usable, 0 bad\n" in out
     assert f"truncated at {max_seq_len}: {truncated} ({truncated / 1.5:.1f} %)" in out
     assert f"left out in training: {left_out} ({left_out / 1.5:.1f} %)" in out
-    assert len(samples) == 150 - left_out
+    assert len(samples.lengths) == 150 - left_out
     steps = Batches(samples, TrainOptions().batch_size, 1, TrainOptions().seed).steps(0)
     shapes = [(batch.labels.numel(), batch.n_tokens) for batches in steps for batch in batches]
     computed, useful = map(sum, zip(*shapes, strict=True))

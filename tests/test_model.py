@@ -15,7 +15,7 @@ from benchmarks.seeded_model import fill
 from core.errors import UserError
 from model.kernels import IGNORED, TARGETS_AT_ONCE
 from model.LMConfig import LMConfig
-from model.model import MiniMindLM, RMSNorm, rope_table, rotate
+from model.model import CACHE, MiniMindLM, RMSNorm, rope_table, rotate
 from model.model_lora import apply_lora
 
 VOCAB = 320
@@ -170,16 +170,16 @@ def test_rms_norm_computes_its_statistics_in_fp32():
 def test_cached_decoding_equals_uncached(sharp_model, rows, new):
     tokens = ids(rows, 10 + new)
     with torch.no_grad():
-        cache = sharp_model(tokens[:, :10], use_cache=True).cache
-        out = sharp_model(tokens[:, 10:], cache=cache, use_cache=True)
+        cache = sharp_model(tokens[:, :10], use_cache=True)[CACHE]
+        out = sharp_model(tokens[:, 10:], **{CACHE: cache}, use_cache=True)
     torch.testing.assert_close(
         out.logits, logits_of(sharp_model, tokens)[:, 10:], atol=1e-5, rtol=0
     )
-    assert [keys.shape for keys, _ in out.cache] == [(rows, 2, 10 + new, 16)] * 2
+    assert [keys.shape for keys, _ in out[CACHE]] == [(rows, 2, 10 + new, 16)] * 2
 
 
 def test_no_cache_is_returned_unless_asked_for(tiny_model):
-    assert tiny_model(ids(1, 3)).cache is None
+    assert CACHE not in tiny_model(ids(1, 3))
 
 
 def test_a_position_sees_only_what_stands_before_it(sharp_model):
@@ -217,8 +217,8 @@ def tensors_in(value):
 def test_no_square_of_the_length_is_ever_stored(tiny_model):
     length = 100
     with torch.no_grad():
-        cache = tiny_model(ids(2, length), use_cache=True).cache
-        tiny_model(ids(2, 10), cache=cache)
+        cache = tiny_model(ids(2, length), use_cache=True)[CACHE]
+        tiny_model(ids(2, 10), **{CACHE: cache})
     stored = [tensor for module in tiny_model.modules() for tensor in tensors_in(vars(module))]
     assert len(stored) > 20
     assert [
@@ -241,10 +241,10 @@ def test_past_the_context_is_refused(tiny_model):
     assert logits_of(tiny_model, ids(1, 128)).shape == (1, 128, VOCAB)
     with pytest.raises(UserError, match="129 tokens exceed"):
         tiny_model(ids(1, 129))
-    cache = tiny_model(ids(1, 100), use_cache=True).cache
-    assert logits_of(tiny_model, ids(1, 28), cache=cache).shape == (1, 28, VOCAB)
+    cache = tiny_model(ids(1, 100), use_cache=True)[CACHE]
+    assert logits_of(tiny_model, ids(1, 28), **{CACHE: cache}).shape == (1, 28, VOCAB)
     with pytest.raises(UserError, match="129 tokens exceed"):
-        tiny_model(ids(1, 29), cache=cache)
+        tiny_model(ids(1, 29), **{CACHE: cache})
 
 
 # what forward accepts

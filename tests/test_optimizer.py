@@ -9,16 +9,16 @@ from trainer.runtime import multiplies_bf16
 
 
 def test_muon_has_the_linears_adamw_the_rest_and_vectors_do_not_decay(tiny_model):
-    groups = matrices, vectors, muon = param_groups(tiny_model, 0.1, "muon")
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.1]
-    assert [group["muon"] for group in groups] == [False, False, True]
+    matrices, muon, vectors = groups = param_groups(tiny_model, 0.1, "muon")
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0]
+    assert [group["muon"] for group in groups] == [False, True, False]
     assert {p.dim() for p in vectors["params"]} == {1} and {p.dim() for p in muon["params"]} == {2}
     # The tied head, once.
     assert [id(p) for p in matrices["params"]] == [id(tiny_model.output.weight)]
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in tiny_model.parameters())
-    matrices, _, muon = param_groups(tiny_model, 0.1)
-    assert not muon["params"] and len(matrices["params"]) == 1 + 7 * tiny_model.config.n_layers
+    matrices, _ = param_groups(tiny_model, 0.1)
+    assert not matrices["muon"] and len(matrices["params"]) == 1 + 7 * tiny_model.config.n_layers
 
 
 def test_a_step_is_that_of_torchs_muon_and_adamw(tiny_model, monkeypatch):
@@ -27,7 +27,7 @@ def test_a_step_is_that_of_torchs_muon_and_adamw(tiny_model, monkeypatch):
     twin = type(tiny_model)(tiny_model.config)
     twin.load_state_dict(tiny_model.state_dict())
     ours = MuonAdamW(param_groups(tiny_model, 0.1, "muon"), 1e-2)
-    matrices, vectors, muon = param_groups(twin, 0.1, "muon")
+    matrices, muon, vectors = param_groups(twin, 0.1, "muon")
     theirs = [
         torch.optim.AdamW([matrices, vectors], lr=1e-2, betas=BETAS, fused=True),
         torch.optim.Muon(muon["params"], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),

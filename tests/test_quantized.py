@@ -29,7 +29,7 @@ from model.lora.skill_file import base_fingerprint, read_lora
 from model.model import MiniMindLM
 from model.model_lora import apply_lora, attach_lora, remove_lora, save_lora
 from model.quantized import bits_per_parameter, dequantize, quantize
-from model.weights import load_base, open_base
+from model.weights import load_base
 from scripts.merge_lora import main as merge
 
 EMBEDDED = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
@@ -208,7 +208,7 @@ def test_the_file_that_a_base_was_read_from_is_let_go(tmp_path):
     LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=128, vocab_size=512)).save_pretrained(
         tmp_path
     )
-    model = open_base(tmp_path)[0]
+    model = load_base(tmp_path)[0]
     held = [str(tmp_path) in Path("/proc/self/maps").read_text()]
     before = model.get_input_embeddings().weight.clone()
     quantize(model)

@@ -4,7 +4,6 @@ damage never passes.
 
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import random
@@ -150,6 +149,7 @@ def test_a_resumed_run_leaves_the_same_bits(
 @needs_compiler
 def test_a_compiled_run_resumes_to_the_same_bits(trained, tmp_path, monkeypatch):
     """With passes of one row and of several, and more lengths than programs may be made for."""
+    torch.compiler.reset()  # other tests compile, too
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", True)  # it would ask for 10 s
     one_layer = (
@@ -256,19 +256,6 @@ def test_all_files_of_a_state_have_ordinary_permissions(finished, tmp_path):
     (tmp_path / "plain").touch()
     files = [tmp_path / "plain", *states_in(finished)[22].iterdir()]
     assert len(files) == 5 and len({path.stat().st_mode for path in files}) == 1
-
-
-def test_a_manifest_is_strict_json_and_gives_every_number_back(tmp_path):
-    nowhere = {"loss": math.nan, "all": [1, [math.inf, -math.inf], None, {}, 0.1, "nan"]}
-    write_state(tmp_path, 1, {"a": torch.ones(2)}, {"memory": nowhere}, "", starts_over=False)
-
-    def refuse(word: str) -> None:
-        raise AssertionError(f"{word} is no JSON")
-
-    text = (tmp_path / "step-1" / "manifest.json").read_text(encoding="utf-8")
-    json.loads(text, parse_constant=refuse)
-    found = newest_state(tmp_path).manifest["memory"]
-    assert math.isnan(found.pop("loss")) and found == {"all": nowhere["all"]}
 
 
 def test_every_change_that_matters_is_refused_in_one_sentence(run, trained, tmp_path):
@@ -404,7 +391,7 @@ def test_a_full_disk_is_one_sentence_and_harms_nothing(run, finished):
     # Less than a state needs, more than the weights.
     resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, hard))
     try:
-        with pytest.raises(UserError, match=r"cannot save the run's state in .*pretrain_64"):
+        with pytest.raises(UserError, match=r"cannot save a state in .*pretrain_64"):
             run("--resume")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -441,7 +428,7 @@ def test_any_optimizer_goes_on_where_it_was(tmp_path, make):
     steps(model, optimizer, 3)
     states = RunStates(tmp_path, {}, resume=False)
     trained = Trained(model, optimizer, scaler)
-    states.save(trained, cpu, cpu.rng_states(), Progress(3), "", total_steps=6)
+    states.save(trained, cpu, cpu.rng_states(), Progress(3), metrics="", total_steps=6)
     steps(model, optimizer, 3)
 
     other, optimizer, scaler = parts()
@@ -459,7 +446,7 @@ def test_the_scale_of_fp16_goes_on_where_it_was(tmp_path):
     model(torch.rand(3, 2)).sum().backward()
     optimizer.step()
     states, trained = RunStates(tmp_path, {}, resume=False), Trained(model, optimizer, scaler)
-    states.save(trained, cpu, cpu.rng_states(), Progress(1), "", total_steps=6)
+    states.save(trained, cpu, cpu.rng_states(), Progress(1), metrics="", total_steps=6)
     fresh = torch.amp.GradScaler("cpu")
     RunStates(tmp_path, {}, resume=True).restore(Trained(model, optimizer, fresh), cpu)
     assert fresh.state_dict() == scaler.state_dict() and fresh.get_scale() == 1024.0

@@ -88,6 +88,21 @@ def test_however_little_is_read_at_once_the_rows_are_the_same(tmp_path, monkeypa
     assert sum(block.read for block in read_blocks(path)) == path.stat().st_size
 
 
+@pytest.mark.parametrize("size", [1, 1 << 21])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.compress])
+def test_a_table_gives_a_row_for_each_line_below_its_header(tmp_path, monkeypatch, pack, size):
+    monkeypatch.setattr(rows, "BLOCK_BYTES", size)
+    suffix = {bytes: "", gzip.compress: ".gz", zstandard.compress: ".zst"}[pack]
+    lines = ["id\ttext", '1\t"quoted', "", "2\tb\u2028c\\", "3", "4\t ", "5\te", "", ""]
+    path = tmp_path / f"a.tsv{suffix}"
+    path.write_bytes(pack(codecs.BOM_UTF8 + "\r\n".join(lines).encode()))
+    good = [row for row in rows_of(path) if not isinstance(row, BadRow)]
+    assert good == [{"text": text} for text in ('"quoted', "b\u2028c\\", "e")]
+    found = {5: "1 columns, the header has 2", 6: '"text" is empty'}
+    assert bad_rows(path) == found
+    assert sum(block.read for block in read_blocks(path)) == path.stat().st_size
+
+
 def test_neither_a_long_line_nor_a_long_array_is_held_whole(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(

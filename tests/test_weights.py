@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from core.errors import UserError
+from model import weights
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 from model.model_lora import apply_lora
@@ -23,7 +24,6 @@ from model.weights import (
     choose_base,
     fingerprint,
     load_base,
-    model_of,
     read_tensors,
     save_base,
 )
@@ -266,10 +266,11 @@ def test_a_file_that_is_missing_or_something_else_is_refused(tmp_path):
 # fingerprints
 
 
-def test_the_model_is_made_of_the_files_tensors_themselves(sharp_model):
-    tensors = {name: tensor.detach().clone() for name, tensor in sharp_model.state_dict().items()}
+def test_the_model_is_made_of_the_files_tensors_themselves(base, monkeypatch):
+    tensors = read_tensors(base)
     tensors["norm.weight"] = tensors["norm.weight"].bfloat16()
-    model = model_of(sharp_model.config, tensors, "a file")
+    monkeypatch.setattr(weights, "read_tensors", lambda path: tensors)
+    model, _ = load_base(base)
     assert model.output.weight is model.tok_embeddings.weight
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, tensors[name].float()) and parameter.requires_grad

@@ -1,21 +1,19 @@
 """Exact resume: the states of a run on disk, from which going on equals not having stopped.
 
 "Equals" means bit for bit, on the same machine, torch, thread count and number of processes. A
-state is a folder ``step-N`` that is whole or absent, and every bit of it is checked when it is
-read. The order of a save: files are written and fsynced in a folder of another name, that folder
-is renamed, its parent is fsynced, and older states are renamed away and deleted. A kill at any
-point leaves the earlier states or the new one. Only the states of a run that another run replaces
-go a moment earlier.
+state is a folder ``step-N`` that is whole or absent, and every bit is checked when it is read. A
+save writes and fsyncs files in a folder of another name, renames it, fsyncs its parent, and then
+renames older states away and deletes them. A kill at any point leaves the earlier states or the
+new one; only the states of a run that another run replaces go a moment earlier.
 """
 
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +25,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from core.errors import UserError
-from core.files import fsync_folder, set_ordinary_mode, sha256_file, try_lock
+from core.files import fsync_folder, sha256_file, try_lock
 from trainer.runtime import Runtime
 
 FORMAT = 2
@@ -49,17 +47,18 @@ class Trained(NamedTuple):
 class Progress:
     """How far a run is: plain numbers that a state keeps.
 
-    ``nats`` and ``targets`` count since the last log line, over all ranks. ``overflows`` are fp16
-    steps skipped in a row. ``tokens`` and ``seconds`` count since the run began, without what a
-    kill undid.
+    The place in the data is not among them: the order of an epoch's steps follows from seed and
+    epoch, so ``step`` alone tells which comes next. ``nats`` and ``targets`` count since the last
+    log line, over all ranks. ``overflows`` are fp16 steps skipped in a row. ``tokens`` and
+    ``seconds`` count since the run began, without what a kill undid.
     """
 
     step: int = 0
     nats: float = 0.0
     targets: int = 0
     overflows: int = 0
-    first_loss: float = math.nan
-    last_loss: float = math.nan
+    first_loss: float | None = None
+    last_loss: float | None = None
     tokens: int = 0
     seconds: float = 0.0
 
@@ -81,9 +80,8 @@ class _Damaged(Exception):
 class RunStates:
     """The saved states of one run in ``folder``; ``found`` is the one that a resume starts from.
 
-    ``identity``: what must be equal when the run is resumed, plain JSON by name. Raises
-    ``UserError`` when ``resume`` is asked for and the newest whole state has another identity or
-    format, or when all states are damaged.
+    ``identity`` is what must be equal in a resumed run, plain JSON by name. Raises ``UserError``
+    when the state to resume from has another identity or format, or when all are damaged.
     """
 
     def __init__(self, folder: Path, identity: dict, *, resume: bool):
@@ -104,56 +102,47 @@ class RunStates:
     def alone(self) -> Iterator[None]:
         """Inside, no other process can be: two runs of one name would delete each other's states.
 
-        Raises ``UserError`` when another process is inside, and when nothing can be written in
-        ``folder``.
+        Raises ``UserError`` when another process is inside, or the folder cannot be written.
         """
+        folder = self.folder
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = (self.folder / LOCK).open("a")
+            folder.mkdir(parents=True, exist_ok=True)
+            file = (folder / LOCK).open("a")
         except OSError as error:
-            raise UserError(
-                f"cannot write in {self.folder}: {error.strerror}; choose another out_dir"
-            ) from error
+            said = f"cannot write in {folder}: {error.strerror}"
+            raise UserError(f"{said}; choose another out_dir") from error
         with file:
             if not try_lock(file):
-                raise UserError(
-                    f"another run is at work in {self.folder}: let it end or choose another out_dir"
-                )
-            if saved_states(self.folder) != self._seen:
-                raise UserError(
-                    f"another run has just saved in {self.folder}: start again to go on from there"
-                )
-            self._note_unfinished_run()
+                way_out = "let it end or choose another out_dir"
+                raise UserError(f"another run is at work in {folder}: {way_out}")
+            if saved_states(folder) != self._seen:
+                raise UserError(f"another run has just saved in {folder}: start again from there")
+            if self._seen and not self.found:  # which unfinished run will this one replace?
+                (step, newest), total = self._seen[0], None
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged
+                    text = (newest / MANIFEST).read_text(encoding="utf-8")
+                    total = json.loads(text)["total_steps"]
+                if step != total:
+                    print(f"note: {folder} holds a run that got to step {step} of {total}: resume")
+                    print(
+                        "  goes on with it; this run starts over and deletes it at its first save"
+                    )
             yield
-
-    def _note_unfinished_run(self) -> None:
-        """Say which unfinished run one that starts over will replace."""
-        if self.found or not self._seen:
-            return
-        step, newest = self._seen[0]
-        total = None
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged state
-            total = json.loads((newest / MANIFEST).read_text(encoding="utf-8"))["total_steps"]
-        if step != total:
-            print(
-                f"note: {self.folder} holds a run that got to step {step} of {total}: resume goes"
-                " on with it; this run starts over and deletes it at its first save"
-            )
 
     def restore(self, trained: Trained, runtime: Runtime) -> Progress:
         """Put everything back to the found state; without one, return a run's beginning."""
         progress = Progress(**self.remembered("progress", {}))
+        # All ranks are at the same step if their sum says so.
         if runtime.sum(progress.step)[0] != progress.step * runtime.world_size:
-            raise UserError(
-                f"the processes do not see the same states in {self.folder}: share out_dir"
-            )
+            raise UserError(f"the processes see different states in {self.folder}: share out_dir")
         if not self.found:
             return progress
         manifest, tensors = self.found.manifest, self.found.tensors
         model, optimizer, scaler = trained
         with torch.no_grad():
-            for name, parameter in _trainable(model).items():
-                parameter.copy_(tensors[f"model.{name}"])
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(tensors[f"model.{name}"])
         numbers = {name: number for number, name in _numbered(trained)}
         state = {}
         for key, value in (tensors | manifest["optimizer"]).items():
@@ -175,17 +164,15 @@ class RunStates:
         return progress
 
     def save(
-        self,
-        trained: Trained,
-        runtime: Runtime,
-        rng: list[dict[str, Tensor]],
-        progress: Progress,
-        metrics: str,
-        **facts: object,
+        self, trained: Trained, runtime: Runtime, rng: list, progress: Progress, **facts: object
     ) -> None:
-        """Write the state after ``progress.step``; ``rng`` is each rank's, ``facts`` plain JSON."""
+        """Write the state after ``progress.step``.
+
+        ``rng`` holds each rank's ``Runtime.rng_states``; ``facts`` are plain JSON, among them the
+        ``metrics`` lines.
+        """
         model, optimizer, scaler = trained
-        tensors = {f"model.{name}": parameter for name, parameter in _trainable(model).items()}
+        tensors = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
         for rank, states in enumerate(rng):
             tensors |= {f"rng.{rank}.{name}": state for name, state in states.items()}
         held = optimizer.state_dict()["state"]
@@ -195,17 +182,12 @@ class RunStates:
             for part, value in held.get(number, {}).items()
         }
         tensors |= {key: value for key, value in parts.items() if isinstance(value, Tensor)}
-        manifest = {
-            "format": FORMAT,
-            "progress": asdict(progress),
-            "identity": self.identity,
-            "optimizer": {key: value for key, value in parts.items() if key not in tensors},
-            "scaler": scaler.state_dict(),
-            "environment": runtime.environment(),
-            **facts,
-        }
-        settings = {"starts_over": self._starts_over}
-        write_state(self.folder, progress.step, tensors, manifest, metrics, **settings)
+        manifest = {name: fact for name, fact in facts.items() if name != "metrics"}
+        manifest |= {"format": FORMAT, "progress": asdict(progress), "identity": self.identity}
+        manifest |= {"scaler": scaler.state_dict(), "environment": runtime.environment()}
+        manifest["optimizer"] = {key: value for key, value in parts.items() if key not in tensors}
+        step, over = progress.step, self._starts_over
+        write_state(self.folder, step, tensors, manifest, facts["metrics"], starts_over=over)
         self._starts_over = False
 
 
@@ -217,10 +199,9 @@ def saved_states(folder: Path) -> list[tuple[int, Path]]:
 
 
 def newest_state(folder: Path) -> State | None:
-    """The newest whole state; None when there are no states.
+    """The newest whole state, with a printed line for each damaged one; None without any.
 
-    It prints a line for each damaged state. Raises ``UserError`` when all are damaged, or when one
-    is there but may not be read.
+    Raises ``UserError`` when all are damaged, or when one may not be read.
     """
     states = saved_states(folder)
     for _, path in states:
@@ -234,20 +215,13 @@ def newest_state(folder: Path) -> State | None:
 
 
 def write_state(
-    folder: Path,
-    step: int,
-    tensors: dict[str, Tensor],
-    manifest: dict,
-    metrics: str,
-    *,
-    starts_over: bool,
+    folder: Path, step: int, tensors: dict, manifest: dict, metrics: str, *, starts_over: bool
 ) -> None:
-    """Write ``folder``/step-N, then delete all but the newest two.
+    """Write ``folder``/step-N, then delete all but the newest ``KEPT``.
 
-    ``starts_over``: the states in ``folder`` belong to another run. They go just before the new
-    one takes its name, as do states of later steps, which a resume passed over as damaged; a kill
-    in between leaves none. Raises ``UserError`` when the disk refuses; the earlier states stay as
-    they are while the new one is written.
+    ``starts_over``: the states in ``folder`` are another run's. They go just before the new one
+    takes its name, as do states of later steps, which a resume passed over as damaged. Raises
+    ``UserError`` when the disk refuses; the earlier states stay until the new one is written.
     """
     unfinished = folder / f".new-step-{step}"
     try:
@@ -257,10 +231,10 @@ def write_state(
         unfinished.mkdir()
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(on_cpu, unfinished / TENSORS)
-        set_ordinary_mode(unfinished / TENSORS)
-        text = json.dumps(strict(manifest, _float_as_dict), indent=1, allow_nan=False) + "\n"
+        text = json.dumps(manifest, indent=1, allow_nan=False) + "\n"
         (unfinished / MANIFEST).write_bytes(text.encode())
         (unfinished / METRICS).write_bytes(metrics.encode())
+        (unfinished / TENSORS).chmod((unfinished / METRICS).stat().st_mode)  # else it is private
         sums = "".join(f"{sha256_file(unfinished / name)}  {name}\n" for name in FILES)
         (unfinished / SUMS).write_bytes(sums.encode())
         for name in (*FILES, SUMS):
@@ -274,10 +248,8 @@ def write_state(
         fsync_folder(folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"cannot save the run's state in {folder}: {reason}; make room there or choose another"
-            " out_dir, then resume"
-        ) from error
+        way_out = "make room there or choose another out_dir, then resume"
+        raise UserError(f"cannot save a state in {folder}: {reason}; {way_out}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     for _, path in saved_states(folder)[KEPT:]:
@@ -290,9 +262,7 @@ def _read(path: Path) -> State:
         contents = {name: (path / name).read_bytes() for name in FILES}
         written = (path / SUMS).read_bytes()
     except PermissionError as error:  # nothing is wrong with the state
-        raise UserError(
-            f"{error.filename}: {error.strerror}; allow reading it, then resume"
-        ) from error
+        raise UserError(f"{error.filename}: {error.strerror}; allow reading it") from error
     except OSError as error:
         raise _Damaged(f"{Path(error.filename or path).name}: {error.strerror}") from error
     sums = [f"{hashlib.sha256(contents[name]).hexdigest()}  {name}\n".encode() for name in FILES]
@@ -301,26 +271,8 @@ def _read(path: Path) -> State:
             raise _Damaged(f"checksum of {name}")
     if written != b"".join(sums):
         raise _Damaged(f"{SUMS} holds more than checksums")
-    manifest = json.loads(contents[MANIFEST], object_hook=_float)
+    manifest = json.loads(contents[MANIFEST])
     return State(path, manifest, load(contents[TENSORS]), contents[METRICS].decode())
-
-
-def strict(value: object, instead: Callable[[float], object]) -> object:
-    """Plain JSON, with ``instead(number)`` for NaN and infinity, which JSON lacks."""
-    if isinstance(value, dict):
-        return {key: strict(item, instead) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict(item, instead) for item in value]
-    return instead(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _float_as_dict(number: float) -> dict:
-    """A manifest gives every number back; null means an unset option there."""
-    return {"float": str(number)}
-
-
-def _float(found: dict) -> dict | float:
-    return float(found["float"]) if found.keys() == {"float"} else found
 
 
 def _discard(path: Path) -> None:
@@ -330,12 +282,8 @@ def _discard(path: Path) -> None:
     shutil.rmtree(gone)
 
 
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
 def _numbered(trained: Trained) -> list[tuple[int, str]]:
-    """Each parameter's number in the optimizer's state dict, and its name in the model."""
+    """The number that the optimizer's state dict gives each parameter, and its name."""
     names = {id(parameter): name for name, parameter in trained.model.named_parameters()}
     groups = trained.optimizer.state_dict()["param_groups"]
     numbers = [number for group in groups for number in group["params"]]
@@ -355,6 +303,5 @@ def _check_identity(found: State, identity: dict) -> None:
             said = f"changed since step {step}" if is_content else f"was {old} and is now {new}"
             differences.append(f"{key} {said}")
     if differences:
-        raise UserError(
-            f"{'; '.join(differences)}; resume with the old ones or start without resume"
-        )
+        way_out = "resume with the old ones or start without resume"
+        raise UserError(f"{'; '.join(differences)}; {way_out}")

@@ -20,7 +20,9 @@ LossSum = Callable[[nn.Module, Batch], Tensor]
 def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     """The cross-entropy in nats, summed over the supervised targets of ``batch``; 0 without any.
 
-    It fits any causal language model that takes Hugging Face's ``labels``.
+    Any causal language model with Hugging Face's ``labels`` will do: it shifts them itself, so
+    that the logits at t are compared with labels[t + 1], and divides its sum by
+    ``num_items_in_batch``.
     """
     return model(**batch.inputs, labels=batch.labels, num_items_in_batch=1).loss
 
@@ -48,12 +50,12 @@ def train(
     run.plan(source)
     optimizer = make_optimizer(groups, options.learning_rate, options.optimizer, runtime.device)
     scaler = runtime.scaler()
-    with run.at_work(Trained(model, optimizer, scaler)):
+    with run.at_work(Trained(model, optimizer, scaler)):  # resumed, where a state was found
         replica = warm_up(model, source.largest_batch(), run, loss_sum)
         for batches in run.steps(source):
             lr = lr_at(run.progress.step, run.total, run.warmup, *rates)
             for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_ratio"]
+                group["lr"] = lr * group["lr_ratio"]  # LoRA+ trains B faster than A
             loss, n_targets = accumulate_gradients(replica, batches, scaler, runtime, loss_sum)
             scaler.unscale_(optimizer)
             norm = clip_gradients(parameters, options.grad_clip or math.inf)
@@ -97,17 +99,15 @@ def warm_up(model: nn.Module, batch: Batch, run: Run, loss_sum: LossSum) -> nn.M
         few = ", ".join(idle[:8])
         print(f"warning: {len(idle)} trainable tensors get no gradient and will not learn: {few}")
     if options.compile:
-        print("compiling", flush=True)
+        print("compiling")
         model.compile()
     replica = runtime.replicate(model, has_idle=bool(idle))
     if options.compile or replica is not model:
         try:
             forward_and_backward(replica)
         except torch._dynamo.exc.TorchDynamoException as error:  # uncompiled, the pass was fine
-            raise UserError(
-                f"compile: {reason_of(error)}; install the C++ compiler that PyTorch asks for, or"
-                " do not compile"
-            ) from error
+            way_out = "install the C++ compiler that PyTorch asks for, or do not compile"
+            raise UserError(f"compile: {reason_of(error)}; {way_out}") from error
     model.zero_grad(set_to_none=True)
     runtime.set_rng_state(random_states)
     return replica

@@ -18,7 +18,6 @@ from core.errors import UserError, reason_of
 from core.files import atomic_write
 from dataset.batches import Batch
 from model.kernels import IGNORED
-from trainer.checkpoints import strict
 from trainer.options import TrainOptions
 from trainer.runtime import Runtime
 
@@ -29,17 +28,13 @@ UNCOUNTED_STEPS = 3  # the first steps allocate memory and warm caches, so no sp
 class Metrics:
     """``loss`` in nats per supervised target; ``bits_per_byte`` of the learned text alone.
 
-    Control tokens count neither as bits nor as bytes of text. Both figures are NaN when nothing
-    was supervised (``targets`` 0).
+    Control tokens count as neither bits nor bytes. Both are NaN without any ``targets``.
     """
 
     loss: float
     bits_per_byte: float
     targets: int
     bytes: int
-
-    def __str__(self) -> str:
-        return f"loss {self.loss:.4f}, {self.bits_per_byte:.4f} bits per byte"
 
 
 @torch.no_grad()
@@ -48,8 +43,7 @@ def evaluate(
 ) -> Metrics:
     """The token mean over ``batches``; ``control`` holds the ids that stand for no text.
 
-    The model runs in eval mode and returns to its own mode. It runs uncompiled, because every new
-    length of a batch would cost a compilation.
+    The model keeps its mode. It runs uncompiled: a new length would cost a compilation.
     """
     was_training = model.training
     model.eval()
@@ -73,9 +67,9 @@ def evaluate(
 class Validation:
     """The held-out results of a run: the first and the last of each kind, with their steps.
 
-    ``measures`` maps a kind to a function that measures it; each result is a dataclass of numbers
-    with ``loss`` and ``targets``, such as ``Metrics``. ``results`` is plain JSON, which a saved run
-    state keeps: {} for a kind of which nothing was held out, else its "first" and "last".
+    ``measures`` maps a kind to a function whose result is a dataclass of numbers with ``loss`` and
+    ``targets``. ``results`` is plain JSON, which a run state keeps: the "first" and "last" of each
+    kind, {} where nothing was held out.
     """
 
     def __init__(self, measures: dict[str, Callable[[], Metrics]]):
@@ -87,7 +81,7 @@ class Validation:
         found = {kind: measure() for kind, measure in self.measures.items()}
         for kind, metrics in found.items():
             if metrics.targets:
-                last = {"step": step, **asdict(metrics)}
+                last = {"step": step, **strict(asdict(metrics))}
                 first = self.results[kind].get("first", last)
                 self.results[kind] = {"first": first, "last": last}
         return next(iter(found.values()))
@@ -95,11 +89,16 @@ class Validation:
     def __str__(self) -> str:
         lines = []
         for kind, result in self.results.items():
-            steps = (f"{r['loss']:.4f} after step {r['step']}" for r in result.values())
-            lines.append(
-                f"{kind}: " + (f"loss {', '.join(steps)}" if result else "nothing held out")
-            )
+            steps = [f"loss {r['loss']:.4f} after step {r['step']}" for r in result.values()]
+            lines.append(f"{kind}: {', '.join(steps) or 'nothing held out'}")
         return "\n".join(lines)
+
+
+def strict(value: object) -> object:
+    """``value`` as strict JSON has it: null in the place of NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: strict(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Clock:
@@ -146,25 +145,24 @@ def duration(seconds: float) -> str:
 
 
 def matmul_floor(model: nn.Module, runtime: Runtime) -> float:
-    """The tokens per second of all ranks if the products of the Linear layers were all the work.
+    """An estimate of the tokens/s of all ranks if Linear layers were all the work.
 
-    An estimate: 4 FLOP a weight and token, 6 where the weight trains (Kaplan et al. 2020), at the
-    speed of one large product. Attention is left out.
+    It takes 4 FLOP a weight and token, 6 where the weight trains (Kaplan et al. 2020), at the speed
+    of one large product.
     """
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    flops = sum(
-        (6 if linear.weight.requires_grad else 4) * linear.in_features * linear.out_features
-        for linear in linears
-    )
-    size, best = 1024 if runtime.device.type == "cpu" else 4096, math.inf
-    a = torch.ones(size, size, device=runtime.device, dtype=runtime.dtype)
+    flops, size = 1, 1024 if runtime.device.type == "cpu" else 4096
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            passes = 6 if module.weight.requires_grad else 4
+            flops += passes * module.in_features * module.out_features
+    a, times = torch.ones(size, size, device=runtime.device, dtype=runtime.dtype), []
     for _ in range(5):
         runtime.synchronize()
         began = time.perf_counter()
         a @ a
         runtime.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return runtime.sum(2 * size**3 / best)[0] / max(flops, 1)
+        times.append(time.perf_counter() - began)
+    return runtime.sum(2 * size**3 / min(times))[0] / flops
 
 
 def peak_memory_mb(runtime: Runtime) -> int | None:
@@ -180,17 +178,16 @@ def peak_memory_mb(runtime: Runtime) -> int | None:
         import resource
     except ModuleNotFoundError:  # Windows
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (
-        20 if sys.platform == "darwin" else 10
-    )
+    unit = 20 if sys.platform == "darwin" else 10  # bytes there, KB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> unit
 
 
 class RunLog(AbstractContextManager):
     """Writes the metrics file ``path`` (.jsonl), a picture beside it (.png), and wandb.
 
     ``lines`` are those of the run that this one resumes. Without them, lines go to
-    ``<path>.part.jsonl`` until ``keep`` says that the run has saved something: a run that fails
-    earlier leaves the files of an earlier run alone, and none of its own.
+    ``<path>.part.jsonl`` until ``keep`` says that something was saved: a run that fails before
+    leaves the files of an earlier run alone, and none of its own.
     """
 
     def __init__(
@@ -205,7 +202,7 @@ class RunLog(AbstractContextManager):
 
     def write(self, record: dict) -> None:
         """Append one JSON line; NaN and infinity become null."""
-        line = json.dumps(strict(record, lambda number: None), allow_nan=False) + "\n"
+        line = json.dumps(strict(record), allow_nan=False) + "\n"
         self.lines += line
         try:
             with self._file.open("a", encoding="utf-8", newline="\n") as file:
@@ -232,15 +229,10 @@ class RunLog(AbstractContextManager):
             self._part.unlink(missing_ok=True)
 
 
-class NoLog(AbstractContextManager):
-    """Stands for a ``RunLog`` where nothing is written: in every rank but the first."""
-
-    lines, wandb_id = "", None
+class NoLog:
+    """Stands for a ``RunLog`` in every rank but the first: it takes records and keeps none."""
 
     def write(self, record: dict) -> None:
-        pass
-
-    def __exit__(self, *_) -> None:
         pass
 
 
@@ -249,15 +241,12 @@ def plot_losses(records: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure  # not pyplot, which has global state and wants windows
 
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(
-        xlabel="optimizer step", ylabel="loss (nats per token)", title=path.stem
-    )
+    labels = {"xlabel": "optimizer step", "ylabel": "loss (nats per token)", "title": path.stem}
+    axes = figure.add_subplot(**labels)
     for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
-        points = [
-            (record["step"], record[key]) for record in records if record.get(key) is not None
-        ]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=3)
+        found = [record for record in records if record.get(key) is not None]
+        steps, losses = [r["step"] for r in found], [r[key] for r in found]
+        axes.plot(steps, losses, style, label=label, markersize=3)
     axes.grid(alpha=0.3)
     axes.legend()
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
@@ -266,22 +255,14 @@ def plot_losses(records: list[dict], path: Path) -> None:
 def _wandb_run(path: Path, options: TrainOptions, wandb_id: str | None):
     import wandb
 
-    folder = os.environ.get("WANDB_DIR", path.parent)
+    settings = {"project": options.wandb_project, "name": path.stem, "id": wandb_id}
+    settings |= {"resume": "allow" if wandb_id else None}
+    settings |= {"dir": os.environ.get("WANDB_DIR", path.parent)}
     flags = asdict(options).items()  # numbers stay numbers, for plots over runs
-    config = {
-        name: value if isinstance(value, int | float) else str(value) for name, value in flags
-    }
+    config = {name: v if isinstance(v, int | float) else str(v) for name, v in flags}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return wandb.init(
-            project=options.wandb_project,
-            name=path.stem,
-            dir=folder,
-            config=config,
-            id=wandb_id,
-            resume="allow" if wandb_id else None,
-        )
+        return wandb.init(**settings, config=config)
     except Exception as error:  # no key, no network: wandb raises its own kinds
-        raise UserError(
-            f"use_wandb: {reason_of(error)}; log in with `wandb login` or set WANDB_MODE=offline"
-        ) from error
+        way_out = "log in with `wandb login` or set WANDB_MODE=offline"
+        raise UserError(f"use_wandb: {reason_of(error)}; {way_out}") from error

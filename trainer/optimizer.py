@@ -31,26 +31,18 @@ def param_groups(
 
     With ``optimizer`` "muon", Muon updates the weights of the Linear layers except a tied head.
     The learning rate of the ``fast`` parameters is ``lr_ratio`` times that of the others (LoRA+,
-    Hayou et al. 2024). A tied tensor counts once; groups may be empty.
+    Hayou et al. 2024). A tied tensor counts once.
     """
-    linears, fast = set(), {id(parameter) for parameter in fast}
+    linears, fast, groups = set(), {id(parameter) for parameter in fast}, {}
     if optimizer == "muon":
         linears = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
         linears -= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    groups = {}
-    for is_fast in (False, True)[: 1 + bool(fast)]:
-        for kind in ("matrix", "vector", "muon"):
-            groups[kind, is_fast] = {
-                "params": [],
-                "weight_decay": 0.0 if kind == "vector" else weight_decay,
-                "muon": kind == "muon",
-                "lr_ratio": lr_ratio if is_fast else 1.0,
-            }
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            kind = "matrix" if parameter.dim() > 1 else "vector"
-            kind = "muon" if id(parameter) in linears else kind
-            groups[kind, id(parameter) in fast]["params"].append(parameter)
+    for parameter in [p for p in model.parameters() if p.requires_grad]:
+        decay = weight_decay if parameter.dim() > 1 else 0.0
+        ratio = lr_ratio if id(parameter) in fast else 1.0
+        settings = {"weight_decay": decay, "muon": id(parameter) in linears, "lr_ratio": ratio}
+        group = groups.setdefault(tuple(settings.values()), {"params": [], **settings})
+        group["params"].append(parameter)
     return list(groups.values())
 
 
@@ -66,21 +58,18 @@ def make_optimizer(
     try:
         from bitsandbytes.optim import PagedAdamW
     except ImportError as error:
-        raise UserError(
-            "optimizer paged_adamw needs: pip install -r requirements-4bit.txt"
-        ) from error
-    return PagedAdamW([group for group in groups if group["params"]], lr=learning_rate, betas=BETAS)
+        raise UserError("paged_adamw needs: pip install -r requirements-4bit.txt") from error
+    return PagedAdamW(groups, lr=learning_rate, betas=BETAS)
 
 
 class MuonAdamW(torch.optim.AdamW):
     """Fused AdamW, and Muon (Jordan 2024) for the groups whose ``muon`` is true.
 
     Muon's update is the momentum with all its singular values brought to about 1. Its state is
-    AdamW's without the second moment. Empty groups are left out.
+    AdamW's without the second moment.
     """
 
     def __init__(self, groups: list[dict], learning_rate: float):
-        groups = [group for group in groups if group["params"]]
         super().__init__(groups, lr=learning_rate, betas=BETAS, fused=True)
         # Without it a GradScaler that skips a step would skip AdamW's part alone.
         self._step_supports_amp_scaling = False

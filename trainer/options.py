@@ -13,108 +13,63 @@ class TrainOptions(CheckedOptions):
 
     out_dir: Path = option(Path("out"), "folder of all results, made if missing", group="most used")
     epochs: int = option(1, "passes over the data", group="most used", at_least=1, at_most=10**6)
+    # Passes are cut by micro_tokens, too; that changes memory and speed, not the step.
     batch_size: int = option(
         16,
-        "rows of an optimizer step = batch_size x accumulation_steps x processes;"
-        " micro_tokens cuts them into passes that fit the memory",
+        "rows a step = batch_size x accumulation_steps x processes",
         group="most used",
         at_least=1,
     )
     learning_rate: float = option(1e-3, "peak learning rate", group="most used", above=0)
     max_seq_len: int = option(512, "tokens of a row or window", group="most used", at_least=2)
-    resume: bool = option(
-        False, "go on from the newest saved state of this run, if there is one", group="most used"
-    )
+    resume: bool = option(False, "go on from this run's newest saved state", group="most used")
 
-    val_ratio: float = option(
-        0.02, "share of rows held out for validation; 0: none", group="data", at_least=0, below=1
-    )
-    val_tokens: int = option(
-        16384, "how many held-out tokens a validation reads", group="data", at_least=1
-    )
-    bad_rows: Literal["stop", "skip"] = option(
-        "stop", "what to do about unusable rows", group="data"
-    )
-    tokenizer_path: Path | None = option(
-        None, "tokenizer folder (default: the one the base was trained with)", group="data"
-    )
+    val_ratio: float = option(0.02, "held-out share; 0: none", group="data", at_least=0, below=1)
+    val_tokens: int = option(16384, "tokens that a validation reads", group="data", at_least=1)
+    bad_rows: Literal["stop", "skip"] = option("stop", "what bad rows lead to", group="data")
+    tokenizer_path: Path | None = option(None, "its folder (default: the base's)", group="data")
     num_workers: int = option(
         0, "processes that prepare batches", group="data", at_least=0, at_most=256
     )
 
     optimizer: Literal["muon", "adamw", "paged_adamw"] = option(
-        "adamw",
-        "updates the weights of the Linear layers; AdamW updates all others. paged_adamw can move"
-        " its state to RAM (NVIDIA GPUs)",
-        group="training",
+        "adamw", "of the Linear layers; paged_adamw can use RAM beside the GPU's", group="training"
     )
     accumulation_steps: int = option(
         1, "multiplies the rows of an optimizer step", group="training", at_least=1
     )
     micro_tokens: int = option(
-        0,
-        "tokens computed at once, padding included; 0: 2048 on a CPU, 32768 on a GPU",
-        group="training",
-        at_least=0,
+        0, "most tokens of a pass; 0: 2048 on a CPU, 32768 on a GPU", group="training", at_least=0
     )
     warmup_iters: int = option(
-        0,
-        "optimizer steps of linear warm-up; 0: warmup_ratio of all steps",
-        group="training",
-        at_least=0,
+        0, "steps in which the rate rises; 0: warmup_ratio", group="training", at_least=0
     )
     warmup_ratio: float = option(
         0.01, "share of the steps in which the rate rises", group="training", at_least=0, below=1
     )
     decay_ratio: float = option(
-        0.4,
-        "share of the steps after the warm-up in which the rate falls to 0",
-        group="training",
-        above=0,
-        at_most=1,
+        0.4, "share of the other steps in which it falls to 0", group="training", above=0, at_most=1
     )
-    weight_decay: float = option(
-        0.1, "decoupled weight decay of matrices (not of norms)", group="training", at_least=0
-    )
-    grad_clip: float = option(
-        1.0, "largest gradient norm; 0 clips nothing", group="training", at_least=0
-    )
+    weight_decay: float = option(0.1, "of matrices, not of norms", group="training", at_least=0)
+    grad_clip: float = option(1.0, "largest gradient norm; 0: any", group="training", at_least=0)
     seed: int = option(
-        1337,
-        "of initial weights, order of rows and dropout",
-        group="training",
-        at_least=0,
-        below=2**63,
+        1337, "of weights, order and dropout", group="training", at_least=0, below=2**63
     )
 
-    max_steps: int = option(
-        0, "stop after so many optimizer steps; 0: all epochs", group="run", at_least=0
-    )
+    max_steps: int = option(0, "most optimizer steps; 0: all epochs", group="run", at_least=0)
     log_interval: int = option(10, "optimizer steps between two log lines", group="run", at_least=1)
-    save_interval: int = option(
-        200, "optimizer steps between two validations and saves", group="run", at_least=1
-    )
-    dry_run: bool = option(
-        False, "measure a few steps, resume none and write nothing but the token cache", group="run"
-    )
+    save_interval: int = option(200, "steps between two saves", group="run", at_least=1)
+    dry_run: bool = option(False, "measure a few steps, write only the cache", group="run")
     use_wandb: bool = option(
-        False, "also log to Weights & Biases (WANDB_MODE=offline works)", group="run"
+        False, "log to Weights & Biases; WANDB_MODE=offline works", group="run"
     )
     wandb_project: str = option("MiniMind", "Weights & Biases project", group="run")
 
-    device: str = option(
-        "auto",
-        "auto (cuda, then mps, then cpu), or a torch device such as cuda:1",
-        group="device",
-    )
+    device: str = option("auto", "cuda, else mps, else cpu; or one such as cuda:1", group="device")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto",
-        "autocast type; auto is bfloat16 where the GPU has it, else float32",
-        group="device",
+        "auto", "of products; auto: bfloat16 where a GPU has it, else float32", group="device"
     )
-    compile: bool = option(
-        False, "compile the model's blocks (needs a C++ compiler on a CPU)", group="device"
-    )
+    compile: bool = option(False, "compile the blocks; a CPU needs a C++ compiler", group="device")
 
 
 # What a resumed run may change: on one machine it alters neither the arithmetic nor the order of

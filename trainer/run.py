@@ -34,11 +34,10 @@ MAX_OVERFLOWS = 20  # fp16 steps in a row that overflow before the run is given 
 
 
 class BatchSource(Protocol):
-    """One item of ``steps`` holds the micro-batches of one optimizer step for this rank.
+    """An item of ``steps`` holds this rank's micro-batches of an optimizer step, at least one.
 
     A step has ``rows_per_step`` rows over all ranks. ``steps(epoch, start)`` leaves out the first
-    ``start`` steps of the epoch; a rank's list is never empty. ``largest_batch()`` is the largest
-    micro-batch of this rank.
+    ``start`` steps of the epoch.
     """
 
     steps_per_epoch: int
@@ -58,8 +57,8 @@ class Summary:
     """
 
     steps: int
-    first_loss: float
-    last_loss: float
+    first_loss: float | None
+    last_loss: float | None
     final: dict | None
     tokens: int
     seconds: float
@@ -68,14 +67,13 @@ class Summary:
     peak_memory_mb: int | None
 
     def __str__(self) -> str:
+        work = f"{self.steps} steps, {self.tokens:,} tokens in {duration(self.seconds)}"
+        speed = f"{self.tokens_per_second:,.0f} tokens/s ({self.matmul_share:.0%} of the floor)"
         memory = f", peak memory {self.peak_memory_mb:,} MB" if self.peak_memory_mb else ""
-        return (
-            f"{self.steps} steps, {self.tokens:,} tokens in {duration(self.seconds)}: loss"
-            f" {self.first_loss:.3f} -> {self.last_loss:.3f}, {self.tokens_per_second:,.0f}"
-            f" tokens/s ({100 * self.matmul_share:.0f} % of the matmul floor){memory}"
-        )
+        return f"{work}: loss {self.first_loss:.3f} -> {self.last_loss:.3f}, {speed}{memory}"
 
 
+@dataclass
 class Run:
     """One run, from resuming it to its last line; ``train`` drives it.
 
@@ -85,18 +83,12 @@ class Run:
     validated again. ``log_to`` is the metrics file. A dry run makes a few steps and writes nothing.
     """
 
-    def __init__(
-        self,
-        options: TrainOptions,
-        runtime: Runtime,
-        *,
-        states: RunStates,
-        validation: Validation,
-        write_files: Callable[[dict], None],
-        log_to: Path,
-    ):
-        self.options, self.runtime, self.states = options, runtime, states
-        self.validation, self.write_files, self.log_to = validation, write_files, log_to
+    options: TrainOptions
+    runtime: Runtime
+    states: RunStates
+    validation: Validation
+    write_files: Callable[[dict], None]
+    log_to: Path
 
     def plan(self, source: BatchSource) -> None:
         """Fix the number of steps. Raises ``UserError`` when the warm-up is longer than the run."""
@@ -107,10 +99,8 @@ class Run:
         self.warmup = options.warmup_iters or round(options.warmup_ratio * self.total)
         self.rows_per_step = source.rows_per_step
         if self.warmup >= self.total:
-            raise UserError(
-                f"a warm-up of {self.warmup} steps must be shorter than the run of {self.total}"
-                " optimizer steps: lower warmup_iters or warmup_ratio"
-            )
+            wrong = f"a warm-up of {self.warmup} steps must be shorter than the run of {self.total}"
+            raise UserError(f"{wrong} optimizer steps: lower warmup_iters or warmup_ratio")
 
     @contextmanager
     def at_work(self, trained: Trained) -> Iterator[None]:
@@ -132,21 +122,21 @@ class Run:
                 runtime.on_first(lambda: stack.enter_context(states.alone()))
             self.progress = states.restore(trained, runtime)
             self.saved = self.started_at = self.progress.step
+            self.kept = (
+                f"the save of step {self.saved} stands" if self.saved else "nothing was saved"
+            )
             self.validation.results = states.remembered("validation", self.validation.results)
             if not options.dry_run:
                 runtime.on_first(open_log)
-            # A parameter of 4 bits counts as what it stands for.
-            sizes = {
-                p: getattr(p, "quant_state", p).shape.numel() for p in trained.model.parameters()
-            }
-            trainable = sum(size for p, size in sizes.items() if p.requires_grad)
-            print(f"{runtime}\ntraining {trainable:,} of {sum(sizes.values()):,} parameters")
+            sizes = [0, 0]  # of the frozen parameters, of the trainable ones
+            for p in trained.model.parameters():  # one of 4 bits counts as what it stands for
+                sizes[p.requires_grad] += getattr(p, "quant_state", p).shape.numel()
+            print(f"{runtime}\ntraining {sizes[1]:,} of {sum(sizes):,} parameters")
             print(f"{self.total - self.progress.step} optimizer steps of {self.rows_per_step} rows")
             look = {"bar_format": "{n_fmt}/{total_fmt} |{bar:20}| {elapsed}{postfix}"}
+            look |= {"initial": self.progress.step, "total": self.total}
             look["disable"] = True if runtime.rank > 0 else None  # None: only on a terminal
-            self.bar = stack.enter_context(
-                tqdm(initial=self.progress.step, total=self.total, **look)
-            )
+            self.bar = stack.enter_context(tqdm(**look))
             yield
 
     def steps(self, source: BatchSource) -> Iterator[list[Batch]]:
@@ -175,13 +165,9 @@ class Run:
         progress.overflows = 0 if math.isfinite(norm) else progress.overflows + 1
         allowed = MAX_OVERFLOWS if self.trained.scaler.is_enabled() else 0
         if not math.isfinite(loss) or progress.overflows > allowed:
-            raise UserError(
-                f"step {progress.step + 1}: loss {loss}, gradient norm {norm}; the weights were not"
-                f" touched and {self._kept()}: lower learning_rate or inspect the data"
-            )
-
-    def _kept(self) -> str:
-        return f"the save of step {self.saved} stands" if self.saved else "nothing was saved"
+            found = f"step {progress.step + 1}: loss {loss}, gradient norm {norm}; the weights were"
+            way_out = "lower learning_rate or inspect the data"
+            raise UserError(f"{found} not touched and {self.kept}: {way_out}")
 
     def finish_step(self, loss: float, n_targets: int, tokens: int, lr: float, norm: float) -> None:
         """Count a step; every ``log_interval`` steps write a line of the metrics file."""
@@ -207,7 +193,7 @@ class Run:
             text += f", {duration(left)} left" if left is not None else ""
             self.bar.set_postfix_str(text, refresh=False)
             if self.bar.disable:
-                print(f"step {progress.step}/{self.total}: {text}", flush=True)
+                print(f"step {progress.step}/{self.total}: {text}")
         self.bar.update()
 
     def save_when_due(self) -> None:
@@ -224,6 +210,7 @@ class Run:
         with self.clock.paused():
             self.runtime.on_first(lambda: self._write(rng, validate))
         self.saved = self.progress.step
+        self.kept = f"the save of step {self.saved} stands"
 
     def _write(self, rng: list[dict], validate: bool) -> None:
         """Write the state last, so that what a kill cuts short is done again.
@@ -232,21 +219,24 @@ class Run:
         """
         step, numbers = self.progress.step, []
         if validate and (metrics := self.validation(step)).targets:
-            figures = {f"val_{name}": value for name, value in asdict(metrics).items()}
-            self.log.write({"step": step, **figures})
-            tqdm.write(f"step {step}: validation {metrics}")
+            found = asdict(metrics)
+            self.log.write({"step": step} | {f"val_{name}": x for name, x in found.items()})
+            shown = (
+                f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float)
+            )
+            tqdm.write(f"step {step}: validation {', '.join(shown)}")
             numbers.append(torch.tensor(metrics.loss))
         for group in self.trained.optimizer.param_groups:
             numbers += [torch.stack(parameter.aminmax()) for parameter in group["params"]]
         if not all(number.isfinite().all() for number in numbers):
-            useless = f"step {step}: the weights became useless and {self._kept()}"
+            useless = f"step {step}: the weights became useless and {self.kept}"
             raise UserError(f"{useless}: lower learning_rate")
         self.write_files({"step": step, **self.validation.results})
         self.log.keep()
         facts = {"total_steps": self.total, "rows_per_step": self.rows_per_step}
         facts |= {"validation": self.validation.results, "wandb_id": self.log.wandb_id}
-        lines = self.log.lines
-        self.states.save(self.trained, self.runtime, rng, self.progress, lines, **facts)
+        facts["metrics"] = self.log.lines
+        self.states.save(self.trained, self.runtime, rng, self.progress, **facts)
 
     def finish(self) -> Summary:
         """Save what is not saved yet, and sum the run up in print and in its log's last line."""

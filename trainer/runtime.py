@@ -34,10 +34,10 @@ class Runtime:
 
     @classmethod
     def start(cls, device: str = "auto", dtype: str = "auto", seed: int | None = None) -> "Runtime":
-        """Find the device, join the other processes that torchrun started, and seed torch.
+        """Find the device, join the other processes of torchrun, and seed torch.
 
-        Rank r is seeded with ``seed`` + r, so that dropout differs; DDP gives all ranks the weights
-        of rank 0. Raises ``UserError`` for what this machine does not have.
+        Rank r is seeded with ``seed`` + r, so that dropout differs; DDP gives all ranks rank 0's
+        weights. Raises ``UserError`` for what this machine does not have.
         """
         rank, world_size, chosen = 0, 1, _device(device)
         if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -75,15 +75,14 @@ class Runtime:
             getattr(torch, self.device.type).synchronize()
 
     def replicate(self, model: nn.Module, has_idle: bool) -> nn.Module:
-        """``model``, wrapped where there are several ranks: a backward pass averages gradients.
+        """``model``, so wrapped that a backward pass averages gradients over the ranks.
 
-        ``has_idle``: some trainable parameter takes no part in the loss. DDP would wait for it.
+        ``has_idle``: some trainable parameter takes no part in the loss, and DDP would wait for it.
         """
         if self.world_size == 1:
             return model
-        return DistributedDataParallel(
-            model, find_unused_parameters=has_idle, gradient_as_bucket_view=True
-        )
+        settings = {"find_unused_parameters": has_idle, "gradient_as_bucket_view": True}
+        return DistributedDataParallel(model, **settings)
 
     def local(self, replica: nn.Module) -> AbstractContextManager:
         """Inside, a pass through what ``replicate`` returned averages no gradients."""
@@ -126,14 +125,9 @@ class Runtime:
             own["cuda"] = torch.cuda.get_rng_state(self.device)
         if self.device.type == "mps":
             own["mps"] = torch.mps.get_rng_state()
-        if self.world_size == 1:
-            return [own]
-        states = [{} for _ in range(self.world_size)]
-        for name, state in own.items():
-            gathered = [torch.empty_like(state) for _ in states]
-            dist.all_gather(gathered, state)
-            for rank, other in enumerate(gathered):
-                states[rank][name] = other
+        states = [own] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(states, own)
         return states
 
     def set_rng_state(self, states: dict[str, Tensor | None]) -> None:

@@ -27,10 +27,6 @@ class Scores:
     mcc: float
     targets: int
 
-    def __str__(self) -> str:
-        text = f"loss {self.loss:.4f}, accuracy {self.accuracy:.4f}, F1 {self.f1:.4f}"
-        return f"{text}, Matthews {self.mcc:.4f}"
-
 
 @torch.no_grad()
 def score(model: nn.Module, batches: Iterable[Batch], runtime: Runtime) -> Scores:

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from core.paths import base_path, cache_dir, checkpoints_dir, metrics_path
 from dataset.batches import MICRO_TOKENS, Batches, PretrainDataset, Samples, validation_batches
 from dataset.tokenizer import control_ids, tokenizer_fingerprint, tokenizer_of
 from model.LMConfig import check_length
-from model.weights import Record, RunRecord, choose_base, open_base
+from model.weights import Record, RunRecord, choose_base, load_base
 from trainer.checkpoints import RunStates
 from trainer.loop import LossSum, loss_sum, train
 from trainer.metrics import Validation, evaluate
@@ -26,6 +26,7 @@ from trainer.run import Run
 from trainer.runtime import Runtime
 
 GPU_MICRO_TOKENS = 32768  # about 5 GB for the default model
+ONCE = ("resume", "dry_run")  # options that say how a run was started, not what it is
 
 
 @dataclass
@@ -48,17 +49,11 @@ class Base:
 
 
 def open_stage_base(
-    options: TrainOptions,
-    runtime: Runtime,
-    stages: tuple[str, ...],
-    prompt_template: str | None = None,
+    options: TrainOptions, runtime: Runtime, stage: str, prompt_template: str | None = None
 ) -> Base:
-    """The base that is named, or the newest one of ``stages``, with its tokenizer.
-
-    Raises ``UserError`` where the options do not fit it.
-    """
-    path = choose_base(options.out_dir, options.base, stages=stages)
-    model, record = open_base(path, runtime.device)
+    """The base that is named, or the newest one of ``stage``; ``UserError`` if options misfit."""
+    path = choose_base(options.out_dir, options.base, stages=(stage,))
+    model, record = load_base(path, runtime.device)
     model.config.use_cache = False  # training needs no keys and values; decoding asks for them
     print(f"base: {path}")
     tokenizer = tokenizer_of(record, path, options.tokenizer_path, options.out_dir, prompt_template)
@@ -73,17 +68,12 @@ def read_data(
     runtime: Runtime,
 ) -> PretrainDataset:
     """The data of ``data_path``, described in print. Rank 0 fills the cache, the others read it."""
+    settings = {"cache": cache_dir(options.out_dir)}
+    settings |= {"val_ratio": options.val_ratio, "bad_rows": options.bad_rows}
     with runtime.first_alone():
-        data = kind(
-            options.data_path,
-            tokenizer,
-            options.max_seq_len,
-            cache=cache_dir(options.out_dir),
-            val_ratio=options.val_ratio,
-            bad_rows=options.bad_rows,
-        )
-    print(f"{', '.join(path.name for path in options.data_path)}: {data.train.describe()}")
-    print(f"  held out: {data.val.describe()}")
+        data = kind(options.data_path, tokenizer, options.max_seq_len, **settings)
+    names = ", ".join(path.name for path in options.data_path)
+    print(f"{names}: {data.train.describe()}\n  held out: {data.val.describe()}")
     return data
 
 
@@ -95,8 +85,7 @@ def validation_of(
     runtime: Runtime,
 ) -> Validation:
     """The loss of ``model`` on about ``val_tokens`` tokens of each kind, always the same ones."""
-    control = control_ids(tokenizer)
-    measures = {}
+    control, measures = control_ids(tokenizer), {}
     for kind, samples in held_out.items():
         batches = validation_batches(samples, options.batch_size, options.val_tokens)
         measures[kind] = partial(evaluate, model, batches, runtime, control)
@@ -122,41 +111,34 @@ def run_stage(
     validation: Validation,
     write: Callable[[Record], None],
     loss_sum: LossSum = loss_sum,
-    fast: tuple[Iterable[nn.Parameter], float] = ((), 1.0),
+    lora_plus: tuple[Iterable[nn.Parameter], float] = ((), 1.0),
 ) -> Path:
     """Train what is trainable in ``model`` into ``path``, a file or folder, which is returned.
 
-    ``write(record)`` writes it, with the metrics of the step in the record. ``fast``: parameters,
-    and their learning rate over that of the others.
+    ``write(record)`` writes it, with the metrics of the step in the record. ``lora_plus`` holds
+    parameters and how many times the others' rate they learn at (Hayou et al. 2024).
     """
-    name = path.name.removesuffix(".pth")
-    folder = checkpoints_dir(options.out_dir, name)
+    name, folder = path.name.removesuffix(".pth"), options.out_dir
     resume = options.resume and not options.dry_run
-    states = RunStates(folder, identity(record), resume=resume)
+    states = RunStates(checkpoints_dir(folder, name), identity(record), resume=resume)
     if path.exists() and not (states.found or options.dry_run):
         print(f"starting clean: {path} of an earlier run will be replaced")
     run = Run(
         options,
         runtime,
-        states=states,
-        validation=validation,
+        states,
+        validation,
         write_files=lambda metrics: write(replace(record, metrics=metrics)),
-        log_to=metrics_path(options.out_dir, name),
+        log_to=metrics_path(folder, name),
     )
     rows = options.batch_size * options.accumulation_steps * runtime.world_size
     pass_tokens = MICRO_TOKENS if runtime.device.type == "cpu" else GPU_MICRO_TOKENS
-    source = Batches(
-        samples,
-        options.batch_size,
-        options.accumulation_steps,
-        options.seed,
-        options.num_workers,
-        micro_tokens=options.micro_tokens or pass_tokens,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        rows_per_step=states.remembered("rows_per_step", rows),
-    )
-    groups = param_groups(model, options.weight_decay, options.optimizer, *fast)
+    share = {"rank": runtime.rank, "world_size": runtime.world_size}
+    share["rows_per_step"] = states.remembered("rows_per_step", rows)
+    share["micro_tokens"] = options.micro_tokens or pass_tokens
+    sizes = options.batch_size, options.accumulation_steps
+    source = Batches(samples, *sizes, options.seed, options.num_workers, **share)
+    groups = param_groups(model, options.weight_decay, options.optimizer, *lora_plus)
     train(model, source, groups, run, loss_sum)
     runtime.stop()
     if not options.dry_run:
@@ -185,21 +167,16 @@ def run_facts(
 
     Its ``data`` lists the files of every option that takes several, by their content.
     """
+    # A resumed run leaves the same file as one that was never interrupted.
+    said = {name: value for name, value in vars(options).items() if name not in ONCE}
     data = []
-    for field in fields(options):
-        value = getattr(options, field.name)
-        for path in value if isinstance(value, tuple) else ():
+    for name, values in said.items():
+        for path in values if isinstance(values, tuple) else ():
             if isinstance(path, Path):
                 digest = sha256_file(path, cache_dir(options.out_dir))
-                data.append({"option": field.name, "file": shown(path), "sha256": digest})
-    # A resumed run leaves the same file as one that was never interrupted.
-    names = [field.name for field in fields(options) if field.name not in ("resume", "dry_run")]
-    facts = {
-        "stage": stage,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "data": data,
-        "options": {name: shown(getattr(options, name)) for name in names},
-    }
+                data.append({"option": name, "file": shown(path), "sha256": digest})
+    facts = {"stage": stage, "tokenizer": tokenizer_fingerprint(tokenizer), "data": data}
+    facts["options"] = {name: shown(value) for name, value in said.items()}
     if base:
         facts["base"] = {"file": base.path.name, "fingerprint": base.record.fingerprint}
     return facts

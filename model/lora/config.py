@@ -1,7 +1,4 @@
-"""Which LoRA to add: the keywords of ``apply_lora``, which are also options of the doors.
-
-Standard library only, so that a door can print its help at once.
-"""
+"""Which LoRA to add. Standard library only, so that a door can print its help at once."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,89 +11,60 @@ from core.options import CheckedOptions, option, require
 
 SHORTHANDS = ("square", "all-linear")
 Init = Literal["minimind", "kaiming", "gaussian", "pissa"]
+TARGETS_HELP = "square, all-linear, names or name endings of Linears, or one regular expression"
+EXCLUDE_HELP = "names or name endings to leave out, or one regular expression"
+ALPHA_HELP = "the update is scaled by alpha / rank (default: a scale of 1)"
+DROPOUT_HELP = "probability of dropping an input of the update"
+INIT_HELP = "A from N(0, 0.02), U(+-1/sqrt(inputs)) or N(0, 1/rank), B = 0; pissa: from W's SVD"
 
 
 @dataclass
 class LoRAConfig(CheckedOptions):
     """Names and meanings are PEFT's, the defaults are MiniMind's.
 
-    ``target_modules`` and ``exclude_modules``: a list of names or name endings, or, as a string, a
-    regular expression for whole module names; targets also "square" (as many inputs as outputs) or
-    "all-linear" (all but the output head). A list of one word with regular-expression signs is one
-    too. ``rank_pattern`` and ``alpha_pattern``: a number for each name ending, which may be a
-    regular expression; the first match counts; ``key=value`` words become the dict. Raises
+    ``target_modules`` and ``exclude_modules``: a list of names or name endings, or a regular
+    expression for whole module names: a string, or a list of one word with signs of expressions.
+    Targets may also be "square" (as many inputs as outputs) or "all-linear" (all but the output
+    head). ``rank_pattern`` and ``alpha_pattern``: a dict, or ``key=value`` words, with a number for
+    each name ending, which may be a regular expression; the first match counts. Raises
     ``UserError`` for values that no LoRA can have.
     """
 
     rank: int = option(16, "rank of the update", group="most used", at_least=1)
-    alpha: float | None = option(
-        None, "the update is scaled by alpha / rank (default: a scale of 1)", group="skill", above=0
-    )
-    target_modules: str | tuple[str, ...] = option(
-        ("square",),
-        "square, all-linear, names or name endings of Linear layers, or one regular expression",
-        group="skill",
-    )
-    exclude_modules: str | tuple[str, ...] = option(
-        (), "names or name endings to leave out, or one regular expression", group="skill"
-    )
-    layers_to_transform: tuple[int, ...] = option(
-        (), "numbers of the layers to adapt (default: all)", group="skill"
-    )
-    rank_pattern: dict[str, int] = option(
-        (), "other ranks for some names: wo=4 'layers.7.*=32'", group="skill"
-    )
-    alpha_pattern: dict[str, float] = option((), "other alphas for some names", group="skill")
+    alpha: float | None = option(None, ALPHA_HELP, above=0, group="skill")
+    target_modules: str | tuple[str, ...] = option(("square",), TARGETS_HELP, group="skill")
+    exclude_modules: str | tuple[str, ...] = option((), EXCLUDE_HELP, group="skill")
+    layers_to_transform: tuple[int, ...] = option((), "which layers (default: all)", group="skill")
+    rank_pattern: dict[str, int] = option((), "ranks by name: wo=4 'layers.7.*=32'", group="skill")
+    alpha_pattern: dict[str, float] = option((), "alphas by name", group="skill")
     use_rslora: bool = option(False, "scale by alpha / sqrt(rank)", group="skill")
-    use_dora: bool = option(
-        False, "learn each output's magnitude apart from its direction (DoRA)", group="skill"
-    )
-    lora_dropout: float = option(
-        0.0,
-        "probability that an input of the update is left out in training",
-        group="skill",
-        at_least=0,
-        below=1,
-    )
-    init_lora_weights: Init = option(
-        "minimind",
-        "A starts from N(0, 0.02), U(+-1/sqrt(inputs)) or N(0, 1/rank) and B at 0;"
-        " pissa: from W's SVD",
-        group="skill",
-    )
+    use_dora: bool = option(False, "learn magnitudes apart from directions (DoRA)", group="skill")
+    lora_dropout: float = option(0.0, DROPOUT_HELP, at_least=0, below=1, group="skill")
+    init_lora_weights: Init = option("minimind", INIT_HELP, group="skill")
 
     def __post_init__(self):
         super().__post_init__()
         self.target_modules = _names(self.target_modules or ())
         self.exclude_modules = _names(self.exclude_modules or ())
-        require(
-            self.exclude_modules not in SHORTHANDS,
-            f"exclude_modules={self.exclude_modules} is no name of a module; it is a choice of"
-            " target_modules",
-        )
+        if self.exclude_modules in SHORTHANDS:
+            wrong = f"exclude_modules={self.exclude_modules} is no name of a module"
+            raise UserError(f"{wrong}; it is a choice of target_modules")
         layers = self.layers_to_transform
         self.layers_to_transform = (layers,) if isinstance(layers, int) else tuple(layers or ())
         self.rank_pattern = _numbers("rank_pattern", self.rank_pattern, int)
         self.alpha_pattern = _numbers("alpha_pattern", self.alpha_pattern, float)
-        require(
-            not self.use_rslora or self.alpha is not None or bool(self.alpha_pattern),
-            "use_rslora changes what alpha is divided by: give an alpha",
-        )
-        require(
-            not (self.use_dora and self.init_lora_weights == "pissa"),
-            "use_dora and init_lora_weights=pissa exclude each other: choose one",
-        )
+        if self.use_rslora and self.alpha is None and not self.alpha_pattern:
+            raise UserError("use_rslora changes what alpha is divided by: give an alpha")
+        if self.use_dora and self.init_lora_weights == "pissa":
+            raise UserError("use_dora and init_lora_weights=pissa exclude each other: choose one")
 
     def rank_and_scaling(self, name: str) -> tuple[int, float]:
-        """Of the update of module ``name``: scaled by alpha / rank, or alpha / sqrt(rank)
-        (Kalajdzievski 2023), or by 1 without an alpha.
-        """
+        """Rank and scale for module ``name``; alpha / sqrt(rank) is Kalajdzievski's (2023)."""
         ranks = [rank for key, rank in self.rank_pattern.items() if ends_with(name, key)]
         alphas = [alpha for key, alpha in self.alpha_pattern.items() if ends_with(name, key)]
         rank, alpha = [*ranks, self.rank][0], [*alphas, self.alpha][0]
-        if alpha is None:
-            return rank, 1.0
-        return rank, alpha / (sqrt(rank) if self.use_rslora else rank)
+        divisor = sqrt(rank) if self.use_rslora else rank
+        return rank, 1.0 if alpha is None else alpha / divisor
 
 
 def ends_with(name: str, key: str) -> bool:
@@ -114,9 +82,7 @@ def _names(words: str | Sequence[str]) -> str | tuple[str, ...]:
     return words
 
 
-def _numbers(
-    name: str, words: Mapping[str, float] | Sequence[str], number: type
-) -> dict[str, float]:
+def _numbers(name: str, words: Mapping | Sequence[str], number: type) -> dict[str, float]:
     """``key=value`` words, or a dict already, as a dict of positive numbers."""
     if isinstance(words, Mapping):
         words = [f"{key}={value}" for key, value in words.items()]

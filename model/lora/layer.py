@@ -21,20 +21,13 @@ def forward_with_lora(linear: Linear, x: Tensor) -> Tensor:
 class LoRA(nn.Module):
     """The update ``scaling * B(A(dropout(x)))`` of ``linear``; its parameters are fp32.
 
-    A ~ N(0, 0.02) and B = 0, so training starts from the base exactly; ``init`` "kaiming" and
-    "gaussian" are PEFT's other ways to draw A, and "none" leaves both to the caller.
+    A ~ N(0, 0.02) and B = 0, so training starts from the base exactly; "kaiming" and "gaussian" are
+    PEFT's ways to draw A, and ``init`` "none" leaves both to the caller.
     """
 
     patched_forward = staticmethod(forward_with_lora)
 
-    def __init__(
-        self,
-        linear: Linear,
-        rank: int,
-        scaling: float = 1.0,
-        dropout: float = 0.0,
-        init: str = "minimind",
-    ):
+    def __init__(self, linear: Linear, rank: int, scaling=1.0, dropout=0.0, init="minimind"):
         super().__init__()
         outputs, inputs = features(linear)
         self.rank, self.scaling = rank, scaling
@@ -53,9 +46,7 @@ class LoRA(nn.Module):
         return self.B(self.A(self.dropout(x.to(self.A.weight.dtype))) * self.scaling)
 
     def merged(self, weight: Tensor) -> Tensor:
-        """The weight (outputs, inputs), fp32 or fp64, that alone computes what ``weight`` and this
-        update compute together.
-        """
+        """``weight`` (outputs, inputs), fp32 or fp64, with the update added to it."""
         return weight + self.scaling * (self.B.weight.to(weight) @ self.A.weight.to(weight))
 
     def is_zero(self) -> bool:
@@ -64,7 +55,7 @@ class LoRA(nn.Module):
 
     def exported(self) -> dict[str, Tensor]:
         """The tensors of a skill file, by their key after ``.lora.``."""
-        return {"A.weight": self.A.weight, "B.weight": self.B.weight}
+        return dict(self.named_parameters())
 
 
 def attach(linear: Linear, lora: LoRA) -> None:
@@ -84,14 +75,13 @@ def detach(linear: Linear) -> LoRA:
     return lora
 
 
-def base_name(name: str) -> str:
-    """A module's or parameter's name without the parts that ``torch.compile`` and activation
-    checkpointing add to it, so that skills fit the model whether its layers are wrapped or not.
-    """
-    for wrapper in WRAPPERS:
-        if wrapper in name:
-            name = ".".join(part for part in name.split(".") if part != wrapper)
-    return name
+def exchange(model: nn.Module, loras: Mapping[str, LoRA]) -> dict[str, LoRA]:
+    """Replace every LoRA on ``model`` by ``loras``, and return what it carried, both by name."""
+    taken = {name: detach(linear) for name, linear in list(adapted(model))}
+    modules = {base_name(name): module for name, module in model.named_modules()} if loras else {}
+    for name, lora in loras.items():
+        attach(modules[name], lora)
+    return taken
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, Linear]]:
@@ -101,28 +91,23 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, Linear]]:
             yield base_name(name), module
 
 
-def exchange(model: nn.Module, loras: Mapping[str, LoRA]) -> dict[str, LoRA]:
-    """Take every LoRA off ``model``, put each of ``loras`` on the Linear of its name, and return
-    what was taken off, by name. The base stays frozen.
-    """
-    taken = {name: detach(linear) for name, linear in list(adapted(model))}
-    modules = {base_name(name): module for name, module in model.named_modules()} if loras else {}
-    for name, lora in loras.items():
-        attach(modules[name], lora)
-    return taken
-
-
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that ``apply_lora`` added."""
     return [parameter for _, linear in adapted(model) for parameter in linear.lora.parameters()]
 
 
 def output_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """``lora_parameters`` without the A: B and magnitude lie on the side of the outputs, and LoRA+
-    trains them faster.
-    """
-    inputs = {id(linear.lora.A.weight) for _, linear in adapted(model)}
-    return [parameter for parameter in lora_parameters(model) if id(parameter) not in inputs]
+    """``lora_parameters`` on the side of the outputs (B, magnitude), which LoRA+ trains faster."""
+    loras = [linear.lora for _, linear in adapted(model)]
+    return [p for lora in loras for p in lora.parameters() if p is not lora.A.weight]
+
+
+def base_name(name: str) -> str:
+    """A name without what ``torch.compile`` and checkpoint wrappers add: skills fit either way."""
+    for wrapper in WRAPPERS:
+        if wrapper in name:
+            name = ".".join(part for part in name.split(".") if part != wrapper)
+    return name
 
 
 def features(linear: Linear) -> tuple[int, int]:
@@ -138,9 +123,7 @@ def is_quantized(linear: Linear) -> bool:
 
 
 def dense_weight(linear: Linear) -> Tensor:
-    """The weight that the Linear multiplies by: (outputs, inputs), without gradient, in fp32 or,
-    where it is fp64, in that.
-    """
+    """The weight (outputs, inputs) that the Linear multiplies by: detached, fp32 or else fp64."""
     weight = linear.weight.detach()
     if is_quantized(linear):
         from bitsandbytes.functional import dequantize_4bit

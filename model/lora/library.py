@@ -1,6 +1,4 @@
-"""Skills beside one model, one of them or a weighted mix active, swapped without a trace in the
-base; and merging into its weights.
-"""
+"""Skills beside one model: swapped and mixed without a trace in the base, or merged into it."""
 
 import math
 from collections import Counter, defaultdict
@@ -34,9 +32,8 @@ Factors = dict[str, tuple[Tensor, Tensor]]  # of each target: A (rank, inputs), 
 class SkillLibrary:
     """The skills of ``model``, which gets no other LoRA as long as this is used.
 
-    The base's weights and state-dict keys never change; what is not active lies outside the model.
-    With none active each Linear has its own forward again. A compiled model needs no new program
-    for a swap between skills of the same ranks and targets.
+    The base's weights and state-dict keys never change; with no skill active each Linear has its
+    own forward again. Swaps between skills of the same ranks and targets need no recompilation.
     """
 
     def __init__(self, model: nn.Module):
@@ -47,18 +44,12 @@ class SkillLibrary:
     def __iter__(self) -> Iterator[str]:
         return iter(self._skills)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._skills
-
     def add(
         self, name: str, path: str | PathLike, skill: Skill | None = None, **allowed: bool
     ) -> SkillMeta:
-        """Read the skill file ``path`` as ``name``, in place of a skill of that name; returns its
-        meta. What the model carries changes at the next ``use``.
+        """Read the skill file ``path`` as ``name``, for the next ``use``; returns its meta.
 
-        ``skill``: what ``read_lora`` gave for ``path``, where it was read already. ``allowed``:
-        ``allow_base_mismatch``, as for ``adapters_in``, which raises ``UserError`` for a file that
-        does not fit.
+        ``skill``, ``allowed`` and the ``UserError`` are those of ``adapters_in``.
         """
         loras, meta = adapters_in(self.model, path, skill, **allowed)
         for lora in loras.values():  # so that no compiled program depends on a skill's own number
@@ -70,29 +61,21 @@ class SkillLibrary:
     def use(self, skills: str | Mapping[str, float] | None) -> None:
         """Make this the active skill, the mix ``{name: weight}``, or for None the base alone.
 
-        A mix computes the exact weighted sum of the updates. Raises ``UserError``, before anything
-        changes, for an unknown name, a weight that is not finite, a DoRA in a mix, and while a LoRA
-        is merged into the model.
+        A mix is the exact weighted sum. Raises ``UserError``, before anything changes, for an
+        unknown name, a weight that is not finite, a DoRA in a mix, and while a LoRA is merged.
         """
         weights = {skills: 1.0} if isinstance(skills, str) else dict(skills or {})
-        loras = self._mixed(weights)
+        if list(weights.values()) == [1.0]:
+            loras = self._skill(*weights)
+        else:
+            loras = loras_of(self.model, self.factors(weights))
         check_receptive(self.model)
         exchange(self.model, loras)
         self.active = weights
 
-    def remove(self, name: str) -> None:
-        """Forget an inactive skill. Raises ``UserError`` for an unknown or an active one."""
-        self._skill(name)
-        if name in self.active:
-            raise UserError(f"skill {name!r} is active; use another one first")
-        del self._skills[name]
-
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model is the base alone; afterwards it carries again what it did.
-
-        Raises ``UserError`` while a LoRA is merged into the model.
-        """
+        """Inside, the model is the base alone. Raises ``UserError`` while a LoRA is merged."""
         check_receptive(self.model)
         taken, active = exchange(self.model, {}), self.active
         try:
@@ -104,15 +87,8 @@ class SkillLibrary:
             self.active = active
 
     def factors(self, weights: Mapping[str, float]) -> Factors:
-        """The exact weighted sum of these skills, as products. Raises ``UserError`` as ``use``
-        does.
-        """
+        """The exact weighted sum of these skills. Raises ``UserError`` as ``use`` does."""
         return mixed([(factors_of(self._skill(name), name), w) for name, w in weights.items()])
-
-    def _mixed(self, weights: dict[str, float]) -> dict[str, LoRA]:
-        if list(weights.values()) == [1.0]:
-            return self._skill(*weights)
-        return loras_of(self.model, self.factors(weights))
 
     def _skill(self, name: str) -> dict[str, LoRA]:
         if name not in self._skills:
@@ -123,42 +99,33 @@ class SkillLibrary:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Write each update into its Linear's weight: computed in fp32, rounded to the weight's dtype
-    once.
+    """Write each update into its Linear's weight: in fp32, rounded to the weight's dtype once.
 
-    Weights and LoRA are kept, for ``unmerge_lora``. Raises ``UserError``, before anything changes,
-    when there is no LoRA, when one is merged already, for weights of 4 bits, for a weight that
-    another module uses too, and where a merged weight would not be finite.
+    ``unmerge_lora`` undoes it. Raises ``UserError``, before anything changes, without a LoRA, when
+    one is merged already, for weights of 4 bits or shared ones, and where a sum is not finite.
     """
     check_receptive(model)
     found, weights = dict(adapted(model)), {}
     if not found:
-        raise UserError(
-            "there is no LoRA on this model to merge; call apply_lora or attach_lora first"
-        )
+        raise UserError("there is no LoRA on this model to merge; call attach_lora first")
     if any(map(is_quantized, found.values())):
         raise UserError("a 4-bit weight has no room for an update; call dequantize(model) first")
     users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for name, linear in found.items():
         weights[name] = linear.lora.merged(dense_weight(linear))
         if users[id(linear.weight)] > 1:
-            wrong = f"{name} shares its weight with another module: keep its LoRA attached"
-            raise UserError(f"{wrong}; none is merged")
+            raise UserError(f"{name} shares its weight with another module: keep LoRA attached")
         if not weights[name].isfinite().all():
-            wrong = f"merging would put NaN or infinity into {name}"
-            raise UserError(f"{wrong}; go back to an earlier skill file")
+            raise UserError(f"merging would put NaN or infinity into {name}; use an older skill")
     for name, linear in found.items():
         # A tuple is no child: state-dict keys stay.
         linear.unmerged = linear.weight.clone(), detach(linear)
-        is_transposed = isinstance(linear, Conv1D)
-        linear.weight.copy_(weights[name].T if is_transposed else weights[name])
+        linear.weight.copy_(weights[name].T if isinstance(linear, Conv1D) else weights[name])
 
 
 @torch.no_grad()
 def unmerge_lora(model: nn.Module) -> None:
-    """Put back the weights and the LoRA that ``merge_lora`` found, bit for bit. Raises
-    ``UserError`` if none did.
-    """
+    """Undo ``merge_lora`` bit for bit. Raises ``UserError`` if no LoRA is merged."""
     found = _merged(model)
     if not found:
         raise UserError("no LoRA is merged into this model")
@@ -176,33 +143,23 @@ def _merged(model: nn.Module) -> list[Linear]:
 def loras_of(model: nn.Module, factors: Factors) -> dict[str, LoRA]:
     """The updates that compute these products, for the Linears of ``model``, by name."""
     found = linears(model)
-    return {
-        target: lora_of(found[target], {"A.weight": A, "B.weight": B})
-        for target, (A, B) in factors.items()
-    }
+    tensors = {target: {"A.weight": A, "B.weight": B} for target, (A, B) in factors.items()}
+    return {target: lora_of(found[target], parts) for target, parts in tensors.items()}
 
 
 def factors_of(loras: Mapping[str, LoRA], name: str) -> Factors:
-    """The updates of the skill ``name`` as products. Raises ``UserError`` for DoRA, which is
-    none.
-    """
+    """The updates of skill ``name`` as products. Raises ``UserError`` for DoRA, which is none."""
     factors = {}
     for target, lora in loras.items():
         if isinstance(lora, DoRA):
-            raise UserError(
-                f"skill {name} is a DoRA, which rescales weights: it has no weighted sum"
-            )
+            raise UserError(f"skill {name} is a DoRA, which rescales weights: it has no sum")
         A, B = (tensor.detach() for tensor in lora.exported().values())
         factors[target] = A, lora.scaling * B
     return factors
 
 
 def mixed(parts: Sequence[tuple[Factors, float]]) -> Factors:
-    """The sum of weight times update, exactly: the ranks of a target add up. A negative weight
-    subtracts.
-
-    Raises ``UserError`` for weights that are no numbers, or so large that a product is not finite.
-    """
+    """The exact weighted sum. Raises ``UserError`` where a weight or the sum is not finite."""
     collected = defaultdict(list)  # of each target: (A, weight * B) of the skills that have it
     for factors, weight in parts:
         if not isinstance(weight, Real) or not math.isfinite(weight):
@@ -220,12 +177,7 @@ def mixed(parts: Sequence[tuple[Factors, float]]) -> Factors:
 
 
 def truncated(factors: Factors, rank: int) -> tuple[Factors, float]:
-    """The nearest updates of at most ``rank``, by singular values, and the share of the whole that
-    is lost.
-
-    The share is the norm of what is left out over the norm of all (Frobenius, over all targets; 0
-    for no update).
-    """
+    """The nearest updates of at most ``rank``, and the share of the Frobenius norm that is lost."""
     cut, lost, whole = {}, 0.0, 0.0
     for target, (A, B) in factors.items():
         # B A = Qb (Rb Ra') Qa', so the singular values are those of a small square matrix.

@@ -23,9 +23,7 @@ META_KEY = "_meta"  # a uint8 tensor of JSON; MiniMind's own loader passes over 
 
 @dataclass(kw_only=True)
 class SkillMeta(Record):
-    """What a skill file says of itself. ``save_lora`` fills in what the model knows: the entries
-    from ``rank`` to ``ranks``, and the fingerprint in ``base``.
-    """
+    """What a skill file says of itself; ``save_lora`` sets ``rank`` to ``ranks``, and ``base``."""
 
     rank: int = 0  # rank and alpha are the most usual
     alpha: int | float = 0.0
@@ -51,34 +49,31 @@ def save_lora(
     meta: SkillMeta | None = None,
     extra: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the applied LoRA as one ``.pth`` that explains itself: fp32 tensors under MiniMind's
-    keys, and ``meta`` completed by ranks, scales and the base's fingerprint.
+    """Write the applied LoRA as one ``.pth``: fp32 tensors under MiniMind's keys, and ``meta``.
 
-    ``extra``: tensors that were trained beside the LoRA and belong to the skill; their names begin
-    with "_". Prints which updates are still zero: such a Linear's ``forward`` never ran in training
-    (some modules, PyTorch's MultiheadAttention for one, use its weight alone).
+    ``extra``: tensors that were trained beside the LoRA; their names begin with "_". Prints which
+    updates are still zero: the ``forward`` of such a Linear never ran in training, as within
+    PyTorch's MultiheadAttention, which uses its weight alone.
     """
     check_receptive(model)
     loras = {name: linear.lora for name, linear in adapted(model)}
     if not loras:
         raise UserError("there is no LoRA on this model to save; call apply_lora(model) first")
     if idle := [name for name, lora in loras.items() if lora.is_zero()]:
-        print(
-            f"note: {len(idle)} of {len(loras)} updates are zero, nothing was learned there:"
-            f" {', '.join(idle[:5])}"
-        )
-    tensors = dict(extra or {})
+        where = f"{len(idle)} of {len(loras)} updates are zero, nothing was learned there"
+        print(f"note: {where}: {', '.join(idle[:5])}")
+    tensors, ranks = dict(extra or {}), {}
     for name, lora in loras.items():
-        tensors |= {f"{name}.lora.{key}": tensor for key, tensor in lora.exported().items()}
+        exported = lora.exported()
+        ranks[name] = exported["A.weight"].size(0)
+        tensors |= {f"{name}.lora.{key}": tensor for key, tensor in exported.items()}
     tensors = {name: tensor.detach().float().cpu() for name, tensor in tensors.items()}
-    ranks = {name: tensors[f"{name}.lora.A.weight"].size(0) for name in loras}
     scaling = {name: lora.scaling for name, lora in loras.items()}
     usual = Counter((rank, scaling[name] * rank) for name, rank in ranks.items())
     (rank, alpha), _ = usual.most_common(1)[0]
-    meta = meta or SkillMeta()
-    base = {**meta.base, "fingerprint": base_fingerprint(model)}
-    known = {"rank": rank, "alpha": alpha, "targets": list(loras), "scaling": scaling}
-    meta = replace(meta, base=base, ranks=ranks, **known)
+    meta = replace(meta or SkillMeta(), rank=rank, alpha=alpha, ranks=ranks, scaling=scaling)
+    meta.targets = list(loras)
+    meta.base = {**meta.base, "fingerprint": base_fingerprint(model)}
     packed = json.dumps(meta.to_json(), ensure_ascii=False).encode()
     tensors[META_KEY] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
     atomic_write(path, lambda file: torch.save(tensors, file))
@@ -87,10 +82,10 @@ def save_lora(
 def read_lora(path: str | PathLike) -> Skill:
     """The tensors of a skill file, ``extra`` ones included, and its meta, checked against them.
 
-    A file without ``_meta`` (MiniMind's) gets rank and targets from its tensors, scale 1, and no
-    base, which is noted in print. Names lose the parts of wrappers, which earlier versions wrote.
-    Raises ``UserError`` for anything that is no LoRA file.
+    A file without ``_meta`` (MiniMind's) gets rank and targets from its tensors, scale 1 and no
+    base, as is printed. Raises ``UserError`` for anything that is no LoRA file.
     """
+    # Earlier versions wrote the parts of names that wrappers add.
     tensors = {base_name(name): tensor for name, tensor in read_tensors(path).items()}
     packed = tensors.pop(META_KEY, None)
     ranks = _ranks(tensors, path)
@@ -106,37 +101,31 @@ def read_lora(path: str | PathLike) -> Skill:
         if not consistent or not positive or meta.format != FORMAT:
             raise ValueError
     except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
-        raise UserError(
-            f"{path} is no LoRA file: its {META_KEY} does not describe its tensors; train it again"
-        ) from error
+        wrong = f"its {META_KEY} does not describe its tensors"
+        raise UserError(f"{path} is no LoRA file: {wrong}; train it again") from error
     if meta.base.get("fingerprint") is None:
         print(f"note: {path} does not say which base it was trained on, so that cannot be checked")
     return tensors, replace(meta, targets=list(scaling), scaling=scaling, ranks=ranks)
 
 
 def _ranks(tensors: dict[str, Tensor], path: str | PathLike) -> dict[str, int]:
-    """The rank of each target. Raises ``UserError`` that names the keys which make ``tensors`` no
-    LoRA; those that begin with "_" are not looked at.
-    """
+    """The rank of each target. Raises ``UserError``, with the keys, for what is no LoRA."""
     ranks, shapes, problems = {}, defaultdict(dict), []
     for name, tensor in tensors.items():
         target, _, key = name.rpartition(".lora.")
-        if name.startswith("_"):
+        if name.startswith("_"):  # one of ``extra``
             continue
-        if not target or key not in KEYS:
-            problems.append(f"unexpected {name}")
-        elif not tensor.is_floating_point():
-            problems.append(f"{name} is {tensor.dtype}, not floating point")
-        else:
+        if target and key in KEYS and tensor.is_floating_point():
             shapes[target][key] = tuple(tensor.shape)
+        else:
+            problems.append(f"unexpected {name} ({tensor.dtype})")
     for target, found in shapes.items():
-        match [found.get(key) for key in KEYS]:
-            case [(rank, _), (outputs, columns), magnitude] if (
-                rank == columns >= 1 and magnitude in (None, (outputs,))
-            ):
-                ranks[target] = rank
-            case _:
-                problems.append(f"{target} has the shapes {found}, which make no update")
+        A, B = found.get("A.weight", ()), found.get("B.weight", ())
+        pair = len(A) == len(B) == 2 and A[0] == B[1] >= 1
+        if pair and found.get("magnitude") in (None, B[:1]):
+            ranks[target] = A[0]
+        else:
+            problems.append(f"{target} has the shapes {found}, which make no update")
     if problems or not ranks:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         few = "; ".join(problems[:5]) or "it holds no tensors"
@@ -152,33 +141,28 @@ def adapters_in(
     allow_base_mismatch: bool = False,
     with_extra: bool = False,
 ) -> tuple[dict[str, LoRA], SkillMeta]:
-    """The updates in a skill file that fits ``model``, by target, ready for ``attach``; and its
-    meta. ``model`` stays as it is.
+    """The updates in a skill file by target, ready for ``attach`` to ``model``; and its meta.
 
     ``skill``: what ``read_lora`` gave for ``path``, where it was read already. Raises ``UserError``
-    for a file with ``extra`` tensors (unless the caller uses them: ``with_extra``), one that was
-    trained on another base (unless ``allow_base_mismatch``), if the model lacks a target or has it
-    in another size, every one of which is named, and as ``check_receptive`` does.
+    for a file with ``extra`` tensors (unless ``with_extra``), for one of another base (unless
+    ``allow_base_mismatch``), for all targets that do not fit, and as ``check_receptive`` does.
     """
     check_receptive(model)
     tensors, meta = skill or read_lora(path)
     extra = [name for name in tensors if name.startswith("_")]
     if extra and not with_extra:
-        raise UserError(
-            f"{path} is more than a LoRA: {extra[0]} belongs to it; use it with the program that"
-            f" trained it as a {meta.stage}"
-        )
+        way_out = f"use it with the program that trained it as a {meta.stage}"
+        raise UserError(f"{path} is more than a LoRA: {extra[0]} belongs to it; {way_out}")
     trained_on, present = meta.base.get("fingerprint"), base_fingerprint(model)
     if trained_on not in (None, present) and not allow_base_mismatch:
-        name = meta.base.get("file", "a base")
-        raise UserError(
-            f"{path} was trained on {name} ({str(trained_on)[:12]}), but this model is"
-            f" {present[:12]}; use that base{'' if extra else ' or allow_base_mismatch'}"
-        )
+        base = f"{meta.base.get('file', 'a base')} ({str(trained_on)[:12]})"
+        way_out = "use that base" if extra else "use that base or allow_base_mismatch"
+        wrong = f"{path} was trained on {base}, but this model is {present[:12]}"
+        raise UserError(f"{wrong}; {way_out}")
     found, loras, problems = linears(model), {}, []
     for name in meta.targets:
-        keys = {key: f"{name}.lora.{key}" for key in KEYS}
-        parts = {key: tensors[whole] for key, whole in keys.items() if whole in tensors}
+        prefix = f"{name}.lora."
+        parts = {key: tensors[prefix + key] for key in KEYS if prefix + key in tensors}
         size = parts["B.weight"].size(0), parts["A.weight"].size(1)
         if name not in found:
             problems.append(f"{name} is missing")
@@ -194,18 +178,14 @@ def adapters_in(
 def load_lora(model: nn.Module, path: str | PathLike, **allowed: bool) -> SkillMeta:
     """Copy a skill file into the LoRA applied to ``model``; returns its meta.
 
-    Device and dtype of the model stay. Raises ``UserError``, before anything changes, for what
-    ``adapters_in`` refuses (``allowed`` is for that), and if ranks, targets or kind differ from
-    what is applied.
+    Raises ``UserError`` as ``adapters_in`` does, and if ranks, targets or kind differ.
     """
     loras, meta = adapters_in(model, path, **allowed)
     own = {name: linear.lora for name, linear in adapted(model)}
     kinds = [{name: (type(lora), lora.rank) for name, lora in of.items()} for of in (own, loras)]
     if kinds[0] != kinds[1]:
-        raise UserError(
-            f"{path} has {_described(loras)}, the model {_described(own)}; use attach_lora, which"
-            " prepares the model for the file"
-        )
+        differ = f"{path} has {_described(loras)}, the model {_described(own)}"
+        raise UserError(f"{differ}; use attach_lora, which prepares the model for the file")
     for name, lora in loras.items():
         own[name].load_state_dict(lora.state_dict())
         own[name].scaling = lora.scaling
@@ -213,21 +193,15 @@ def load_lora(model: nn.Module, path: str | PathLike, **allowed: bool) -> SkillM
 
 
 def _described(loras: Mapping[str, LoRA]) -> str:
-    """Kinds, ranks and targets, for a sentence."""
-    if not loras:
-        return "no LoRA"
+    """Kinds, ranks and targets of ``loras``, for a sentence."""
     kinds = ", ".join(sorted({type(lora).__name__ for lora in loras.values()}))
     ranks = ", ".join(map(str, sorted({lora.rank for lora in loras.values()})))
-    return f"{kinds} of rank {ranks} on {len(loras)} Linears ({endings(loras)})"
+    found = f"{kinds} of rank {ranks} on {len(loras)} Linears ({endings(loras)})"
+    return found if loras else "no LoRA"
 
 
 def attach_lora(model: nn.Module, path: str | PathLike, **allowed: bool) -> SkillMeta:
-    """Put a skill file on ``model`` whatever its rank and targets, in place of an active one;
-    returns its meta.
-
-    ``allowed``: ``allow_base_mismatch`` and ``with_extra``, as for ``adapters_in``. When that
-    refuses the file, the active skill stays.
-    """
+    """Replace what ``model`` carries by a skill file, unless ``adapters_in`` refuses; its meta."""
     loras, meta = adapters_in(model, path, **allowed)
     model.requires_grad_(False)
     exchange(model, loras)
@@ -235,20 +209,15 @@ def attach_lora(model: nn.Module, path: str | PathLike, **allowed: bool) -> Skil
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """``fingerprint`` of the model without its LoRA; recomputed only after a weight changed.
+    """The model's ``known_as``, else ``fingerprint`` without its LoRA, kept until a weight changes.
 
-    It is the model's ``known_as`` where that was set: before it was quantised, or without what a
-    classifier has to learn. Writes through ``parameter.data`` and by fused optimizers cannot be
-    seen.
+    Writes through ``parameter.data`` and by fused optimizers cannot be seen.
     """
     if hasattr(model, "known_as"):
         return model.known_as
-    added = {id(parameter) for parameter in lora_parameters(model)}
-    named = [(base_name(name), parameter) for name, parameter in model.named_parameters()]
-    base = [(name, parameter) for name, parameter in named if id(parameter) not in added]
-    config = getattr(model, "config", None)
-    version = [(parameter.data_ptr(), parameter._version) for _, parameter in base]
-    version.append(arithmetic(config))
+    added, config = {id(p) for p in lora_parameters(model)}, getattr(model, "config", None)
+    base = [(base_name(name), p) for name, p in model.named_parameters() if id(p) not in added]
+    version = [(p.data_ptr(), p._version) for _, p in base], arithmetic(config)
     known_version, known = getattr(model, "_base_fingerprint", (None, ""))
     if version != known_version:
         known = fingerprint(base, config)

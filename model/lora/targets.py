@@ -13,23 +13,17 @@ from model.lora.layer import Linear, adapted, base_name, features, lora_paramete
 
 
 def check_receptive(model: nn.Module) -> None:
-    """Raise ``UserError`` for a model that no LoRA can be put on or saved from: a wrapper of the
-    whole model (``torch.compile``'s, DistributedDataParallel), and while a LoRA is merged into it.
-    """
+    """Raise ``UserError`` for a wrapper (``torch.compile``'s, DDP's), or if a LoRA is merged."""
     children = [name for name, _ in model.named_children()]
     if children in (["_orig_mod"], ["module"]):
-        raise UserError(
-            f"{type(model).__name__} wraps the model that has the names;"
-            f" pass that one, its .{children[0]}"
-        )
+        wrapper = f"{type(model).__name__} wraps the model that has the names"
+        raise UserError(f"{wrapper}; pass that one, its .{children[0]}")
     if any("unmerged" in vars(module) for module in model.modules()):
         raise UserError("a LoRA is merged into this model; call unmerge_lora(model) first")
 
 
 def linears(model: nn.Module) -> dict[str, Linear]:
-    """Every Linear of the base whose weight is its own, by name: a tied head would drag the
-    embedding along.
-    """
+    """Every Linear of the base, by name; none tied to an embedding, which it would drag along."""
     others = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     others |= {id(parameter) for parameter in lora_parameters(model)}
     return {
@@ -40,15 +34,15 @@ def linears(model: nn.Module) -> dict[str, Linear]:
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """A language model's own, tied or not."""
+    """The output head of a language model, tied or not; None for another model."""
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 def choose_targets(model: nn.Module, config: LoRAConfig) -> dict[str, Linear]:
-    """What ``config`` chooses of ``model``'s Linears, by name, in their order.
+    """The Linears of ``model`` that ``config`` chooses, by name, in their order.
 
-    Raises ``UserError`` if nothing is left, for a name, pattern or layer number that matches
-    nothing, and for a rank beyond a Linear's features. It lists what could match.
+    Raises ``UserError``, which lists what could match, if nothing is left or a name, pattern or
+    layer matches nothing, and for a rank beyond a Linear's features.
     """
     found, wanted, head = linears(model), config.target_modules, output_head(model)
     if wanted in SHORTHANDS:
@@ -73,16 +67,13 @@ def choose_targets(model: nn.Module, config: LoRAConfig) -> dict[str, Linear]:
     for name in names:
         rank, smallest = config.rank_and_scaling(name)[0], min(features(found[name]))
         if rank > smallest:
-            raise UserError(
-                f"rank={rank} exceeds the {smallest} features of {name}: choose a smaller rank"
-            )
+            beyond = f"rank={rank} exceeds the {smallest} features of {name}"
+            raise UserError(f"{beyond}: choose a smaller rank")
     return {name: found[name] for name in names}
 
 
 def _matching(names: Iterable[str], wanted: str | tuple[str, ...], option: str) -> list[str]:
-    """Those of ``names`` that the regular expression ``wanted`` matches whole, or that are or end
-    in one of the words ``wanted``. Raises ``UserError`` for what matches nothing.
-    """
+    """The ``names`` that match ``wanted``. ``UserError`` for a word of it that matches nothing."""
     if isinstance(wanted, str):
         matches = {wanted: [name for name in names if re.fullmatch(wanted, name)]}
     else:
@@ -93,7 +84,7 @@ def _matching(names: Iterable[str], wanted: str | tuple[str, ...], option: str) 
 
 
 def _in_layers(names: list[str], wanted: tuple[int, ...]) -> list[str]:
-    """Those of ``names`` whose first number is one of ``wanted``, of which each must be there."""
+    """Those of ``names`` whose first number is in ``wanted``; each number must be found."""
     numbers = {name: re.search(r"(?:^|\.)(\d+)(?:\.|$)", name) for name in names}
     layers = {name: int(number[1]) for name, number in numbers.items() if number}
     if missing := sorted(set(wanted) - set(layers.values())):
@@ -108,9 +99,7 @@ def endings(names: Iterable[str]) -> str:
 
 
 def table_of(model: nn.Module) -> str:
-    """The adapted modules, those of like name in one line: how many, their (outputs, inputs), rank
-    and parameters.
-    """
+    """The adapted modules as text: a line for those of like name, with shape, rank, parameters."""
     sizes = defaultdict(list)
     for name, linear in adapted(model):
         kind = re.sub(r"(^|\.)\d+(?=\.)", r"\1N", name), features(linear), linear.lora.rank

@@ -41,28 +41,23 @@ class DoRA(LoRA):
     def merged(self, weight: Tensor) -> Tensor:
         return self.stretch(weight).to(weight)[:, None] * super().merged(weight)
 
-    def exported(self) -> dict[str, Tensor]:
-        return {**super().exported(), "magnitude": self.magnitude}
-
     def stretch(self, weight: Tensor) -> Tensor:
-        """magnitude / ||V|| (outputs,) for W = ``weight``, fp32 or fp64. The norm is computed
-        without autocast: in fp16 a small product B A would be 0.
-        """
+        """magnitude / ||V|| (outputs,) for W = ``weight``, fp32 or fp64."""
+        # Under autocast's fp16 a small product B A would be 0.
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             norm = LoRA.merged(self, weight).norm(dim=1).clamp_min(SMALLEST_NORM)
         return self.magnitude / norm
 
 
 class PiSSA(LoRA):
-    """LoRA whose A and B start as the largest singular values of W, which are taken out of the
-    frozen part (Meng 2024).
+    """LoRA whose A and B start as the largest singular values of W (Meng et al. 2024).
 
-    The base stays as it is: the start, ``A0`` and ``B0``, is subtracted from the update instead. A
-    file gets both, as an ordinary LoRA of twice the rank, and so fits the base like any other.
+    The paper takes them out of the frozen weight. Here the base stays, and the start, ``A0`` and
+    ``B0``, is subtracted from the update. A file gets both as one ordinary LoRA of twice the rank.
     """
 
-    def __init__(self, linear: Linear, rank: int, scaling: float = 1.0, dropout: float = 0.0):
-        super().__init__(linear, rank, scaling, dropout)
+    def __init__(self, linear: Linear, rank: int, scaling: float = 1.0, *args):
+        super().__init__(linear, rank, scaling, *args)
         U, S, V = torch.linalg.svd(dense_weight(linear).float(), full_matrices=False)
         root = (S[:rank] / scaling).sqrt()
         with torch.no_grad():
@@ -82,18 +77,14 @@ class PiSSA(LoRA):
         return torch.equal(self.A.weight, self.A0) and torch.equal(self.B.weight, self.B0)
 
     def exported(self) -> dict[str, Tensor]:
-        return {
-            "A.weight": torch.cat((self.A.weight, self.A0)),
-            "B.weight": torch.cat((self.B.weight, -self.B0), dim=1),
-        }
+        A, B = torch.cat((self.A.weight, self.A0)), torch.cat((self.B.weight, -self.B0), dim=1)
+        return {"A.weight": A, "B.weight": B}
 
 
 def lora_of(linear: Linear, tensors: dict[str, Tensor], scaling: float = 1.0) -> LoRA:
-    """The adapter for ``linear`` whose parameters are ``tensors`` (see ``exported``) themselves,
-    copied if not fp32.
-    """
+    """The LoRA whose parameters are ``tensors`` (see ``exported``), copied where not fp32."""
+    kind = DoRA if "magnitude" in tensors else LoRA
     with torch.device("meta"):  # nothing is drawn
-        kind = DoRA if "magnitude" in tensors else LoRA
         lora = kind(linear, tensors["A.weight"].size(0), scaling, init="none")
     lora.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, assign=True)
     return lora
