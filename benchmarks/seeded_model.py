@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from model.LMConfig import LMConfig
-from model.model import MiniMindLM
+from model.model import CACHE, MiniMindLM
 from model.model_lora import apply_lora
 
 BATCH, LENGTH, PROMPT = 2, 72, 40
@@ -73,5 +73,5 @@ def one_by_one(model: nn.Module, ids: Tensor) -> Tensor:
     for part in (ids[:, :PROMPT], *ids[:, PROMPT:].split(1, dim=1)):
         out = model(part, cache=cache, use_cache=True)
         logits.append(out.logits)
-        cache = out.past_key_values
+        cache = out[CACHE]
     return torch.cat(logits, dim=1)

@@ -1,6 +1,4 @@
-"""The model computes what MiniMind's own code computed: figures that benchmarks/parity_minimind.py
-wrote.
-"""
+"""The model computes what MiniMind's own code did: figures of benchmarks/parity_minimind.py."""
 
 import json
 from pathlib import Path
@@ -16,9 +14,8 @@ from benchmarks.seeded_model import (
     whole,
 )
 
-GOLDEN = json.loads(
-    (Path(__file__).parent / "golden" / "parity_minimind.json").read_text(encoding="utf-8")
-)
+FILE = Path(__file__).parent / "golden" / "parity_minimind.json"
+GOLDEN = json.loads(FILE.read_text(encoding="utf-8"))
 
 
 @pytest.fixture

@@ -1,14 +1,14 @@
-"""Models of Hugging Face as bases: their own tokenizer and template, answers as their library gives
-them, one skill.
-"""
+"""Models of Hugging Face as bases: their tokenizer and template, and their library's answers."""
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SMALL, flags
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,6 +18,7 @@ from transformers import (
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -37,17 +38,9 @@ from model.weights import choose_base, load_base
 from scripts.merge_lora import main as merge_lora
 from serving.session import ChatSession
 
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-SIZES |= {
-    "intermediate_size": 64,
-    "vocab_size": 6464,
-    "max_position_embeddings": 256,
-}  # more rows than tokens
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 256}
+SIZES |= {"vocab_size": 6464}  # more rows than tokens
 SIZES |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 MODELS = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen2": (Qwen2ForCausalLM, Qwen2Config)}
 TEMPLATE = r"Human: {user}\n\nAssistant: "
@@ -68,38 +61,31 @@ def folders(tmp_path_factory):
     return root
 
 
+def skill_flags(base, out, trained, **more) -> list[str]:
+    """The words that train a skill for ``base`` in ``out``."""
+    data = {"data_path": trained.chats, "general_data": trained.chats}
+    return flags(base=base, out_dir=out, **data, **SMALL, **more)
+
+
+def session_on(base, out, prompt_template=None, sampling=None, **more) -> ChatSession:
+    settings = {"seed": 0, "history_cnt": 0, "continues": False, "out_dir": out} | more
+    tokenizer = foreign_tokenizer(base, prompt_template)
+    return ChatSession(load_base(base)[0], tokenizer, sampling or Sampling(), **settings)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_answers_are_those_of_the_library_and_a_skill_comes_and_goes(
     folders, trained, tmp_path, capsys, name
 ):
     base, out = folders / name, tmp_path / "out"
-    argv = flags(
-        out_dir=out,
-        base=base,
-        data_path=trained.chats,
-        general_data=trained.chats,
-        lora_name="x",
-        **SMALL,
-    )
-    path = train_lora.main(
-        [*argv, "--learning_rate", "0.05", "--target_modules", "q_proj", "v_proj"]
-    )
+    more = {"learning_rate": 0.05, "target_modules": ("q_proj", "v_proj")}
+    path = train_lora.main(skill_flags(base, out, trained, lora_name="x", **more))
     assert path == lora_path(out, "x", 32)
     tensors, meta = read_lora(path)
     assert meta.base["file"] == name and len(tensors) == 2 * 2 * 2
     assert "2 x  model.layers.N.self_attn.q_proj" in capsys.readouterr().out
-    model, record = load_base(base)
-    tokenizer = foreign_tokenizer(base)
-    assert record.fingerprint == meta.base["fingerprint"]
-    session = ChatSession(
-        model,
-        tokenizer,
-        Sampling(temperature=0.0, max_new_tokens=12),
-        seed=0,
-        history_cnt=0,
-        continues=False,
-        out_dir=out,
-    )
+    assert load_base(base)[1].fingerprint == meta.base["fingerprint"]
+    session = session_on(base, out, sampling=Sampling(temperature=0.0, max_new_tokens=12))
 
     def answer():
         return "".join(session.reply(QUESTION[0]["content"]))
@@ -108,27 +94,17 @@ def test_answers_are_those_of_the_library_and_a_skill_comes_and_goes(
     inputs = AutoTokenizer.from_pretrained(base).apply_chat_template(
         QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    said = theirs.generate(**inputs, do_sample=False, max_new_tokens=12)[
-        0, inputs["input_ids"].shape[1] :
-    ]
+    ids = theirs.generate(**inputs, do_sample=False, max_new_tokens=12)[0]
+    said = ids[inputs["input_ids"].shape[1] :]
     plain = answer()
-    assert plain == tokenizer.decode(said, skip_special_tokens=True) != ""
+    assert plain == session.tokenizer.decode(said, skip_special_tokens=True) != ""
     session.use_skill("x")
     assert answer() != plain
-    session.use_skill("x=0.0")
-    assert answer() == plain
-    session.use_skill(None)
-    assert answer() == plain
-    arguments = flags(
-        out_dir=out,
-        base=base,
-        lora_name="x",
-        prompt="hi",
-        temperature=0,
-        device="cpu",
-        max_new_tokens=4,
-    )
-    eval_model.main(arguments)
+    for nothing in ("x=0.0", None):
+        session.use_skill(nothing)
+        assert answer() == plain
+    asked = flags(out_dir=out, base=base, lora_name="x", prompt="hi", device="cpu")
+    eval_model.main([*asked, *flags(max_new_tokens=4)])
     assert f"base: {base}, skill: x" in capsys.readouterr().err
 
 
@@ -136,15 +112,8 @@ def test_a_model_without_a_chat_template_is_asked_in_the_words_of_the_flag(
     folders, trained, tmp_path, capsys
 ):
     base, out = folders / "bare", tmp_path / "out"
-    argv = flags(
-        out_dir=out,
-        base=base,
-        data_path=trained.chats,
-        general_data=trained.chats,
-        lora_name="y",
-        **SMALL,
-    )
-    with pytest.raises(UserError, match=r"bare has no chat template: .*prompt_template"):
+    argv = skill_flags(base, out, trained, lora_name="y")
+    with pytest.raises(UserError, match=r"bare .*prompt_template"):
         train_lora.main(argv)
     path = train_lora.main([*argv, "--prompt_template", TEMPLATE])
     assert read_lora(path)[1].prompt_template == TEMPLATE
@@ -157,27 +126,19 @@ def test_a_model_without_a_chat_template_is_asked_in_the_words_of_the_flag(
 def test_a_skill_is_asked_in_its_own_words_and_ends_where_it_learned_to(
     folders, trained, tmp_path, capsys, monkeypatch
 ):
-    """A base whose template ends a turn otherwise than its tokenizer ends a text, as Qwen2's and
-    Gemma's do.
-    """
+    """Of a base that ends a turn otherwise than a text, as Qwen2's and Gemma's do."""
     base, out = shutil.copytree(folders / "llama", tmp_path / "base"), tmp_path / "out"
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.eos_token = "<|endoftext|>"
     tokenizer.save_pretrained(base)
     turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert (
-        ends_of_answer(tokenizer) == {tokenizer.eos_token_id, turn}
-        and tokenizer.eos_token_id != turn
-    )
-    argv = flags(
-        base=base, out_dir=out, data_path=trained.chats, general_data=trained.chats, **SMALL
-    )
+    assert ends_of_answer(tokenizer) == {tokenizer.eos_token_id, turn}
+    assert tokenizer.eos_token_id != turn
+    argv = skill_flags(base, out, trained)
     train_lora.main([*argv, "--lora_name", "own"])
     train_lora.main([*argv, "--lora_name", "asked", "--prompt_template", TEMPLATE])
-    model, _ = load_base(base)
-    settings = {"seed": 0, "history_cnt": 0, "continues": False, "out_dir": out}
-    session = ChatSession(model, foreign_tokenizer(base), Sampling(), **settings)
-    model.generation_config.eos_token_id = [7, 8]
+    session = session_on(base, out)
+    session.model.generation_config.eos_token_id = [7, 8]
     assert session._stop() == {tokenizer.eos_token_id, turn, 7, 8}
     before = session.tokenizer.chat_template
     questions = {}
@@ -190,9 +151,7 @@ def test_a_skill_is_asked_in_its_own_words_and_ends_where_it_learned_to(
     with pytest.raises(UserError, match="no skill file"):
         session.use_skill("nobody")
     assert session.tokenizer.chat_template == before
-    kept = ChatSession(
-        model, foreign_tokenizer(base, "Q: {user}"), Sampling(), **settings, keeps_template=True
-    )
+    kept = session_on(base, out, "Q: {user}", keeps_template=True)
     kept.use_skill("asked")
     assert kept.tokenizer.decode(kept._prompt("hi")) == "Q: hi"
     seen = []
@@ -200,14 +159,10 @@ def test_a_skill_is_asked_in_its_own_words_and_ends_where_it_learned_to(
     chat = flags(base=base, out_dir=out, lora_name="asked", prompt="hi", device="cpu")
     eval_model.main(chat)
     eval_model.main([*chat, "--prompt_template", "Q: {user}"])
-    assert [one.tokenizer.decode(one._prompt("hi")) for one in seen] == [
-        questions["asked"],
-        "Q: hi",
-    ]
-    seen[0].use_skill(None)
-    assert seen[0].tokenizer.decode(seen[0]._prompt("hi")) == questions[None], (
-        "the base has words of its own"
-    )
+    said = [one.tokenizer.decode(one._prompt("hi")) for one in seen]
+    assert said == [questions["asked"], "Q: hi"]
+    seen[0].use_skill(None)  # the base has words of its own
+    assert seen[0].tokenizer.decode(seen[0]._prompt("hi")) == questions[None]
     train_lora.main([*argv, "--lora_name", "dora", "--use_dora"])
     with pytest.raises(UserError, match="skill dora is a DoRA, which"):
         session.use_skill("dora=0.5 own=0.5")
@@ -220,29 +175,20 @@ def test_a_skill_is_read_by_the_tokenizer_of_its_training_only(folders, trained,
     base, out, other = folders / "llama", tmp_path / "out", tmp_path / "other"
     tokenizer = AutoTokenizer.from_pretrained(base)
     text = json.loads(tokenizer.backend_tokenizer.to_str())
-    words = [
-        word
-        for word, n in sorted(text["model"]["vocab"].items(), key=lambda item: item[1])
-        if n >= 3
-    ]
-    text["model"]["vocab"] |= {word: 3 + n for n, word in enumerate(reversed(words))}
+    vocabulary = text["model"]["vocab"]
+    words = sorted(vocabulary, key=vocabulary.get, reverse=True)[:-3]  # the special ones stay
+    vocabulary |= {word: 3 + n for n, word in enumerate(words)}
     tokenizer.save_pretrained(other)
     (other / "tokenizer.json").write_text(json.dumps(text), encoding="utf-8")
-    argv = flags(
-        base=base, out_dir=out, data_path=trained.chats, general_data=trained.chats, **SMALL
-    )
-    train_lora.main([*argv, *flags(lora_name="strange", tokenizer_path=other)])
-    chat = flags(
-        base=base, out_dir=out, lora_name="strange", prompt="hi", device="cpu", max_new_tokens=2
-    )
+    train_lora.main(skill_flags(base, out, trained, lora_name="strange", tokenizer_path=other))
+    chat = flags(base=base, out_dir=out, lora_name="strange", prompt="hi", device="cpu")
+    chat += flags(max_new_tokens=2)
     merge = ["strange", *flags(base=base, out_dir=out, output=tmp_path / "merged")]
     for action in (lambda: eval_model.main(chat), lambda: merge_lora(merge)):
         with pytest.raises(UserError, match="skill strange was trained with another tokenizer"):
             action()
     assert not (tmp_path / "merged").exists()
-    model, _ = load_base(base)
-    settings = {"seed": 0, "history_cnt": 0, "continues": False, "out_dir": out}
-    session = ChatSession(model, foreign_tokenizer(base), Sampling(), **settings)
+    session = session_on(base, out)
     for _ in range(2):  # nothing of it stays
         with pytest.raises(UserError, match="another tokenizer"):
             session.use_skill("strange")
@@ -250,34 +196,28 @@ def test_a_skill_is_read_by_the_tokenizer_of_its_training_only(folders, trained,
     eval_model.main([*chat, *flags(tokenizer_path=other)])
     eval_model.main([*chat, "--allow_base_mismatch"])
     merge_lora([*merge, *flags(tokenizer_path=other)])
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged").encode("hi") == foreign_tokenizer(
-        other
-    ).encode("hi")
+    merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert merged.encode("hi") == foreign_tokenizer(other).encode("hi")
 
 
 def test_a_model_that_sees_what_it_should_predict_is_refused(folders, tmp_path):
-    BertForMaskedLM(BertConfig(**SIZES | {"num_key_value_heads": 4})).save_pretrained(
-        tmp_path / "masked"
-    )
-    with pytest.raises(UserError, match="masked sees the tokens that it would have to predict"):
+    sizes = SIZES | {"num_key_value_heads": 4}
+    BertForMaskedLM(BertConfig(**sizes)).save_pretrained(tmp_path / "masked")
+    with pytest.raises(UserError, match="masked sees the tokens"):
         load_base(tmp_path / "masked")
-    config = BertConfig(**SIZES | {"num_key_value_heads": 4}, is_decoder=True)
-    BertLMHeadModel(config).save_pretrained(tmp_path / "causal")
+    BertLMHeadModel(BertConfig(**sizes, is_decoder=True)).save_pretrained(tmp_path / "causal")
     assert load_base(tmp_path / "causal")[1].stage
 
 
 def test_the_template_of_the_flag(folders):
     tokenizer = foreign_tokenizer(folders / "bare", "说: \"{user}\"\\n'👋': ")
     turns = [*QUESTION, {"role": "assistant", "content": "I am."}]
-    ids, learned = encode_chat(
-        tokenizer, [{"role": "system", "content": "Be brief."}, *turns, *turns]
-    )
+    system = {"role": "system", "content": "Be brief."}
+    ids, learned = encode_chat(tokenizer, [system, *turns, *turns])
     once = "说: \"Who are you? 你好\"\n'👋': I am.<|im_end|>"
     assert tokenizer.decode(ids) == f"Be brief.\n\n{once}{once}"
-    assert (
-        tokenizer.decode([n for n, flag in zip(ids, learned, strict=True) if flag])
-        == "I am.<|im_end|>" * 2
-    )
+    answers = [n for n, flag in zip(ids, learned, strict=True) if flag]
+    assert tokenizer.decode(answers) == "I am.<|im_end|>" * 2
     for wrong in ("Q:", "{user}{user}"):
         with pytest.raises(UserError, match=r"must have one \{user\}"):
             foreign_tokenizer(folders / "bare", wrong)
@@ -309,17 +249,10 @@ def test_what_is_no_base_is_named(folders, tmp_path, trained):
 
 
 def test_a_hub_name_is_told_from_a_mistyped_path(folders, tmp_path):
-    from pathlib import Path
-
     assert is_pretrained(folders / "llama") and is_pretrained(Path("some-owner/some.model-1B"))
     (tmp_path / "model.pth").touch()
-    for path in (
-        tmp_path / "model.pth",
-        tmp_path / "nothing",
-        tmp_path,
-        Path("nowhere.pth"),
-        Path("out/x.pth"),
-    ):
+    missing = [tmp_path / "nothing", Path("nowhere.pth"), Path("out/x.pth")]
+    for path in (tmp_path / "model.pth", tmp_path, *missing):
         assert not is_pretrained(path)
 
 
@@ -329,10 +262,8 @@ def test_a_changed_rotary_base_is_another_base(folders, tmp_path):
     config = json.loads(path.read_text(encoding="utf-8"))
     config["rope_parameters"]["rope_theta"] *= 2
     path.write_text(json.dumps(config), encoding="utf-8")
-    marks = [
-        load_base(folder)[1].fingerprint
-        for folder in (folders / "llama", folders / "llama", path.parent)
-    ]
+    bases = (folders / "llama", folders / "llama", path.parent)
+    marks = [load_base(base)[1].fingerprint for base in bases]
     assert marks[0] == marks[1] != marks[2]
 
 
@@ -361,29 +292,20 @@ def test_a_pickled_model_that_runs_code_is_refused_unrun(folders, tmp_path):
 
 
 def test_vocabularies_with_byte_fallback_and_a_beginning(tmp_path):
-    from tokenizers import Tokenizer, decoders, models, normalizers, processors
-    from transformers import PreTrainedTokenizerFast
-
     words = ["<s>", "</s>", "<0x0A>", "▁", "▁hi", "é", "你"]
-    backend = Tokenizer(
-        models.BPE({word: n for n, word in enumerate(words)}, [], byte_fallback=True)
-    )
+    vocabulary = {word: n for n, word in enumerate(words)}
+    backend = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
     backend.normalizer = normalizers.Replace(" ", "▁")
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(parts)
+    ends = {"bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **ends)
     assert token_bytes(tokenizer).tolist() == [0, 0, 1, 1, 3, 2, 3]
     tokenizer.save_pretrained(tmp_path)
     assert "bos_token" not in foreign_tokenizer(tmp_path, "Q: {user}").chat_template
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(tmp_path)
+    begins = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    backend.post_processor = begins
+    PreTrainedTokenizerFast(tokenizer_object=backend, **ends).save_pretrained(tmp_path)
     assert foreign_tokenizer(tmp_path, "Q: {user}").chat_template.startswith("{{ bos_token }}")
-    assert (
-        json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["decoder"]["type"]
-        == "Sequence"
-    )
+    saved = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    assert saved["decoder"]["type"] == "Sequence"

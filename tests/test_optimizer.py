@@ -9,26 +9,21 @@ from trainer.runtime import multiplies_bf16
 
 
 def test_muon_has_the_linears_adamw_the_rest_and_vectors_do_not_decay(tiny_model):
-    matrices, muon, vectors = param_groups(tiny_model, 0.1, "muon")
-    assert [group["weight_decay"] for group in (matrices, vectors, muon)] == [0.1, 0.0, 0.1]
-    assert [group["muon"] for group in (matrices, vectors, muon)] == [False, False, True]
-    assert all(p.dim() == 1 for p in vectors["params"]) and all(
-        p.dim() == 2 for p in muon["params"]
-    )
-    assert [id(p) for p in matrices["params"]] == [id(tiny_model.output.weight)], (
-        "the tied head, once"
-    )
-    assert sum(p.numel() for group in (matrices, vectors, muon) for p in group["params"]) == sum(
-        p.numel() for p in tiny_model.parameters()
-    )
+    matrices, muon, vectors = groups = param_groups(tiny_model, 0.1, "muon")
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0]
+    assert [group["muon"] for group in groups] == [False, True, False]
+    assert {p.dim() for p in vectors["params"]} == {1} and {p.dim() for p in muon["params"]} == {2}
+    # The tied head, once.
+    assert [id(p) for p in matrices["params"]] == [id(tiny_model.output.weight)]
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in tiny_model.parameters())
     matrices, _ = param_groups(tiny_model, 0.1)
     assert not matrices["muon"] and len(matrices["params"]) == 1 + 7 * tiny_model.config.n_layers
 
 
 def test_a_step_is_that_of_torchs_muon_and_adamw(tiny_model, monkeypatch):
-    monkeypatch.setattr(
-        "trainer.optimizer.multiplies_bf16", lambda device: True
-    )  # torch's does no other
+    # torch's does no other.
+    monkeypatch.setattr("trainer.optimizer.multiplies_bf16", lambda device: True)
     twin = type(tiny_model)(tiny_model.config)
     twin.load_state_dict(tiny_model.state_dict())
     ours = MuonAdamW(param_groups(tiny_model, 0.1, "muon"), 1e-2)
@@ -37,9 +32,7 @@ def test_a_step_is_that_of_torchs_muon_and_adamw(tiny_model, monkeypatch):
         torch.optim.AdamW([matrices, vectors], lr=1e-2, betas=BETAS, fused=True),
         torch.optim.Muon(muon["params"], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
     ]
-    assert any(p.size(0) > p.size(1) for p in muon["params"]) and any(
-        p.size(0) < p.size(1) for p in muon["params"]
-    )
+    assert {p.size(0) > p.size(1) for p in muon["params"]} == {True, False}
     for step in range(3):
         for p, q in zip(tiny_model.parameters(), twin.parameters(), strict=True):
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
@@ -65,9 +58,8 @@ def test_orthogonalized_keeps_the_directions_and_evens_out_their_sizes(shape):
 def test_no_gradient_no_step_and_a_zero_gradient_is_survived(tiny_model):
     optimizer = MuonAdamW(param_groups(tiny_model, 0.0, "muon"), 1e-2)
     weights = [p.clone() for p in tiny_model.parameters()]
-    tiny_model.layers[0].attention.wq.weight.grad = torch.zeros_like(
-        tiny_model.layers[0].attention.wq.weight
-    )
+    weight = tiny_model.layers[0].attention.wq.weight
+    weight.grad = torch.zeros_like(weight)
     optimizer.step()
     for before, after in zip(weights, tiny_model.parameters(), strict=True):
         assert torch.equal(before, after)
@@ -83,10 +75,8 @@ def test_updates_are_as_large_as_adamws(tiny_model):
 
 
 def test_an_overflowing_fp16_step_is_skipped_whole(tiny_model):
-    optimizer, scaler = (
-        MuonAdamW(param_groups(tiny_model, 0.1, "muon"), 1e-2),
-        torch.amp.GradScaler("cpu"),
-    )
+    optimizer = MuonAdamW(param_groups(tiny_model, 0.1, "muon"), 1e-2)
+    scaler = torch.amp.GradScaler("cpu")
     weights = [p.clone() for p in tiny_model.parameters()]
     scaler.scale(tiny_model.norm.weight.sum() * 0).backward()  # only makes the scale
     for parameter in tiny_model.parameters():
@@ -104,26 +94,24 @@ def test_products_are_in_bf16_where_they_are_fast(monkeypatch):
     assert not multiplies_bf16(cpu)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     assert multiplies_bf16(cpu)
-    for emulates in (True, False):  # a Turing GPU says yes, unless asked about its own instructions
-        monkeypatch.setattr(
-            torch.cuda,
-            "is_bf16_supported",
-            lambda including_emulation=True, says=emulates: not says,
-        )
-        assert multiplies_bf16(torch.device("cuda")) == (not emulates)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older torch
+    assert not multiplies_bf16(cpu)
+    for native in (True, False):  # a Turing GPU says yes unless asked about its own instructions
 
+        def supported(including_emulation=True, own=native):
+            return including_emulation or own
 
-def test_a_torch_that_does_not_tell_its_processor_gets_float32(monkeypatch):
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert not multiplies_bf16(torch.device("cpu"))
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        assert multiplies_bf16(torch.device("cuda")) == native
 
 
 def test_muon_learns_what_adamw_learns(tiny_model, tmp_path):
     twin = type(tiny_model)(tiny_model.config)
     twin.load_state_dict(tiny_model.state_dict())
     batches = [ragged_batch(4, seed=seed) for seed in range(3)]
-    losses = [
-        run_training(model, Source(batches), tmp_path / name, epochs=5, optimizer=name).last_loss
-        for name, model in (("adamw", tiny_model), ("muon", twin))
-    ]
-    assert losses[1] < losses[0]
+    losses = {}
+    for name, model in (("adamw", tiny_model), ("muon", twin)):
+        settings = {"epochs": 5, "optimizer": name}
+        summary = run_training(model, Source(batches), tmp_path / name, **settings)
+        losses[name] = summary.last_loss
+    assert losses["muon"] < losses["adamw"]

@@ -15,28 +15,19 @@ from trainer.loop import loss_sum
 
 
 def test_ctrl_c_ends_the_step_saves_and_interrupts(tiny_model, tmp_path):
-    saved = []
+    passes, saved = [], []
 
     def interrupted(model, batch):
-        if tiny_model.training and not saved and len(calls) == 1 + 2:
+        passes.append(None)
+        if len(passes) == 1 + 3:  # after the warm-up, in step 3
             signal.raise_signal(signal.SIGINT)
-        calls.append(None)
         return loss_sum(model, batch)
 
-    calls = []
-    handler = signal.getsignal(signal.SIGINT)
+    handler, source = signal.getsignal(signal.SIGINT), Source([ragged_batch(2, seed=11)])
+    settings = {"epochs": 50, "loss": interrupted, "write": saved.append}
     with pytest.raises(Stopped):
-        run_training(
-            tiny_model,
-            Source([ragged_batch(2, seed=11)]),
-            tmp_path,
-            epochs=50,
-            loss=interrupted,
-            write=saved.append,
-        )
-    assert [metrics["step"] for metrics in saved] == [
-        3
-    ]  # the signal came in step 3, which was finished
+        run_training(tiny_model, source, tmp_path, **settings)
+    assert [metrics["step"] for metrics in saved] == [3]  # it was finished
     assert signal.getsignal(signal.SIGINT) is handler
 
 
@@ -49,15 +40,10 @@ def test_a_stop_before_the_first_step_leaves_everything_as_it_was(tiny_model, tm
         signal.raise_signal(signal.SIGINT)
         return loss_sum(model, batch)
 
+    settings = {"loss": interrupted, "write": lambda metrics: pytest.fail("saved")}
     with pytest.raises(Stopped):
-        run_training(
-            tiny_model,
-            source,
-            tmp_path,
-            loss=interrupted,
-            write=lambda metrics: pytest.fail("saved"),
-        )
-    assert "stopped by SIGINT after step 0 of 4; nothing is saved" in capsys.readouterr().out
+        run_training(tiny_model, source, tmp_path, **settings)
+    assert "stopped by SIGINT after step 0 of 4" in capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -95,12 +81,10 @@ with path.open("a") as file:
 
 
 def test_a_second_run_at_the_same_states_is_refused_until_the_first_is_dead(tiny_model, tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    settings = {"env": os.environ | {"PYTHONPATH": str(REPOSITORY)}, "cwd": tmp_path, "text": True}
+    settings |= {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     source = Source([ragged_batch(2, seed=11)])
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDER], cwd=tmp_path, env=environment, **pipes
-    ) as holder:
+    with subprocess.Popen([sys.executable, "-c", HOLDER], **settings) as holder:
         assert holder.stdout.readline() == "True\n"
         with pytest.raises(UserError, match=r"another run is at work in .*states"):
             run_training(tiny_model, source, tmp_path)
@@ -125,9 +109,8 @@ def test_a_second_signal_acts_at_once_but_an_echo_does_not(monkeypatch):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGHUP")
 def test_a_closed_terminal_stops_a_run_unless_it_was_told_to_outlast_that():
-    before = signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # as for a job in the background of a script
+    # As for a job in the background of a script.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with run.stop_requests() as request:
             signal.raise_signal(signal.SIGINT)
