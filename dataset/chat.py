@@ -35,10 +35,10 @@ def encode_chats(
     content_ids = iter(_encode(tokenizer, contents, split_special_tokens=True))
     control = control_ids(tokenizer)
     encoded = []
-    for messages, (first, *others) in zip(chats, pieces, strict=True):
-        ids = list(ids_of[first])
+    for messages, (before, *after_each) in zip(chats, pieces, strict=True):
+        ids = list(ids_of[before])
         learned = [False] * len(ids)
-        for message, piece in zip(messages, others, strict=True):
+        for message, piece in zip(messages, after_each, strict=True):
             content, after = next(content_ids), ids_of[piece]
             is_answer = message["role"] == "assistant"
             end_of_turn = next((n for n, token in enumerate(after, 1) if token in control), 0)
