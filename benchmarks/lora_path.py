@@ -19,6 +19,7 @@ from types import CodeType, FrameType
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.result_file import measured_on, write_results
 from core.errors import run
 from core.options import option, parse
 
@@ -36,6 +37,7 @@ class Options:
     """Trace three steps of train_lora.py; print files, executed lines and functions on the way."""
 
     functions: bool = option(False, "also list the functions in the order of their first calls")
+    result: Path | None = option(None, "write the figures to this JSON file")
 
 
 class Tracer:
@@ -87,9 +89,12 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     if options.functions:
         for code in tracer.functions:
             place = Path(code.co_filename).relative_to(ROOT)
-            print(f"{place}:{code.co_firstlineno} {code.co_qualname}")
-    print(json.dumps(tracer.figures()))
-    return tracer.figures()
+            name = getattr(code, "co_qualname", code.co_name)  # Python 3.10 has the short name
+            print(f"{place}:{code.co_firstlineno} {name}")
+    figures = tracer.figures()
+    print(json.dumps(figures))
+    write_results(options.result, figures | measured_on(("torch",)))
+    return figures
 
 
 def traced_training(flags: list[str]) -> Tracer:
