@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> Path:
     result["write"] = lambda meta: save_lora(model, path, meta)
     if options.loraplus_lr_ratio != 1:
         result["lora_plus"] = output_parameters(model), options.loraplus_lr_ratio
+    # It opens the run's states, makes batches and parameter groups, and calls the loop.
     return run_stage(model, data.train, options, runtime, validation=validation, **result)
 
 

@@ -19,6 +19,7 @@ from types import CodeType, FrameType
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.result_file import measured_on, write_results
 from core.errors import run
 from core.options import option, parse
 
@@ -36,6 +37,7 @@ class Options:
     """Trace three steps of train_lora.py; print files, executed lines and functions on the way."""
 
     functions: bool = option(False, "also list the functions in the order of their first calls")
+    result: Path | None = option(None, "write the figures to this JSON file")
 
 
 class Tracer:
@@ -57,11 +59,19 @@ class Tracer:
         return self
 
     def figures(self) -> dict[str, int]:
-        """``file_changes``: first calls that lead into another file than the first call before."""
+        """``function_lines``: of the functions that ran, docstrings and signatures included.
+
+        ``file_changes``: first calls that lead into another file than the first call before.
+        """
         order = [code.co_filename for code in self.functions]
+        read = set()
+        for code in self.functions:
+            lines, first = inspect.getsourcelines(code)
+            read |= {(code.co_filename, first + n) for n in range(len(lines))}
         return {
             "files": len(set(order)),
             "file_lines": sum(len(Path(name).read_bytes().splitlines()) for name in set(order)),
+            "function_lines": len(read),
             "executed_lines": len(self.lines),
             "functions": sum(not code.co_name.startswith("<") for code in self.functions),
             "file_changes": sum(a != b for a, b in pairwise(order)),
@@ -79,9 +89,12 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     if options.functions:
         for code in tracer.functions:
             place = Path(code.co_filename).relative_to(ROOT)
-            print(f"{place}:{code.co_firstlineno} {code.co_qualname}")
-    print(json.dumps(tracer.figures()))
-    return tracer.figures()
+            name = getattr(code, "co_qualname", code.co_name)  # Python 3.10 has the short name
+            print(f"{place}:{code.co_firstlineno} {name}")
+    figures = tracer.figures()
+    print(json.dumps(figures))
+    write_results(options.result, figures | measured_on(("torch",)))
+    return figures
 
 
 def traced_training(flags: list[str]) -> Tracer:

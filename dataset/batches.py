@@ -27,8 +27,8 @@ IGNORED = -100  # the label of a position that is not learned, PyTorch's own def
 class Batch:
     """One micro-batch.
 
-    ``labels`` (B, T) int64 hold the id itself where it is learned, else -100; ``labels[:, 0]`` is
-    -100 because nothing predicts it.
+    ``labels`` (B, T) int64 are unshifted: the id itself where it is learned, else -100. The model
+    predicts ``labels[:, t + 1]`` at t, and nothing predicts ``labels[:, 0]``, which is -100.
     """
 
     inputs: dict[str, Tensor]  # for the model's forward: ``input_ids`` (B, T) int64, right-padded
@@ -105,7 +105,7 @@ class ChatSamples(TokenSamples):
 
     def __post_init__(self):
         lengths = np.minimum(self.rows.lengths, self.max_seq_len)
-        self._kept = np.flatnonzero(self.rows.first_target < lengths)
+        self._kept = np.flatnonzero(self.rows.first_target < lengths)  # something is left to learn
         self.lengths = lengths[self._kept]
 
     def __getitem__(self, index: int) -> np.ndarray:

@@ -19,8 +19,8 @@ def encode_chat(
 
     Template pieces and contents are tokenised apart and joined, so that labels are right by
     construction and no content can spell a control token. The assistant's texts are learned, each
-    up to the first control token after it. The decoded ids equal the rendered template. Raises
-    ``UserError`` if the template does more to contents than trim them.
+    up to and including the first control token after it. The decoded ids equal the rendered
+    template. Raises ``UserError`` if it does more to the contents than trim them all.
     """
     return encode_chats(tokenizer, [messages], add_generation_prompt)[0]
 
@@ -35,10 +35,10 @@ def encode_chats(
     content_ids = iter(_encode(tokenizer, contents, split_special_tokens=True))
     control = control_ids(tokenizer)
     encoded = []
-    for messages, (first, *others) in zip(chats, pieces, strict=True):
-        ids = list(ids_of[first])
+    for messages, (before, *after_each) in zip(chats, pieces, strict=True):
+        ids = list(ids_of[before])
         learned = [False] * len(ids)
-        for message, piece in zip(messages, others, strict=True):
+        for message, piece in zip(messages, after_each, strict=True):
             content, after = next(content_ids), ids_of[piece]
             is_answer = message["role"] == "assistant"
             end_of_turn = next((n for n, token in enumerate(after, 1) if token in control), 0)
@@ -101,5 +101,5 @@ def _encode(
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = split_special_tokens
+    backend.encode_special_tokens = split_special_tokens  # True: as ordinary text
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]

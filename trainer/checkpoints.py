@@ -80,8 +80,9 @@ class _Damaged(Exception):
 class RunStates:
     """The saved states of one run in ``folder``; ``found`` is the one that a resume starts from.
 
-    ``identity`` is what must be equal in a resumed run, plain JSON by name. Raises ``UserError``
-    when the state to resume from has another identity or format, or when all are damaged.
+    ``identity`` is what must be equal in a resumed run: the options that change its result, and
+    checksums of data, tokenizer and base. Raises ``UserError`` when the state to resume from has
+    another identity or format, or when all are damaged.
     """
 
     def __init__(self, folder: Path, identity: dict, *, resume: bool):

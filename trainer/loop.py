@@ -39,8 +39,8 @@ def train(
     ``loss_sum(model, batch)`` is the summed loss of a micro-batch. It is divided by the supervised
     targets of the whole optimizer step over all ranks, so neither accumulation nor the number of
     processes changes the gradient. Raises ``UserError`` when nothing is trainable, and when the
-    loss or a gradient is not finite, before it reaches the weights; raises ``Stopped`` when a
-    signal ended the run early, after saving it.
+    loss or a gradient (in fp16: several in a row) is not finite, before it reaches the weights;
+    raises ``Stopped`` when a signal ended the run early, after saving it.
     """
     options, runtime = run.options, run.runtime
     rates = options.decay_ratio, options.learning_rate
@@ -52,7 +52,7 @@ def train(
     scaler = runtime.scaler()
     with run.at_work(Trained(model, optimizer, scaler)):  # resumed, where a state was found
         replica = warm_up(model, source.largest_batch(), run, loss_sum)
-        for batches in run.steps(source):
+        for batches in run.steps(source):  # from where the run stands, epoch after epoch
             lr = lr_at(run.progress.step, run.total, run.warmup, *rates)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_ratio"]  # LoRA+ trains B faster than A

@@ -25,7 +25,7 @@ class LoRA(nn.Module):
     PEFT's ways to draw A, and ``init`` "none" leaves both to the caller.
     """
 
-    patched_forward = staticmethod(forward_with_lora)
+    patched_forward = staticmethod(forward_with_lora)  # DoRA has another
 
     def __init__(self, linear: Linear, rank: int, scaling=1.0, dropout=0.0, init="minimind"):
         super().__init__()
