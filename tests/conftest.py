@@ -8,6 +8,7 @@ import shutil
 import signal
 import sysconfig
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -37,6 +38,10 @@ from trainer.run import Run, Summary
 from trainer.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
+
+# run_tests.py sets it on a build server: a test that lacks its judge may be skipped elsewhere only.
+if os.environ.get("REQUIRE_ORACLES"):
+    assert find_spec("peft") and find_spec("bitsandbytes"), "a judge is missing"
 
 
 class DeprecatedUse(logging.Handler):
@@ -89,9 +94,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @dataclass(frozen=True)
 class Trained:
-    """What the doors made of small data in a folder of its own; read only, shared by the whole
-    session.
-    """
+    """What the doors made of small data; read only, shared by the whole session."""
 
     out: Path
     texts: Path
@@ -103,9 +106,8 @@ class Trained:
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
     """``path``, as JSON lines."""
-    path.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
     return path
 
 
@@ -122,9 +124,7 @@ SMALL = {"max_seq_len": 64, "batch_size": 8, "max_steps": 4, "device": "cpu", "v
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Trained:
-    """Base, chat base and the skills ``a`` and ``b``, each trained for four steps by its own
-    door.
-    """
+    """Base, chat base and the skills ``a`` and ``b``, four steps each, by their own doors."""
     import train_full_sft
     import train_lora
     import train_pretrain
@@ -136,16 +136,9 @@ def trained(tmp_path_factory) -> Trained:
             path.write_text("".join(islice(file, 60)), encoding="utf-8")
     train_pretrain.main(made.flags(data_path=made.texts, dim=64, n_layers=2, n_heads=4, **SMALL))
     train_full_sft.main(made.flags(data_path=made.chats, **SMALL))
+    argv = made.flags(data_path=made.chats, general_data=made.chats, **SMALL)
     for name in ("a", "b"):
-        train_lora.main(
-            made.flags(
-                data_path=made.chats,
-                general_data=made.chats,
-                lora_name=name,
-                seed=ord(name),
-                **SMALL,
-            )
-        )
+        train_lora.main([*argv, *flags(lora_name=name, seed=ord(name))])
     return made
 
 
@@ -161,15 +154,9 @@ def ragged_batch(rows: int, seed: int, length: int = 12, vocab: int = 320) -> Ba
 
 
 def rows_of(batch: Batch, start: int, end: int) -> Batch:
-    labels = batch.labels[start:end]
+    labels, ids = batch.labels[start:end], batch.inputs["input_ids"][start:end]
     n_targets = int((labels != -100).sum())
-    return Batch(
-        {"input_ids": batch.inputs["input_ids"][start:end]},
-        labels,
-        n_targets,
-        n_targets,
-        labels.numel(),
-    )
+    return Batch({"input_ids": ids}, labels, n_targets, n_targets, labels.numel())
 
 
 IDS = torch.arange(40).view(2, 20) + 3
@@ -191,9 +178,7 @@ def strengthen(model, seed: int) -> None:
 
 @pytest.fixture
 def sharp_model(tiny_model) -> MiniMindLM:
-    """The tiny model with weights so large that attention is far from uniform: a wrong mask or
-    angle shows.
-    """
+    """The tiny model with weights so large that a wrong mask or angle shows in attention."""
     fill(tiny_model.named_parameters())
     return tiny_model
 
