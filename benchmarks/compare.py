@@ -38,8 +38,8 @@ PREPARED = (
 )
 # What is timed -> the run whose metrics hold the time, and its command.
 TIMED = {
-    "pretraining steps, dim 256": ("pretrain_256", f"{PRETRAIN} {SMALL} --max_steps 12"),
-    "pretraining steps, default model": ("pretrain_512", f"{PRETRAIN} --max_steps 5"),
+    "pretraining steps, dim 256": ("pretrain_256", f"{PRETRAIN} {SMALL} --max_steps 24"),
+    "pretraining steps, default model": ("pretrain_512", f"{PRETRAIN} --max_steps 10"),
     "LoRA epochs, dim 256": ("lora_a_256", f"{LORA} a --epochs 3"),
 }
 SWAP_NAME, SWAPS = "skill swap, dim 256", 200

@@ -57,11 +57,11 @@ class ChatSession:
 
     def reply(self, text: str) -> Iterator[str]:
         """Stream the answer to ``text``; what was said, even if cut short, joins the history."""
-        ids = self._prompt(text)
+        ids = self.prompt_ids(text)
         decoder = DecodeStream(skip_special_tokens=True)  # it yields whole characters
         answer, self.tokens = "", 0
         try:
-            for token in generate(self.model, ids, self.sampling, self._stop(), self.rng):
+            for token in generate(self.model, ids, self.sampling, self.stop_ids(), self.rng):
                 self.tokens += 1
                 if piece := decoder.step(self.tokenizer.backend_tokenizer, token):
                     answer += piece
@@ -118,14 +118,15 @@ class ChatSession:
         if prompt_template is not None and not self._keeps_template:
             use_template(self.tokenizer, prompt_template)
 
-    def _stop(self) -> set[int]:
+    def stop_ids(self) -> set[int]:
         """The ids that end an answer: the template's and those that the model's makers name."""
         named = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         by_makers = set(named if isinstance(named, list) else [named]) - {None}
         by_template = set() if self.continues else ends_of_answer(self.tokenizer)
         return {self.tokenizer.eos_token_id} | by_makers | by_template
 
-    def _prompt(self, text: str) -> list[int]:
+    def prompt_ids(self, text: str) -> list[int]:
+        """The template's ids for ``text``, after as much of the history as the context holds."""
         if self.continues:
             ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
             return [self.tokenizer.bos_token_id, *ids]

@@ -244,14 +244,14 @@ def test_history_goes_along_and_is_cut_to_what_was_asked(trained):
     session = session_on(trained, history_cnt=2)
     lengths = []
     for _ in range(3):
-        lengths.append(len(session._prompt("hello")))
+        lengths.append(len(session.prompt_ids("hello")))
         session.messages += [
             {"role": "user", "content": "hello"},
             {"role": "assistant", "content": "hi"},
         ]
     assert lengths[0] < lengths[1] == lengths[2]
     session.messages.clear()
-    assert len(session._prompt("hello")) == lengths[0]
+    assert len(session.prompt_ids("hello")) == lengths[0]
 
 
 def test_a_history_that_outgrows_the_context_makes_room(trained):
@@ -260,7 +260,7 @@ def test_a_history_that_outgrows_the_context_makes_room(trained):
         {"role": role, "content": "word " * 500} for role in ("user", "assistant")
     ] * 20
     context = session.model.config.max_seq_len
-    assert len(session._prompt("hello")) + session.sampling.max_new_tokens <= context
+    assert len(session.prompt_ids("hello")) + session.sampling.max_new_tokens <= context
 
 
 def test_an_interrupted_answer_stays_in_the_history(trained):
@@ -308,7 +308,7 @@ def test_prompt_answers_once_and_a_seed_repeats_it(trained, monkeypatch, capsys)
 def test_a_pretrained_base_continues_text(trained, monkeypatch, capsys):
     base = trained.out / "pretrain_64.pth"
     session = session_on(trained, "pretrain")
-    assert session.tokenizer.decode(session._prompt("Once upon")) == "<|im_start|>Once upon"
+    assert session.tokenizer.decode(session.prompt_ids("Once upon")) == "<|im_start|>Once upon"
     _, err = chat(monkeypatch, capsys, trained, "Once upon", "--base", str(base))
     assert f"base: {base}" in err and "tokens/s]" in err
 

@@ -139,12 +139,12 @@ def test_a_skill_is_asked_in_its_own_words_and_ends_where_it_learned_to(
     train_lora.main([*argv, "--lora_name", "asked", "--prompt_template", TEMPLATE])
     session = session_on(base, out)
     session.model.generation_config.eos_token_id = [7, 8]
-    assert session._stop() == {tokenizer.eos_token_id, turn, 7, 8}
+    assert session.stop_ids() == {tokenizer.eos_token_id, turn, 7, 8}
     before = session.tokenizer.chat_template
     questions = {}
     for skill in ("asked", "own", None, "asked=0.5 own=0.5"):
         session.use_skill(skill)
-        questions[skill] = session.tokenizer.decode(session._prompt("hi"))
+        questions[skill] = session.tokenizer.decode(session.prompt_ids("hi"))
     assert questions["asked"] == questions["asked=0.5 own=0.5"] == "Human: hi\n\nAssistant: "
     assert questions["own"] == questions[None] != questions["asked"]
     session.use_skill("own")
@@ -153,16 +153,16 @@ def test_a_skill_is_asked_in_its_own_words_and_ends_where_it_learned_to(
     assert session.tokenizer.chat_template == before
     kept = session_on(base, out, "Q: {user}", keeps_template=True)
     kept.use_skill("asked")
-    assert kept.tokenizer.decode(kept._prompt("hi")) == "Q: hi"
+    assert kept.tokenizer.decode(kept.prompt_ids("hi")) == "Q: hi"
     seen = []
     monkeypatch.setattr("serving.terminal.answer", lambda session, text: seen.append(session))
     chat = flags(base=base, out_dir=out, lora_name="asked", prompt="hi", device="cpu")
     eval_model.main(chat)
     eval_model.main([*chat, "--prompt_template", "Q: {user}"])
-    said = [one.tokenizer.decode(one._prompt("hi")) for one in seen]
+    said = [one.tokenizer.decode(one.prompt_ids("hi")) for one in seen]
     assert said == [questions["asked"], "Q: hi"]
     seen[0].use_skill(None)  # the base has words of its own
-    assert seen[0].tokenizer.decode(seen[0]._prompt("hi")) == questions[None]
+    assert seen[0].tokenizer.decode(seen[0].prompt_ids("hi")) == questions[None]
     train_lora.main([*argv, "--lora_name", "dora", "--use_dora"])
     with pytest.raises(UserError, match="skill dora is a DoRA, which"):
         session.use_skill("dora=0.5 own=0.5")

@@ -150,13 +150,13 @@ def matmul_floor(model: nn.Module, runtime: Runtime) -> float:
     It takes 4 FLOP a weight and token, 6 where the weight trains (Kaplan et al. 2020), at the speed
     of one large product.
     """
-    flops, size = 1, 1024 if runtime.device.type == "cpu" else 4096
+    flops, size = 1, 512 if runtime.device.type == "cpu" else 4096
     for module in model.modules():
         if isinstance(module, nn.Linear):
             passes = 6 if module.weight.requires_grad else 4
             flops += passes * module.in_features * module.out_features
     a, times = torch.ones(size, size, device=runtime.device, dtype=runtime.dtype), []
-    for _ in range(5):
+    for _ in range(10):
         runtime.synchronize()
         began = time.perf_counter()
         a @ a
@@ -240,7 +240,7 @@ def plot_losses(records: list[dict], path: Path) -> None:
     """Draw training and validation loss against optimizer steps as a PNG."""
     from matplotlib.figure import Figure  # not pyplot, which has global state and wants windows
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4))
     labels = {"xlabel": "optimizer step", "ylabel": "loss (nats per token)", "title": path.stem}
     axes = figure.add_subplot(**labels)
     for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
