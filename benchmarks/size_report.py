@@ -18,7 +18,9 @@ LONGEST_FUNCTION, LONGEST_LINE = 50, 100
 NO_CODE = {"out", "wandb", "shared", "build"}  # beside folders whose name begins with a dot
 READING_PATH = re.compile(r"^#+ .*reading path.*$", re.IGNORECASE | re.MULTILINE)
 NEXT_HEADING = re.compile(r"^#+ ", re.MULTILINE)
-LIST_ITEM = re.compile(r"^\d+\. +`([^`]+)`", re.MULTILINE)  # 1. `model/model.py`: what to see
+# 1. `model/model.py`: `MiniMindLM` is ..., and so on in further, indented lines
+LIST_ITEM = re.compile(r"^\d+\. +`([^`]+)`(.*(?:\n .*)*)", re.MULTILINE)
+IN_CODE = re.compile(r"`([^`]+)`")
 
 
 @dataclass
@@ -90,13 +92,22 @@ def docstring_lines(node: ast.FunctionDef) -> int:
 
 
 def reading_path(root: Path) -> dict | None:
-    """Files and lines of the list below the README's heading "Reading path"; None without one."""
+    """Files and lines of the list below the README's heading "Reading path"; None without one.
+
+    ``first_lines`` counts the functions and classes of those files that the list names.
+    """
     _, *rest = READING_PATH.split((root / "README.md").read_text(encoding="utf-8"))
     if not rest:
         return None
-    names = LIST_ITEM.findall(NEXT_HEADING.split(rest[0])[0])
-    counts = {name: len((root / name).read_bytes().splitlines()) for name in names}
-    return {"files": len(counts), "lines": sum(counts.values()), "in_order": counts}
+    counts, first_lines = {}, 0
+    for name, seen in LIST_ITEM.findall(NEXT_HEADING.split(rest[0])[0]):
+        text, named = (root / name).read_text(encoding="utf-8"), IN_CODE.findall(seen)
+        counts[name] = len(text.splitlines())
+        for node in ast.parse(text).body:
+            if getattr(node, "name", None) in named:
+                first_lines += node.end_lineno - node.lineno + 1
+    found = {"files": len(counts), "lines": sum(counts.values()), "first_lines": first_lines}
+    return found | {"in_order": counts}
 
 
 if __name__ == "__main__":

@@ -70,6 +70,27 @@ class TokenSamples:
 
 
 @dataclass(eq=False)
+class ChatSamples(TokenSamples):
+    """Chats cut after ``max_seq_len`` tokens, without those that have nothing left to learn."""
+
+    def __post_init__(self):
+        lengths = np.minimum(self.rows.lengths, self.max_seq_len)
+        self._kept = np.flatnonzero(self.rows.first_target < lengths)  # something is left to learn
+        self.lengths = lengths[self._kept]
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.rows[int(self._kept[index])][: self.max_seq_len]
+
+    def describe(self) -> str:
+        kept, lengths = len(self._kept), self.rows.lengths
+        share = 100 * (lengths > self.max_seq_len).sum() / max(len(lengths), 1)
+        counts = f"{kept} chats, {int(self.lengths.sum())} tokens"
+        found = f"{counts}, {share:.1f} % truncated at {self.max_seq_len}"
+        left_out = len(lengths) - kept
+        return f"{found}, {left_out} left out: nothing to learn" if left_out else found
+
+
+@dataclass(eq=False)
 class PretrainSamples(TokenSamples):
     """Documents laid end to end and cut into windows of ``max_seq_len`` tokens, without padding.
 
@@ -97,27 +118,6 @@ class PretrainSamples(TokenSamples):
     def describe(self) -> str:
         counts = f"{len(self._ends)} documents, {int(self.rows.lengths.sum())} tokens"
         return f"{counts}, {len(self.lengths)} windows, 0 % truncated"
-
-
-@dataclass(eq=False)
-class ChatSamples(TokenSamples):
-    """Chats cut after ``max_seq_len`` tokens, without those that have nothing left to learn."""
-
-    def __post_init__(self):
-        lengths = np.minimum(self.rows.lengths, self.max_seq_len)
-        self._kept = np.flatnonzero(self.rows.first_target < lengths)  # something is left to learn
-        self.lengths = lengths[self._kept]
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.rows[int(self._kept[index])][: self.max_seq_len]
-
-    def describe(self) -> str:
-        kept, lengths = len(self._kept), self.rows.lengths
-        share = 100 * (lengths > self.max_seq_len).sum() / max(len(lengths), 1)
-        counts = f"{kept} chats, {int(self.lengths.sum())} tokens"
-        found = f"{counts}, {share:.1f} % truncated at {self.max_seq_len}"
-        left_out = len(lengths) - kept
-        return f"{found}, {left_out} left out: nothing to learn" if left_out else found
 
 
 class PretrainDataset:

@@ -67,7 +67,8 @@ def _cut_at_contents(
             known[repr(shape)] = render(shape).split(PLACEHOLDER)
         pieces, rendered = known[repr(shape)], render(messages)
         contents = [message["content"] for message in messages]
-        for written in (contents, [content.strip() for content in contents]):
+        trimmed = [content.strip() for content in contents]
+        for written in (contents, trimmed):  # which of the two does this template write?
             filled = pieces[0] + "".join(map(str.__add__, written, pieces[1:]))
             if len(pieces) == len(written) + 1 and filled == rendered:
                 break

@@ -84,10 +84,11 @@ def test_a_report_counts_what_it_says(tmp_path):
     assert found["functions_over_50_lines"] == found["lines_over_100_columns"] == 1
     assert found["longest_function"] == {"model/a.py:8 two": 51}
     assert found["reading_path"] is None
-    text = "# A\n\n### The Reading path\n\n1. `model/a.py`: all\n\n## Next\n\n1. `no.py`\n"
+    listed = "1. `model/a.py`: all of\n   `A`\n\n"
+    text = f"# A\n\n### The Reading path\n\n{listed}## Next\n\n1. `no.py`\n"
     readme.write_text(text, encoding="utf-8")
     path = size_report.main(["--root", str(tmp_path)])["reading_path"]
-    assert path == {"files": 1, "lines": 58, "in_order": {"model/a.py": 58}}
+    assert path == {"files": 1, "lines": 58, "first_lines": 52, "in_order": {"model/a.py": 58}}
 
 
 def test_a_hit_names_the_new_name_and_not_the_former():

@@ -26,8 +26,10 @@ class TrainOptions(CheckedOptions):
 
     val_ratio: float = option(0.02, "held-out share; 0: none", group="data", at_least=0, below=1)
     val_tokens: int = option(16384, "tokens that a validation reads", group="data", at_least=1)
-    bad_rows: Literal["stop", "skip"] = option("stop", "what bad rows lead to", group="data")
-    tokenizer_path: Path | None = option(None, "its folder (default: the base's)", group="data")
+    bad_rows: Literal["stop", "skip"] = option(
+        "stop", "stop at unusable rows, or skip them", group="data"
+    )
+    tokenizer_path: Path | None = option(None, "folder (default: the base's)", group="data")
     num_workers: int = option(
         0, "processes that prepare batches", group="data", at_least=0, at_most=256
     )
