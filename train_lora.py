@@ -9,7 +9,8 @@ from core.paths import bundled_data, lora_path, skill_name
 from model.lora.config import LoRAConfig
 from trainer.options import TrainOptions
 
-IDENTITY, GENERAL = (bundled_data("lora_identity.jsonl"),), (bundled_data("sft_mini.jsonl"),)
+SKILL_DATA = (bundled_data("lora_identity.jsonl"),)
+GENERAL_DATA = (bundled_data("sft_mini.jsonl"),)
 BASE_HELP = "file, Hugging Face folder or owner/model (default: newest full_sft_*)"
 TEMPLATE_HELP = r"how a base without chat template is asked: 'Q: {user}\nA: '"
 LORA_PLUS_HELP = "times the rate of A that B learns at (LoRA+)"
@@ -20,8 +21,8 @@ class Options(LoRAConfig, TrainOptions):
     """Freeze a chat base, train rank-16 LoRA on chats and save out/lora/lora_<name>_<dim>.pth."""
 
     lora_name: str = option("identity", "name of the skill; it names the file", group="most used")
-    data_path: tuple[Path, ...] = option(IDENTITY, "chat files of the skill", group="most used")
-    general_data: tuple[Path, ...] = option(GENERAL, "chats that show its cost", group="data")
+    data_path: tuple[Path, ...] = option(SKILL_DATA, "chat files of the skill", group="most used")
+    general_data: tuple[Path, ...] = option(GENERAL_DATA, "chats that show its cost", group="data")
     base: Path | None = option(None, BASE_HELP, group="most used")
     prompt_template: str | None = option(None, TEMPLATE_HELP, group="data")
     load_in_4bit: bool = option(False, "QLoRA; needs requirements-4bit.txt", group="device")
@@ -37,6 +38,7 @@ class Options(LoRAConfig, TrainOptions):
 
 
 def main(argv: list[str] | None = None) -> Path:
+    """Open the base, read the data, add LoRA, train; return the path of the skill file."""
     options = parse(Options, argv)
     from dataset.batches import SFTDataset
     from model.lora.layer import output_parameters
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> Path:
     if options.load_in_4bit:
         quantize(model, runtime.dtype)
     data = read_data(SFTDataset, options, tokenizer, runtime)
-    # What the base's own run held out, because it has seen all other general chats.
+    # General chats that the base's own run held out: it was trained on all the others.
     changes = {"data_path": options.general_data, "val_ratio": base.held_out_share}
     general_options = replace(options, **changes, bad_rows="skip")
     general_data = read_data(SFTDataset, general_options, tokenizer, runtime)
@@ -64,14 +66,20 @@ def main(argv: list[str] | None = None) -> Path:
     if not options.dry_run:
         runtime.on_first(lambda: validation(step=0))
     path = lora_path(options.out_dir, options.lora_name, model.config.hidden_size)
-    facts = run_facts("lora", options, tokenizer, base)
-    asked = {name: getattr(options, name) for name in ("prompt_template", "load_in_4bit")}
-    result = {"path": path, "record": SkillMeta(**facts, **asked)}
-    result["write"] = lambda meta: save_lora(model, path, meta)
-    if options.loraplus_lr_ratio != 1:
-        result["lora_plus"] = output_parameters(model), options.loraplus_lr_ratio
+    asked = {"prompt_template": options.prompt_template, "load_in_4bit": options.load_in_4bit}
+    meta = SkillMeta(**run_facts("lora", options, tokenizer, base), **asked)
     # It opens the run's states, makes batches and parameter groups, and calls the loop.
-    return run_stage(model, data.train, options, runtime, validation=validation, **result)
+    return run_stage(
+        model,
+        data.train,
+        options,
+        runtime,
+        path=path,
+        record=meta,
+        validation=validation,
+        write=lambda meta: save_lora(model, path, meta),
+        lora_plus=(output_parameters(model), options.loraplus_lr_ratio),
+    )
 
 
 if __name__ == "__main__":

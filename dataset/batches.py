@@ -17,7 +17,7 @@ from dataset.tokenizer import token_bytes
 from dataset.workers import by_workers
 
 MICRO_TOKENS = 2048  # of one pass: a CPU is no faster with more, and needs more memory
-PASS_COST = 64  # a pass takes as long as this fraction of its largest size, however small it is
+PASS_COST = 1 / 64  # starting a pass takes this share of the time of the largest one
 POOL = 50  # steps sorted by length together: enough for little padding, few enough to stay random
 PROBED = 100  # steps of an epoch that are cut to find the largest micro-batch
 IGNORED = -100  # the label of a position that is not learned, PyTorch's own default
@@ -48,7 +48,10 @@ class Samples(Protocol):
 
 @dataclass(eq=False)
 class TokenSamples:
-    """Samples of a causal model: ``samples[n]`` is an array of ``2 * id + learned`` per token."""
+    """Samples of a causal model; subclasses give ``lengths`` and ``self[n]``.
+
+    A sample is an integer array of ``2 * id + learned`` per token, as in the token table.
+    """
 
     rows: TokenRows
     max_seq_len: int
@@ -61,12 +64,11 @@ class TokenSamples:
         tokens = np.full((len(rows), max(map(len, rows))), 2 * self.pad_id, np.int64)
         for n, row in enumerate(rows):
             tokens[n, : len(row)] = row
-        ids, learned = tokens >> 1, tokens % 2 == 1
+        ids, learned = tokens >> 1, tokens % 2 == 1  # padding is even: not learned
         learned[:, 0] = False
         labels = torch.from_numpy(np.where(learned, ids, IGNORED))
-        n_bytes, n_tokens = int(self.bytes_of[ids[learned]].sum()), sum(map(len, rows))
-        inputs = {"input_ids": torch.from_numpy(ids)}
-        return Batch(inputs, labels, int(learned.sum()), n_bytes, n_tokens)
+        inputs, n_bytes = {"input_ids": torch.from_numpy(ids)}, self.bytes_of[ids[learned]].sum()
+        return Batch(inputs, labels, int(learned.sum()), int(n_bytes), sum(map(len, rows)))
 
 
 @dataclass(eq=False)
@@ -156,7 +158,7 @@ class SFTDataset(PretrainDataset):
 
 @dataclass(eq=False)
 class Batches:
-    """The optimizer steps of each epoch, in an order that depends on seed and epoch alone.
+    """The optimizer steps of each epoch; their order follows from lengths, seed and epoch alone.
 
     A step takes ``rows_per_step`` samples of like length, so that little is padding: the shuffled
     samples are cut into pools of ``POOL`` steps, sorted by length within each, and the steps are
@@ -197,13 +199,10 @@ class Batches:
 
     def useful_share(self, epoch: int = 0) -> float:
         """Tokens that are not padding / all tokens computed, in this process' whole epoch."""
-        useful = padded = 0
-        for step in self._planned(epoch):
-            for part in self._cut(step):
-                lengths = self.samples.lengths[part]
-                useful += int(lengths.sum())
-                padded += len(part) * int(lengths.max())
-        return useful / padded
+        lengths, steps = self.samples.lengths, self._planned(epoch)
+        parts = [lengths[part] for step in steps for part in self._cut(step)]
+        padded = sum(len(part) * int(part.max()) for part in parts)
+        return sum(int(part.sum()) for part in parts) / padded
 
     def _planned(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
         """The samples of each step of an epoch, those of all processes, from step ``start`` on."""
@@ -212,13 +211,13 @@ class Batches:
         order = rng.permutation(len(lengths))
         for begin in range(0, len(order), POOL * rows):
             pool = order[begin : begin + POOL * rows]
-            # Blurred by a tenth, or small data sets would meet in the same batches every epoch.
+            # In place; blurred by a tenth, or few rows would meet in the same batches every epoch.
             pool[:] = pool[np.argsort(lengths[pool] * rng.uniform(1.0, 1.1, len(pool)))]
         for step in rng.permutation(self.steps_per_epoch)[start:]:
             yield order[step * rows : (step + 1) * rows]
 
     def _cut(self, step: np.ndarray) -> list[np.ndarray]:
-        """The samples of this process' micro-batches: as many tokens as another's, like lengths."""
+        """The samples of this process' micro-batches, about as many tokens as any other's."""
         lengths = self.samples.lengths
         longest_first = step[np.argsort(-lengths[step], kind="stable")]
         ends = np.cumsum(lengths[longest_first])
@@ -238,7 +237,7 @@ def micro_batches(
     """Cut the samples ``indices`` into micro-batches, longest first, in the way that costs least.
 
     Each has at most ``batch_size`` samples and ``micro_tokens`` tokens, padding included (or one
-    sample). It costs its padded tokens and ``micro_tokens / PASS_COST`` more, for starting it.
+    sample). It costs its padded tokens and ``micro_tokens * PASS_COST`` more, for starting it.
     """
     indices = indices[np.argsort(-lengths[indices], kind="stable")]
     lengths, count = lengths[indices], len(indices)
@@ -248,7 +247,7 @@ def micro_batches(
         begin = np.arange(max(0, end - batch_size), end)
         padded = (end - begin) * lengths[begin]
         fits = (padded <= micro_tokens) | (begin == end - 1)
-        totals = np.where(fits, cost[begin] + padded + micro_tokens / PASS_COST, np.inf)
+        totals = np.where(fits, cost[begin] + padded + micro_tokens * PASS_COST, np.inf)
         cost[end], cut[end] = totals.min(), begin[totals.argmin()]
     parts = []
     while count:

@@ -20,7 +20,7 @@ def encode_chat(
     Template pieces and contents are tokenised apart and joined, so that labels are right by
     construction and no content can spell a control token. The assistant's texts are learned, each
     up to and including the first control token after it. The decoded ids equal the rendered
-    template. Raises ``UserError`` if it does more to the contents than trim them all.
+    template. Raises ``UserError`` for a template that changes contents beyond trimming them all.
     """
     return encode_chats(tokenizer, [messages], add_generation_prompt)[0]
 
@@ -28,10 +28,11 @@ def encode_chat(
 def encode_chats(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[dict]], add_generation_prompt=False
 ) -> list[Encoded]:
-    """``encode_chat`` of each chat; the tokenizer spreads many texts over the processor's cores."""
+    """``encode_chat`` of each chat, in one call so that the tokenizer can use every core."""
     pieces, contents = _cut_at_contents(tokenizer, chats, add_generation_prompt)
-    kinds = list({piece for chat in pieces for piece in chat})  # few, however many the chats
-    ids_of = dict(zip(kinds, _encode(tokenizer, kinds, split_special_tokens=False), strict=True))
+    distinct = list({piece for cut in pieces for piece in cut})  # few, however many the chats
+    piece_ids = _encode(tokenizer, distinct, split_special_tokens=False)
+    ids_of = dict(zip(distinct, piece_ids, strict=True))
     content_ids = iter(_encode(tokenizer, contents, split_special_tokens=True))
     control = control_ids(tokenizer)
     encoded = []
@@ -41,10 +42,11 @@ def encode_chats(
         for message, piece in zip(messages, after_each, strict=True):
             content, after = next(content_ids), ids_of[piece]
             is_answer = message["role"] == "assistant"
-            end_of_turn = next((n for n, token in enumerate(after, 1) if token in control), 0)
+            # How many ids after the content are learned too: up to the first control token.
+            n_closing = next((n for n, token in enumerate(after, 1) if token in control), 0)
             ids += content + after
-            learned += [is_answer] * (len(content) + end_of_turn)
-            learned += [False] * (len(after) - end_of_turn)
+            learned += [is_answer] * (len(content) + n_closing)
+            learned += [False] * (len(after) - n_closing)
         encoded.append((ids, learned))
     return encoded
 
@@ -69,7 +71,7 @@ def _cut_at_contents(
         contents = [message["content"] for message in messages]
         trimmed = [content.strip() for content in contents]
         for written in (contents, trimmed):  # which of the two does this template write?
-            filled = pieces[0] + "".join(map(str.__add__, written, pieces[1:]))
+            filled = pieces[0] + "".join(a + b for a, b in zip(written, pieces[1:], strict=False))
             if len(pieces) == len(written) + 1 and filled == rendered:
                 break
         else:

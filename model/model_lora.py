@@ -41,15 +41,14 @@ def apply_lora(
     ``UserError`` if LoRA is already applied, for impossible options, where nothing matches, and as
     ``check_receptive`` does.
     """
-    if any(True for _ in adapted(model)):
+    if next(adapted(model), None):
         raise UserError("LoRA is already applied to this model; call remove_lora(model) first")
     check_receptive(model)
     config = config or LoRAConfig(rank, alpha, target_modules, **options)
     dropout, init = config.lora_dropout, config.init_lora_weights
     kind = PiSSA if init == "pissa" else DoRA if config.use_dora else LoRA
-    targets, loras = choose_targets(model, config), {}
-    for name, linear in targets.items():
-        loras[name] = kind(linear, *config.rank_and_scaling(name), dropout, init)
+    targets, size = choose_targets(model, config), config.rank_and_scaling
+    loras = {name: kind(linear, *size(name), dropout, init) for name, linear in targets.items()}
     model.requires_grad_(False)  # freeze first: whatever is added below is what trains
     for name, lora in loras.items():
         attach(targets[name], lora)

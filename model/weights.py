@@ -41,7 +41,7 @@ class Record:
     base: dict | None = None  # what the run started from: its "file" and "fingerprint"
     tokenizer: str | None = None
     data: list = field(default_factory=list)  # each file's "option", "file" and "sha256"
-    options: dict = field(default_factory=dict)  # for people to read: no code does
+    options: dict = field(default_factory=dict)  # for people to read
     metrics: dict = field(default_factory=dict)
     more: dict = field(default_factory=dict)  # entries of other names, which are kept
 

@@ -1,4 +1,4 @@
-"""From nothing to a chat with two swappable skills: one command, ten minutes on a laptop.
+"""From nothing to a chat with two swappable skills: one command, minutes on a laptop.
 
     python scripts/quickstart.py
 

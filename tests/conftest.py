@@ -30,7 +30,7 @@ from model.LMConfig import LMConfig
 from model.lora.layer import lora_parameters
 from model.model import MiniMindLM
 from trainer.checkpoints import RunStates
-from trainer.loop import loss_sum, train
+from trainer.loop import causal_loss_sum, train
 from trainer.metrics import Metrics, Validation
 from trainer.optimizer import param_groups
 from trainer.options import TrainOptions
@@ -204,7 +204,7 @@ def run_training(
     source,
     folder: Path,
     *,
-    loss=loss_sum,
+    loss=causal_loss_sum,
     write=lambda metrics: None,
     validation=None,
     runtime=CPU,

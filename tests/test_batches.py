@@ -301,7 +301,7 @@ def test_micro_batches_are_the_cheapest_cut_within_their_limits(
             for part in parts
         ):
             return math.inf
-        return sum(len(part) * part[0] + micro_tokens / PASS_COST for part in parts)
+        return sum(len(part) * part[0] + micro_tokens * PASS_COST for part in parts)
 
     inner = range(1, len(lengths))
     cheapest = min(cost(cuts) for n in range(len(lengths)) for cuts in combinations(inner, n))

@@ -15,7 +15,7 @@ from model.LMConfig import LMConfig
 from model.lora.layer import lora_parameters
 from model.model import MiniMindLM
 from model.model_lora import LoRA, apply_lora, load_lora, remove_lora, save_lora
-from trainer.loop import loss_sum
+from trainer.loop import causal_loss_sum
 from trainer.metrics import evaluate
 from trainer.runtime import Runtime
 
@@ -241,11 +241,11 @@ def test_compiled_blocks_serve_all_lengths_and_validation_runs_uncompiled(tiny_m
     apply_lora(tiny_model.train(), 4)
     tiny_model.compile(backend=counter)
     batches = [ragged_batch(3, seed=length, length=length) for length in (10, 12, 17)]
-    loss_sum(tiny_model, batches[0]).backward()
+    causal_loss_sum(tiny_model, batches[0]).backward()
     programs = counter.frame_count
     assert programs > 0
     for batch in batches:
-        loss_sum(tiny_model, batch).backward()
+        causal_loss_sum(tiny_model, batch).backward()
     evaluate(tiny_model, [ragged_batch(1, seed=9, length=9)], Runtime.start("cpu"), set())
     assert counter.frame_count == programs
 

@@ -11,7 +11,7 @@ from conftest import Source, ragged_batch, run_training
 from core.errors import STOPPING, Stopped, UserError
 from core.paths import REPOSITORY
 from trainer import run
-from trainer.loop import loss_sum
+from trainer.loop import causal_loss_sum
 
 
 def test_ctrl_c_ends_the_step_saves_and_interrupts(tiny_model, tmp_path):
@@ -21,7 +21,7 @@ def test_ctrl_c_ends_the_step_saves_and_interrupts(tiny_model, tmp_path):
         passes.append(None)
         if len(passes) == 1 + 3:  # after the warm-up, in step 3
             signal.raise_signal(signal.SIGINT)
-        return loss_sum(model, batch)
+        return causal_loss_sum(model, batch)
 
     handler, source = signal.getsignal(signal.SIGINT), Source([ragged_batch(2, seed=11)])
     settings = {"epochs": 50, "loss": interrupted, "write": saved.append}
@@ -38,7 +38,7 @@ def test_a_stop_before_the_first_step_leaves_everything_as_it_was(tiny_model, tm
 
     def interrupted(model, batch):
         signal.raise_signal(signal.SIGINT)
-        return loss_sum(model, batch)
+        return causal_loss_sum(model, batch)
 
     settings = {"loss": interrupted, "write": lambda metrics: pytest.fail("saved")}
     with pytest.raises(Stopped):

@@ -14,7 +14,7 @@ from conftest import CPU, Source, ragged_batch, rows_of, run_training
 
 from core.errors import UserError
 from trainer import metrics
-from trainer.loop import accumulate_gradients, loss_sum
+from trainer.loop import accumulate_gradients, causal_loss_sum
 from trainer.metrics import Metrics, RunLog, Validation, evaluate
 from trainer.optimizer import BETAS, lr_at
 from trainer.options import TrainOptions
@@ -33,7 +33,7 @@ def records_in(folder) -> list[dict]:
 
 def gradients(model, batches) -> list[torch.Tensor]:
     model.zero_grad()
-    accumulate_gradients(model, batches, CPU.scaler(), CPU, loss_sum)
+    accumulate_gradients(model, batches, CPU.scaler(), CPU, causal_loss_sum)
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
@@ -51,7 +51,7 @@ def test_accumulation_weighs_tokens_not_micro_batches(tiny_model):
     # The control: a mean of each micro-batch's mean is another gradient.
     model.zero_grad()
     for part in quarters:
-        (loss_sum(model, part) / part.n_targets / len(quarters)).backward()
+        (causal_loss_sum(model, part) / part.n_targets / len(quarters)).backward()
     mean_of_means = [parameter.grad for parameter in model.parameters()]
     assert relative_difference(mean_of_means, at_once) > 1e-2
 
@@ -69,7 +69,7 @@ def test_a_run_is_the_loop_that_one_would_write(tiny_model, tmp_path, grad_clip)
     for rate, batches in zip(rates, steps * 2, strict=True):
         n_targets = sum(batch.n_targets for batch in batches)
         twin.zero_grad()
-        sum(loss_sum(twin, batch) for batch in batches).div(n_targets).backward()
+        sum(causal_loss_sum(twin, batch) for batch in batches).div(n_targets).backward()
         norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), grad_clip or math.inf)
         norms.append(float(norm))
         for group in optimizer.param_groups:
@@ -91,7 +91,7 @@ def test_a_resumed_run_asks_for_the_step_after_its_save(tiny_model, tmp_path):
         passes.append(None)
         if len(passes) == WARM_UP_PASSES + 6:
             raise ZeroDivisionError
-        return loss_sum(model, batch)
+        return causal_loss_sum(model, batch)
 
     source = Source(*([ragged_batch(1, seed=n)] for n in range(3)))
     settings = {"epochs": 3, "save_interval": 4}
@@ -106,7 +106,7 @@ def test_a_step_without_targets_changes_nothing_by_its_gradient(tiny_model):
     batch = ragged_batch(2, seed=1)
     empty = replace(batch, labels=torch.full_like(batch.labels, -100), n_targets=0, n_bytes=0)
     tiny_model.zero_grad()
-    loss, n_targets = accumulate_gradients(tiny_model, [empty], CPU.scaler(), CPU, loss_sum)
+    loss, n_targets = accumulate_gradients(tiny_model, [empty], CPU.scaler(), CPU, causal_loss_sum)
     assert (loss, n_targets) == (0.0, 0)
     assert all(parameter.grad.abs().max() == 0 for parameter in tiny_model.parameters())
 
@@ -133,7 +133,7 @@ def test_one_batch_is_learned_by_heart_and_everything_is_recorded(tiny_model, tm
 def test_the_logged_loss_is_the_token_mean_of_its_window(tiny_model, tmp_path):
     steps = [[ragged_batch(1, seed=3)], [ragged_batch(6, seed=4)]]
     with torch.no_grad():
-        nats = [float(loss_sum(tiny_model, batches[0])) for batches in steps]
+        nats = [float(causal_loss_sum(tiny_model, batches[0])) for batches in steps]
     targets = [batches[0].n_targets for batches in steps]
     # A vanishing learning rate, so that both steps see the same weights.
     settings = {"epochs": 2, "log_interval": 2, "learning_rate": 1e-30}
@@ -176,9 +176,9 @@ def test_a_number_that_is_not_finite_never_reaches_the_weights(tiny_model, tmp_p
     def spoiled(model, batch):
         passes.append(None)
         if len(passes) != WARM_UP_PASSES + 3:
-            return loss_sum(model, batch)
+            return causal_loss_sum(model, batch)
         weights.update(copy.deepcopy(model.state_dict()))
-        return spoil(loss_sum(model, batch))
+        return spoil(causal_loss_sum(model, batch))
 
     settings = {"loss": spoiled, "write": saved.append, "save_interval": 2}
     with pytest.raises(UserError, match=r"step 3: loss .* the save of step 2 stands"):
@@ -248,7 +248,9 @@ def test_the_warm_up_leaves_no_trace(tiny_model, tmp_path):
         block.feed_forward.dropout.p = 0.3
     batch = ragged_batch(3, seed=10)
     torch.manual_seed(5)
-    expected = accumulate_gradients(tiny_model.train(), [batch], CPU.scaler(), CPU, loss_sum)[0]
+    expected = accumulate_gradients(
+        tiny_model.train(), [batch], CPU.scaler(), CPU, causal_loss_sum
+    )[0]
     norm = torch.cat([parameter.grad.flatten() for parameter in tiny_model.parameters()]).norm()
     tiny_model.zero_grad()
     torch.manual_seed(5)
@@ -295,7 +297,9 @@ def test_a_failing_run_leaves_the_metrics_of_an_earlier_one(tiny_model, tmp_path
     run_training(tiny_model, source, tmp_path)
     before = {path: path.read_bytes() for path in (tmp_path / "metrics").iterdir()}
     with pytest.raises(UserError, match=r"step 1: loss nan.* nothing was saved"):
-        run_training(tiny_model, source, tmp_path, loss=lambda *two: loss_sum(*two) * math.nan)
+        run_training(
+            tiny_model, source, tmp_path, loss=lambda *two: causal_loss_sum(*two) * math.nan
+        )
     assert before == {path: path.read_bytes() for path in (tmp_path / "metrics").iterdir()}
 
 
@@ -384,7 +388,7 @@ def test_a_dry_run_measures_the_largest_micro_batch_and_writes_nothing(
 
     def measured(model, batch):
         sizes.append(batch.labels.numel())
-        return loss_sum(model, batch)
+        return causal_loss_sum(model, batch)
 
     small, large = ragged_batch(2, seed=18), ragged_batch(5, seed=19)
     source, settings = Source([small], [small, large], [small]), {"epochs": 200, "dry_run": True}

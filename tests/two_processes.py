@@ -24,7 +24,7 @@ from core.errors import Stopped, UserError
 from dataset.batches import masked
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
-from trainer.loop import accumulate_gradients, loss_sum
+from trainer.loop import accumulate_gradients, causal_loss_sum
 from trainer.runtime import Runtime
 
 RAGGED = ragged_batch(8, seed=0)
@@ -50,13 +50,15 @@ def share(name: str, rank: int) -> list:
 def gradients(runtime: Runtime) -> dict:
     """The largest difference, relative, from the gradient of one process with one batch."""
     expected = double_model()
-    loss_sum(expected, RAGGED).div(RAGGED.n_targets).backward()
+    causal_loss_sum(expected, RAGGED).div(RAGGED.n_targets).backward()
     found = {}
     for name in SHARES:
         model = double_model()
         replica = runtime.replicate(model, has_idle=False)
         batches = share(name, runtime.rank)
-        _, n_targets = accumulate_gradients(replica, batches, runtime.scaler(), runtime, loss_sum)
+        _, n_targets = accumulate_gradients(
+            replica, batches, runtime.scaler(), runtime, causal_loss_sum
+        )
         assert n_targets == RAGGED.n_targets
         pairs = zip(model.parameters(), expected.parameters(), strict=True)
         found[name] = max(
@@ -72,7 +74,7 @@ def bypassed(runtime: Runtime) -> list[str]:
     replica = runtime.replicate(model, has_idle=True)
     for _ in range(2):
         accumulate_gradients(
-            replica, share("equal", runtime.rank), runtime.scaler(), runtime, loss_sum
+            replica, share("equal", runtime.rank), runtime.scaler(), runtime, causal_loss_sum
         )
     return [name for name, parameter in model.named_parameters() if parameter.grad is None]
 
@@ -95,7 +97,7 @@ def run_door(door, out: Path, *words: str, crash_at: int = 0, poison_at: int = 0
     steps = []
 
     def poisoned(model, batch):
-        return loss_sum(model, batch) * math.nan
+        return causal_loss_sum(model, batch) * math.nan
 
     def watched(replica, batches, scaler, runtime, loss):
         learned = [batch.inputs["input_ids"].tolist() for batch in batches if batch.n_targets]

@@ -4,7 +4,7 @@
 state is a folder ``step-N`` that is whole or absent, and every bit is checked when it is read. A
 save writes and fsyncs files in a folder of another name, renames it, fsyncs its parent, and then
 renames older states away and deletes them. A kill at any point leaves the earlier states or the
-new one; only the states of a run that another run replaces go a moment earlier.
+new one. Only a run that starts over deletes the old run's states first, just before the rename.
 """
 
 import contextlib
@@ -29,14 +29,15 @@ from core.files import fsync_folder, sha256_file, try_lock
 from trainer.runtime import Runtime
 
 FORMAT = 2
-TENSORS, MANIFEST, METRICS = FILES = "state.safetensors", "manifest.json", "metrics.jsonl"
+FILES = ("state.safetensors", "manifest.json", "metrics.jsonl")
+TENSORS, MANIFEST, METRICS = FILES
 SUMS = "SHA256SUMS"  # `sha256sum --check SHA256SUMS` checks a state by hand
 LOCK = "run.lock"
 KEPT = 2
 
 
 class Trained(NamedTuple):
-    """What a state restores beside the random numbers; only trainable weights are in it."""
+    """What a state covers besides random numbers; of the model, only the trainable weights."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -47,10 +48,10 @@ class Trained(NamedTuple):
 class Progress:
     """How far a run is: plain numbers that a state keeps.
 
-    The place in the data is not among them: the order of an epoch's steps follows from seed and
-    epoch, so ``step`` alone tells which comes next. ``nats`` and ``targets`` count since the last
-    log line, over all ranks. ``overflows`` are fp16 steps skipped in a row. ``tokens`` and
-    ``seconds`` count since the run began, without what a kill undid.
+    The place in the data is not among them: ``step`` alone tells which comes next, because the
+    order of an epoch's steps follows from the data, ``rows_per_step``, seed and epoch. ``nats`` and
+    ``targets`` count since the last log line, over all ranks. ``overflows`` are fp16 steps skipped
+    in a row. ``tokens`` and ``seconds`` count since the run began, without what a kill undid.
     """
 
     step: int = 0
@@ -101,7 +102,7 @@ class RunStates:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Inside, no other process can be: two runs of one name would delete each other's states.
+        """Hold the folder's lock: two runs of one name would delete each other's states.
 
         Raises ``UserError`` when another process is inside, or the folder cannot be written.
         """
@@ -119,26 +120,57 @@ class RunStates:
             if saved_states(folder) != self._seen:
                 raise UserError(f"another run has just saved in {folder}: start again from there")
             if self._seen and not self.found:  # which unfinished run will this one replace?
-                (step, newest), total = self._seen[0], None
+                step, newest = self._seen[0]
+                total = None
                 with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged
                     text = (newest / MANIFEST).read_text(encoding="utf-8")
                     total = json.loads(text)["total_steps"]
                 if step != total:
                     print(f"note: {folder} holds a run that got to step {step} of {total}: resume")
-                    print(
-                        "  goes on with it; this run starts over and deletes it at its first save"
-                    )
+                    print("  continues it; this run starts over and deletes it at its first save")
             yield
 
+    def save(
+        self,
+        trained: Trained,
+        runtime: Runtime,
+        rng: list[dict[str, Tensor]],
+        progress: Progress,
+        metrics: str,
+        **facts: object,
+    ) -> None:
+        """Write the state after ``progress.step``.
+
+        ``rng`` holds each rank's ``Runtime.rng_states``, ``metrics`` the lines of the metrics file.
+        A resumed run gets ``facts``, plain JSON, from ``remembered``.
+        """
+        model, optimizer, scaler = trained
+        tensors = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
+        for rank, states in enumerate(rng):
+            tensors |= {f"rng.{rank}.{name}": state for name, state in states.items()}
+        held = optimizer.state_dict()["state"]
+        parts = {
+            f"optimizer.{name}.{part}": value
+            for number, name in _numbered(trained)
+            for part, value in held.get(number, {}).items()
+        }
+        tensors |= {key: value for key, value in parts.items() if isinstance(value, Tensor)}
+        manifest = {"format": FORMAT, "progress": asdict(progress), "identity": self.identity}
+        manifest |= {"scaler": scaler.state_dict(), "environment": runtime.environment(), **facts}
+        manifest["optimizer"] = {key: value for key, value in parts.items() if key not in tensors}
+        content = progress.step, tensors, manifest, metrics
+        write_state(self.folder, *content, starts_over=self._starts_over)
+        self._starts_over = False
+
     def restore(self, trained: Trained, runtime: Runtime) -> Progress:
-        """Put everything back to the found state; without one, return a run's beginning."""
+        """Put everything back to the found state; return how far it was, without one: at 0."""
         progress = Progress(**self.remembered("progress", {}))
-        # All ranks are at the same step if their sum says so.
+        # Of ranks that differ, at least one differs from the mean, and raises.
         if runtime.sum(progress.step)[0] != progress.step * runtime.world_size:
             raise UserError(f"the processes see different states in {self.folder}: share out_dir")
-        if not self.found:
+        if not (found := self.found):
             return progress
-        manifest, tensors = self.found.manifest, self.found.tensors
+        manifest, tensors = found.manifest, found.tensors
         model, optimizer, scaler = trained
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -155,41 +187,12 @@ class RunStates:
         scaler.load_state_dict(manifest["scaler"])
         kinds = ("cpu", runtime.device.type)
         runtime.set_rng_state({kind: tensors.get(f"rng.{runtime.rank}.{kind}") for kind in kinds})
-        tensors.clear()
+        tensors.clear()  # to free the memory: found lives on
         for name, value in runtime.environment().items():
             if (before := manifest["environment"].get(name)) != value:
                 print(f"note: {name} was {before} and is now {value}: the bits will differ")
-        print(
-            f"resumed at step {progress.step} of {manifest['total_steps']} from {self.found.path}"
-        )
+        print(f"resumed at step {progress.step} of {manifest['total_steps']} from {found.path}")
         return progress
-
-    def save(
-        self, trained: Trained, runtime: Runtime, rng: list, progress: Progress, **facts: object
-    ) -> None:
-        """Write the state after ``progress.step``.
-
-        ``rng`` holds each rank's ``Runtime.rng_states``; ``facts`` are plain JSON, among them the
-        ``metrics`` lines.
-        """
-        model, optimizer, scaler = trained
-        tensors = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
-        for rank, states in enumerate(rng):
-            tensors |= {f"rng.{rank}.{name}": state for name, state in states.items()}
-        held = optimizer.state_dict()["state"]
-        parts = {
-            f"optimizer.{name}.{part}": value
-            for number, name in _numbered(trained)
-            for part, value in held.get(number, {}).items()
-        }
-        tensors |= {key: value for key, value in parts.items() if isinstance(value, Tensor)}
-        manifest = {name: fact for name, fact in facts.items() if name != "metrics"}
-        manifest |= {"format": FORMAT, "progress": asdict(progress), "identity": self.identity}
-        manifest |= {"scaler": scaler.state_dict(), "environment": runtime.environment()}
-        manifest["optimizer"] = {key: value for key, value in parts.items() if key not in tensors}
-        step, over = progress.step, self._starts_over
-        write_state(self.folder, step, tensors, manifest, facts["metrics"], starts_over=over)
-        self._starts_over = False
 
 
 def saved_states(folder: Path) -> list[tuple[int, Path]]:
@@ -235,7 +238,7 @@ def write_state(
         text = json.dumps(manifest, indent=1, allow_nan=False) + "\n"
         (unfinished / MANIFEST).write_bytes(text.encode())
         (unfinished / METRICS).write_bytes(metrics.encode())
-        (unfinished / TENSORS).chmod((unfinished / METRICS).stat().st_mode)  # else it is private
+        (unfinished / TENSORS).chmod((unfinished / METRICS).stat().st_mode)  # not private
         sums = "".join(f"{sha256_file(unfinished / name)}  {name}\n" for name in FILES)
         (unfinished / SUMS).write_bytes(sums.encode())
         for name in (*FILES, SUMS):

@@ -17,7 +17,7 @@ from trainer.runtime import Runtime
 LossSum = Callable[[nn.Module, Batch], Tensor]
 
 
-def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+def causal_loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     """The cross-entropy in nats, summed over the supervised targets of ``batch``; 0 without any.
 
     Any causal language model with Hugging Face's ``labels`` will do: it shifts them itself, so
@@ -32,7 +32,7 @@ def train(
     source: BatchSource,
     groups: list[dict],
     run: Run,
-    loss_sum: LossSum = loss_sum,
+    loss_sum: LossSum = causal_loss_sum,
 ) -> Summary:
     """Train ``model`` in place and leave it in eval mode; ``groups`` hold what is trained.
 
@@ -43,7 +43,6 @@ def train(
     raises ``Stopped`` when a signal ended the run early, after saving it.
     """
     options, runtime = run.options, run.runtime
-    rates = options.decay_ratio, options.learning_rate
     parameters = [parameter for group in groups for parameter in group["params"]]
     if not parameters:
         raise UserError("the model has no trainable parameter: a removed LoRA leaves a frozen base")
@@ -53,14 +52,15 @@ def train(
     with run.at_work(Trained(model, optimizer, scaler)):  # resumed, where a state was found
         replica = warm_up(model, source.largest_batch(), run, loss_sum)
         for batches in run.steps(source):  # from where the run stands, epoch after epoch
-            lr = lr_at(run.progress.step, run.total, run.warmup, *rates)
+            step, peak = run.progress.step, options.learning_rate
+            lr = lr_at(step, run.total, run.warmup, options.decay_ratio, peak)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_ratio"]  # LoRA+ trains B faster than A
             loss, n_targets = accumulate_gradients(replica, batches, scaler, runtime, loss_sum)
             scaler.unscale_(optimizer)
             norm = clip_gradients(parameters, options.grad_clip or math.inf)
-            # Summed over the ranks, so that all of them stop at the same step.
             tokens = sum(batch.n_tokens for batch in batches)
+            # All ranks' parts make the step's loss; a signal to one rank stops all at this step.
             loss, tokens, is_stopping = runtime.sum(loss, tokens, run.request.signum > 0)
             run.require_finite(loss, norm)
             scaler.step(optimizer)  # in fp16 it skips a step whose gradient overflowed
@@ -120,19 +120,19 @@ def accumulate_gradients(
     runtime: Runtime,
     loss_sum: LossSum,
 ) -> tuple[float, int]:
-    """Add the gradients of one optimizer step, over all ranks, to every rank's.
+    """Leave the gradient of one optimizer step, over all ranks, in every rank's parameters.
 
     Returns this rank's part of the step's loss (a token mean) and the targets of all ranks.
     """
     (n_targets,) = runtime.sum(sum(batch.n_targets for batch in batches))
     loss = torch.zeros((), device=runtime.device)
     for n, batch in enumerate(batches, 1):
-        # Ranks meet once a step, in the last backward pass, however many micro-batches each has.
+        # Ranks exchange gradients once a step, in their last backward pass, whatever its number.
         with nullcontext() if n == len(batches) else runtime.local(replica):
             with runtime.autocast():
-                share = loss_sum(replica, runtime.move(batch)) / max(n_targets, 1)
-            scaler.scale(share * runtime.world_size).backward()  # DDP averages over the ranks
-        loss = loss + share.detach()
+                part = loss_sum(replica, runtime.move(batch)) / max(n_targets, 1)
+            scaler.scale(part * runtime.world_size).backward()  # DDP averages over the ranks
+        loss = loss + part.detach()
     return float(loss), int(n_targets)
 
 

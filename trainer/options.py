@@ -15,10 +15,7 @@ class TrainOptions(CheckedOptions):
     epochs: int = option(1, "passes over the data", group="most used", at_least=1, at_most=10**6)
     # Passes are cut by micro_tokens, too; that changes memory and speed, not the step.
     batch_size: int = option(
-        16,
-        "rows a step = batch_size x accumulation_steps x processes",
-        group="most used",
-        at_least=1,
+        16, "rows a step = this x accumulation_steps x processes", group="most used", at_least=1
     )
     learning_rate: float = option(1e-3, "peak learning rate", group="most used", above=0)
     max_seq_len: int = option(512, "tokens of a row or window", group="most used", at_least=2)

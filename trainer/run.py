@@ -17,15 +17,7 @@ from tqdm import tqdm
 from core.errors import ECHO_SECONDS, STOPPING, Stopped, UserError
 from dataset.batches import Batch
 from trainer.checkpoints import RunStates, Trained
-from trainer.metrics import (
-    Clock,
-    NoLog,
-    RunLog,
-    Validation,
-    duration,
-    matmul_floor,
-    peak_memory_mb,
-)
+from trainer.metrics import Clock, NoLog, RunLog, Validation, duration, matmul_floor, peak_memory_mb
 from trainer.options import TrainOptions
 from trainer.runtime import Runtime
 
@@ -102,6 +94,10 @@ class Run:
             wrong = f"a warm-up of {self.warmup} steps must be shorter than the run of {self.total}"
             raise UserError(f"{wrong} optimizer steps: lower warmup_iters or warmup_ratio")
 
+    @property
+    def kept(self) -> str:
+        return f"the save of step {self.saved} stands" if self.saved else "nothing was saved"
+
     @contextmanager
     def at_work(self, trained: Trained) -> Iterator[None]:
         """Inside, the run is alone in its folder, stands where its state was, logs, and may stop.
@@ -122,9 +118,6 @@ class Run:
                 runtime.on_first(lambda: stack.enter_context(states.alone()))
             self.progress = states.restore(trained, runtime)
             self.saved = self.started_at = self.progress.step
-            self.kept = (
-                f"the save of step {self.saved} stands" if self.saved else "nothing was saved"
-            )
             self.validation.results = states.remembered("validation", self.validation.results)
             if not options.dry_run:
                 runtime.on_first(open_log)
@@ -183,9 +176,14 @@ class Run:
             progress.nats, progress.targets = 0.0, 0
             speed, step_seconds = self.clock.pace()
             left = step_seconds and step_seconds * (self.total - progress.step)
-            record = {"step": progress.step, "loss": progress.last_loss, "lr": lr}
-            record |= {"grad_norm": norm, "tokens_per_second": round(speed, 1)}
-            record |= {"matmul_share": round(speed / self.floor, 4)}
+            record = {
+                "step": progress.step,
+                "loss": progress.last_loss,
+                "lr": lr,
+                "grad_norm": norm,
+            }
+            share = round(speed / self.floor, 4)
+            record |= {"tokens_per_second": round(speed, 1), "matmul_share": share}
             record |= {"peak_memory_mb": peak_memory_mb(self.runtime)}
             record |= {"seconds": round(self.clock.elapsed(), 2), "seconds_left": left}
             self.log.write(record)
@@ -210,7 +208,6 @@ class Run:
         with self.clock.paused():
             self.runtime.on_first(lambda: self._write(rng, validate))
         self.saved = self.progress.step
-        self.kept = f"the save of step {self.saved} stands"
 
     def _write(self, rng: list[dict], validate: bool) -> None:
         """Write the state last, so that what a kill cuts short is done again.
@@ -235,8 +232,7 @@ class Run:
         self.log.keep()
         facts = {"total_steps": self.total, "rows_per_step": self.rows_per_step}
         facts |= {"validation": self.validation.results, "wandb_id": self.log.wandb_id}
-        facts["metrics"] = self.log.lines
-        self.states.save(self.trained, self.runtime, rng, self.progress, **facts)
+        self.states.save(self.trained, self.runtime, rng, self.progress, self.log.lines, **facts)
 
     def finish(self) -> Summary:
         """Save what is not saved yet, and sum the run up in print and in its log's last line."""

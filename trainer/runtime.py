@@ -156,11 +156,8 @@ class Runtime:
 
 
 def _device(name: str) -> torch.device:
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = gpus | {"cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, there in available.items() if there))
     try:
@@ -168,9 +165,8 @@ def _device(name: str) -> torch.device:
     except RuntimeError as error:
         raise UserError(f"device {name!r} is none; use auto, cpu, cuda, cuda:N or mps") from error
     if not available.get(device.type, False):
-        raise UserError(
-            f"device {name}: this machine or this torch build has no {device.type}; use auto"
-        )
+        missing = f"this machine or this torch build has no {device.type}"
+        raise UserError(f"device {name}: {missing}; use auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name}: there are only {torch.cuda.device_count()} CUDA devices")
     return device
@@ -191,10 +187,8 @@ def _join(device: torch.device) -> tuple[int, int, torch.device]:
     if device.type == "cuda":
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if device.index is not None or here > gpus:
-            raise UserError(
-                f"device {device}: {here} processes need a GPU each and there are {gpus}; use cuda"
-                " or cpu, and start no more processes than GPUs"
-            )
+            wrong = f"device {device}: {here} processes need a GPU each and there are {gpus}"
+            raise UserError(f"{wrong}; use cuda or cpu, and start no more processes than GPUs")
         device = torch.device("cuda", local_rank)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -18,7 +18,7 @@ from dataset.tokenizer import control_ids, tokenizer_fingerprint, tokenizer_of
 from model.LMConfig import check_length
 from model.weights import Record, RunRecord, choose_base, load_base
 from trainer.checkpoints import RunStates
-from trainer.loop import LossSum, loss_sum, train
+from trainer.loop import LossSum, causal_loss_sum, train
 from trainer.metrics import Validation, evaluate
 from trainer.optimizer import param_groups
 from trainer.options import MAY_CHANGE, TrainOptions
@@ -110,7 +110,7 @@ def run_stage(
     record: Record,
     validation: Validation,
     write: Callable[[Record], None],
-    loss_sum: LossSum = loss_sum,
+    loss_sum: LossSum = causal_loss_sum,
     lora_plus: tuple[Iterable[nn.Parameter], float] = ((), 1.0),
 ) -> Path:
     """Train what is trainable in ``model`` into ``path``, a file or folder, which is returned.

@@ -60,8 +60,8 @@ class LoRA(nn.Module):
 
 def attach(linear: Linear, lora: LoRA) -> None:
     """Put ``lora`` on a ``linear`` that carries none, on its device and in its mode."""
-    place = linear.weight.device, linear.training
-    if (lora.A.weight.device, lora.training) != place:  # moving is slow, and rarely needed
+    wanted = linear.weight.device, linear.training
+    if (lora.A.weight.device, lora.training) != wanted:  # moving is slow, and rarely needed
         lora.to(linear.weight.device).train(linear.training)
     linear.lora = lora
     # A bound method, no closure: deepcopy re-binds it, and `del` brings back the class's own.

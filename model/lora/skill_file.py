@@ -18,14 +18,14 @@ from model.lora.variants import lora_of
 from model.weights import FORMAT, Record, arithmetic, fingerprint, read_tensors
 
 KEYS = ("A.weight", "B.weight", "magnitude")  # of a target, after ".lora."
-META_KEY = "_meta"  # a uint8 tensor of JSON; MiniMind's own loader passes over it
+META_KEY = "_meta"  # a uint8 tensor of JSON; MiniMind's own loader skips it
 
 
 @dataclass(kw_only=True)
 class SkillMeta(Record):
-    """What a skill file says of itself; ``save_lora`` sets ``rank`` to ``ranks``, and ``base``."""
+    """What a skill file says of itself; ``save_lora`` fills in everything down to ``base``."""
 
-    rank: int = 0  # rank and alpha are the most usual
+    rank: int = 0  # rank and alpha: the most usual pair
     alpha: int | float = 0.0
     targets: list = field(default_factory=list)
     scaling: dict = field(default_factory=dict)  # of each target, as are the ranks
@@ -52,8 +52,8 @@ def save_lora(
     """Write the applied LoRA as one ``.pth``: fp32 tensors under MiniMind's keys, and ``meta``.
 
     ``extra``: tensors that were trained beside the LoRA; their names begin with "_". Prints which
-    updates are still zero: the ``forward`` of such a Linear never ran in training, as within
-    PyTorch's MultiheadAttention, which uses its weight alone.
+    updates are still zero, as before training or where a Linear's ``forward`` never ran: PyTorch's
+    MultiheadAttention, for one, uses its weight alone.
     """
     check_receptive(model)
     loras = {name: linear.lora for name, linear in adapted(model)}
@@ -70,7 +70,7 @@ def save_lora(
     tensors = {name: tensor.detach().float().cpu() for name, tensor in tensors.items()}
     scaling = {name: lora.scaling for name, lora in loras.items()}
     usual = Counter((rank, scaling[name] * rank) for name, rank in ranks.items())
-    (rank, alpha), _ = usual.most_common(1)[0]
+    rank, alpha = usual.most_common(1)[0][0]
     meta = replace(meta or SkillMeta(), rank=rank, alpha=alpha, ranks=ranks, scaling=scaling)
     meta.targets = list(loras)
     meta.base = {**meta.base, "fingerprint": base_fingerprint(model)}
@@ -145,7 +145,7 @@ def adapters_in(
 
     ``skill``: what ``read_lora`` gave for ``path``, where it was read already. Raises ``UserError``
     for a file with ``extra`` tensors (unless ``with_extra``), for one of another base (unless
-    ``allow_base_mismatch``), for all targets that do not fit, and as ``check_receptive`` does.
+    ``allow_base_mismatch``), listing every target that does not fit, and as ``check_receptive``.
     """
     check_receptive(model)
     tensors, meta = skill or read_lora(path)
@@ -209,7 +209,7 @@ def attach_lora(model: nn.Module, path: str | PathLike, **allowed: bool) -> Skil
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """The model's ``known_as``, else ``fingerprint`` without its LoRA, kept until a weight changes.
+    """A quantised model's ``known_as``, else the base's ``fingerprint``, kept until that changes.
 
     Writes through ``parameter.data`` and by fused optimizers cannot be seen.
     """
