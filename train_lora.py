@@ -55,9 +55,9 @@ def main(argv: list[str] | None = None) -> Path:
     if options.load_in_4bit:
         quantize(model, runtime.dtype)
     data = read_data(SFTDataset, options, tokenizer, runtime)
-    # General chats that the base's own run held out: it was trained on all the others.
-    changes = {"data_path": options.general_data, "val_ratio": base.held_out_share}
-    general_options = replace(options, **changes, bad_rows="skip")
+    # To see what the skill costs: general chats that the base was not trained on.
+    general_options = replace(options, data_path=options.general_data, bad_rows="skip")
+    general_options.val_ratio = base.held_out_share
     general_data = read_data(SFTDataset, general_options, tokenizer, runtime)
     apply_lora(model, config=options)
     print(table_of(model))
@@ -66,18 +66,18 @@ def main(argv: list[str] | None = None) -> Path:
     if not options.dry_run:
         runtime.on_first(lambda: validation(step=0))
     path = lora_path(options.out_dir, options.lora_name, model.config.hidden_size)
-    asked = {"prompt_template": options.prompt_template, "load_in_4bit": options.load_in_4bit}
-    meta = SkillMeta(**run_facts("lora", options, tokenizer, base), **asked)
-    # It opens the run's states, makes batches and parameter groups, and calls the loop.
+    facts = run_facts("lora", options, tokenizer, base)
+    facts |= {"prompt_template": options.prompt_template, "load_in_4bit": options.load_in_4bit}
+    # run_stage opens the run's saved states, makes batches and parameter groups, and calls train.
     return run_stage(
         model,
         data.train,
         options,
         runtime,
         path=path,
-        record=meta,
+        record=SkillMeta(**facts),
         validation=validation,
-        write=lambda meta: save_lora(model, path, meta),
+        write=lambda record: save_lora(model, path, record),
         lora_plus=(output_parameters(model), options.loraplus_lr_ratio),
     )
 

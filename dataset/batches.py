@@ -60,15 +60,15 @@ class TokenSamples:
 
     def collate(self, indices: np.ndarray) -> Batch:
         """Right-pad the chosen samples to the longest of them."""
-        rows = [self[int(index)] for index in indices]
-        tokens = np.full((len(rows), max(map(len, rows))), 2 * self.pad_id, np.int64)
-        for n, row in enumerate(rows):
+        chosen = [self[int(index)] for index in indices]
+        tokens = np.full((len(chosen), max(map(len, chosen))), 2 * self.pad_id, np.int64)
+        for n, row in enumerate(chosen):
             tokens[n, : len(row)] = row
         ids, learned = tokens >> 1, tokens % 2 == 1  # padding is even: not learned
-        learned[:, 0] = False
+        learned[:, 0] = False  # nothing predicts the first token
         labels = torch.from_numpy(np.where(learned, ids, IGNORED))
-        inputs, n_bytes = {"input_ids": torch.from_numpy(ids)}, self.bytes_of[ids[learned]].sum()
-        return Batch(inputs, labels, int(learned.sum()), int(n_bytes), sum(map(len, rows)))
+        counts = int(learned.sum()), int(self.bytes_of[ids[learned]].sum()), sum(map(len, chosen))
+        return Batch({"input_ids": torch.from_numpy(ids)}, labels, *counts)
 
 
 @dataclass(eq=False)
@@ -186,14 +186,14 @@ class Batches:
         """This process' micro-batches, one list a step, from step ``start`` of the epoch on."""
         planned = self._planned(epoch, start)
         if self.num_workers:
-            return by_workers(self._made, planned, self.num_workers)
-        return map(self._made, planned)
+            return by_workers(self._collated, planned, self.num_workers)
+        return map(self._collated, planned)
 
     def largest_batch(self) -> Batch:
         """The largest micro-batch, padding included, of an epoch's ``PROBED`` fullest steps."""
         lengths = self.samples.lengths
-        fullest = lengths * np.clip(self.micro_tokens // lengths, 1, self.batch_size)
-        steps = heapq.nlargest(PROBED, self._planned(0), key=lambda step: fullest[step].max())
+        most_tokens = lengths * np.clip(self.micro_tokens // lengths, 1, self.batch_size)
+        steps = heapq.nlargest(PROBED, self._planned(0), key=lambda step: most_tokens[step].max())
         parts = [part for step in steps for part in self._cut(step)] or [steps[0][:1]]
         return self.samples.collate(max(parts, key=lambda part: len(part) * lengths[part].max()))
 
@@ -207,28 +207,28 @@ class Batches:
     def _planned(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
         """The samples of each step of an epoch, those of all processes, from step ``start`` on."""
         rng = np.random.default_rng([self.seed, epoch])
-        lengths, rows = self.samples.lengths, self.rows_per_step
+        lengths, per_step = self.samples.lengths, self.rows_per_step
         order = rng.permutation(len(lengths))
-        for begin in range(0, len(order), POOL * rows):
-            pool = order[begin : begin + POOL * rows]
-            # In place; blurred by a tenth, or few rows would meet in the same batches every epoch.
+        for begin in range(0, len(order), POOL * per_step):
+            pool = order[begin : begin + POOL * per_step]
+            # In place. Lengths are blurred by a tenth, lest small data repeat batches each epoch.
             pool[:] = pool[np.argsort(lengths[pool] * rng.uniform(1.0, 1.1, len(pool)))]
         for step in rng.permutation(self.steps_per_epoch)[start:]:
-            yield order[step * rows : (step + 1) * rows]
+            yield order[step * per_step : (step + 1) * per_step]
 
     def _cut(self, step: np.ndarray) -> list[np.ndarray]:
-        """The samples of this process' micro-batches, about as many tokens as any other's."""
+        """Cut this process' share of a step, about as many tokens as any other's, into parts."""
         lengths = self.samples.lengths
         longest_first = step[np.argsort(-lengths[step], kind="stable")]
         ends = np.cumsum(lengths[longest_first])
         middles = ends - lengths[longest_first] / 2
-        ranks = (middles * self.world_size / ends[-1]).astype(np.int64)
+        ranks = (middles * self.world_size / ends[-1]).astype(np.int64)  # equal shares of tokens
         share = longest_first[ranks == self.rank]
         return micro_batches(lengths, share, self.batch_size, self.micro_tokens)
 
-    def _made(self, step: np.ndarray) -> list[Batch]:
-        made = [self.samples.collate(part) for part in self._cut(step)]
-        return made or [masked(self.samples.collate(step[:1]))]
+    def _collated(self, step: np.ndarray) -> list[Batch]:
+        batches = [self.samples.collate(part) for part in self._cut(step)]
+        return batches or [masked(self.samples.collate(step[:1]))]  # every rank needs a pass
 
 
 def micro_batches(
@@ -236,23 +236,23 @@ def micro_batches(
 ) -> list[np.ndarray]:
     """Cut the samples ``indices`` into micro-batches, longest first, in the way that costs least.
 
-    Each has at most ``batch_size`` samples and ``micro_tokens`` tokens, padding included (or one
-    sample). It costs its padded tokens and ``micro_tokens * PASS_COST`` more, for starting it.
+    Each has at most ``batch_size`` samples and ``micro_tokens`` tokens, padding included; a longer
+    sample is alone. A part costs its padded tokens, and ``micro_tokens * PASS_COST`` to start it.
     """
-    indices = indices[np.argsort(-lengths[indices], kind="stable")]
-    lengths, count = lengths[indices], len(indices)
-    # The cheapest way to cut the first ``end`` samples begins its last part at cut[end].
-    cost, cut = np.zeros(count + 1), np.zeros(count + 1, np.int64)
-    for end in range(1, count + 1):
+    longest_first = indices[np.argsort(-lengths[indices], kind="stable")]
+    sorted_lengths = lengths[longest_first]
+    # cost[end]: of the first ``end`` samples, cut best; starts[end]: where their last part starts.
+    cost, starts = np.zeros(len(indices) + 1), np.zeros(len(indices) + 1, np.int64)
+    for end in range(1, len(indices) + 1):
         begin = np.arange(max(0, end - batch_size), end)
-        padded = (end - begin) * lengths[begin]
+        padded = (end - begin) * sorted_lengths[begin]  # the first sample of a part is its longest
         fits = (padded <= micro_tokens) | (begin == end - 1)
         totals = np.where(fits, cost[begin] + padded + micro_tokens * PASS_COST, np.inf)
-        cost[end], cut[end] = totals.min(), begin[totals.argmin()]
-    parts = []
-    while count:
-        parts.append(indices[cut[count] : count])
-        count = int(cut[count])
+        cost[end], starts[end] = totals.min(), begin[totals.argmin()]
+    parts, end = [], len(indices)
+    while end > 0:
+        parts.append(longest_first[starts[end] : end])
+        end = int(starts[end])
     return parts[::-1]
 
 

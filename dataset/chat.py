@@ -30,22 +30,21 @@ def encode_chats(
 ) -> list[Encoded]:
     """``encode_chat`` of each chat, in one call so that the tokenizer can use every core."""
     pieces, contents = _cut_at_contents(tokenizer, chats, add_generation_prompt)
-    distinct = list({piece for cut in pieces for piece in cut})  # few, however many the chats
+    distinct = list({piece for cut in pieces for piece in cut})  # few, however many chats there are
     piece_ids = _encode(tokenizer, distinct, split_special_tokens=False)
     ids_of = dict(zip(distinct, piece_ids, strict=True))
-    content_ids = iter(_encode(tokenizer, contents, split_special_tokens=True))
+    all_content_ids = iter(_encode(tokenizer, contents, split_special_tokens=True))
     control = control_ids(tokenizer)
     encoded = []
     for messages, (before, *after_each) in zip(chats, pieces, strict=True):
         ids = list(ids_of[before])
         learned = [False] * len(ids)
         for message, piece in zip(messages, after_each, strict=True):
-            content, after = next(content_ids), ids_of[piece]
-            is_answer = message["role"] == "assistant"
-            # How many ids after the content are learned too: up to the first control token.
+            content_ids, after = next(all_content_ids), ids_of[piece]
+            # Also learned after an answer: the ids up to and including the first control token.
             n_closing = next((n for n, token in enumerate(after, 1) if token in control), 0)
-            ids += content + after
-            learned += [is_answer] * (len(content) + n_closing)
+            ids += content_ids + after
+            learned += [message["role"] == "assistant"] * (len(content_ids) + n_closing)
             learned += [False] * (len(after) - n_closing)
         encoded.append((ids, learned))
     return encoded
@@ -64,10 +63,9 @@ def _cut_at_contents(
     known: dict[str, list[str]] = {}  # chats that differ in their contents alone share their pieces
     all_pieces, all_contents = [], []
     for messages in chats:
-        shape = [{**message, "content": PLACEHOLDER} for message in messages]
-        if repr(shape) not in known:
-            known[repr(shape)] = render(shape).split(PLACEHOLDER)
-        pieces, rendered = known[repr(shape)], render(messages)
+        hollow = [{**message, "content": PLACEHOLDER} for message in messages]
+        key, rendered = repr(hollow), render(messages)
+        pieces = known[key] = known.get(key) or render(hollow).split(PLACEHOLDER)
         contents = [message["content"] for message in messages]
         trimmed = [content.strip() for content in contents]
         for written in (contents, trimmed):  # which of the two does this template write?

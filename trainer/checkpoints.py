@@ -148,24 +148,24 @@ class RunStates:
         tensors = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
         for rank, states in enumerate(rng):
             tensors |= {f"rng.{rank}.{name}": state for name, state in states.items()}
-        held = optimizer.state_dict()["state"]
+        entries = optimizer.state_dict()["state"]
         parts = {
             f"optimizer.{name}.{part}": value
             for number, name in _numbered(trained)
-            for part, value in held.get(number, {}).items()
+            for part, value in entries.get(number, {}).items()
         }
         tensors |= {key: value for key, value in parts.items() if isinstance(value, Tensor)}
         manifest = {"format": FORMAT, "progress": asdict(progress), "identity": self.identity}
         manifest |= {"scaler": scaler.state_dict(), "environment": runtime.environment(), **facts}
         manifest["optimizer"] = {key: value for key, value in parts.items() if key not in tensors}
-        content = progress.step, tensors, manifest, metrics
-        write_state(self.folder, *content, starts_over=self._starts_over)
+        first = self._starts_over
+        write_state(self.folder, progress.step, tensors, manifest, metrics, starts_over=first)
         self._starts_over = False
 
     def restore(self, trained: Trained, runtime: Runtime) -> Progress:
-        """Put everything back to the found state; return how far it was, without one: at 0."""
+        """Put back the found state, if any; return its progress, or that of step 0."""
         progress = Progress(**self.remembered("progress", {}))
-        # Of ranks that differ, at least one differs from the mean, and raises.
+        # If ranks found different steps, at least one of them differs from the mean, and raises.
         if runtime.sum(progress.step)[0] != progress.step * runtime.world_size:
             raise UserError(f"the processes see different states in {self.folder}: share out_dir")
         if not (found := self.found):
@@ -187,7 +187,7 @@ class RunStates:
         scaler.load_state_dict(manifest["scaler"])
         kinds = ("cpu", runtime.device.type)
         runtime.set_rng_state({kind: tensors.get(f"rng.{runtime.rank}.{kind}") for kind in kinds})
-        tensors.clear()  # to free the memory: found lives on
+        tensors.clear()  # self.found lives on; its tensors need not
         for name, value in runtime.environment().items():
             if (before := manifest["environment"].get(name)) != value:
                 print(f"note: {name} was {before} and is now {value}: the bits will differ")
@@ -238,7 +238,7 @@ def write_state(
         text = json.dumps(manifest, indent=1, allow_nan=False) + "\n"
         (unfinished / MANIFEST).write_bytes(text.encode())
         (unfinished / METRICS).write_bytes(metrics.encode())
-        (unfinished / TENSORS).chmod((unfinished / METRICS).stat().st_mode)  # not private
+        (unfinished / TENSORS).chmod((unfinished / METRICS).stat().st_mode)  # safetensors: 0600
         sums = "".join(f"{sha256_file(unfinished / name)}  {name}\n" for name in FILES)
         (unfinished / SUMS).write_bytes(sums.encode())
         for name in (*FILES, SUMS):

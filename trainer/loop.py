@@ -47,28 +47,28 @@ def train(
     if not parameters:
         raise UserError("the model has no trainable parameter: a removed LoRA leaves a frozen base")
     run.plan(source)
+    schedule = run.total, run.warmup, options.decay_ratio, options.learning_rate
     optimizer = make_optimizer(groups, options.learning_rate, options.optimizer, runtime.device)
     scaler = runtime.scaler()
-    with run.at_work(Trained(model, optimizer, scaler)):  # resumed, where a state was found
+    with run.at_work(Trained(model, optimizer, scaler)):  # restores the found state, if any
         replica = warm_up(model, source.largest_batch(), run, loss_sum)
         for batches in run.steps(source):  # from where the run stands, epoch after epoch
-            step, peak = run.progress.step, options.learning_rate
-            lr = lr_at(step, run.total, run.warmup, options.decay_ratio, peak)
+            lr = lr_at(run.progress.step, *schedule)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_ratio"]  # LoRA+ trains B faster than A
-            loss, n_targets = accumulate_gradients(replica, batches, scaler, runtime, loss_sum)
+            own_loss, n_targets = accumulate_gradients(replica, batches, scaler, runtime, loss_sum)
             scaler.unscale_(optimizer)
             norm = clip_gradients(parameters, options.grad_clip or math.inf)
-            tokens = sum(batch.n_tokens for batch in batches)
-            # All ranks' parts make the step's loss; a signal to one rank stops all at this step.
-            loss, tokens, is_stopping = runtime.sum(loss, tokens, run.request.signum > 0)
+            own_tokens = sum(batch.n_tokens for batch in batches)
+            # A signal to one rank stops all at the same step.
+            loss, tokens, n_asked = runtime.sum(own_loss, own_tokens, run.request.signum > 0)
             run.require_finite(loss, norm)
             scaler.step(optimizer)  # in fp16 it skips a step whose gradient overflowed
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             run.finish_step(loss, n_targets, int(tokens), lr, norm)
             run.save_when_due()
-            if is_stopping:
+            if n_asked:
                 break
         summary = run.finish()
     model.eval()
@@ -127,7 +127,7 @@ def accumulate_gradients(
     (n_targets,) = runtime.sum(sum(batch.n_targets for batch in batches))
     loss = torch.zeros((), device=runtime.device)
     for n, batch in enumerate(batches, 1):
-        # Ranks exchange gradients once a step, in their last backward pass, whatever its number.
+        # Ranks exchange gradients once a step: each in its last pass, however many passes it has.
         with nullcontext() if n == len(batches) else runtime.local(replica):
             with runtime.autocast():
                 part = loss_sum(replica, runtime.move(batch)) / max(n_targets, 1)

@@ -69,8 +69,8 @@ def save_lora(
         tensors |= {f"{name}.lora.{key}": tensor for key, tensor in exported.items()}
     tensors = {name: tensor.detach().float().cpu() for name, tensor in tensors.items()}
     scaling = {name: lora.scaling for name, lora in loras.items()}
-    usual = Counter((rank, scaling[name] * rank) for name, rank in ranks.items())
-    rank, alpha = usual.most_common(1)[0][0]
+    pairs = Counter((rank, scaling[name] * rank) for name, rank in ranks.items())
+    rank, alpha = pairs.most_common(1)[0][0]
     meta = replace(meta or SkillMeta(), rank=rank, alpha=alpha, ranks=ranks, scaling=scaling)
     meta.targets = list(loras)
     meta.base = {**meta.base, "fingerprint": base_fingerprint(model)}
@@ -85,12 +85,12 @@ def read_lora(path: str | PathLike) -> Skill:
     A file without ``_meta`` (MiniMind's) gets rank and targets from its tensors, scale 1 and no
     base, as is printed. Raises ``UserError`` for anything that is no LoRA file.
     """
-    # Earlier versions wrote the parts of names that wrappers add.
+    # Files of earlier versions may hold the parts of names that torch.compile and such add.
     tensors = {base_name(name): tensor for name, tensor in read_tensors(path).items()}
     packed = tensors.pop(META_KEY, None)
     ranks = _ranks(tensors, path)
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    implied = {"rank": rank, "alpha": rank, "targets": sorted(ranks)}
+    implied = {"rank": rank, "alpha": rank, "targets": sorted(ranks)}  # alpha = rank: scale 1
     try:
         content = {} if packed is None else json.loads(bytes(packed.to(torch.uint8).tolist()))
         meta = SkillMeta.from_json(implied | content)
