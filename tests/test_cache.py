@@ -318,7 +318,7 @@ def test_a_damaged_cache_is_made_again(make, texts, tmp_path, small_blocks, caps
     before = rows_of(make(texts))
     (part,) = (tmp_path / "cache").glob(f"text-*{suffix}")
     whole, rng = part.read_bytes(), random.Random(1)
-    for damage in (cut, without_a_row, emptied, another_list, *[flipped] * 20, *[noisy] * 10):
+    for damage in (cut, without_a_row, emptied, another_list, *[flipped] * 8, *[noisy] * 4):
         part.write_bytes(damage(whole, rng))
         capsys.readouterr()
         assert rows_of(make(texts)) == before

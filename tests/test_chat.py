@@ -35,14 +35,13 @@ HOSTILE = [
 ]
 
 
+UNICODE = [*range(1, 0xD800), *range(0xE000, 0x110000, 7)]
+
+
 def random_content(rng):
     parts = [rng.choice(HOSTILE) for _ in range(rng.randint(1, 4))]
     if rng.random() < 0.3:
-        parts.append(
-            "".join(
-                chr(rng.choice([*range(1, 0xD800), *range(0xE000, 0x110000, 7)])) for _ in range(5)
-            )
-        )
+        parts.append("".join(map(chr, rng.choices(UNICODE, k=5))))
     rng.shuffle(parts)
     return "".join(parts)
 
