@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import re
 import types
 import typing
 from math import inf
@@ -146,7 +147,7 @@ class _StoreTuple(argparse.Action):
 
 def _int(text: str) -> int:
     """``1_000`` is a Python habit, ``1e3`` a numerical one; a flag takes plain digits only."""
-    if not text.lstrip("-").isdecimal():
+    if not re.fullmatch("-?[0-9]+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
 

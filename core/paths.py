@@ -40,6 +40,8 @@ def find_skill(out_dir: str | Path, name: str, dim: int | None = None) -> Path:
     """The file of skill ``name``, of this ``dim`` or the newest. Raises ``UserError`` for none."""
     found = [lora_path(out_dir, name, dim)] if dim else lora_paths(out_dir, name)
     if not found or not found[-1].is_file():
+        if others := lora_paths(out_dir, name):
+            raise UserError(f"{others[-1]} is a skill of another base than this one: name its base")
         there = ", ".join(sorted({skill_of(path) for path in lora_paths(out_dir)})) or "none yet"
         wanted = lora_path(out_dir, name, dim or "<dim>")
         raise UserError(f"there is no skill file {wanted}; skills here: {there}")

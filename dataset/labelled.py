@@ -91,7 +91,7 @@ def split_labelled(rows: Sequence[dict], val_ratio: float) -> tuple[list[dict], 
     train = [row for row, number in zip(rows, digests, strict=True) if number >= bound]
     held_out = [row for row, number in zip(rows, digests, strict=True) if number < bound]
     if not train:
-        advice = "lower it or give more rows"
+        advice = "give more different rows, or val_ratio 0"
         raise UserError(f"val_ratio {val_ratio} holds out all {len(rows)} rows; {advice}")
     return train, held_out
 
@@ -164,4 +164,4 @@ class LabelledSamples:
 
     def describe(self) -> str:
         share = 100 * self.truncated / max(len(self), 1)
-        return f"{len(self)} rows, {int(self.lengths.sum())} tokens, {share:.1f} % at the longest"
+        return f"{len(self)} rows, {int(self.lengths.sum())} tokens, {share:.1f} % truncated"

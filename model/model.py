@@ -6,6 +6,7 @@ arithmetic are MiniMind's (April 2025).
 """
 
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -233,5 +234,7 @@ class MiniMindLM(PreTrainedModel):
         The blocks share their programs. There are several (a last block computes less, a batch of
         one row is special), but fewer than the 8 beyond which PyTorch silently stops compiling.
         """
+        # PyTorch would remark on the complex rotary positions at every start.
+        warnings.filterwarnings("ignore", "Torchinductor does not support code generation for comp")
         for layer in self.layers:
             layer.compile(**{"dynamic": True, **settings})

@@ -110,7 +110,7 @@ def merge_into_base(options: Options, base: Path, record, first, library, weight
     if ours:
         origin = {"file": base.name, "fingerprint": record.fingerprint}
         merged = {"merged": {"base": origin, "skills": weights}}
-        save_base(output, model, replace(record, more=record.more | merged))
+        save_base(output, model, replace(record, metrics={}, more=record.more | merged))
     else:
         save_folder(model, tokenizer, output)
     print(f"saved {output}")

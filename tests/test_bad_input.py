@@ -42,6 +42,12 @@ class Touch:
         return (open, (str(self.canary), "w"))
 
 
+def long_question(n: int) -> str:
+    """A chat whose question is longer than --max_seq_len, so no answer is left after the cut."""
+    user = {"role": "user", "content": f"{n} " * 300}
+    return json.dumps({"messages": [user, {"role": "assistant", "content": "x"}]})
+
+
 @pytest.fixture(scope="module")
 def place(trained, tmp_path_factory) -> Trained:
     """A copy of the trained folder beside which lie all kinds of broken files."""
@@ -56,18 +62,7 @@ def place(trained, tmp_path_factory) -> Trained:
         "roles.jsonl": json.dumps({"conversations": [{"role": "robot", "content": "x"}]}),
         "texts_for_chats.jsonl": '{"text": "a"}\n{"text": "b"}\n',
         "wrong_ending.csv": "a,b\n",
-        # The question alone is longer than --max_seq_len, so no answer is left after the cut.
-        "long_questions.jsonl": "\n".join(
-            json.dumps(
-                {
-                    "messages": [
-                        {"role": "user", "content": f"{n} " * 300},
-                        {"role": "assistant", "content": "x"},
-                    ]
-                }
-            )
-            for n in range(4)
-        ),
+        "long_questions.jsonl": "\n".join(map(long_question, range(4))),
         "one_row.jsonl": chats[0],
     }
     for name, text in files.items():
@@ -87,6 +82,7 @@ def place(trained, tmp_path_factory) -> Trained:
     (lora / "lora_truncated_64.pth").write_bytes(skill.read_bytes()[:3000])
     torch.save({"weights": Touch(folder / "canary")}, lora / "lora_hostile_64.pth")
     torch.save(tensors, lora / "lora_base_64.pth")
+    (lora / "lora_wide_128.pth").write_bytes(skill.read_bytes())
     parts = torch.load(skill, weights_only=True)
     for name, text in (("deep", "[" * 100_000), ("huge", '{"alpha": 1' + "0" * 400 + "}")):
         parts["_meta"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
@@ -130,6 +126,7 @@ CASES = [
         "was trained on full_sft_64.pth",
     ),
     (("chat",), "--lora_name nobody --prompt x", "there is no skill file"),
+    (("chat",), "--lora_name wide --prompt x", "name its base"),
     (("chat",), "--lora_name truncated --prompt x", "lora_truncated_64.pth is not a readable"),
     (("chat",), "--lora_name hostile --prompt x", "lora_hostile_64.pth is not a readable"),
     (("chat",), "--lora_name base --prompt x", "is no LoRA file"),

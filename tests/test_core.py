@@ -52,6 +52,8 @@ def test_every_type_parses_and_booleans_are_real_booleans():
     [
         ("--count 1.5", "--count: '1.5' is not a whole number"),
         ("--count 1_0", "is not a whole number"),
+        ("--count=--5", "is not a whole number"),
+        ("--count ٣٢", "is not a whole number"),
         ("--count", "expected one argument"),
         ("--rate fast", "invalid float value"),
         ("--kind c", "invalid choice"),

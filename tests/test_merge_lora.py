@@ -76,6 +76,7 @@ def test_a_merged_base_computes_what_the_skills_did(out, capsys, words, weights,
         expected - logits_of(load_base(out / "full_sft_64.pth")[0])
     ).abs().max() > 10 * tolerance
     assert record.stage == "full_sft" and record.more["merged"]["skills"] == weights
+    assert record.metrics == {}, "those were of the base without the skills"
     assert before == {path: sha256_file(path) for path in before}
     eval_model.main(flags(out_dir=out, base=output, prompt="hi", device="cpu", max_new_tokens=3))
     with pytest.raises(UserError, match="exists; choose another"):

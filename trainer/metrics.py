@@ -89,7 +89,8 @@ class Validation:
     def __str__(self) -> str:
         lines = []
         for kind, result in self.results.items():
-            steps = [f"loss {r['loss']:.4f} after step {r['step']}" for r in result.values()]
+            once = {r["step"]: r for r in result.values()}  # the first may be the last
+            steps = [f"loss {r['loss']:.4f} after step {step}" for step, r in once.items()]
             lines.append(f"{kind}: {', '.join(steps) or 'nothing held out'}")
         return "\n".join(lines)
 
@@ -144,7 +145,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def matmul_floor(model: nn.Module, runtime: Runtime) -> float:
+def matmul_peak(model: nn.Module, runtime: Runtime) -> float:
     """An estimate of the tokens/s of all ranks if Linear layers were all the work.
 
     It takes 4 FLOP a weight and token, 6 where the weight trains (Kaplan et al. 2020), at the speed
@@ -241,8 +242,7 @@ def plot_losses(records: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure  # not pyplot, which has global state and wants windows
 
     figure = Figure(figsize=(7, 4))
-    labels = {"xlabel": "optimizer step", "ylabel": "loss (nats per token)", "title": path.stem}
-    axes = figure.add_subplot(**labels)
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss (nats per token)")
     for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
         found = [record for record in records if record.get(key) is not None]
         steps, losses = [r["step"] for r in found], [r[key] for r in found]

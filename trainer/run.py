@@ -17,7 +17,7 @@ from tqdm import tqdm
 from core.errors import ECHO_SECONDS, STOPPING, Stopped, UserError
 from dataset.batches import Batch
 from trainer.checkpoints import RunStates, Trained
-from trainer.metrics import Clock, NoLog, RunLog, Validation, duration, matmul_floor, peak_memory_mb
+from trainer.metrics import Clock, NoLog, RunLog, Validation, duration, matmul_peak, peak_memory_mb
 from trainer.options import TrainOptions
 from trainer.runtime import Runtime
 
@@ -44,7 +44,7 @@ class Summary:
     """How a run went; the last line of its metrics file.
 
     ``first_loss`` is that of step 1, before any update. ``final`` is the last validation, with its
-    step; None in ranks other than 0. ``matmul_share`` is the speed over ``matmul_floor``;
+    step; None in ranks other than 0. ``matmul_share`` is the speed over ``matmul_peak``;
     ``peak_memory_mb`` counts one process.
     """
 
@@ -60,7 +60,7 @@ class Summary:
 
     def __str__(self) -> str:
         work = f"{self.steps} steps, {self.tokens:,} tokens in {duration(self.seconds)}"
-        speed = f"{self.tokens_per_second:,.0f} tokens/s ({self.matmul_share:.0%} of the floor)"
+        speed = f"{self.tokens_per_second:,.0f} tokens/s ({self.matmul_share:.0%} of matmul peak)"
         memory = f", peak memory {self.peak_memory_mb:,} MB" if self.peak_memory_mb else ""
         return f"{work}: loss {self.first_loss:.3f} -> {self.last_loss:.3f}, {speed}{memory}"
 
@@ -134,7 +134,7 @@ class Run:
 
     def steps(self, source: BatchSource) -> Iterator[list[Batch]]:
         """The steps that are left, epoch after epoch; none after a stop during the warm-up."""
-        self.floor = matmul_floor(self.trained.model, self.runtime)
+        self.matmul_peak = matmul_peak(self.trained.model, self.runtime)
         self.clock = Clock(self.runtime, self.progress.seconds)
         if self.runtime.sum(self.request.signum > 0)[0]:
             return
@@ -182,7 +182,7 @@ class Run:
                 "lr": lr,
                 "grad_norm": norm,
             }
-            share = round(speed / self.floor, 4)
+            share = round(speed / self.matmul_peak, 4)
             record |= {"tokens_per_second": round(speed, 1), "matmul_share": share}
             record |= {"peak_memory_mb": peak_memory_mb(self.runtime)}
             record |= {"seconds": round(self.clock.elapsed(), 2), "seconds_left": left}
@@ -246,7 +246,7 @@ class Run:
         seconds, final = self.clock.elapsed(), next(iter(self.validation.results.values()))
         speed, memory = progress.tokens / seconds, peak_memory_mb(self.runtime)
         losses = progress.first_loss, progress.last_loss, final.get("last")
-        pace = progress.tokens, seconds, speed, speed / self.floor
+        pace = progress.tokens, seconds, speed, speed / self.matmul_peak
         summary = Summary(progress.step, *losses, *pace, memory)
         if progress.step == total:
             self.log.write({"step": total, "summary": asdict(summary)})

@@ -1,5 +1,6 @@
 """Where the arithmetic happens: device, dtype, seed, and the other processes of the run."""
 
+import atexit
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -143,11 +144,6 @@ class Runtime:
         facts = {"torch": torch.__version__, "device": self.device.type, "dtype": str(self.dtype)}
         return facts | {"processes": self.world_size, "threads": torch.get_num_threads()}
 
-    def stop(self) -> None:
-        """Leave the other processes."""
-        if self.world_size > 1:
-            dist.destroy_process_group()
-
     def __str__(self) -> str:
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         processes = f", {self.world_size} processes" if self.world_size > 1 else ""
@@ -193,6 +189,7 @@ def _join(device: torch.device) -> tuple[int, int, torch.device]:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
+        atexit.register(dist.destroy_process_group)  # else gloo's threads may abort an early exit
     if rank > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the end)
     return rank, world_size, device

@@ -140,7 +140,6 @@ def run_stage(
     source = Batches(samples, *sizes, options.seed, options.num_workers, **share)
     groups = param_groups(model, options.weight_decay, options.optimizer, *lora_plus)
     train(model, source, groups, run, loss_sum)
-    runtime.stop()
     if not options.dry_run:
         print(f"saved {path}\n{validation}")
     return path
