@@ -213,7 +213,7 @@ class Batches:
             pool = order[begin : begin + POOL * per_step]
             # In place. Lengths are blurred by a tenth, lest small data repeat batches each epoch.
             pool[:] = pool[np.argsort(lengths[pool] * rng.uniform(1.0, 1.1, len(pool)))]
-        for step in rng.permutation(self.steps_per_epoch)[start:]:
+        for step in rng.permutation(self.steps_per_epoch)[start:]:  # resumed: the rest of the order
             yield order[step * per_step : (step + 1) * per_step]
 
     def _cut(self, step: np.ndarray) -> list[np.ndarray]:

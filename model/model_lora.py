@@ -47,8 +47,8 @@ def apply_lora(
     config = config or LoRAConfig(rank, alpha, target_modules, **options)
     dropout, init = config.lora_dropout, config.init_lora_weights
     kind = PiSSA if init == "pissa" else DoRA if config.use_dora else LoRA
-    targets, rank_and_scaling = choose_targets(model, config), config.rank_and_scaling
-    loras = {n: kind(linear, *rank_and_scaling(n), dropout, init) for n, linear in targets.items()}
+    targets = choose_targets(model, config)
+    loras = {n: kind(m, *config.rank_and_scaling(n), dropout, init) for n, m in targets.items()}
     model.requires_grad_(False)  # freeze first: whatever is added below is what trains
     for name, lora in loras.items():
         attach(targets[name], lora)

@@ -157,7 +157,7 @@ class RunStates:
         tensors |= {key: value for key, value in parts.items() if isinstance(value, Tensor)}
         manifest = {"format": FORMAT, "progress": asdict(progress), "identity": self.identity}
         manifest |= {"scaler": scaler.state_dict(), "environment": runtime.environment(), **facts}
-        manifest["optimizer"] = {key: value for key, value in parts.items() if key not in tensors}
+        manifest["optimizer"] = {k: v for k, v in parts.items() if not isinstance(v, Tensor)}
         first = self._starts_over
         write_state(self.folder, progress.step, tensors, manifest, metrics, starts_over=first)
         self._starts_over = False
@@ -182,7 +182,7 @@ class RunStates:
             if key.startswith("optimizer."):
                 name, _, part = key.removeprefix("optimizer.").rpartition(".")
                 state.setdefault(numbers[name], {})[part] = value
-        groups = optimizer.state_dict()["param_groups"]
+        groups = optimizer.state_dict()["param_groups"]  # not saved: they follow from the options
         optimizer.load_state_dict({"state": state, "param_groups": groups})
         scaler.load_state_dict(manifest["scaler"])
         kinds = ("cpu", runtime.device.type)

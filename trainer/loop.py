@@ -51,7 +51,7 @@ def train(
     optimizer = make_optimizer(groups, options.learning_rate, options.optimizer, runtime.device)
     scaler = runtime.scaler()
     with run.at_work(Trained(model, optimizer, scaler)):  # restores the found state, if any
-        replica = warm_up(model, source.largest_batch(), run, loss_sum)
+        replica = warm_up(model, source.largest_batch(), run, loss_sum)  # in train mode; maybe DDP
         for batches in run.steps(source):  # from where the run stands, epoch after epoch
             lr = lr_at(run.progress.step, *schedule)
             for group in optimizer.param_groups:

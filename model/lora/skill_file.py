@@ -69,8 +69,8 @@ def save_lora(
         tensors |= {f"{name}.lora.{key}": tensor for key, tensor in exported.items()}
     tensors = {name: tensor.detach().float().cpu() for name, tensor in tensors.items()}
     scaling = {name: lora.scaling for name, lora in loras.items()}
-    pairs = Counter((rank, scaling[name] * rank) for name, rank in ranks.items())
-    rank, alpha = pairs.most_common(1)[0][0]
+    usual = Counter((rank, scaling[name] * rank) for name, rank in ranks.items())  # rank, alpha
+    rank, alpha = usual.most_common(1)[0][0]
     meta = replace(meta or SkillMeta(), rank=rank, alpha=alpha, ranks=ranks, scaling=scaling)
     meta.targets = list(loras)
     meta.base = {**meta.base, "fingerprint": base_fingerprint(model)}
