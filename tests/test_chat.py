@@ -178,7 +178,7 @@ BAD_TEMPLATES = {
 @pytest.mark.parametrize("fault", BAD_TEMPLATES)
 def test_a_template_that_changes_contents_is_refused(tokenizer, fault):
     messages = [*PLAIN[:2], {"role": "assistant", "content": " Four. "}]
-    with pytest.raises(UserError, match="drops, repeats or rewrites message contents"):
+    with pytest.raises(UserError, match="chat template"):
         encode_chat(with_template(tokenizer, BAD_TEMPLATES[fault]), messages)
 
 

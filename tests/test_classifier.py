@@ -244,7 +244,7 @@ def test_weights_that_the_base_lacks_learn_too(bases, data, tmp_path, capsys):
     train_classifier([*argv, *flags(predict=data[1], seed=5)])
     right = share_right(answers_in(capsys.readouterr().out), reviews(80, 1))
     assert right == read_lora(path)[1].metrics["val"]["last"]["accuracy"] > 0.9
-    with pytest.raises(UserError, match="drop --load_in_4bit"):
+    with pytest.raises(UserError, match="--load_in_4bit"):
         train_classifier([*argv, *flags(data_path=data[0], max_seq_len=32), "--load_in_4bit"])
 
 

@@ -87,7 +87,7 @@ def test_a_failed_installation_is_finished_by_the_next_run_and_forgets_nothing(m
     for path in (folder / ".venv").glob("**/pebble*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     (folder / NAMES[0]).write_text("./missing-1.0-py3-none-any.whl\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"requirements\.txt.*start again"):
+    with pytest.raises(UserError, match=r"requirements\.txt"):
         ensure_environment(NAMES[:1], folder)
     assert not (folder / ".venv" / STAMP).exists()
     (folder / NAMES[0]).write_text(good, encoding="utf-8")

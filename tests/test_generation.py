@@ -39,7 +39,7 @@ def test_it_ends_before_a_stop_id_at_the_limit_or_where_the_context_ends(tiny_mo
     prompt = [5] * (context - 3)
     assert len(run(tiny_model, prompt, GREEDY)) == 3
     for bad in ([], [5] * context):
-        with pytest.raises(UserError, match="no room in the context"):
+        with pytest.raises(UserError, match="context"):
             run(tiny_model, bad, GREEDY)
 
 

@@ -164,7 +164,7 @@ def test_a_skill_is_asked_in_its_own_words_and_ends_where_it_learned_to(
     seen[0].use_skill(None)  # the base has words of its own
     assert seen[0].tokenizer.decode(seen[0].prompt_ids("hi")) == questions[None]
     train_lora.main([*argv, "--lora_name", "dora", "--use_dora"])
-    with pytest.raises(UserError, match="skill dora is a DoRA, which"):
+    with pytest.raises(UserError, match="dora is a DoRA"):
         session.use_skill("dora=0.5 own=0.5")
     assert token_bytes(tokenizer)[turn] == 0
     merge_lora(["own", "asked", *flags(base=base, out_dir=out, lora_name="both")])
@@ -185,12 +185,12 @@ def test_a_skill_is_read_by_the_tokenizer_of_its_training_only(folders, trained,
     chat += flags(max_new_tokens=2)
     merge = ["strange", *flags(base=base, out_dir=out, output=tmp_path / "merged")]
     for action in (lambda: eval_model.main(chat), lambda: merge_lora(merge)):
-        with pytest.raises(UserError, match="skill strange was trained with another tokenizer"):
+        with pytest.raises(UserError, match=r"strange .*tokenizer"):
             action()
     assert not (tmp_path / "merged").exists()
     session = session_on(base, out)
     for _ in range(2):  # nothing of it stays
-        with pytest.raises(UserError, match="another tokenizer"):
+        with pytest.raises(UserError, match="tokenizer"):
             session.use_skill("strange")
     assert not list(session.library) and not session.skill
     eval_model.main([*chat, *flags(tokenizer_path=other)])
@@ -203,7 +203,7 @@ def test_a_skill_is_read_by_the_tokenizer_of_its_training_only(folders, trained,
 def test_a_model_that_sees_what_it_should_predict_is_refused(folders, tmp_path):
     sizes = SIZES | {"num_key_value_heads": 4}
     BertForMaskedLM(BertConfig(**sizes)).save_pretrained(tmp_path / "masked")
-    with pytest.raises(UserError, match="masked sees the tokens"):
+    with pytest.raises(UserError, match="masked"):
         load_base(tmp_path / "masked")
     BertLMHeadModel(BertConfig(**sizes, is_decoder=True)).save_pretrained(tmp_path / "causal")
     assert load_base(tmp_path / "causal")[1].stage
@@ -221,7 +221,7 @@ def test_the_template_of_the_flag(folders):
     for wrong in ("Q:", "{user}{user}"):
         with pytest.raises(UserError, match=r"must have one \{user\}"):
             foreign_tokenizer(folders / "bare", wrong)
-    with pytest.raises(UserError, match="no text in the terminal's encoding"):
+    with pytest.raises(UserError, match="encoding"):
         foreign_tokenizer(folders / "bare", "\udc80 {user}")
 
 
@@ -231,11 +231,11 @@ def test_what_is_no_base_is_named(folders, tmp_path, trained):
     shutil.copytree(folders / "encoder", tmp_path / "encoder", dirs_exist_ok=True)
     shutil.copytree(folders / "llama", tmp_path / "broken", dirs_exist_ok=True)
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(UserError, match=r"empty is a folder without config\.json"):
+    with pytest.raises(UserError, match=r"empty .*config\.json"):
         choose_base(trained.out, tmp_path / "empty")
     with pytest.raises(UserError, match="nothing does not exist"):
         choose_base(trained.out, tmp_path / "nothing")
-    with pytest.raises(UserError, match="the skill was trained on llama: name that one"):
+    with pytest.raises(UserError, match="llama"):
         choose_base(tmp_path, None, {"file": "llama", "fingerprint": "0123"})
     for name in ("encoder", "broken"):
         with pytest.raises(UserError, match=f"base .*{name} ") as caught:
@@ -244,7 +244,7 @@ def test_what_is_no_base_is_named(folders, tmp_path, trained):
     argv = flags(out_dir=tmp_path / "out", base=folders / "llama", data_path=trained.chats, **SMALL)
     with pytest.raises(UserError, match="is no MiniMindLM"):
         train_full_sft.main(argv)
-    with pytest.raises(UserError, match="max_seq_len 512 exceeds the model's context of 256"):
+    with pytest.raises(UserError, match=r"max_seq_len 512 .* 256"):
         train_lora.main([*argv, "--max_seq_len", "512"])
 
 

@@ -104,7 +104,7 @@ def test_meta_explains_the_file(sharp_model, tmp_path):
 
 
 def test_a_model_without_lora_has_nothing_to_save(tiny_model, tmp_path):
-    with pytest.raises(UserError, match="no LoRA on this model to save"):
+    with pytest.raises(UserError, match="call apply_lora"):
         save_lora(tiny_model, tmp_path / "x.pth")
     assert not list(tmp_path.iterdir())
 

@@ -239,11 +239,11 @@ def test_rotary_tables_are_built_once_and_cover_the_context(tiny_model):
 
 def test_past_the_context_is_refused(tiny_model):
     assert logits_of(tiny_model, ids(1, 128)).shape == (1, 128, VOCAB)
-    with pytest.raises(UserError, match="129 tokens exceed"):
+    with pytest.raises(UserError, match="129"):
         tiny_model(ids(1, 129))
     cache = tiny_model(ids(1, 100), use_cache=True)[CACHE]
     assert logits_of(tiny_model, ids(1, 28), **{CACHE: cache}).shape == (1, 28, VOCAB)
-    with pytest.raises(UserError, match="129 tokens exceed"):
+    with pytest.raises(UserError, match="129"):
         tiny_model(ids(1, 29), **{CACHE: cache})
 
 

@@ -234,9 +234,9 @@ def test_a_bad_row_is_named_by_its_line_and_reason(tmp_path, row, reason):
 
 
 def test_each_kind_refuses_the_other_kind_of_row():
-    with pytest.raises(BadRow, match=r"no \"text\" among its keys \('conversations'\)"):
+    with pytest.raises(BadRow, match=r"\"text\".*\('conversations'\)"):
         clean_text({"conversations": CHAT})
-    with pytest.raises(BadRow, match=r"no \"conversations\".* among its keys \('text'\)"):
+    with pytest.raises(BadRow, match=r"\"conversations\".*\('text'\)"):
         clean_chat({"text": "a"})
 
 

@@ -133,7 +133,7 @@ def test_a_cap_draws_random_texts_once_each_and_the_same_ones_again():
 def test_too_little_data_for_the_size_is_said(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n{"text": "ab ab"}\n', encoding="utf-8")
-    with pytest.raises(UserError, match=r"yields only 2\d\d entries, not --vocab_size 6400"):
+    with pytest.raises(UserError, match=r"2\d\d .*--vocab_size 6400"):
         main(["--data_path", str(path), "--tokenizer_path", str(tmp_path / "made")])
     assert not (tmp_path / "made").exists()
 

@@ -324,7 +324,7 @@ def test_the_named_base_wins(out_dir):
     named = out_dir / "pretrain_128.pth"
     skill_base = json.loads((out_dir / "full_sft_64.json").read_text(encoding="utf-8"))
     assert choose_base(out_dir, named, skill_base) == named
-    with pytest.raises(UserError, match=r"base .*nothing\.pth does not exist"):
+    with pytest.raises(UserError, match=r"nothing\.pth "):
         choose_base(out_dir, out_dir / "nothing.pth", skill_base)
 
 
@@ -390,9 +390,7 @@ def test_a_broken_record_of_another_base_is_no_reason_to_stop(base):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64])
 def test_numbers_of_another_kind_are_refused(dtype):
-    with pytest.raises(
-        UserError, match=rf"x\.pth does not fit the model: w is {dtype}, not floating point"
-    ):
+    with pytest.raises(UserError, match=rf"x\.pth .*: w is {dtype}"):
         check_keys({"w": torch.zeros(2)}, {"w": torch.zeros(2, dtype=dtype)}, "x.pth")
 
 
