@@ -1,6 +1,7 @@
 """Teach a frozen base one skill: python train_lora.py --lora_name mine --data_path mine.jsonl"""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from core.errors import run
@@ -68,18 +69,10 @@ def main(argv: list[str] | None = None) -> Path:
     path = lora_path(options.out_dir, options.lora_name, model.config.hidden_size)
     facts = run_facts("lora", options, tokenizer, base)
     facts |= {"prompt_template": options.prompt_template, "load_in_4bit": options.load_in_4bit}
+    skill = {"path": path, "record": SkillMeta(**facts), "write": partial(save_lora, model, path)}
+    skill["lora_plus"] = output_parameters(model), options.loraplus_lr_ratio
     # run_stage opens the run's saved states, makes batches and parameter groups, and calls train.
-    return run_stage(
-        model,
-        data.train,
-        options,
-        runtime,
-        path=path,
-        record=SkillMeta(**facts),
-        validation=validation,
-        write=lambda record: save_lora(model, path, record),
-        lora_plus=(output_parameters(model), options.loraplus_lr_ratio),
-    )
+    return run_stage(model, data.train, options, runtime, validation=validation, **skill)
 
 
 if __name__ == "__main__":
