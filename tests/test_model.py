@@ -4,6 +4,7 @@ losses.
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -359,3 +360,12 @@ def test_dropout_works_in_training_only(tiny_model):
     tokens = ids(1, 8)
     assert not torch.equal(logits_of(model.train(), tokens), logits_of(model, tokens))
     assert torch.equal(logits_of(model.eval(), tokens), logits_of(model, tokens))
+
+
+def test_compiling_silences_what_inductor_would_say_of_rotary_positions(tiny_model):
+    said = "Torchinductor does not support code generation for complex operators."
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        tiny_model.compile()
+        warnings.warn(f"{said} Performance may be worse than eager.", stacklevel=1)
+    assert not [warning for warning in told if said in str(warning.message)]

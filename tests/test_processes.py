@@ -63,6 +63,12 @@ def test_ranks_together_have_the_gradient_of_one_process(both):
         assert max(rank["gradients"].values()) <= 1e-10
 
 
+def test_a_process_leaves_the_others_at_its_very_end(both):
+    """However it ends: the threads that talk to them would abort it."""
+    left = [(both["folder"] / f"left-{rank}").read_text(encoding="utf-8") for rank in (0, 1)]
+    assert left == ["True", "True"]
+
+
 def test_parameters_that_the_loss_never_reaches_make_no_rank_wait(both):
     found = [rank["bypassed"] for rank in both["ranks"]]
     assert found == [["bypassed.weight", "bypassed.bias"]] * 2

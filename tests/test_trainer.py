@@ -15,7 +15,7 @@ from conftest import CPU, Source, ragged_batch, rows_of, run_training
 from core.errors import UserError
 from trainer import metrics
 from trainer.loop import accumulate_gradients, causal_loss_sum
-from trainer.metrics import Metrics, RunLog, Validation, evaluate
+from trainer.metrics import Metrics, RunLog, Validation, evaluate, plot_losses
 from trainer.optimizer import BETAS, lr_at
 from trainer.options import TrainOptions
 from trainer.run import MAX_OVERFLOWS
@@ -159,6 +159,23 @@ def test_saves_come_at_intervals_after_validation_and_at_the_end(tiny_model, tmp
         validation=Validation({"val": measure}),
     )
     assert events == ["validate", (3, 3), "validate", (6, 6), "validate", (7, 7)]
+
+
+def test_a_validation_that_is_the_first_and_the_last_is_told_once():
+    validation = Validation(
+        {"val": lambda: Metrics(1.5, 1.0, 5, 9), "none": lambda: Metrics(0.0, 0.0, 0, 0)}
+    )
+    validation(4)
+    assert str(validation).splitlines()[0].count("1.5") == 1
+    validation(8)
+    first, none = str(validation).splitlines()
+    assert first.count("1.5") == 2 and "4" in first and "8" in first
+    assert "none" in none and "1.5" not in none
+
+
+def test_a_picture_of_any_run_is_drawn_without_a_warning(tmp_path, recwarn):
+    plot_losses([{"step": 1, "loss": 2.0, "val_loss": 3.0}], tmp_path / "lora_小明_64.png")
+    assert (tmp_path / "lora_小明_64.png").is_file() and not recwarn.list
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 Each scenario returns what this rank saw; FOLDER/rank-N.json gets all of it.
 """
 
+import atexit
 import contextlib
 import json
 import math
@@ -13,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from conftest import flags, ragged_batch, rows_of
 from test_resume import SHAPE, SHORT
 
@@ -147,6 +149,8 @@ def main() -> None:
     folder, texts, chats, base = map(Path, sys.argv[1:])
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
+    left = folder / f"left-{rank}"  # the first to be registered is the last to be called
+    atexit.register(lambda: left.write_text(str(not dist.is_initialized()), encoding="utf-8"))
     results = dict(scenarios(folder, texts, chats, base))
     (folder / f"rank-{rank}.json").write_text(json.dumps(results), encoding="utf-8")
 
