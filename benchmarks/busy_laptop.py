@@ -35,7 +35,7 @@ UNSET = {"KMP_BLOCKTIME": "200"}
 class Options(CheckedOptions):
     """Measure tokens/s of training alone and beside a busy process, for spin counts of OpenMP."""
 
-    spins: tuple[int, ...] = option((3000, 5000, 10000), "values of GOMP_SPINCOUNT")
+    spins: tuple[int, ...] = option((1500, 3000, 10000), "values of GOMP_SPINCOUNT")
     sizes: tuple[str, ...] = option(tuple(SIZES), "models to train")
     rounds: int = option(3, "runs of each setting", at_least=1)
     max_steps: int = option(15, "optimizer steps of a run; the first three do not count", above=3)

@@ -18,7 +18,7 @@ ECHO_SECONDS = 3.0  # torchrun repeats a Ctrl-C that the terminal has already se
 # PyTorch's words on a GPU, on POSIX and on Windows.
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 # How long an OpenMP thread that waits keeps its core busy: GNU's turns, Intel's and LLVM's ms.
-SPINNING = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
+SPINNING = {"GOMP_SPINCOUNT": "1500", "KMP_BLOCKTIME": "1"}
 
 
 class UserError(Exception):
