@@ -22,6 +22,7 @@ class Options(CheckedOptions):
     base: Path | None = option(None, BASE_HELP)
     prompt_template: str | None = option(None, TEMPLATE_HELP)
     lora_name: str | None = option(None, "skill to start with")
+    system: str | None = option(None, "system turn that every conversation begins with")
     prompt: str | None = option(None, "answer this once and leave")
     temperature: float = option(0.7, "0 always takes the likeliest token", at_least=0)
     top_p: float = option(0.9, "draw from the likeliest with this share", above=0, at_most=1)
@@ -42,10 +43,11 @@ class Options(CheckedOptions):
         require(self.temperature == 0 or self.temperature >= 0.01, wrong)
         wrong = f"--history_cnt {self.history_cnt} must be even: a question and its answer make two"
         require(self.history_cnt % 2 == 0, wrong)
-        if self.prompt is not None:
-            # Bytes that were no text in the terminal's encoding arrive as lone surrogates.
-            self.prompt = self.prompt.encode(errors="replace").decode()
-            require(bool(self.prompt.strip()), "--prompt is empty")
+        # Bytes that were no text in the terminal's encoding arrive as lone surrogates.
+        for name in ("prompt", "system"):
+            if (text := getattr(self, name)) is not None:
+                setattr(self, name, text.encode(errors="replace").decode())
+                require(bool(text.strip()), f"--{name} is empty")
         if self.lora_name is not None:
             skill_name(self.lora_name)
 
@@ -76,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     session = ChatSession(model, tokenizer, sampling, **settings)
     if options.lora_name is not None:
         session.use_skill(options.lora_name, skill)
+    session.use_system(options.system)
     print(f"base: {base}, skill: {session.skill or 'none'}, {runtime}", file=sys.stderr)
     if options.prompt is None:
         chat(session)

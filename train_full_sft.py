@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.errors import UserError, run
+from core.errors import run
 from core.options import option, parse
-from core.paths import bundled_data
+from core.paths import base_path, bundled_data
 from trainer.options import TrainOptions
 
 BUNDLED = (bundled_data("sft_mini.jsonl"),)
@@ -25,18 +25,15 @@ class Options(TrainOptions):
 def main(argv: list[str] | None = None) -> Path:
     options = parse(Options, argv)
     from dataset.batches import SFTDataset
-    from model.model import MiniMindLM
     from model.weights import RunRecord, save_base
-    from trainer import stage
+    from trainer import stage, start
     from trainer.runtime import Runtime
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
-    base = stage.open_stage_base(options, runtime, "pretrain")
+    base = start.open_base(options, runtime, "pretrain")
     model, tokenizer = base.model, base.tokenizer
-    if not isinstance(model, MiniMindLM):
-        wrong = f"--base {base.path} is no MiniMindLM"
-        raise UserError(f"{wrong}, and this trains no other; train_lora.py does")
-    path = stage.result_path(options, "full_sft", base)
+    path = base_path(options.out_dir, "full_sft", model.config.dim)
+    start.check_apart(path, base.path)
     data = stage.read_data(SFTDataset, options, tokenizer, runtime)
     facts = stage.run_facts("full_sft", options, tokenizer, base)
     validation = stage.validation_of(model, {"val": data.val}, tokenizer, options, runtime)

@@ -42,7 +42,7 @@ TIMED = {
     "pretraining steps, default model": ("pretrain_512", f"{PRETRAIN} --max_steps 10"),
     "LoRA epochs, dim 256": ("lora_a_256", f"{LORA} a --epochs 3"),
 }
-SWAP_NAME, SWAPS = "skill swap, dim 256", 200
+SWAPS = "200"
 SWAP = """
 import json, statistics, sys, time, torch
 from model.LMConfig import LMConfig
@@ -59,11 +59,38 @@ for turn in range(int(turns)):
     seconds.append(time.perf_counter() - began)
 print(json.dumps(statistics.median(seconds)))
 """
+TOKENISE = """
+import json, sys, tempfile, time
+from pathlib import Path
+from core.paths import TOKENIZER_DIR
+from dataset.cache import kind_of, tokenize_files
+from dataset.tokenizer import load_tokenizer
+
+rows = Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()
+tokenizer, seconds = load_tokenizer(TOKENIZER_DIR), []
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "rows.jsonl"
+    for turn in range(2):  # the first one warms up
+        marks = (f't": "{turn}{n} ' for n in range(12))  # no two copies are equal
+        copies = (row.replace('t": "', mark) for mark in marks for row in rows)
+        path.write_text("\\n".join(copies), encoding="utf-8")
+        kind = kind_of(path)
+        began = time.perf_counter()
+        tokenize_files((path,), kind, tokenizer, Path(folder), workers=1)
+        seconds.append(time.perf_counter() - began)
+print(json.dumps(seconds[-1]))
+"""
+# What a program of its own times -> that program and its arguments.
+PROGRAMS = {
+    "skill swap, dim 256": (SWAP, SWAPS, "BASE", "SKILL_a", "SKILL_b"),
+    "tokenising chats": (TOKENISE, "CHATS"),
+    "tokenising texts": (TOKENISE, "TEXTS"),
+}
 
 
 @dataclass
 class Options:
-    """Time pretraining steps, a LoRA epoch and skill swaps here and in another checkout."""
+    """Time training steps, skill swaps and tokenising here and in another checkout."""
 
     other: Path | None = option(None, "folder of the other checkout of this repository")
     rounds: int = option(5, "turns of each checkout; the ratios are medians over them")
@@ -84,7 +111,7 @@ def main(argv: list[str] | None = None) -> dict:
             for command in PREPARED:
                 side.train(command)
         for number in range(options.rounds):
-            for name in (*TIMED, SWAP_NAME):
+            for name in (*TIMED, *PROGRAMS):
                 for side in (this, other) if number % 2 else (other, this):
                     side.time(name)
                 print(f"{name}: {this.seconds[name][-1]:.4g} s, {other.seconds[name][-1]:.4g} s")
@@ -104,7 +131,7 @@ class Side:
 
     def __init__(self, checkout: Path, out: Path):
         self.checkout, self.out = checkout, out
-        self.seconds = {name: [] for name in (*TIMED, SWAP_NAME)}
+        self.seconds = {name: [] for name in (*TIMED, *PROGRAMS)}
 
     def train(self, command: str) -> None:
         script, *flags = words(f"{command} {COMMON}")
@@ -116,15 +143,19 @@ class Side:
             self.train(command)
             found = seconds_in(metrics_path(self.out, run_name))
         else:
-            files = [base_path(self.out, "full_sft", 256)]
-            files += [lora_path(self.out, skill, 256) for skill in "ab"]
-            found = json.loads(self._python("-c", SWAP, str(SWAPS), *map(str, files)))
+            program, *arguments = PROGRAMS[name]
+            files = {f"SKILL_{skill}": lora_path(self.out, skill, 256) for skill in "ab"}
+            files |= DATA | {"BASE": base_path(self.out, "full_sft", 256)}
+            given = [str(files.get(argument, argument)) for argument in arguments]
+            found = json.loads(self._python("-c", program, *given).splitlines()[-1])
         self.seconds[name].append(found)
 
     def _python(self, *arguments: str) -> str:
         settings = os.environ | {"PYTHONPATH": str(self.checkout), "PYTHONUTF8": "1"}
         command = [sys.executable, *arguments]
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", env=settings)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", env=settings, cwd=self.checkout
+        )
         if done.returncode:
             raise UserError(f"{self.checkout}: {arguments[0]} failed: {done.stderr[-500:]}")
         return done.stdout

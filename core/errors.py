@@ -2,12 +2,14 @@
 
 import contextlib
 import errno
+import hashlib
 import io
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TextIO
 
 NEEDED = {"torch", "transformers", "datasets", "tokenizers", "tqdm", "wandb", "matplotlib", "numpy"}
@@ -65,7 +67,8 @@ def run(main: Callable[[], object], *, keep_working: bool = False) -> None:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(ECHO_SECONDS)  # torchrun ends this process as soon as the first one ends
     with contextlib.suppress(OSError):  # nobody need be there to read it
-        print(f"error: {message}", file=sys.stderr)
+        if not _is_said(message):
+            print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -105,6 +108,18 @@ def _sentence_for(error: Exception) -> str:
     if no_memory or isinstance(error, MemoryError):
         return f"out of memory ({reason}): take a smaller model, batch_size or micro_tokens"
     return ""
+
+
+def _is_said(message: str) -> bool:
+    """Whether another process that the same torchrun started has said this, even of late."""
+    if not (own := os.environ.get("TORCHELASTIC_ERROR_FILE")):  # <all processes>/<rank>/error.json
+        return False
+    name = hashlib.sha256(message.encode(errors="replace")).hexdigest()
+    try:
+        (Path(own).parents[1] / name).touch(exist_ok=False)
+    except OSError as error:
+        return isinstance(error, FileExistsError)
+    return False
 
 
 def _open_streams() -> None:

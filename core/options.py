@@ -78,21 +78,26 @@ def parse(options: type[T], argv: list[str] | None) -> T:
     tuples of them or a dict (one or more values), and unions with None. Raises ``UserError`` for
     unknown, malformed, retired or contradicting flags. ``--help`` prints and exits 0.
     """
+    return options(**given(options, argv))
+
+
+def given(options: type, argv: list[str] | None) -> dict[str, Any]:
+    """What ``argv`` itself says, by option, without any default; else as ``parse``."""
     parser = _Parser(description=(options.__doc__ or "").strip(), allow_abbrev=False)
     sections = {group: parser.add_argument_group(group) for group in GROUPS}
-    positional = []
-    for name, declared in _declarations(options).items():
+    positional, declarations = [], _declarations(options)
+    for name, declared in declarations.items():
         kind, default = declared["kind"], declared["default"]
         shown = " ".join(map(str, default)) if declared["several"] else default
         said = declared["help"] + ("" if shown in (None, "") else f" (default: {shown})")
-        settings: dict[str, Any] = {"default": default, "help": said.replace("%", "%%")}
+        settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": said.replace("%", "%%")}
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
         elif declared["choices"]:
             settings["choices"] = declared["choices"]
         else:
             metavar = {int: "N", float: "X", str: "TEXT", Path: "PATH"}[kind]
-            settings |= {"type": _int if kind is int else kind, "metavar": metavar}
+            settings |= {"type": {int: _int, Path: _path}.get(kind, kind), "metavar": metavar}
         if declared["several"]:
             settings |= {"nargs": "+", "action": _StoreTuple}
         flag, section = f"--{name}", sections.get(declared.get("group"), parser)
@@ -103,9 +108,9 @@ def parse(options: type[T], argv: list[str] | None) -> T:
     parser.usage = " ".join(["%(prog)s", *positional, "[--flag VALUE ...]"])
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = [f"--{name}" for name in vars(parsed) if name not in positional]
+        flags = [f"--{name}" for name in declarations if name not in positional]
         raise UserError(_explain_unknown(unknown[0], flags))
-    return options(**vars(parsed))
+    return vars(parsed)
 
 
 @functools.cache
@@ -140,7 +145,7 @@ class _Parser(argparse.ArgumentParser):
 class _StoreTuple(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         # Whether to add to the earlier values or to replace them can only be guessed.
-        if getattr(namespace, self.dest) is not self.default:
+        if hasattr(namespace, self.dest):
             parser.error(f"{option_string} is given twice: write all its values after one")
         setattr(namespace, self.dest, tuple(values))
 
@@ -150,6 +155,13 @@ def _int(text: str) -> int:
     if not re.fullmatch("-?[0-9]+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
+
+
+def _path(text: str) -> Path:
+    """An empty text, as of an unset shell variable, would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty; name a file or folder, such as .")
+    return Path(text)
 
 
 def _explain_unknown(argument: str, known: list[str]) -> str:

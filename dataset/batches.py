@@ -140,8 +140,9 @@ class PretrainDataset:
         cache: Path,
         val_ratio: float = 0.02,
         bad_rows: str = "stop",
+        control_text: str = "keep",
     ):
-        rows = tokenize_files(paths, self.kind, tokenizer, cache, bad_rows)
+        rows = tokenize_files(paths, self.kind, tokenizer, cache, bad_rows, control_text)
         settings = max_seq_len, tokenizer.pad_token_id or 0, token_bytes(tokenizer)
         train, val = split_rows(rows, val_ratio)
         self.train, self.val = self.samples(train, *settings), self.samples(val, *settings)

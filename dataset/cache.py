@@ -4,10 +4,13 @@ A table is three files: ``.tokens``, one number ``2 * id + learned`` a token, th
 ``.rows``, a ``ROW`` for each row; ``.json``, written last, which seals them with their checksums.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import time
 import zlib
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
@@ -22,26 +25,28 @@ from transformers import PreTrainedTokenizerBase
 from core.errors import UserError
 from core.files import atomic_write, sha256_file
 from dataset.chat import Encoded, encode_chats, encode_documents
-from dataset.rows import (
+from dataset.files import (
     SHOWN_BAD_ROWS,
-    TABLES,
-    BadRow,
     Block,
-    clean_any,
-    clean_chat,
-    clean_row,
-    clean_text,
+    Place,
+    data_files,
+    format_of,
+    place_of,
     read_blocks,
     read_rows,
     settle_bad_rows,
 )
-from dataset.tokenizer import tokenizer_fingerprint
+from dataset.rows import BadRow, clean_any, clean_chat, clean_row, clean_text, settle_control_text
+from dataset.tokenizer import control_spelling, tokenizer_fingerprint
 from dataset.workers import by_workers, usable_cores
 
-FORMAT = 6  # raise it when the meaning of a cached table changes
+FORMAT = 7  # raise it when the meaning of a cached table changes
 ROW = np.dtype([("start", "<i8"), ("digest", "<i8"), ("length", "<i4"), ("first_target", "<i4")])
 SMALL_BYTES = 1 << 24  # of text: less is tokenised sooner than worker processes start
 PACKED = {".gz": 3, ".zst": 3}  # about how many times more text such a file holds
+OLD_DAYS, OLDER_DAYS = 7, 30  # without use: a table may go if the cache is full, or goes
+FULL_BYTES = 20 * 10**9
+DAY_SECONDS = 24 * 3600
 MOST_WORKERS = 16  # where one reading and writing process becomes the bottleneck
 # A bar is for terminals, and for work that takes more than two seconds.
 BAR = {"unit": "B", "unit_scale": True, "leave": False, "delay": 2, "disable": None}
@@ -53,7 +58,7 @@ class Kind(NamedTuple):
     name: str
     key: str
     clean: Callable[[dict], dict]
-    encode: Callable[[PreTrainedTokenizerBase, list], list[Encoded]]
+    encode: Callable[[PreTrainedTokenizerBase, list], list[Encoded | BadRow]]
 
 
 TEXT = Kind("text", "text", clean_text, encode_documents)
@@ -61,8 +66,10 @@ CHAT = Kind("chat", "conversations", clean_chat, encode_chats)
 
 
 def kind_of(path: Path) -> Kind | None:
-    """The kind of a file's first usable row, to which all others are held; None without one."""
-    rows = (row for _, row in read_rows(path, clean_any) if not isinstance(row, BadRow))
+    """The kind of the first usable row, to which all others are held; None without one."""
+    files = data_files([path])
+    rows = (row for file in files for _, row in read_rows(file, clean_any))
+    rows = (row for row in rows if not isinstance(row, BadRow))
     first = next(rows, {})
     return next((kind for kind in (TEXT, CHAT) if kind.key in first), None)
 
@@ -97,20 +104,21 @@ def tokenize_files(
     tokenizer: PreTrainedTokenizerBase,
     cache: Path,
     bad_rows: str = "stop",
+    control_text: str = "keep",
     workers: int = 0,
 ) -> TokenRows:
     """The usable rows of all files in order, tokenised by ``workers`` processes.
 
     0 workers: one for each core, or none for small files; the table is the same. The cache is keyed
-    by the bytes of the files, the tokenizer's fingerprint and the format. Raises ``UserError`` for
-    files that lack usable rows or change while they are read, and as ``settle_bad_rows`` does.
+    by the bytes of the files, the tokenizer's fingerprint and the format. ``control_text``: "keep"
+    control tokens that a text spells as text, "drop" them, or "refuse" the row. Raises
+    ``UserError`` for files that lack usable rows or change while they are read, and as
+    ``data_files`` and ``settle_bad_rows`` do.
     """
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"data file {path} does not exist; check data_path")
+    paths = data_files(paths)
     hashes = [sha256_file(path, cache) for path in paths]
-    tables = [n for n, path in enumerate(paths) if path.name.endswith(TABLES)]
-    identity = [FORMAT, kind.name, tokenizer_fingerprint(tokenizer), *hashes, *tables]
+    formats = [format_of(path) for path in paths]
+    identity = [FORMAT, kind.name, tokenizer_fingerprint(tokenizer), *hashes, formats, control_text]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     table = cache / f"{kind.name}-{key}.json"
     facts = _facts_of(table)
@@ -119,16 +127,20 @@ def tokenize_files(
             print(f"the token cache {table} is damaged or unfinished: it is made again", flush=True)
         # The largest id decides, because the ids of some vocabularies have gaps.
         dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 15 else np.uint32
-        encode = partial(_encode, kind, tokenizer, dtype)
+        encode = partial(_encode, kind, tokenizer, dtype, control_text)
         try:
             facts = _write_table(table, paths, hashes, encode, workers)
         except UserError:
             # Windows replaces no open file: a process that began together with this was first.
             if (facts := _facts_of(table)) is None:
                 raise
+    drop_old_tables(table)
     if facts["bad"]:  # named by today's files: those that filled the cache may have had other names
-        shown = [f"{paths[file]}:{line}: {reason}" for file, line, reason in facts["shown"]]
+        shown = [f"{place_of(paths[n], place)}: {why}" for n, place, why in facts["shown"]]
         settle_bad_rows(facts["bad"], shown, bad_rows)
+    if facts["spelled"] and control_text == "keep":
+        way_out = "control_text=drop leaves these marks out, refuse the rows"
+        print(f"note: {facts['spelled']} rows spell control tokens as text; {way_out}", flush=True)
     if not facts["rows"]:
         raise UserError(f"no usable row in {', '.join(map(str, paths))}")
     return TokenRows(table, np.dtype(facts["dtype"]))
@@ -156,6 +168,31 @@ def _facts_of(table: Path) -> dict | None:
         return None
 
 
+def drop_old_tables(table: Path) -> None:
+    """Mark ``table`` as used now, and delete those beside it that were not used for long."""
+    now, found = time.time(), defaultdict(list)
+    with contextlib.suppress(OSError):
+        os.utime(table)
+    for path in table.parent.glob("*-*"):
+        if path.suffix in (".json", ".tokens", ".rows"):
+            found[path.stem].append((path.stat(), path))
+    used = {stem: max(status.st_mtime for status, _ in found[stem]) for stem in found}
+    total = dropped = 0
+    for stem in sorted(found, key=used.get, reverse=True):
+        size, days = (
+            sum(status.st_size for status, _ in found[stem]),
+            (now - used[stem]) / DAY_SECONDS,
+        )
+        total += size
+        if days > OLDER_DAYS or (days > OLD_DAYS and total > FULL_BYTES):
+            dropped += size
+            for _, path in sorted(found[stem], key=lambda pair: pair[1].suffix):  # the seal first
+                with contextlib.suppress(OSError):  # on Windows an open file stays
+                    path.unlink()
+    if dropped:
+        print(f"{dropped / 1e6:,.0f} MB of token tables, long unused, deleted in {table.parent}")
+
+
 def _write_table(
     table: Path, paths: tuple[Path, ...], hashes: list[str], encode: Callable, workers: int
 ) -> dict:
@@ -166,7 +203,7 @@ def _write_table(
     workers = workers or (1 if is_small else min(usable_cores(), MOST_WORKERS))
     blocks = ((n, block) for n, path in enumerate(paths) for block in read_blocks(path))
     crc32 = {".tokens": 0, ".rows": 0}
-    facts = {"rows": 0, "bad": 0, "shown": [], "crc32": crc32}
+    facts = {"rows": 0, "bad": 0, "spelled": 0, "shown": [], "crc32": crc32}
 
     def write(token_file: BinaryIO, row_file: BinaryIO) -> None:
         start = 0
@@ -182,6 +219,7 @@ def _write_table(
                 facts["dtype"] = part.tokens.dtype.str
                 facts["rows"] += len(part.rows)
                 facts["bad"] += len(part.bad)
+                facts["spelled"] += part.spelled
                 facts["shown"] += part.bad[: SHOWN_BAD_ROWS - len(facts["shown"])]
                 bar.update(part.read)
         for path, before in zip(paths, hashes, strict=True):
@@ -210,32 +248,40 @@ class Part(NamedTuple):
 
     tokens: np.ndarray  # 2 * id + learned, the rows end to end
     rows: np.ndarray  # of dtype ROW; each start counts from the part's first token
-    bad: list[tuple[int, int, str]]  # number of the file, line, reason
+    bad: list[tuple[int, Place, str]]  # number of the file, place in it, reason
+    spelled: int  # rows that spell control tokens as text
     read: int  # bytes of the file
 
 
 def _encode(
-    kind: Kind, tokenizer: PreTrainedTokenizerBase, dtype: type, numbered: tuple[int, Block]
+    kind: Kind,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: type,
+    control_text: str,
+    numbered: tuple[int, Block],
 ) -> Part:
     """Clean and tokenise a block of the file with the given number."""
     file, block = numbered
+    cleaned = [(place, clean_row(row, kind.clean)) for place, row in block.rows]
+    cleaned, spelled = settle_control_text(cleaned, control_spelling(tokenizer), control_text)
+    chosen = [row[kind.key] for _, row in cleaned if not isinstance(row, BadRow)]
+    encoded = iter(kind.encode(tokenizer, chosen))
     good, bad = [], []
-    for line, text in block.rows:
-        row = clean_row(text, kind.clean)
-        if isinstance(row, BadRow):
-            bad.append((file, line, str(row)))
+    for place, row in cleaned:
+        outcome = row if isinstance(row, BadRow) else next(encoded)
+        if isinstance(outcome, BadRow):
+            bad.append((file, place, str(outcome)))
         else:
-            good.append(row)
-    encoded = kind.encode(tokenizer, [row[kind.key] for row in good])
+            good.append((row, *outcome))
     rows = np.empty(len(good), ROW)
-    rows["digest"] = [digest(row) for row in good]
-    rows["length"] = [len(ids) for ids, _ in encoded]
+    rows["digest"] = [digest(row) for row, _, _ in good]
+    rows["length"] = [len(ids) for _, ids, _ in good]
     rows["start"] = np.cumsum(rows["length"]) - rows["length"]
     # The closing True gives a row without targets its length.
-    rows["first_target"] = [[*learned[1:], True].index(True) + 1 for _, learned in encoded]
-    ids = np.fromiter(chain.from_iterable(ids for ids, _ in encoded), dtype)
-    learned = np.fromiter(chain.from_iterable(learned for _, learned in encoded), dtype)
-    return Part(2 * ids + learned, rows, bad, block.read)
+    rows["first_target"] = [[*learned[1:], True].index(True) + 1 for _, _, learned in good]
+    ids = np.fromiter(chain.from_iterable(ids for _, ids, _ in good), dtype)
+    learned = np.fromiter(chain.from_iterable(learned for _, _, learned in good), dtype)
+    return Part(2 * ids + learned, rows, bad, spelled, block.read)
 
 
 def digest(row: dict) -> int:

@@ -1,15 +1,20 @@
-"""The only place where chats become ids and learned flags: for training, chatting and serving."""
+"""The only place where chats become ids and learned flags: for training, chatting and serving.
 
-from collections.abc import Sequence
-from functools import partial
+What a template writes around the contents is known from template.py; here a chat is rendered, cut
+at the template's control tokens and before each answer, and tokenised in between. So no content can
+become a control token, and labels are right by construction.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
-from dataset.tokenizer import control_ids
+from dataset.rows import BadRow
+from dataset.template import ONE_TURN, Plan, Span, Template, encode_texts, template_of
 
 Encoded = tuple[list[int], list[bool]]
-PLACEHOLDER = "\ue000"  # of private use: no template contains it, and trimming leaves it alone
 
 
 def encode_chat(
@@ -17,90 +22,150 @@ def encode_chat(
 ) -> Encoded:
     """Ids of a chat in the tokenizer's own template, and a flag for each id: is it learned?
 
-    Template pieces and contents are tokenised apart and joined, so that labels are right by
-    construction and no content can spell a control token. The assistant's texts are learned, each
-    up to and including the first control token after it. The decoded ids equal the rendered
-    template. Raises ``UserError`` for a template that changes contents beyond trimming them all.
+    Learned is each answer, from where the rendered generation prompt for it ends to the first
+    control token after it, or to an eos that is added where none follows; not an answer with
+    ``"learned": False``, nor an earlier one that the template shows otherwise than it was asked
+    for. The ids of a chat begin with those of the prompt for its last answer. Raises ``UserError``
+    if the template refuses the chat or loses a part of it.
     """
-    return encode_chats(tokenizer, [messages], add_generation_prompt)[0]
+    (encoded,) = encode_chats(tokenizer, [messages], add_generation_prompt)
+    if isinstance(encoded, BadRow):
+        raise UserError(f"{encoded}; change that message or use another template")
+    return encoded
 
 
 def encode_chats(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[dict]], add_generation_prompt=False
-) -> list[Encoded]:
-    """``encode_chat`` of each chat, in one call so that the tokenizer can use every core."""
-    pieces, contents = _cut_at_contents(tokenizer, chats, add_generation_prompt)
-    distinct = list({piece for cut in pieces for piece in cut})  # few, however many chats there are
-    piece_ids = _encode(tokenizer, distinct, split_special_tokens=False)
-    ids_of = dict(zip(distinct, piece_ids, strict=True))
-    all_content_ids = iter(_encode(tokenizer, contents, split_special_tokens=True))
-    control = control_ids(tokenizer)
+) -> list[Encoded | BadRow]:
+    """``encode_chat`` of each chat, or why it cannot be encoded.
+
+    One call for many, so that the tokenizer can use every core. Raises ``UserError`` for a template
+    that cannot write any chat.
+    """
+    template = _usable(tokenizer)
+    rendered = template.render(chats, add_generation_prompt)
+    written = [
+        _written(template, chat, text, add_generation_prompt)
+        for chat, text in zip(chats, rendered, strict=True)
+    ]
+    ids_of: tuple[dict, dict] = {}, {}  # of each text at the beginning of a sentence, and inside
+    for spans, texts in (each for each in written if not isinstance(each, BadRow)):
+        for span, text in zip(spans, texts, strict=True):
+            if span.ids is None:
+                ids_of[span.inside][text] = None
+    for known, backend in zip(ids_of, template.backends, strict=True):
+        known.update(zip(known, encode_texts(backend, list(known)), strict=True))
     encoded = []
-    for messages, (before, *after_each) in zip(chats, pieces, strict=True):
-        ids = list(ids_of[before])
-        learned = [False] * len(ids)
-        for message, piece in zip(messages, after_each, strict=True):
-            content_ids, after = next(all_content_ids), ids_of[piece]
-            # Also learned after an answer: the ids up to and including the first control token.
-            n_closing = next((n for n, token in enumerate(after, 1) if token in control), 0)
-            ids += content_ids + after
-            learned += [message["role"] == "assistant"] * (len(content_ids) + n_closing)
-            learned += [False] * (len(after) - n_closing)
+    for chat, each in zip(chats, written, strict=True):
+        if isinstance(each, BadRow):
+            encoded.append(each)
+            continue
+        off = {None, *(n for n, turn in enumerate(chat) if not turn.get("learned", True))}
+        ids, learned = [], []
+        for span, text in zip(*each, strict=True):
+            new = ids_of[span.inside][text] if span.ids is None else span.ids
+            ids += new
+            learned += [span.answer not in off] * len(new)
         encoded.append((ids, learned))
     return encoded
 
 
-def _cut_at_contents(
-    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[dict]], add_generation_prompt: bool
-) -> tuple[list[list[str]], list[str]]:
-    """The rendered template of each chat, cut at its contents, and the contents of all chats.
+def _written(
+    template: Template, messages: Sequence[dict], rendered: str | BadRow, prompt: bool
+) -> tuple[list[Span], list[str]] | BadRow:
+    """The spans of a chat, and their texts with its contents in them."""
+    if isinstance(rendered, BadRow):
+        return rendered
+    roles, contents = template.contents(messages)
+    try:
+        plan = template.plan(roles, prompt)
+    except BadRow as bad:
+        return bad
+    if not plan.is_rendered:
+        ends = (text + plan.closing for text in _variants(contents[-1]))
+        end = next(filter(rendered.endswith, ends), rendered)
+        (asked,) = template.render([messages[:-1]], True)
+        rendered = f"{asked}{template.lead()}{end}"
+    if (contents := _aligned(rendered, plan, contents)) is None:
+        return BadRow("the chat template rewrites contents, perhaps for the marks in them")
+    texts = [span.text.format(*contents) for span in plan.spans]
+    for n in plan.trimmed:
+        text = texts[n].lstrip() if plan.spans[n].left else texts[n]
+        texts[n] = text.rstrip() if plan.spans[n].right else text
+    return plan.spans, texts
 
-    A chat has one string before each content and one after the last. The contents are given as the
-    template writes them: unchanged or trimmed.
-    """
-    settings = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-    render = partial(tokenizer.apply_chat_template, **settings)
-    known: dict[str, list[str]] = {}  # chats that differ in their contents alone share their pieces
-    all_pieces, all_contents = [], []
-    for messages in chats:
-        hollow = [{**message, "content": PLACEHOLDER} for message in messages]
-        key, rendered = repr(hollow), render(messages)
-        pieces = known[key] = known.get(key) or render(hollow).split(PLACEHOLDER)
-        contents = [message["content"] for message in messages]
-        trimmed = [content.strip() for content in contents]
-        for written in (contents, trimmed):  # which of the two does this template write?
-            filled = pieces[0] + "".join(a + b for a, b in zip(written, pieces[1:], strict=False))
-            if len(pieces) == len(written) + 1 and filled == rendered:
+
+def _aligned(rendered: str, plan: Plan, contents: Sequence[str]) -> list[str] | None:
+    """The contents as ``rendered`` has them, each whole or trimmed; None if one is neither."""
+    written, place = list(contents), len(plan.pieces[0])
+    if not rendered.startswith(plan.pieces[0]):
+        return None
+    for nth, number in enumerate(plan.order, 1):
+        for variant in _variants(contents[number]):
+            end = place + len(variant) + len(plan.pieces[nth])
+            is_last = nth == len(plan.order)
+            fits = rendered.startswith(variant + plan.pieces[nth], place)
+            if fits and (end == len(rendered) or not is_last):
+                written[number], place = variant, end
                 break
         else:
-            reason = "drops, repeats or rewrites message contents"
-            raise UserError(f"the tokenizer's chat template {reason}; use another one")
-        all_pieces.append(pieces)
-        all_contents += written
-    return all_pieces, all_contents
+            return None
+    return written
+
+
+def _variants(content: str) -> Iterator[str]:
+    """``content`` as templates may write it, the least changed first."""
+    yield content
+    for blanks in ("\n", None):
+        yield from (content.strip(blanks), content.lstrip(blanks), content.rstrip(blanks))
+
+
+def _usable(tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The tokenizer's template. Raises ``UserError`` if it cannot write a question and answer."""
+    template = template_of(tokenizer)
+    try:
+        template.plan(ONE_TURN, False)
+    except BadRow as bad:
+        raise UserError(f"{bad}; use another template") from bad
+    return template
+
+
+def chat_notes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What is worth knowing of a template before training: a sentence each, mostly none."""
+    template, notes = _usable(tokenizer), []
+    if template.adds_end():
+        notes.append(f"no control token ends an answer: {tokenizer.eos_token!r} is taught there")
+    asked = template.hollow(ONE_TURN[:1], True)
+    if not template.hollow(ONE_TURN, False).startswith(asked):
+        notes.append(f"answers follow the prompt for them, which ends in {asked[-10:]!r}")
+    try:
+        spans = template.plan(ONE_TURN * 2, False).spans
+    except BadRow as bad:
+        return [*notes, f"only chats of one question are usable: {bad}"]
+    if all(span.answer != 1 for span in spans):
+        notes.append("only the last answer of a chat is learned: the template shows others anew")
+    return notes
 
 
 def ends_of_answer(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids that end an answer: the end of text and the end of turn that training teaches."""
-    turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
-    ids, learned = encode_chat(tokenizer, turns)
-    last = max(n for n, is_learned in enumerate(learned) if is_learned)
-    return {tokenizer.eos_token_id, ids[last]} & control_ids(tokenizer)
+    """The ids that end an answer: the end of text and whatever end of turn training teaches."""
+    template, ends = template_of(tokenizer), {tokenizer.eos_token_id}
+    for roles in (ONE_TURN, ONE_TURN * 2):
+        with contextlib.suppress(BadRow):
+            last = {span.answer: span.ids for span in template.plan(roles, False).spans}
+            ends |= {last[answer][-1] for answer in last if answer is not None}
+    return ends
+
+
+def around_answer(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the template writes around an answer: after the prompt for it, and before its end."""
+    template = _usable(tokenizer)
+    texts = [span.text for span in template.plan(ONE_TURN, False).spans if span.answer]
+    return template.lead(), "".join(texts).partition("{1}")[2]
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Encoded]:
     """Pretraining documents, each as bos (context, not learned), the text, eos."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    encoded = _encode(tokenizer, texts, split_special_tokens=True)
+    encoded = encode_texts(template_of(tokenizer).backends[0], texts)
     return [([bos, *ids, eos], [False, *[True] * len(ids), True]) for ids in encoded]
-
-
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], split_special_tokens: bool
-) -> list[list[int]]:
-    """``tokenizer(texts, ...).input_ids`` in two thirds of the time: without offsets and masks."""
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = split_special_tokens  # True: as ordinary text
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]

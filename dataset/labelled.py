@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from core.errors import UserError
 from dataset.batches import Batch
 from dataset.cache import digest
-from dataset.rows import SHOWN_BAD_ROWS, BadRow, content, keys_of, read_rows, settle_bad_rows
+from dataset.files import SHOWN_BAD_ROWS, data_files, place_of, read_rows, settle_bad_rows
+from dataset.rows import BadRow, content, keys_of
 
 # What the columns of one text, or of two, may be called: ours first, then those of GLUE's tasks.
 COLUMNS = (
@@ -58,10 +59,10 @@ def read_labelled(
     Raises ``UserError`` when no row is left, and where some rows are pairs and others are not.
     """
     good, bad = [], []
-    for path in paths:
-        for line, row in read_rows(path, clean):
+    for path in data_files(paths):
+        for place, row in read_rows(path, clean):
             if isinstance(row, BadRow):
-                bad.append(f"{path}:{line}: {row}")
+                bad.append(f"{place_of(path, place)}: {row}")
             else:
                 good.append(row)
     if bad:

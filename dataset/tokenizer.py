@@ -181,6 +181,12 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {token_id for token_id, token in added if token.special} | set(tokenizer.all_special_ids)
 
 
+def control_spelling(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
+    """Matches whatever in a text spells a control token."""
+    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    return re.compile("|".join(map(re.escape, special)) or "(?!)")
+
+
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """UTF-8 bytes each id stands for, (largest id + 1,) int64; 0 for control tokens."""
     ids = range(1 + max(tokenizer.get_vocab().values()))

@@ -35,11 +35,11 @@ def apply_lora(
     """Freeze ``model`` and give its target Linears a trainable update; returns their names.
 
     ``target_modules``: "square" (as many inputs as outputs), "all-linear", a regular expression for
-    whole module names, or a list of names or name endings. A Linear tied to an embedding is never a
-    target. ``alpha`` None means a scale of 1. ``options``: the others of ``LoRAConfig``; a
-    ``config`` replaces them all. The new parameters are fp32 on the Linear's device. Raises
-    ``UserError`` if LoRA is already applied, for impossible options, where nothing matches, and as
-    ``check_receptive`` does.
+    whole module names, or a list of names, name endings or expressions. A Linear tied to an
+    embedding is never a target. ``alpha`` None means a scale of 1. ``options``: the others of
+    ``LoRAConfig``; a ``config`` replaces them all. The new parameters are fp32 on the Linear's
+    device. Raises ``UserError`` if LoRA is already applied, for impossible options, where nothing
+    matches, and as ``check_receptive`` does.
     """
     if next(adapted(model), None):
         raise UserError("LoRA is already applied to this model; call remove_lora(model) first")

@@ -4,9 +4,11 @@ import sys
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -16,13 +18,17 @@ from core.paths import TOKENIZER_DIR
 from trainer.options import TrainOptions
 
 BAR = 40  # characters of the longest bar
+BESIDE = ("system", "system_prompt", "history")  # keys that are read beside a style's own
 
 
 @dataclass
 class Options(CheckedOptions):
-    """Show samples, lengths and every bad row. Exit code 1: not all rows are usable."""
+    """Show samples, styles, lengths and every bad row. Exit code 1: not all rows are usable."""
 
-    files: tuple[Path, ...] = option((), "data files: pretraining or chat rows", positional=True)
+    files: tuple[Path, ...] = option((), "data files or folders of them", positional=True)
+    stage: Literal["auto", "pretrain", "sft"] = option(
+        "auto", "read a row's text, or its chat; auto: as the first usable row"
+    )
     n: int = option(3, "rows to show token by token, the first ones of each file", at_least=0)
     max_seq_len: int = option(TrainOptions.max_seq_len, "tokens of a row or window", at_least=2)
     tokenizer_path: Path = option(TOKENIZER_DIR, "tokenizer folder")
@@ -33,6 +39,11 @@ class Report:
     """What one file holds. Tokens include the template's, characters and bytes do not."""
 
     bad: list[str] = field(default_factory=list)  # file:line: reason
+    styles: Counter = field(default_factory=Counter)  # rows by the keys that they are read from
+    unused: Counter = field(default_factory=Counter)  # rows by a key that is not read
+    answers: int = 0  # of the usable rows
+    learned: int = 0  # of the answers
+    spelled: int = 0  # rows that spell control tokens as text
     lengths: list[int] = field(default_factory=list)  # of all usable rows
     taken: list[int] = field(default_factory=list)  # of the rows that training uses, truncated
     characters: int = 0
@@ -42,40 +53,63 @@ class Report:
 def main(argv: list[str] | None = None) -> int:
     """Report on each file; returns the exit code: 0 if training can use every row, else 1."""
     options = parse(Options, argv)
-    from dataset.cache import kind_of
+    from dataset.cache import CHAT, TEXT, kind_of
+    from dataset.files import data_files
     from dataset.tokenizer import load_tokenizer
 
     tokenizer, is_usable = load_tokenizer(options.tokenizer_path), True
-    for path in options.files:
-        kind = kind_of(path)
+    for path in data_files(options.files):
+        kind = {"pretrain": TEXT, "sft": CHAT}.get(options.stage) or kind_of(path)
         report = inspect(path, kind, tokenizer, options)
         show(path, kind, report, options.max_seq_len)
+        if kind is CHAT and report.lengths:
+            show_learned(tokenizer)
         is_usable = is_usable and bool(report.taken) and not report.bad
     return 0 if is_usable else 1
 
 
 def inspect(path: Path, kind, tokenizer, options: Options) -> Report:
     """Read ``path`` as training would and show its first rows; without a kind, all are bad."""
-    from dataset.cache import TEXT
-    from dataset.rows import BadRow, clean_any, clean_row, read_blocks
+    from dataset.cache import CHAT
+    from dataset.files import place_of, read_blocks
+    from dataset.rows import BadRow, clean_row, settle_control_text, texts_of
+    from dataset.tokenizer import control_spelling
 
-    report = Report()
+    report, reads, spelling = Report(), kind or CHAT, control_spelling(tokenizer)
     for block in read_blocks(path):
-        clean = kind.clean if kind else clean_any
-        rows = [(line, clean_row(row, clean)) for line, row in block.rows]
-        report.bad += [f"{path}:{line}: {row}" for line, row in rows if isinstance(row, BadRow)]
-        good = [(line, row[kind.key]) for line, row in rows if not isinstance(row, BadRow)]
-        encoded = kind.encode(tokenizer, [row for _, row in good]) if kind else []
-        for (line, row), (ids, learned) in zip(good, encoded, strict=True):
+        rows = [(place, clean_row(row, reads.clean)) for place, row in block.rows]
+        report.spelled += settle_control_text(rows, spelling, "keep")[1]
+        chosen = [row[reads.key] for _, row in rows if not isinstance(row, BadRow)]
+        encoded = iter(reads.encode(tokenizer, chosen))
+        for (place, row), (_, given) in zip(rows, block.rows, strict=True):
+            outcome = row if isinstance(row, BadRow) else next(encoded)
+            where = place_of(path, place)
+            if isinstance(outcome, BadRow):
+                report.bad.append(f"{where}: {outcome}")
+                continue
+            ids, learned = outcome
             if len(report.lengths) < options.n:
-                show_row(f"{path}:{line}", ids, learned, kind, tokenizer, options.max_seq_len)
-            text = row if kind is TEXT else "".join(message["content"] for message in row)
+                show_row(where, ids, learned, reads, tokenizer, options.max_seq_len)
+            count(report, given, row, learned, reads)
             report.lengths.append(len(ids))
-            if kind is TEXT or any(learned[1 : options.max_seq_len]):
+            if reads is not CHAT or any(learned[1 : options.max_seq_len]):
                 report.taken.append(min(len(ids), options.max_seq_len))
+            text = "".join(texts_of(row))
             report.characters += len(text)
             report.bytes += len(text.encode())
     return report
+
+
+def count(report: Report, given: bytes, row: dict, learned: list[bool], kind) -> None:
+    """Add to a report how the row ``given`` was read, and how many of its answers are learned."""
+    from dataset.rows import parsed, style_of
+
+    keys = parsed(given)
+    style = style_of(keys, kind.name)
+    report.styles[" + ".join(style)] += 1
+    report.unused.update(keys.keys() - {*style, *BESIDE})
+    report.answers += sum(turn["role"] == "assistant" for turn in row.get("conversations", ()))
+    report.learned += sum(now and not before for before, now in pairwise([False, *learned]))
 
 
 def show_row(place: str, ids: list[int], learned: list[bool], kind, tokenizer, max_seq_len: int):
@@ -97,6 +131,16 @@ def show_row(place: str, ids: list[int], learned: list[bool], kind, tokenizer, m
         print(f"... {len(ids) - max_seq_len} more tokens {fate}")
 
 
+def show_learned(tokenizer) -> None:
+    """Print what is learned of a turn in this tokenizer's template, and what is unusual in it."""
+    from dataset.chat import chat_notes, encode_chat
+
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
+    ids, learned = encode_chat(tokenizer, turns)
+    text = tokenizer.decode([token for token, flag in zip(ids, learned, strict=True) if flag])
+    print(f"learned of a turn: {text!r}", *(f"note: {n}" for n in chat_notes(tokenizer)), sep="\n")
+
+
 def show(path: Path, kind, report: Report, max_seq_len: int) -> None:
     """Print the bad rows, the figures of the whole file and how its lengths are spread."""
     import numpy as np
@@ -110,6 +154,13 @@ def show(path: Path, kind, report: Report, max_seq_len: int) -> None:
     print(f"rows: {rows} usable, {len(report.bad)} bad")
     if not rows:
         return
+    for name, counter in (("read from", report.styles), ("set aside", report.unused)):
+        if counter:
+            print(f"{name}: {', '.join(f'{key} ({n} rows)' for key, n in counter.most_common())}")
+    if report.answers:
+        print(f"answers: {report.answers}, of which {report.learned} are learned")
+    if report.spelled:
+        print(f"rows that spell control tokens as text: {report.spelled}; see --control_text")
     counts = [sum(length > max_seq_len for length in report.lengths), rows - len(report.taken)]
     long, left_out = (f"{count} ({100 * count / rows:.1f} %)" for count in counts)
     print(f"tokens: {tokens}, median {median(report.lengths):.0f}, longest {max(report.lengths)}")

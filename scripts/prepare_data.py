@@ -24,6 +24,9 @@ class Options(CheckedOptions):
     out_dir: Path = option(TrainOptions.out_dir, "folder of all results, made if missing")
     tokenizer_path: Path = option(TOKENIZER_DIR, "tokenizer folder")
     bad_rows: Literal["stop", "skip"] = option(TrainOptions.bad_rows, "what to do about bad rows")
+    control_text: Literal["keep", "drop", "refuse"] = option(
+        TrainOptions.control_text, "what to do about control tokens that a row spells as text"
+    )
     workers: int = option(0, "processes; 0: one for each core", at_least=0)
 
 
@@ -36,7 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     if (kind := kind_of(first)) is None:
         raise UserError(f"no usable row in {first}; look at it with scripts/inspect_data.py")
     tokenizer, cache = load_tokenizer(options.tokenizer_path), cache_dir(options.out_dir)
-    rows = tokenize_files(options.files, kind, tokenizer, cache, options.bad_rows, options.workers)
+    how = options.bad_rows, options.control_text, options.workers
+    rows = tokenize_files(options.files, kind, tokenizer, cache, *how)
     print(f"{len(rows.lengths):,} {kind.name} rows, {int(rows.lengths.sum()):,} tokens in {cache}")
 
 

@@ -4,7 +4,8 @@ import json
 import random
 import sys
 import tempfile
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,6 +21,7 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # pad, bos, eo
 BYTES = 256
 HELD_OUT = 20
 BUNDLED = (bundled_data("pretrain_mini.jsonl"), bundled_data("sft_mini.jsonl"))
+MOST_CHARACTERS = 5_000_000  # of Chinese, about 1 GB of memory; of English, a tenth
 CHARACTERS_HELP = "train on about so many characters of each file, drawn at random; 0: all"
 # ChatML without a default system prompt. The generation marks tell other trainers what is learned.
 CHAT_TEMPLATE = (
@@ -41,16 +43,16 @@ class Options(CheckedOptions):
     data_path: tuple[Path, ...] = option(BUNDLED, "data files: pretraining or chat rows")
     vocab_size: int = option(6400, "entries; 259 are bytes and special tokens", at_least=BYTES + 3)
     tokenizer_path: Path = option(Path("out/tokenizer"), "folder to write")
-    max_characters: int = option(0, CHARACTERS_HELP, at_least=0)
+    max_characters: int = option(MOST_CHARACTERS, CHARACTERS_HELP, at_least=0)
     held_out: int = option(HELD_OUT, "every N-th row is held out for the report", at_least=2)
 
 
 def main(argv: list[str] | None = None) -> Path:
     options = parse(Options, argv)
-    from dataset.rows import read_texts
+    from dataset.files import data_files
 
-    texts = {path: split_texts(read_texts(path), options.held_out) for path in options.data_path}
-    drawn = [draw(learned, options.max_characters) for learned, _ in texts.values()]
+    paths = data_files(options.data_path)
+    drawn = (learned_texts(path, options.held_out, options.max_characters) for path in paths)
     tokenizer = train_bpe(chain.from_iterable(drawn), options.vocab_size)
     if len(tokenizer) < options.vocab_size:
         wrong = f"the data yields only {len(tokenizer)} entries, not --vocab_size"
@@ -58,29 +60,64 @@ def main(argv: list[str] | None = None) -> Path:
     save_tokenizer(tokenizer, options.tokenizer_path)
     print(f"{len(tokenizer)} entries -> {options.tokenizer_path}\n")
     print("file | held-out rows | characters per token")
-    for path, (_, held_out) in texts.items():
-        characters = sum(map(len, held_out))
-        tokens = sum(len(ids) for ids in tokenizer(held_out, add_special_tokens=False).input_ids)
-        print(f"{path.name} | {len(held_out)} | {characters / tokens:.3f}")
+    for path in paths:
+        rows = characters = tokens = 0
+        for text in texts_of(path, options.held_out, held_out=True):
+            rows, characters = rows + 1, characters + len(text)
+            tokens += len(tokenizer(text, add_special_tokens=False).input_ids)
+        print(f"{path.name} | {rows} | {characters / tokens:.3f}")
     return options.tokenizer_path
 
 
-def split_texts(texts: list[str], every: int = HELD_OUT) -> tuple[list[str], list[str]]:
-    """The texts to train on, and every N-th, the first included, held out for figures."""
-    return [text for n, text in enumerate(texts) if n % every], texts[::every]
+def texts_of(path: Path, every: int = HELD_OUT, *, held_out: bool) -> Iterator[str]:
+    """The texts to train on, or every N-th, the first included, which is held out for figures.
 
-
-def draw(texts: list[str], max_characters: int) -> Iterator[str]:
-    """Random texts, always the same ones, until ``max_characters`` are reached; all of them for 0.
-
-    A cap keeps a large file from spending the whole vocabulary on its own language.
+    A chat's contents make one text. Bad rows are left out, with a line that counts them. Raises
+    ``UserError`` for a file without a usable row.
     """
-    drawn = 0
-    for text in random.Random(0).sample(texts, len(texts)) if max_characters else texts:
-        if drawn >= max_characters > 0:
-            return
-        drawn += len(text)
-        yield text
+    from dataset.files import read_rows
+    from dataset.rows import BadRow, clean_any, texts_of
+
+    good = bad = 0
+    for _, row in read_rows(path, clean_any):
+        if isinstance(row, BadRow):
+            bad += 1
+            continue
+        if (good % every == 0) == held_out:
+            yield "\n".join(texts_of(row))
+        good += 1
+    if bad and held_out:
+        print(f"{path}: {bad} bad rows left out")
+    if not good:
+        raise UserError(f"no usable row in {path}; give rows with a text or with a conversation")
+
+
+def learned_texts(path: Path, every: int, max_characters: int) -> Iterator[str]:
+    """Random texts of a file, always the same ones, about ``max_characters`` in all; 0: all.
+
+    A cap keeps a large file from spending the whole vocabulary on its own language. The file is
+    read twice, so that no more than the lengths of its texts is held.
+    """
+    texts = texts_of(path, every, held_out=False) if max_characters else ()
+    lengths = array("q", map(len, texts))
+    chosen = draw(lengths, max_characters)
+    if len(chosen) < len(lengths):
+        shares = f"{sum(lengths[n] for n in chosen):,} of {sum(lengths):,}"
+        print(f"{path.name}: {shares} characters are drawn; --max_characters 0 takes all")
+    for n, text in enumerate(texts_of(path, every, held_out=False)):
+        if not max_characters or n in chosen:
+            yield text
+
+
+def draw(lengths: Sequence[int], max_characters: int) -> set[int]:
+    """The numbers of random texts of these lengths, until ``max_characters`` are reached."""
+    drawn, chosen = 0, set()
+    for number in random.Random(0).sample(range(len(lengths)), len(lengths)):
+        if drawn >= max_characters:
+            break
+        drawn += lengths[number]
+        chosen.add(number)
+    return chosen
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int):

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
 from core.paths import find_skill, lora_path, lora_paths, skill_of, skill_weights, weights_text
-from dataset.chat import encode_chat, ends_of_answer
+from dataset.chat import around_answer, encode_chat, encode_documents, ends_of_answer
 from dataset.tokenizer import check_trained_with, use_template
 from model.generation import Sampling, generate
 from model.LMConfig import context_of
@@ -44,6 +44,7 @@ class ChatSession:
         self.allow_base_mismatch = allow_base_mismatch
         self.rng = torch.Generator().manual_seed(seed)
         self.messages: list[dict] = []
+        self.system: str | None = None  # the system turn that comes first
         self.library = SkillLibrary(model)
         self._template, self._keeps_template = tokenizer.chat_template, keeps_template
         self._read: dict[str, tuple[int, SkillMeta]] = {}  # what is in the library: time of file
@@ -59,17 +60,36 @@ class ChatSession:
         """Stream the answer to ``text``; what was said, even if cut short, joins the history."""
         ids = self.prompt_ids(text)
         decoder = DecodeStream(skip_special_tokens=True)  # it yields whole characters
-        answer, self.tokens = "", 0
+        answer, begun, self.tokens = "", False, 0
+        # What the template writes around an answer was learned with it, but is no part of it.
+        before, behind = ("", "") if self.continues else around_answer(self.tokenizer)
         try:
             for token in generate(self.model, ids, self.sampling, self.stop_ids(), self.rng):
                 self.tokens += 1
                 if piece := decoder.step(self.tokenizer.backend_tokenizer, token):
                     answer += piece
+                    if not begun and before.startswith(answer):
+                        continue
+                    if not begun:
+                        answer = piece = answer.removeprefix(before)
+                    begun = True
                     yield piece
         finally:
-            if answer.strip():
+            if begun and answer.strip():
                 self.messages.append({"role": "user", "content": text})
+                answer = answer.removesuffix(behind)
                 self.messages.append({"role": "assistant", "content": answer})
+
+    def use_system(self, text: str | None) -> None:
+        """Begin each prompt with this system turn. Raises ``UserError`` where there can be none."""
+        if text and self.continues:
+            raise UserError("a pretrained base continues plain text and takes no system turn")
+        before, self.system = self.system, text or None
+        try:
+            self.prompt_ids("?")
+        except UserError:
+            self.system = before
+            raise
 
     def use_skill(self, name: str | None, skill: Skill | None = None) -> None:
         """Switch to a skill, to a mix such as ``a=0.7 b=-0.2``, or for None to the bare base.
@@ -128,13 +148,15 @@ class ChatSession:
     def prompt_ids(self, text: str) -> list[int]:
         """The template's ids for ``text``, after as much of the history as the context holds."""
         if self.continues:
-            ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-            return [self.tokenizer.bos_token_id, *ids]
+            ((ids, _),) = encode_documents(self.tokenizer, [text])
+            return ids[:-1]  # without the end
         question = {"role": "user", "content": text}
         history = self.messages[-self.history_cnt :] if self.history_cnt else []
+        first = [{"role": "system", "content": self.system}] if self.system else []
         room = context_of(self.model.config) - self.sampling.max_new_tokens
         while True:
-            ids, _ = encode_chat(self.tokenizer, [*history, question], add_generation_prompt=True)
+            chat = [*first, *history, question]
+            ids, _ = encode_chat(self.tokenizer, chat, add_generation_prompt=True)
             if not history or len(ids) <= room:
                 return ids
             history = history[2:]  # the oldest exchange makes room

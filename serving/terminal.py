@@ -6,10 +6,12 @@ import time
 from core.errors import UserError
 from serving.session import ChatSession
 
-HELP = """/lora NAME  switch to a skill      /lora off  back to the base
-/lora A=0.7 B=0.3  mix skills      /reset     forget the conversation
-/loras      list the skills        /help      this list
-/exit       leave (or Ctrl-D); Ctrl-C stops an answer"""
+HELP = """/lora NAME  switch to a skill      /lora off    back to the base
+/lora A=0.7 B=0.3  mix skills      /loras       list the skills
+/system TEXT  begin with it        /system off  begin with the question
+/reset      forget the talk        /help        this list
+/exit       leave (or Ctrl-D); Ctrl-C stops an answer. Any other line is a question."""
+COMMANDS = ("/lora", "/loras", "/system", "/reset", "/help")
 
 
 def chat(session: ChatSession) -> None:
@@ -29,7 +31,7 @@ def chat(session: ChatSession) -> None:
         if line in ("/exit", "/quit"):
             return
         try:
-            if line.startswith("/"):
+            if line.partition(" ")[0] in COMMANDS:
                 command(session, line)
             elif line:
                 answer(session, line)
@@ -50,7 +52,7 @@ def answer(session: ChatSession, text: str) -> None:
 
 
 def command(session: ChatSession, line: str) -> None:
-    """Carry out one slash command. Raises ``UserError`` for an unknown one or an unfit skill."""
+    """Carry out one of ``COMMANDS``. Raises ``UserError`` for what it cannot do."""
     name, _, argument = line.partition(" ")
     argument = argument.strip()
     if name == "/help":
@@ -65,8 +67,12 @@ def command(session: ChatSession, line: str) -> None:
             print(f"{mark} {skill}" + (f"  unfit: {reason}" if reason else ""))
         if not found:
             print(f"no skills in {session.out_dir} yet")
-    elif name == "/lora" and argument:
+    elif name == "/system":
+        if argument:
+            session.use_system(None if argument == "off" else argument)
+        print(f"system: {session.system or 'off'}")
+    elif argument:
         session.use_skill(None if argument == "off" else argument)
         print(f"skill: {session.skill or 'off'}")
     else:
-        raise UserError(f"unknown command {line!r}; /help lists them")
+        raise UserError("/lora needs the name of a skill, or off; /loras lists them")

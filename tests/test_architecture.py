@@ -19,7 +19,7 @@ ALLOWED = {
     "interop": {"core", "model", "torch", "transformers", "safetensors", "numpy", "gguf"},
     "serving": {"core", "model", "dataset.chat", "dataset.tokenizer"},
 }
-ALLOWED["dataset"] |= {"tqdm", "zstandard"}
+ALLOWED["dataset"] |= {"tqdm", "jinja2"}
 ALLOWED["trainer"] |= {"torch", "safetensors", "wandb", "tqdm", "matplotlib", "bitsandbytes"}
 ALLOWED["serving"] |= {"tokenizers", "transformers", "torch", "fastapi", "uvicorn", "pydantic"}
 FOLDERS = sorted(ROOMS | {"scripts", "benchmarks"})

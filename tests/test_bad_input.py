@@ -30,6 +30,8 @@ DOORS = {
     "inspect": inspect_data,
 }
 TRAINING, CHATS, BASED = ("pretrain", "sft", "lora"), ("sft", "lora"), ("sft", "lora", "chat")
+OUR_BASE = ("pretrain", "sft")
+SKILL = "--skill {f}/out/lora/lora_a_64.pth --lora_name x"
 
 
 class Touch:
@@ -61,7 +63,7 @@ def place(trained, tmp_path_factory) -> Trained:
         "broken.jsonl": "\n".join([chats[0], '{"conversations": [', chats[1]]),
         "roles.jsonl": json.dumps({"conversations": [{"role": "robot", "content": "x"}]}),
         "texts_for_chats.jsonl": '{"text": "a"}\n{"text": "b"}\n',
-        "wrong_ending.csv": "a,b\n",
+        "wrong_ending.docx": "a,b\n",
         "long_questions.jsonl": "\n".join(map(long_question, range(4))),
         "one_row.jsonl": chats[0],
     }
@@ -101,10 +103,10 @@ CASES = [
     (TRAINING, "--data_path {f}/nothing.jsonl", "nothing.jsonl does not exist"),
     (("inspect",), "{f}/nothing.jsonl", "nothing.jsonl does not exist"),
     (("tokenizer",), "--data_path {f}/nothing.jsonl", "nothing.jsonl does not exist"),
-    (TRAINING, "--data_path {f}/wrong_ending.csv", "unknown ending"),
+    (TRAINING, "--data_path {f}/wrong_ending.docx", "unknown ending"),
     (TRAINING, "--data_path {f}/empty.jsonl", "no usable row"),
     (CHATS, "--data_path {f}/broken.jsonl", "broken.jsonl:2: invalid JSON"),
-    (CHATS, "--data_path {f}/roles.jsonl", "roles.jsonl:1: message 1 has role 'robot'"),
+    (CHATS, "--data_path {f}/roles.jsonl", "roles.jsonl:1: message 1 has"),
     (CHATS, "--data_path {f}/texts_for_chats.jsonl", "2 bad rows"),
     (("pretrain",), "--data_path {f}/roles.jsonl", 'no "text"'),
     (("pretrain",), "--data_path {f}/latin1.jsonl", "not UTF-8"),
@@ -119,6 +121,27 @@ CASES = [
     (BASED, "--base {f}/nan.pth", "NaN or infinity in norm.weight"),
     (BASED, "--base {f}/bare.pth", "name its tokenizer_path"),
     (BASED, "--base {f}/mismatch.pth", "not from the same run"),
+    (OUR_BASE, "--base owner/model", "owner/model is no MiniMindLM"),
+    (TRAINING, "--base {f}/out/lora/lora_a_64.pth", "lora_a_64.pth is a skill"),
+    (("pretrain",), "--base {f}/truncated.pth", "truncated.pth is not a readable"),
+    (("pretrain",), "--base {f}/bare.pth", "name its tokenizer_path"),
+    (("pretrain",), "--base {f}/out/pretrain_64.pth", "choose another out_dir"),
+    (
+        ("pretrain",),
+        "--base {f}/out/pretrain_64.pth --dim 512 --n_layers 2 --n_heads 8 --dropout 0.1",
+        "--dim 512 (it has 64), --n_heads 8 (it has 4), --dropout 0.1 (it has 0.0)",
+    ),
+    (("lora",), "--skill {f}/nothing.pth", "nothing.pth does not exist"),
+    (("lora",), "--skill {f}/out/full_sft_64.pth", "full_sft_64.pth is no LoRA file"),
+    (("lora",), "--skill {f}/out/lora/lora_a_64.pth --lora_name a", "lora_a_64.pth is what"),
+    (("lora",), f"{SKILL} --rank 16 --use_dora", "lora_a_64.pth has its rank and targets"),
+    (("lora",), f"{SKILL} --base {{f}}/out/pretrain_64.pth", "was trained on full_sft_64.pth"),
+    (("lora",), f"{SKILL} --base {{f}}/out/pretrain_64.pth", "/out/pretrain_64.pth"),
+    (("lora",), f"{SKILL} --load_in_4bit", "load_in_4bit False, not True"),
+    (("lora",), f"{SKILL} --prompt_template Q{{user}}", "prompt_template None, not 'Q{user}'"),
+    ((*TRAINING, "chat"), "--out_dir=", "--out_dir: "),
+    (TRAINING, "--tokenizer_path=", "--tokenizer_path: "),
+    (TRAINING, "--device cpu:3", "device cpu:3: "),
     (BASED, "--out_dir {f}/nowhere", "no base model"),
     (
         ("chat",),

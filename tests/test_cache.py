@@ -5,9 +5,11 @@ file.
 import gzip
 import json
 import multiprocessing
+import os
 import pickle
 import random
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,8 @@ from conftest import write_rows as write
 from core import files
 from core.errors import UserError
 from core.paths import cache_dir
-from dataset import cache, rows
+from dataset import cache
+from dataset import files as data_reading
 from dataset.batches import PretrainDataset
 from dataset.cache import CHAT, TEXT, TokenRows, split_rows, tokenize_files
 from dataset.chat import encode_chat
@@ -51,14 +54,15 @@ def make(tokenizer, tmp_path):
     """The table of one file of texts."""
 
     def make(path, bad_rows="stop", workers=0):
-        return tokenize_files((path,), TEXT, tokenizer, tmp_path / "cache", bad_rows, workers)
+        cache_folder = tmp_path / "cache"
+        return tokenize_files((path,), TEXT, tokenizer, cache_folder, bad_rows, workers=workers)
 
     return make
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(rows, "BLOCK_BYTES", 700)
+    monkeypatch.setattr(data_reading, "BLOCK_BYTES", 700)
 
 
 def written(folder):
@@ -106,7 +110,7 @@ def test_any_number_of_processes_makes_the_same_table(tokenizer, tmp_path, small
     made = []
     for workers in (1, 3):
         folder = tmp_path / f"cache-{workers}"
-        table = tokenize_files(paths, TEXT, tokenizer, folder, "skip", workers)
+        table = tokenize_files(paths, TEXT, tokenizer, folder, "skip", workers=workers)
         assert decoded(tokenizer, table) == framed(TEXTS * 2)
         made.append(written(folder))
     assert made[0] == made[1] and len(made[0]) == 3
@@ -118,11 +122,11 @@ def test_any_number_of_processes_makes_the_same_table(tokenizer, tmp_path, small
 def test_processes_that_inherit_nothing_make_the_same_table(tokenizer, tmp_path, small_blocks):
     """As on macOS and Windows."""
     paths = (write(tmp_path / "chats.jsonl", [*CHATS, {"messages": []}]),)
-    tokenize_files(paths, CHAT, tokenizer, tmp_path / "alone", "skip", 1)
+    tokenize_files(paths, CHAT, tokenizer, tmp_path / "alone", "skip", workers=1)
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method("spawn", force=True)
     try:
-        tokenize_files(paths, CHAT, tokenizer, tmp_path / "helped", "skip", 2)
+        tokenize_files(paths, CHAT, tokenizer, tmp_path / "helped", "skip", workers=2)
     finally:
         multiprocessing.set_start_method(before, force=True)
     assert written(tmp_path / "helped") == written(tmp_path / "alone")
@@ -353,7 +357,7 @@ def test_bad_rows_stop_the_run_or_are_skipped_and_are_remembered(make, tmp_path,
         with pytest.raises(UserError, match=rf"{name}:2: .*bad_rows"):
             make(path)
         printed = capsys.readouterr().out
-        assert f'{path}:2: "text" is not text but int\n{path}:4: no "text" among' in printed
+        assert f'{path}:2: "text" is not text but a number\n{path}:4: no "text" among' in printed
         assert len(make(path, bad_rows="skip").lengths) == 2
         assert "bad rows skipped: 2" in capsys.readouterr().out
     assert len(written(tmp_path / "cache")) == 3
@@ -409,6 +413,27 @@ def test_the_split_takes_its_share_and_at_least_one_row(make, tmp_path):
     with pytest.raises(UserError, match=r"0\.02 .*val_ratio"):
         split_rows(lone, 0.02)
     assert len(split_rows(lone, 0.0)[0].lengths) == 5
+
+
+def test_tables_that_nobody_uses_are_dropped(make, texts, tmp_path, capsys, monkeypatch):
+    make(texts)
+    folder = tmp_path / "cache"
+    first = set(written(folder))
+
+    def second_run(days):
+        for name in first:
+            os.utime(folder / name, (time.time() - days * 86400,) * 2)
+        texts.write_text(f'{{"text": "{days}"}}\n', encoding="utf-8")
+        make(texts)
+        return first <= set(written(folder)), "deleted" in capsys.readouterr().out
+
+    assert second_run(8) == (True, False)
+    monkeypatch.setattr(cache, "FULL_BYTES", 0)
+    assert second_run(6) == (True, False)
+    assert second_run(8) == (False, True)
+    monkeypatch.undo()
+    first = set(written(folder))
+    assert second_run(31) == (False, True)
 
 
 def test_the_same_rows_are_held_out_as_ever(make, tmp_path):

@@ -158,7 +158,7 @@ def test_a_foreign_template_without_generation_marks(tokenizer, default):
     ids, learned = encode_chat(foreign, messages)
     assert (
         tokenizer.decode([n for n, flag in zip(ids, learned, strict=True) if flag])
-        == "<|im_end|> b<|im_end|>"
+        == "[assistant] <|im_end|> b<|im_end|>"  # it has no prompt for an answer
     )
     assert tokenizer.decode(ids) == rendered(foreign, messages)
     assert ids.count(foreign.eos_token_id) == 1
@@ -189,7 +189,7 @@ def test_a_trimming_template_is_followed(tokenizer):
         assert tokenizer.decode(ids) == rendered(trimming, messages)
     assert (
         tokenizer.decode([n for n, flag in zip(ids, learned, strict=True) if flag])
-        == "Four.<|im_end|>"
+        == "[assistant]Four.<|im_end|>"
     )
 
 

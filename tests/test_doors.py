@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import SMALL, flags, logits_of
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import eval_model
 import train_full_sft
@@ -20,12 +21,15 @@ from core.files import sha256_file
 from core.paths import TOKENIZER_DIR, lora_path
 from dataset.tokenizer import load_tokenizer, tokenizer_of
 from model.generation import Sampling
+from model.lora.layer import adapted
 from model.lora.skill_file import base_fingerprint, read_lora
 from model.model_lora import attach_lora, remove_lora
+from model.quantized import quantize
 from model.weights import RunRecord, load_base
 from serving.session import ChatSession
 from serving.terminal import command
-from trainer.stage import Base, run_facts
+from trainer.stage import run_facts
+from trainer.start import Base
 
 
 def load(trained, stage="full_sft"):
@@ -108,6 +112,125 @@ def test_a_base_is_never_overwritten_by_the_run_that_starts_from_it(trained, tmp
         train_full_sft.main(trained.flags(data_path=trained.chats, base=base, **SMALL))
     assert sha256_file(base) == before
     train_full_sft.main(flags(out_dir=tmp_path, data_path=trained.chats, base=base, **SMALL))
+
+
+def test_a_base_takes_the_skills_that_were_trained_on_it_along(trained, tmp_path, capsys):
+    out = shutil.copytree(trained.out, tmp_path / "out")
+    argv = flags(out_dir=out, data_path=trained.chats, seed=9, **SMALL)
+
+    def noted() -> list[str]:
+        train_full_sft.main(argv)
+        notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+        return [name for name in ("lora_a_64.pth", "lora_b_64.pth") if name in "".join(notes)]
+
+    (out / "lora" / "lora_c_64.pth").write_bytes(b"no skill")
+    assert noted() == ["lora_a_64.pth", "lora_b_64.pth"]
+    assert noted() == [], "they were trained on the base before this one"
+
+
+class Started(Exception):
+    """Stands for the training, which does not happen."""
+
+
+@pytest.fixture
+def start_of(monkeypatch):
+    """The logits of what a door trains, before the first step."""
+
+    def logits_at_start(door, argv: list[str]) -> torch.Tensor:
+        found = []
+
+        def start(model, *others):
+            found.append(logits_of(model))
+            raise Started
+
+        with monkeypatch.context() as patch, pytest.raises(Started):
+            patch.setattr("trainer.stage.train", start)
+            door.main(argv)
+        return found[0]
+
+    return logits_at_start
+
+
+@pytest.mark.parametrize("sizes", [{}, {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}])
+def test_pretraining_goes_on_from_a_base_in_its_sizes(trained, tmp_path, start_of, sizes):
+    base, out = trained.out / "pretrain_64.pth", tmp_path / "out"
+    before = sha256_file(base)
+    argv = flags(out_dir=out, data_path=trained.texts, base=base, **sizes, **SMALL)
+    model, record, _ = load(trained, "pretrain")
+    assert torch.equal(start_of(train_pretrain, argv), logits_of(model))
+    path = train_pretrain.main(argv)
+    after = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert after["base"] == {"file": "pretrain_64.pth", "fingerprint": record.fingerprint}
+    assert after["config"] == record.config and after["tokenizer"] == record.tokenizer
+    assert after["options"]["dim"] == 64 and after["options"]["n_heads"] == 4
+    assert after["fingerprint"] != record.fingerprint and sha256_file(base) == before
+
+
+SKILLS = ["", "--use_dora --rank_pattern wo=2 --alpha 8 --use_rslora --rank 4"]
+SKILLS += ["--init_lora_weights pissa", "--load_in_4bit --target_modules wk w2"]
+
+
+@pytest.mark.parametrize("words", SKILLS)
+def test_a_skill_goes_on_from_its_file(trained, tmp_path, start_of, words):
+    """Without its shape being told again, and on its own base though a newer one is there."""
+    if "4bit" in words:
+        pytest.importorskip("bitsandbytes")
+    out = shutil.copytree(trained.out, tmp_path / "out")
+    argv = flags(out_dir=out, data_path=trained.chats, general_data=trained.chats, **SMALL)
+    argv += ["--learning_rate", "0.1"]  # so that it matters which weights it starts from
+    path = train_lora.main([*argv, "--lora_name", "old", *words.split()])
+    old, newer = read_lora(path)[1], trained.out / "pretrain_64"
+    for ending in (".pth", ".json"):
+        shutil.copyfile(newer.with_suffix(ending), out / f"full_sft_65{ending}")
+    argv += flags(skill=path, lora_name="next")
+    model, _, _ = load(trained)
+    plain = logits_of(model)
+    if "4bit" in words:
+        quantize(model)
+    attach_lora(model, path)
+    assert not torch.allclose(logits_of(model), plain, atol=1e-3)
+    assert torch.equal(start_of(train_lora, argv), logits_of(model))
+    tensors, new = read_lora(train_lora.main(argv))
+    shape = ("base", "ranks", "scaling", "alpha", "load_in_4bit", "tokenizer")
+    assert [getattr(new, name) for name in shape] == [getattr(old, name) for name in shape]
+    assert [new.options[name] for name in ("rank", "use_dora")] == [
+        old.options[name] for name in ("rank", "use_dora")
+    ]
+    for kind in ("domain", "general"):
+        assert new.metrics[kind]["first"]["loss"] == old.metrics[kind]["last"]["loss"]
+    assert {"option": "skill", "file": path.name, "sha256": sha256_file(path)} in new.data
+    assert any(not torch.equal(tensors[name], held) for name, held in read_lora(path)[0].items())
+
+
+def test_the_update_of_a_skill_that_goes_on_can_be_dropped_out(trained, monkeypatch):
+    found = []
+    monkeypatch.setattr("trainer.stage.train", lambda model, *_: found.append(model))
+    argv = trained.flags(data_path=trained.chats, general_data=trained.chats, lora_name="next")
+    argv += flags(skill=trained.out / "lora" / "lora_a_64.pth", lora_dropout=0.5, **SMALL)
+    train_lora.main([*argv, "--dry_run"])
+    assert {linear.lora.dropout.p for _, linear in adapted(found[0])} == {0.5}
+
+
+def test_a_skill_that_goes_on_is_asked_in_its_own_words(trained, tmp_path):
+    """Of a base without a chat template."""
+    base, template = tmp_path / "base", "Q: {user} A: "
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(**sizes, intermediate_size=64, vocab_size=6400, eos_token_id=2)
+    LlamaForCausalLM(config).save_pretrained(base)
+    AutoTokenizer.from_pretrained(TOKENIZER_DIR).save_pretrained(base)
+    (base / "chat_template.jinja").unlink()
+    argv = flags(out_dir=tmp_path, data_path=trained.chats, general_data=trained.chats, base=base)
+    argv += flags(**SMALL | {"max_steps": 1})
+    path = train_lora.main([*argv, *flags(lora_name="old", prompt_template=template)])
+    argv += flags(lora_name="next", skill=path)
+    assert read_lora(train_lora.main(argv))[1].prompt_template == template
+    with pytest.raises(UserError, match="prompt_template"):
+        train_lora.main([*argv, "--prompt_template", "{user}"])
+    other = shutil.copytree(base, tmp_path / "other") / "tokenizer.json"
+    content = json.loads(other.read_text(encoding="utf-8"))
+    other.write_text(json.dumps(content | {"normalizer": {"type": "NFC"}}), encoding="utf-8")
+    with pytest.raises(UserError, match="tokenizer_path"):
+        train_lora.main([*argv, "--tokenizer_path", str(other.parent)])
 
 
 def test_the_same_seed_makes_the_same_file_and_another_seed_does_not(trained, tmp_path):
@@ -286,7 +409,9 @@ def test_a_piped_chat_swaps_skills_and_outlives_mistakes(trained, monkeypatch, c
         "hello",
         "/loras",
         "/lora nobody",
-        "/nonsense",
+        "/nonsense is a question",
+        "/system Be brief.",
+        "/lora",
         "/reset",
         "/lora off",
         "/help",
@@ -294,7 +419,7 @@ def test_a_piped_chat_swaps_skills_and_outlives_mistakes(trained, monkeypatch, c
     out, err = chat(monkeypatch, capsys, trained, "\n".join(lines))
     assert "skill: a\n" in out and "skill: off\n" in out and "conversation forgotten" in out
     assert "* a\n  b\n" in out and "/lora NAME" in out
-    assert err.count("tokens/s]") == 2 and err.count("error: ") == 2
+    assert err.count("tokens/s]") == 3 and err.count("error: ") == 2
     assert f"base: {trained.out / 'full_sft_64.pth'}" in err
 
 

@@ -139,8 +139,8 @@ def test_every_bad_row_is_listed_after_which_the_report_goes_on(tmp_path, capsys
     code, out = report(capsys, path, wrong, chat)
     assert code == 1
     for n in faults:
-        assert f'{path}:{n}: "text" is not text but int\n' in out
-    assert f"{path}:1301: no \"text\" among its keys ('messages')\n" in out
+        assert f'{path}:{n}: "text" is not text but a number\n' in out
+    assert f"{path}:1301: no \"text\" among its keys ('messages'), " in out
     assert f"rows: {1300 - len(faults)} usable, {len(faults) + 1} bad\n" in out
     assert (
         f"{wrong}:2: no " in out

@@ -73,8 +73,15 @@ def test_all_linear_is_everything_but_the_tied_head():
             r".*\.(w1|wv)",
             [f"layers.{n}.{name}" for n in (0, 1) for name in ("attention.wv", "feed_forward.w1")],
         ),
+        (["w[13]"], [n for n in EVERY if n.endswith(("w1", "w3"))]),
+        (["w[13]", "attention.wk"], [n for n in EVERY if n.endswith(("w1", "w3", "wk"))]),
+        (["layers.1.*", "wk"], [n for n in EVERY if "1.a" in n or "1.f" in n or n.endswith("wk")]),
+        (["(?i)W1"], [n for n in EVERY if n.endswith("w1")]),
+        ([r"(?!.*feed).*"], [n for n in EVERY if "attention" in n]),  # of whole names if it can be
         ("all-linear", EVERY),
+        (["All-Linear"], EVERY),
         ("square", SQUARE),
+        (("SQUARE",), SQUARE),
     ],
 )
 def test_targets_by_name_and_by_regular_expression(tiny_model, target_modules, targets):
@@ -84,6 +91,13 @@ def test_targets_by_name_and_by_regular_expression(tiny_model, target_modules, t
     assert trainable(tiny_model) == {
         f"{target}.lora.{matrix}.weight" for target in targets for matrix in "AB"
     }
+
+
+def test_a_word_that_ends_a_name_is_no_expression():
+    model = nn.ModuleDict({"a": nn.ModuleDict({"q": nn.Linear(4, 4)}), "a_q": nn.Linear(4, 4)})
+    assert apply_lora(model, 2, target_modules=["a.q"]) == ["a.q"]
+    remove_lora(model)
+    assert apply_lora(model, 2, None, "all-linear", exclude_modules=["a.q"]) == ["a_q"]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +114,11 @@ def test_targets_that_match_nothing_are_an_error_that_lists_the_names(tiny_model
 def test_a_tied_head_is_no_target_even_when_square():
     model = MiniMindLM(LMConfig(dim=64, n_layers=1, vocab_size=64))
     assert apply_lora(model) == ["layers.0.attention.wq", "layers.0.attention.wo"]
+    remove_lora(model)
+    for named in ("output", ["output"], ["wq", "output"], ["w9", "outp.*"]):
+        with pytest.raises(UserError, match=r"modules='outp[^ ]* names a head that is tied"):
+            apply_lora(model, target_modules=named)
+    assert len(apply_lora(model, target_modules=".*")) == 7, "an expression may match it beside"
 
 
 # patching and undoing

@@ -18,8 +18,12 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -282,7 +286,12 @@ def test_a_file_gives_every_kind_back(sharp_model, tmp_path, options):
         ({"rank_pattern": {"(": 2}}, r"'\(' is no regular expression"),
         ({"rank_pattern": ["wo=4", "wo=8"]}, "rank_pattern has 'wo' twice"),
         ({"target_modules": None}, r"target_modules=\(\) matches nothing"),
-        ({"exclude_modules": "square"}, "exclude_modules=square is no name of a module"),
+        ({"exclude_modules": "Square"}, "exclude_modules=square is no name of a module"),
+        ({"exclude_modules": ["wq", "("]}, r"'\(' is no regular expression"),
+        ({"target_modules": ["wq", "("]}, r"'\(' is no regular expression"),
+        ({"target_modules": ["wq", "wk"], "rank": 33}, "rank=33 exceeds the 32 features of"),
+        ({"rank": 65}, "rank=65 exceeds the 64 features of layers.0.attention.wq"),
+        ({"target_modules": "all-linear", "rank_pattern": "wk=33"}, "rank=33 exceeds the 32 feat"),
         (
             {"init_lora_weights": "none"},
             "init_lora_weights='none' must be one of minimind, kaiming, gaussian, pissa",
@@ -307,8 +316,19 @@ def test_the_words_of_a_command_line_mean_what_python_values_mean(tiny_model):
         rank_pattern=("w[12]=2", "wq=3"),
         exclude_modules=("wv",),
     )
-    ranks = {name.rpartition(".")[2]: linear.lora.rank for name, linear in adapted(tiny_model)}
-    assert ranks == {"wq": 3, "wk": 4, "wo": 4, "w1": 2, "w2": 2, "w3": 4}
+    assert ranks_of(tiny_model) == {"wq": 3, "wk": 4, "wo": 4, "w1": 2, "w2": 2, "w3": 4}
+
+
+def test_one_pattern_may_be_a_string(tiny_model):
+    for pattern in ("wq=3", "(?i)WQ=3", r"w(q)(?<=\1)=3"):
+        apply_lora(tiny_model, 4, rank_pattern=pattern, alpha_pattern="wo=8")
+        assert ranks_of(tiny_model) == {"wq": 3, "wo": 4}
+        assert tiny_model.layers[0].attention.wo.lora.scaling == 2.0
+        remove_lora(tiny_model)
+
+
+def ranks_of(model) -> dict[str, int]:
+    return {name.rpartition(".")[2]: linear.lora.rank for name, linear in adapted(model)}
 
 
 def test_the_table_names_shapes_ranks_and_parameters(tiny_model):
@@ -359,6 +379,22 @@ MODELS = {
             decoder_attention_heads=2,
             encoder_ffn_dim=32,
             decoder_ffn_dim=32,
+        )
+    ),
+}
+
+
+MIXTURES = {  # PEFT gives their experts another kind of LoRA
+    "Mixtral": lambda: MixtralForCausalLM(
+        MixtralConfig(**SMALL, num_key_value_heads=1, num_local_experts=4)
+    ),
+    "Qwen2Moe": lambda: Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            **SMALL,
+            num_key_value_heads=1,
+            num_experts=4,
+            moe_intermediate_size=8,
+            shared_expert_intermediate_size=24,
         )
     ),
 }
@@ -422,6 +458,50 @@ def test_square_targets_of_an_untied_model_leave_the_head_out():
     targets = apply_lora(LlamaForCausalLM(config), 2)
     assert {name.rpartition(".")[2] for name in targets} == {"q_proj", "o_proj"}
     assert apply_lora(LlamaForCausalLM(config), 2, target_modules=["lm_head"]) == ["lm_head"]
+
+
+@pytest.mark.parametrize("shorthand", ["all-linear", "square"])
+def test_shorthands_leave_out_what_has_fewer_features_than_the_rank(shorthand, capsys):
+    wide, gate = nn.Linear(8, 8), nn.Linear(2, 2)
+    assert apply_lora(nn.ModuleList([wide, gate]), 2, target_modules=shorthand) == ["0", "1"]
+    assert not capsys.readouterr().out
+    model = nn.ModuleDict({"wide": nn.Linear(8, 8), "0": nn.ModuleDict({"gate": gate})})
+    remove_lora(model)
+    assert apply_lora(model, 4, target_modules=shorthand) == ["wide"]
+    assert "rank=4 exceeds the features of N.gate: left out" in capsys.readouterr().out
+    remove_lora(model)
+    assert len(apply_lora(model, 4, target_modules=shorthand, rank_pattern="gate=1")) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expert", "can"),
+    [
+        ("Llama", {}, 0, ""),
+        ("Mixtral", {"target_modules": ["q_proj"]}, 0, ""),
+        ("Mixtral", {}, 32, "k_proj, lm_head, o_proj, q_proj, v_proj"),
+        ("Mixtral", {"exclude_modules": ["q_proj"]}, 32, "k_proj, lm_head, o_proj, q_proj, v_proj"),
+        ("Qwen2Moe", {}, 8, "down_proj, gate_proj, k_proj, lm_head, o_proj"),
+    ],
+)
+def test_all_linear_says_which_matrices_it_cannot_reach(capsys, name, options, expert, can):
+    model = (MODELS | MIXTURES)[name]()
+    every = [m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)]
+    apply_lora(model, 4, **({"target_modules": "all-linear"} | options))
+    covered = sum(linear.weight.numel() for _, linear in adapted(model))
+    bare = 2 * 4 * (3 * 16 * expert + 16)  # layers x experts x (matrices + row of the router)
+    notes = [line for line in capsys.readouterr().out.splitlines() if "no Linear holds" in line]
+    assert len(notes) == bool(expert)
+    for note in notes:
+        assert f"cover {covered / (sum(every) + bare):.1%} of the weights in matrices" in note
+        mlp = "model.layers.N.mlp."
+        assert f"{mlp}gate.weight, {mlp}experts.gate_up_proj, {mlp}experts.down_proj, so" in note
+        assert f"target_modules can name {can}" in note
+
+
+def test_layers_select_among_targets_in_layers_alone():
+    model = MODELS["Llama"]()
+    targets = apply_lora(model, 4, target_modules=["q_proj", "lm_head"], layers_to_transform=[1])
+    assert targets == ["model.layers.1.self_attn.q_proj", "lm_head"]
 
 
 def test_all_adapters_are_lora(tiny_model):

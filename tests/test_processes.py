@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import flags
+from conftest import SMALL, flags
 from safetensors.torch import load_file
 from test_resume import left_in, metrics_of, states_in
 from two_processes import PRETRAIN, run_door
@@ -144,6 +144,51 @@ def test_a_number_that_is_not_finite_on_one_rank_stops_both_before_the_update(bo
     assert saved.keys() == {4}
     tensors = load_file(saved[4] / "state.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+FAILING = """
+import atexit, json, os, sys, time
+from core.errors import UserError, run
+
+def main():
+    before, sentence, after = json.loads(sys.argv[1])[int(os.environ["RANK"])]
+    atexit.register(time.sleep, after)
+    time.sleep(before)
+    raise UserError(sentence)
+
+run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "said"),
+    [
+        ([(0, "one", 0), (0, "one", 0)], ["one"]),
+        ([(0, "one", 5), (0, "one", 0)], ["one"]),  # the first takes its time to end
+        ([(0, "of rank 0", 5), (0, "of rank 1", 0)], ["of rank 0", "of rank 1"]),
+        ([(60, "not reached", 0), (0, "of rank 1", 0)], ["of rank 1"]),
+    ],
+)
+def test_what_processes_say_of_a_mistake_comes_once(tmp_path, ranks, said):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING, encoding="utf-8")
+    child = torchrun(script, json.dumps(ranks))
+    errors = child.communicate(timeout=120)[1]
+    assert child.returncode != 0
+    assert [line for line in errors.splitlines() if line.startswith("error: ")] == [
+        f"error: {sentence}" for sentence in said
+    ]
+
+
+@pytest.mark.parametrize("words", ["--nonsense", "--data_path bad.jsonl"])
+def test_a_door_s_mistake_comes_once(tmp_path, words):
+    (tmp_path / "bad.jsonl").write_text("no row", encoding="utf-8")
+    values = SMALL | {"dim": 64, "n_layers": 1, "n_heads": 4, "out_dir": tmp_path}
+    door = REPOSITORY / "train_pretrain.py"
+    child = torchrun(door, *flags(**values), *words.split(), cwd=tmp_path)
+    errors = child.communicate(timeout=120)[1]
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert words.split()[-1] in line
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals for groups of processes")

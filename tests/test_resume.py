@@ -105,6 +105,10 @@ def door_and_flags(name: str, trained, **more) -> tuple:
             train_lora,
             {"data_path": chats, "general_data": chats, "base": chat_base, "lora_name": "x"},
         ),
+        "pretrain more": (
+            train_pretrain,
+            {"data_path": trained.texts, "base": trained.out / "pretrain_64.pth"},
+        ),
     }[name]
     return door, flags(**(settings | SHORT | more))
 
@@ -114,7 +118,9 @@ def door_and_flags(name: str, trained, **more) -> tuple:
     [
         ("pretrain", 1, 2, ""),
         ("full_sft", 4, 0, ""),
+        ("pretrain more", 1, 0, ""),
         ("lora", 1, 0, ""),
+        ("lora", 1, 0, "--skill {out}/lora/lora_a_64.pth --lora_dropout 0.1"),
         ("lora", 1, 0, "--use_dora --lora_dropout 0.1 --loraplus_lr_ratio 4 --rank_pattern wo=2"),
         ("lora", 1, 0, "--init_lora_weights pissa --load_in_4bit --target_modules wk w2"),
     ],
@@ -124,7 +130,7 @@ def test_a_resumed_run_leaves_the_same_bits(
 ):
     rows = {"batch_size": 8 // accumulation_steps, "accumulation_steps": accumulation_steps}
     door, argv = door_and_flags(name, trained, **rows, num_workers=num_workers)
-    argv += words.split()
+    argv += words.format(out=trained.out).split()
     # The folders have one name, because it stands in the files.
     whole, cut = (tmp_path / name / "out" for name in ("whole", "cut"))
     alive = []
@@ -269,6 +275,7 @@ def test_every_change_that_matters_is_refused_in_one_sentence(run, trained, tmp_
     for name, value in changed.items():
         assert f"{name} was {before[name]} and is now {value}" in str(refused.value)
     assert "file 1 of data_path changed since step 22" in str(refused.value)
+    assert "start a new run in another out_dir" in str(refused.value)
 
 
 def test_a_stop_validates_nothing_and_a_skill_goes_on_with_its_base_and_general_data_only(
@@ -301,6 +308,18 @@ def test_a_stop_validates_nothing_and_a_skill_goes_on_with_its_base_and_general_
         argv = door_and_flags("lora", trained, **settings | change)[1]
         with pytest.raises(UserError, match=f"the content of {named} changed since step 5"):
             door.main([*argv, "--resume"])
+
+
+def test_a_run_is_resumed_with_the_skill_that_it_started_from(trained, tmp_path):
+    skill = trained.out / "lora" / "lora_a_64.pth"
+    settings = {"batch_size": 8, "out_dir": tmp_path, "max_steps": 1, "skill": skill}
+    door, argv = door_and_flags("lora", trained, **settings)
+    door.main(argv)
+    moved = shutil.copyfile(skill, tmp_path / "moved.pth")
+    door.main([*argv, "--resume", "--skill", str(moved)])
+    other = str(skill.with_name("lora_b_64.pth"))
+    with pytest.raises(UserError, match=r"the content of .* skill changed since step 1"):
+        door.main([*argv, "--resume", "--skill", other])
 
 
 def test_what_may_change_may_change(run, trained, tmp_path):

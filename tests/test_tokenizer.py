@@ -11,6 +11,7 @@ import unicodedata
 
 import numpy as np
 import pytest
+from conftest import write_rows
 from transformers import PreTrainedTokenizerFast
 
 from core.errors import UserError
@@ -19,10 +20,10 @@ from dataset.chat import encode_chat
 from dataset.tokenizer import load_tokenizer, spelled_bytes, token_bytes, tokenizer_fingerprint
 from scripts.train_tokenizer import (
     CHAT_TEMPLATE,
-    draw,
+    learned_texts,
     main,
     save_tokenizer,
-    split_texts,
+    texts_of,
     train_bpe,
 )
 
@@ -119,15 +120,29 @@ def test_held_out_texts_are_never_trained_on(tmp_path, capsys):
         len(token) > 1 and token.isascii() for token in vocabulary
     )
     assert f"{path.name} | 3 | " in capsys.readouterr().out
-    assert split_texts(list("abcdef"), 3) == (["b", "c", "e", "f"], ["a", "d"])
 
 
-def test_a_cap_draws_random_texts_once_each_and_the_same_ones_again():
+def test_texts_of_either_kind_are_held_out_or_not_and_bad_rows_left_out(tmp_path, capsys):
+    chat = {"messages": [{"role": r, "content": r} for r in ("user", "assistant")]}
+    rows = [{"text": "a"}, {"text": ""}, chat, {"text": "c"}, {"text": "d"}]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    assert list(texts_of(path, 3, held_out=False)) == ["user\nassistant", "c"]
+    assert not capsys.readouterr().out
+    assert list(texts_of(path, 3, held_out=True)) == ["a", "d"]
+    assert "1 bad row" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no usable row"):
+        list(texts_of(write_rows(tmp_path / "b.jsonl", rows[1:2]), held_out=True))
+
+
+def test_a_cap_draws_random_texts_once_each_and_the_same_ones_again(tmp_path, capsys):
     texts = [f"{n:04d}" for n in range(500)]
-    drawn = list(draw(texts, 402))
+    path = write_rows(tmp_path / "a.jsonl", [{"text": text} for text in ["held out", *texts]])
+    drawn = list(learned_texts(path, 1000, 402))
     assert len(drawn) == len(set(drawn)) == 101 and set(drawn) <= set(texts)
-    assert drawn == list(draw(texts, 402)) and drawn != sorted(drawn)
-    assert list(draw(texts, 0)) == texts and sorted(draw(texts, 10**9)) == texts
+    assert drawn == list(learned_texts(path, 1000, 402)) and drawn[-1] > "0250"
+    assert "404 of 2,000" in capsys.readouterr().out
+    assert list(learned_texts(path, 1000, 0)) == list(learned_texts(path, 1000, 10**9)) == texts
+    assert not capsys.readouterr().out
 
 
 def test_too_little_data_for_the_size_is_said(tmp_path):

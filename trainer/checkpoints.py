@@ -307,5 +307,6 @@ def _check_identity(found: State, identity: dict) -> None:
             said = f"changed since step {step}" if is_content else f"was {old} and is now {new}"
             differences.append(f"{key} {said}")
     if differences:
-        way_out = "resume with the old ones or start without resume"
+        way_out = "resume with the old ones; to go on with new ones, start a new run in another"
+        way_out += " out_dir with this one's file as base or skill; or start over without resume"
         raise UserError(f"{'; '.join(differences)}; {way_out}")

@@ -26,6 +26,9 @@ class TrainOptions(CheckedOptions):
     bad_rows: Literal["stop", "skip"] = option(
         "stop", "stop at unusable rows, or skip them", group="data"
     )
+    control_text: Literal["keep", "drop", "refuse"] = option(
+        "keep", "control tokens that a row spells as text; refuse: a bad row", group="data"
+    )
     tokenizer_path: Path | None = option(None, "folder (default: the base's)", group="data")
     num_workers: int = option(
         0, "processes that prepare batches", group="data", at_least=0, at_most=256

@@ -163,6 +163,8 @@ def _device(name: str) -> torch.device:
     if not available.get(device.type, False):
         missing = f"this machine or this torch build has no {device.type}"
         raise UserError(f"device {name}: {missing}; use auto")
+    if device.type != "cuda" and device.index:
+        raise UserError(f"device {name}: only CUDA devices are numbered; use {device.type}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name}: there are only {torch.cuda.device_count()} CUDA devices")
     return device

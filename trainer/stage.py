@@ -1,9 +1,10 @@
-"""What the training doors share: their base, their data, the run, and the record it leaves."""
+"""What the training doors share: their data, the run, and the record it leaves."""
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,11 +13,19 @@ from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
 from core.files import sha256_file
-from core.paths import base_path, cache_dir, checkpoints_dir, metrics_path
-from dataset.batches import MICRO_TOKENS, Batches, PretrainDataset, Samples, validation_batches
-from dataset.tokenizer import control_ids, tokenizer_fingerprint, tokenizer_of
-from model.LMConfig import check_length
-from model.weights import Record, RunRecord, choose_base, load_base
+from core.paths import cache_dir, checkpoints_dir, lora_paths, metrics_path
+from dataset.batches import (
+    MICRO_TOKENS,
+    Batches,
+    PretrainDataset,
+    Samples,
+    SFTDataset,
+    validation_batches,
+)
+from dataset.files import data_files
+from dataset.tokenizer import control_ids, tokenizer_fingerprint
+from model.lora.skill_file import read_lora
+from model.weights import Record, read_record
 from trainer.checkpoints import RunStates
 from trainer.loop import LossSum, causal_loss_sum, train
 from trainer.metrics import Validation, evaluate
@@ -24,41 +33,10 @@ from trainer.optimizer import param_groups
 from trainer.options import MAY_CHANGE, TrainOptions
 from trainer.run import Run
 from trainer.runtime import Runtime
+from trainer.start import DECIDED, Base
 
 GPU_MICRO_TOKENS = 32768  # about 5 GB for the default model
 ONCE = ("resume", "dry_run")  # options that say how a run was started, not what it is
-
-
-@dataclass
-class Base:
-    """The base that a run starts from; ``record`` is its file's."""
-
-    path: Path
-    model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    record: RunRecord
-
-    @property
-    def held_out_share(self) -> float:
-        """The share of rows that the base's own run held out; the default where it is unknown."""
-        found = self.record.val_ratio or TrainOptions.val_ratio
-        if not isinstance(found, float) or not 0 < found < 1:
-            beside = self.path.with_suffix(".json")
-            raise UserError(f"{beside} says val_ratio {found!r}, which is no share of rows")
-        return found
-
-
-def open_stage_base(
-    options: TrainOptions, runtime: Runtime, stage: str, prompt_template: str | None = None
-) -> Base:
-    """The base that is named, or the newest one of ``stage``; ``UserError`` if options misfit."""
-    path = choose_base(options.out_dir, options.base, stages=(stage,))
-    model, record = load_base(path, runtime.device)
-    model.config.use_cache = False  # training needs no keys and values; decoding asks for them
-    print(f"base: {path}")
-    tokenizer = tokenizer_of(record, path, options.tokenizer_path, options.out_dir, prompt_template)
-    check_length(model.config, options.max_seq_len)
-    return Base(path, model, tokenizer, record)
 
 
 def read_data(
@@ -70,11 +48,21 @@ def read_data(
     """The data of ``data_path``, described in print. Rank 0 fills the cache, the others read it."""
     settings = {"cache": cache_dir(options.out_dir)}
     settings |= {"val_ratio": options.val_ratio, "bad_rows": options.bad_rows}
+    settings["control_text"] = options.control_text
     with runtime.first_alone():
         data = kind(options.data_path, tokenizer, options.max_seq_len, **settings)
     names = ", ".join(path.name for path in options.data_path)
     print(f"{names}: {data.train.describe()}\n  held out: {data.val.describe()}")
     return data
+
+
+def read_general(
+    options: TrainOptions, base: Base, tokenizer: PreTrainedTokenizerBase, runtime: Runtime
+) -> PretrainDataset:
+    """General chats, to see what a skill costs: the base never learned from the held-out ones."""
+    general = replace(options, data_path=options.general_data, bad_rows="skip")
+    general.val_ratio = base.held_out_share
+    return read_data(SFTDataset, general, tokenizer, runtime)
 
 
 def validation_of(
@@ -90,14 +78,6 @@ def validation_of(
         batches = validation_batches(samples, options.batch_size, options.val_tokens)
         measures[kind] = partial(evaluate, model, batches, runtime, control)
     return Validation(measures)
-
-
-def result_path(options: TrainOptions, stage: str, base: Base) -> Path:
-    """The base file that ``stage`` makes of ``base``. Raises ``UserError`` where it is ``base``."""
-    path = base_path(options.out_dir, stage, base.model.config.dim)
-    if path.exists() and path.samefile(base.path):
-        raise UserError(f"{path} is the base itself and would be lost: choose another out_dir")
-    return path
 
 
 def run_stage(
@@ -123,6 +103,8 @@ def run_stage(
     states = RunStates(checkpoints_dir(folder, name), identity(record), resume=resume)
     if path.exists() and not (states.found or options.dry_run):
         print(f"starting clean: {path} of an earlier run will be replaced")
+        if skills := skills_on(path, folder):
+            print(f"note: {', '.join(skills)} fit no other; to keep them, copy it and its .json")
     run = Run(
         options,
         runtime,
@@ -145,6 +127,18 @@ def run_stage(
     return path
 
 
+def skills_on(base: Path, out_dir: Path) -> list[str]:
+    """The names of the skill files in ``out_dir`` that were trained on this base file."""
+    found, wanted = [], None
+    with contextlib.suppress(UserError):  # its record is broken
+        wanted = read_record(base).fingerprint
+    for path in lora_paths(out_dir) if wanted else ():
+        with contextlib.suppress(UserError):  # it is no skill
+            if read_lora(path)[1].base.get("fingerprint") == wanted:
+                found.append(path.name)
+    return found
+
+
 def identity(record: Record) -> dict:
     """What must be the same when a run is resumed: options, and files by their content."""
     may_change = MAY_CHANGE | {entry["option"] for entry in record.data}
@@ -164,20 +158,25 @@ def run_facts(
 ) -> dict:
     """What any record says of the run that makes the file; paths are cut to file names.
 
-    Its ``data`` lists the files of every option that takes several, by their content.
+    Its ``data`` lists, by their content, the files of every option that takes several, and the
+    skill that the run goes on with; the ``options`` that this skill's file decided are the file's.
     """
     # A resumed run leaves the same file as one that was never interrupted.
     said = {name: value for name, value in vars(options).items() if name not in ONCE}
     data = []
     for name, values in said.items():
-        for path in values if isinstance(values, tuple) else ():
-            if isinstance(path, Path):
-                digest = sha256_file(path, cache_dir(options.out_dir))
-                data.append({"option": name, "file": shown(path), "sha256": digest})
+        paths = values if isinstance(values, tuple) else ()
+        for path in data_files(path for path in paths if isinstance(path, Path)):
+            digest = sha256_file(path, cache_dir(options.out_dir))
+            data.append({"option": name, "file": shown(path), "sha256": digest})
     facts = {"stage": stage, "tokenizer": tokenizer_fingerprint(tokenizer), "data": data}
     facts["options"] = {name: shown(value) for name, value in said.items()}
     if base:
         facts["base"] = {"file": base.path.name, "fingerprint": base.record.fingerprint}
+    if base and base.skill:
+        digest = sha256_file(options.skill, cache_dir(options.out_dir))
+        data.append({"option": "skill", "file": shown(options.skill), "sha256": digest})
+        facts["options"] |= {name: base.skill[1].options.get(name) for name in DECIDED}
     return facts
 
 

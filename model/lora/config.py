@@ -11,8 +11,8 @@ from core.options import CheckedOptions, option, require
 
 SHORTHANDS = ("square", "all-linear")
 Init = Literal["minimind", "kaiming", "gaussian", "pissa"]
-TARGETS_HELP = "square, all-linear, names or name endings of Linears, or one regular expression"
-EXCLUDE_HELP = "names or name endings to leave out, or one regular expression"
+TARGETS_HELP = "square, all-linear, or names, name endings or regular expressions of Linears"
+EXCLUDE_HELP = "names, name endings or regular expressions to leave out"
 ALPHA_HELP = "the update is scaled by alpha / rank (default: a scale of 1)"
 DROPOUT_HELP = "probability of dropping an input of the update"
 INIT_HELP = "A from N(0, 0.02), U(+-1/sqrt(inputs)) or N(0, 1/rank), B = 0; pissa: from W's SVD"
@@ -22,12 +22,13 @@ INIT_HELP = "A from N(0, 0.02), U(+-1/sqrt(inputs)) or N(0, 1/rank), B = 0; piss
 class LoRAConfig(CheckedOptions):
     """Names and meanings are PEFT's, the defaults are MiniMind's.
 
-    ``target_modules`` and ``exclude_modules``: a list of names or name endings, or a regular
-    expression for whole module names: a string, or a list of one word with signs of expressions.
-    Targets may also be "square" (as many inputs as outputs) or "all-linear" (all but the output
-    head). ``rank_pattern`` and ``alpha_pattern``: a dict, or ``key=value`` words, with a number for
-    each name ending, which may be a regular expression; the first match counts. Raises
-    ``UserError`` for values that no LoRA can have.
+    ``target_modules`` and ``exclude_modules``: a string is a regular expression for whole module
+    names; in a list, a word that is no name or name ending of a module is an expression for whole
+    names, or else for name endings. Targets may also be "square" (as many inputs as outputs) or
+    "all-linear" (all but the output head). ``layers_to_transform`` keeps modules outside layers.
+    ``rank_pattern`` and ``alpha_pattern``: a dict, or ``key=value`` words, with a number for each
+    name ending, which may be a regular expression; the first match counts. Raises ``UserError`` for
+    values that no LoRA can have.
     """
 
     rank: int = option(16, "rank of the update", group="most used", at_least=1)
@@ -69,25 +70,26 @@ class LoRAConfig(CheckedOptions):
 
 def ends_with(name: str, key: str) -> bool:
     """Whether a module's ``name`` is, or ends in, what the regular expression ``key`` matches."""
-    return re.fullmatch(rf"(.*\.)?({key})", name) is not None
+    pattern = re.compile(key)  # unwrapped, so that its flags and group numbers stay valid
+    return any(pattern.fullmatch(name, dot.end()) for dot in re.finditer(r"^|\.", name))
 
 
 def _names(words: str | Sequence[str]) -> str | tuple[str, ...]:
-    """A shorthand or a regular expression as a string, names as a tuple."""
-    words = words if isinstance(words, str) else tuple(words)
-    if len(words) == 1 and (words[0] in SHORTHANDS or not re.fullmatch(r"[\w.]*", words[0])):
-        words = words[0]
-    if isinstance(words, str) and words not in SHORTHANDS:
-        _check_expression(words)
-    return words
+    """A shorthand, in any case, or a regular expression as a string; a list as a tuple."""
+    several = (words,) if isinstance(words, str) else tuple(words)
+    if len(several) == 1 and several[0].lower() in SHORTHANDS:
+        return several[0].lower()
+    for word in several:
+        _check_expression(word)
+    return words if isinstance(words, str) else several
 
 
 def _numbers(name: str, words: Mapping | Sequence[str], number: type) -> dict[str, float]:
-    """``key=value`` words, or a dict already, as a dict of positive numbers."""
+    """One or more ``key=value`` words, or a dict already, as a dict of positive numbers."""
     if isinstance(words, Mapping):
         words = [f"{key}={value}" for key, value in words.items()]
     found = {}
-    for word in words:
+    for word in [words] if isinstance(words, str) else words:
         key, _, value = word.rpartition("=")
         require(key not in found, f"{name} has {key!r} twice: keep one of them")
         try:

@@ -200,9 +200,11 @@ def _described(loras: Mapping[str, LoRA]) -> str:
     return found if loras else "no LoRA"
 
 
-def attach_lora(model: nn.Module, path: str | PathLike, **allowed: bool) -> SkillMeta:
+def attach_lora(
+    model: nn.Module, path: str | PathLike, skill: Skill | None = None, **allowed: bool
+) -> SkillMeta:
     """Replace what ``model`` carries by a skill file, unless ``adapters_in`` refuses; its meta."""
-    loras, meta = adapters_in(model, path, **allowed)
+    loras, meta = adapters_in(model, path, skill, **allowed)
     model.requires_grad_(False)
     exchange(model, loras)
     return meta
