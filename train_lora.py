@@ -56,13 +56,13 @@ def main(argv: list[str] | None = None) -> Path:
     path = lora_path(options.out_dir, options.lora_name, model.config.hidden_size)
     start.check_apart(path, options.skill)
     data = stage.read_data(SFTDataset, options, tokenizer, runtime)
-    general_data = stage.read_general(options, base, tokenizer, runtime)
+    general = stage.read_general(options, base, tokenizer, runtime)
     if base.skill:
         start.attach_skill(model, options, base.skill)
     else:
         apply_lora(model, config=options)
     print(table_of(model))
-    held_out = {"domain": data.val, "general": general_data.val}
+    held_out = {"domain": data.val, **general}
     validation = stage.validation_of(model, held_out, tokenizer, options, runtime)
     if not options.dry_run:
         runtime.on_first(lambda: validation(step=0))

@@ -111,8 +111,8 @@ def _sentence_for(error: Exception) -> str:
 
 
 def _is_said(message: str) -> bool:
-    """Whether another process that the same torchrun started has said this, even of late."""
-    if not (own := os.environ.get("TORCHELASTIC_ERROR_FILE")):  # <all processes>/<rank>/error.json
+    """Whether another process that the same torchrun started has said this; now one has."""
+    if not (own := os.environ.get("TORCHELASTIC_ERROR_FILE")):  # .../<this start>/<rank>/error.json
         return False
     name = hashlib.sha256(message.encode(errors="replace")).hexdigest()
     try:

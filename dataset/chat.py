@@ -14,6 +14,7 @@ from core.errors import UserError
 from dataset.rows import BadRow
 from dataset.template import ONE_TURN, Plan, Span, Template, encode_texts, template_of
 
+ENCODING = 2  # raise it when chats in other makers' templates get other ids
 Encoded = tuple[list[int], list[bool]]
 
 

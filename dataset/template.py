@@ -18,9 +18,9 @@ from dataset.rows import BadRow
 # Some prompts already open the thought, so that an answer only closes it.
 THOUGHT = re.compile(r"(\s*(?:<think>\s*)?)(.*\S|)(\s*</think>\s*)(.*)", re.DOTALL)
 # Of private use: no template contains them, and trimming leaves them alone.
-OPEN, CLOSE, ANSWER = "\ue000", "\ue001", "\ue002"
+OPEN, CLOSE = "\ue000", "\ue001"  # around the number of a content
+ANSWER, ADDED = "\ue002", "\ue003"  # where an answer begins; an eos that the template lacks
 PLACEHOLDER = re.compile(f"{OPEN}([0-9]+){CLOSE}")
-ADDED = ""  # an eos that the template does not write
 BLANKS = " \t\r\n\u2581"
 AT_ONCE = 64  # chats rendered in one call, which is quicker, and still little garbage to collect
 ONE_TURN = ("user", "assistant")
@@ -28,14 +28,6 @@ ONE_TURN = ("user", "assistant")
 # Of a chat's messages. An assistant with a thought has what stands before and behind that instead,
 # around an ``OPEN``, and two contents: thought and answer.
 Roles = tuple[str, ...]
-
-
-class Item(NamedTuple):
-    """A control token, or a part of the text between two: the template's own or a content."""
-
-    token: str | None
-    part: str | int  # a text, or the number of a content
-    answer: int | None
 
 
 class Span(NamedTuple):
@@ -60,19 +52,12 @@ class Plan(NamedTuple):
     is_rendered: bool  # as a whole, not as the prompt for the last answer with that answer
 
 
-class Token(NamedTuple):
-    """A control token; ``left`` and ``right``: does it swallow the blanks before, behind it?"""
-
-    id: int
-    left: bool
-    right: bool
-
-
 class Template:
     """A tokenizer and its chat template, taken apart.
 
     ``backends`` make ids of the text between control tokens: at the beginning of a sentence, and
-    inside one. ``tokens`` are all control tokens, special or only added, such as <think>.
+    inside one. ``tokens``: what the tokenizer says of its control tokens, special or only added
+    ones such as <think>.
     ``joins``: text behind a token is inside a sentence. ``reads_thoughts``: the template writes the
     thought of an answer in a way of its own, or leaves it out.
     """
@@ -87,20 +72,15 @@ class Template:
         spec["added_tokens"] = [token for text, token in added.items() if text not in control]
         spec["truncation"] = spec["padding"] = spec["post_processor"] = None
         if spec["model"]["type"] == "Unigram":  # it would find control tokens in a text
-            vocab = spec["model"]["vocab"]
-            for entry in (
-                vocab[of["id"]] for of in map(added.get, control) if of["id"] < len(vocab)
-            ):
-                entry[0] = OPEN + entry[0]
+            for entry in spec["model"]["vocab"]:
+                entry[0] = OPEN * (entry[0] in control) + entry[0]
         start = Tokenizer.from_str(json.dumps(spec))
         prefixes = set(_without_prefix(spec))
         self.backends = start, Tokenizer.from_str(json.dumps(spec)) if prefixes else start
         self.joins = "first" in prefixes
-        facts = ((text, added[text]) for text in control)
-        self.tokens = {t: Token(of["id"], of["lstrip"], of["rstrip"]) for t, of in facts}
-        pattern = [ANSWER, PLACEHOLDER.pattern.replace("(", "(?:"), *map(re.escape, control)]
-        self._pattern = re.compile(f"({'|'.join(pattern)})")
-        self.tokens[ADDED] = Token(tokenizer.eos_token_id, False, False)
+        self.tokens = {text: added[text] for text in control}
+        self.tokens[ADDED] = {"id": tokenizer.eos_token_id, "lstrip": False, "rstrip": False}
+        self._cut = re.compile(f"({'|'.join(map(re.escape, [ANSWER, *self.tokens]))})")
         self._no_end = {tokenizer.bos_token} - {tokenizer.eos_token}
         self.reads_thoughts = self._reads_thoughts()
 
@@ -172,7 +152,7 @@ class Template:
             if any(order.count(slot) != 1 for slot in needed):
                 what = "leaves out" if needed - set(order) else "repeats"
                 raise BadRow(f"the chat template {what} a part of message {number}")
-        spans = self._joined(self._items(text, self._starts(roles, text)))
+        spans = self._spans(text, self._starts(roles, text))
         trimmed = [n for n, span in enumerate(spans) if span.left or span.right]
         return Plan(cut[::2], order, spans, trimmed, closing, text == rendered)
 
@@ -194,8 +174,14 @@ class Template:
 
     def adds_end(self) -> bool:
         """Whether an eos is added after an answer, because the template writes no end."""
-        closing = self._pattern.split(self._whole(ONE_TURN)[1])
-        return len(closing) == 1 or closing[1] in self._no_end
+        return ADDED in self._ended(self._whole(ONE_TURN)[0], 1)
+
+    def _ended(self, text: str, last: int) -> str:
+        """Hollow ``text`` with an eos after its content ``last`` if no control token follows it."""
+        before, content, behind = text.partition(placeholder(last))
+        between, *token = self._cut.split(behind, maxsplit=1)[:2]
+        ends = self.tokens.keys() & set(token) - self._no_end and OPEN not in between
+        return before + content + ADDED * (not ends) + behind
 
     def _starts(self, roles: Roles, text: str) -> dict[int, tuple[int, int]]:
         """Where learned answers begin in hollow ``text``: place -> its message, its last content.
@@ -210,58 +196,38 @@ class Template:
                 starts[len(self.hollow(roles[:number], True))] = number, last
         return starts
 
-    def _items(self, text: str, starts: dict[int, tuple[int, int]]) -> Iterator[Item]:
-        """Cut hollow ``text`` at control tokens and where answers start; see that these end."""
-        places = sorted(starts)
-        for place in reversed(places):
-            text = text[:place] + ANSWER + text[place:]
-        cut = self._pattern.split(text)
-        answer = last = None
-        ends = False  # at the next token
+    def _spans(self, text: str, starts: dict[int, tuple[int, int]]) -> list[Span]:
+        """Cut hollow ``text`` at control tokens and where answers begin."""
+        for place in sorted(starts, reverse=True):
+            text = text[:place] + ANSWER + self._ended(text[place:], starts[place][1])
+        spans, answers = [], iter(sorted(starts.items()))
+        answer = last = None  # the message that is being learned, and its content before its end
+        trim, inside, cut = False, False, self._cut.split(text)
         for nth, piece in enumerate(cut):
-            if nth % 2 == 0 or piece in self.tokens:
-                yield Item(piece if nth % 2 else None, piece, answer)
-                answer = None if ends and nth % 2 else answer
-                ends = ends and nth % 2 == 0
-            elif piece == ANSWER:
-                answer, last = starts[places.pop(0)]
+            if nth % 2 and piece == ANSWER:
+                _, (answer, last) = next(answers)
+            elif nth % 2:
+                _append(spans, Span([self.tokens[piece]["id"]], "", False, answer))
+                trim, inside = self.tokens[piece]["rstrip"], self.joins or piece == ADDED
+                answer = None if last is None else answer
             else:
-                number = int(piece[1:-1])
-                yield Item(None, number, answer)
-                if answer is not None and number == last:
-                    following = set(cut[nth + 2 : nth + 3])
-                    ends = bool(following & self.tokens.keys() - self._no_end)
-                    if not ends:
-                        yield Item(ADDED, "", answer)
-                        answer = None
-
-    def _joined(self, items: Iterator[Item]) -> list[Span]:
-        """Join the texts between two control tokens; they stay apart where an answer begins."""
-        spans, parts, current, trim, inside = [], [], None, False, False
-        for token, part, answer in [*items, Item(None, "", -1)]:
-            if token is None and (answer == current or not parts):
-                parts, current = [*parts, part], answer
-                continue
-            right = token is not None and self.tokens[token].left
-            span = self._text_span(parts, inside, current, trim, right)
-            if span.text or span.ids:
-                _append(spans, span)
-                trim, inside = False, True
-            parts, current = [] if token is not None else [part], answer
-            if token is not None:
-                token_id, _, trim = self.tokens[token]
-                _append(spans, Span([token_id], "", False, answer))
-                inside = self.joins or token == ADDED
+                following = self.tokens.get("".join(cut[nth + 1 : nth + 2]))
+                right = following is not None and following["lstrip"]
+                span = self._text_span(piece, inside, answer, trim, right)
+                if span.text or span.ids:
+                    _append(spans, span)
+                    trim, inside = False, True
+                if last is not None and placeholder(last) in piece:
+                    last = None
         return spans
 
     def _text_span(
-        self, parts: list[str | int], inside: bool, answer: int | None, left: bool, right: bool
+        self, text: str, inside: bool, answer: int | None, left: bool, right: bool
     ) -> Span:
-        """The span of one text, which may turn out empty."""
-        if any(isinstance(part, int) for part in parts):
-            text = "".join(f"{{{n}}}" if isinstance(n, int) else escaped(n) for n in parts)
+        """The span of a hollow text, which may turn out empty."""
+        if OPEN in text:
+            text = PLACEHOLDER.sub(r"{\1}", text.replace("{", "{{").replace("}", "}}"))
             return Span(None, text, inside, answer, left, right)
-        text = "".join(parts)
         text = text.lstrip() if left else text
         text = text.rstrip() if right else text
         return Span(*encode_texts(self.backends[inside], [text]), "", inside, answer)
@@ -269,16 +235,10 @@ class Template:
 
 def _append(spans: list[Span], span: Span) -> None:
     """Add a span; the template's own ids join those before them."""
-    alike = spans and spans[-1].ids and span.ids and spans[-1].answer == span.answer
-    if alike:
+    if spans and spans[-1].ids and span.ids and spans[-1].answer == span.answer:
         spans[-1].ids.extend(span.ids)
     else:
         spans.append(span)
-
-
-def escaped(text: str) -> str:
-    """``text`` as a part of a format."""
-    return text.replace("{", "{{").replace("}", "}}")
 
 
 def encode_texts(backend: Tokenizer, texts: Sequence[str]) -> list[list[int]]:

@@ -181,6 +181,8 @@ def load_base(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.
         record.fingerprint = fingerprint(model.named_parameters(), model.config)
         return model.to(device), record
     beside, record, held = path.with_suffix(".json"), read_record(path), read_tensors(path)
+    if any(".lora." in name for name in held):
+        raise UserError(f"{path} is a skill, not a base: name the base that it was trained on")
     # Older MiniMind versions saved the rotary table and the causal mask, which we compute.
     names = [name for name in held if name != "pos_cis" and not name.endswith(".mask")]
     tensors = {name: held[name] for name in names}

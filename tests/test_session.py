@@ -5,11 +5,13 @@ import shutil
 import sys
 
 import pytest
+from chat_templates import TEMPLATES, tokenizer_of
 from conftest import flags, logits_of
 
 import eval_model
 from core.errors import UserError
 from core.paths import TOKENIZER_DIR, lora_path
+from dataset.chat import encode_chat
 from dataset.tokenizer import load_tokenizer
 from model.generation import Sampling
 from model.lora.skill_file import read_lora
@@ -49,6 +51,51 @@ def test_a_changed_file_that_does_not_fit_leaves_the_active_skill(session):
     with pytest.raises(UserError, match="was trained on"):
         session.use_skill("a")
     assert (logits_of(session.model) == before).all() and session.skill == "a"
+
+
+TURNS = [("What is 2 + 2?", "Four.\n\nAsk on!"), ("谢谢你", "不客气")]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_chat_asks_again_what_training_taught(tiny_model, tmp_path, monkeypatch, name):
+    """Whatever the template writes around an answer is no part of what is shown or asked again."""
+    tokenizer, chat = tokenizer_of(name), []
+    settings = {"seed": 1, "history_cnt": 6, "continues": False, "out_dir": tmp_path}
+    session = ChatSession(tiny_model, tokenizer, Sampling(max_new_tokens=1), **settings)
+    stops = session.stop_ids()
+
+    def learned_by_heart(model, ids, *_):
+        """What a model generates that was trained on the chat until it makes no mistake."""
+        all_ids, learned = encode_chat(tokenizer, chat)
+        assert all_ids[: len(ids)] == ids and all(flag for flag in learned[len(ids) :][:1])
+        new = [token for token, flag in zip(all_ids, learned, strict=True) if flag]
+        last = new[len(new) - sum(learned[len(ids) :]) :]
+        assert last[-1] in stops and not stops & set(last[:-1])
+        return iter(last[:-1])
+
+    monkeypatch.setattr("serving.session.generate", learned_by_heart)
+    for question, answer in TURNS:
+        turn = [("user", question), ("assistant", answer)]
+        chat += [{"role": role, "content": text} for role, text in turn]
+        assert "".join(session.reply(question)).strip() == answer
+    assert session.messages == chat
+
+
+def test_a_system_turn_comes_first_or_is_refused(session, tiny_model, tmp_path):
+    plain = session.prompt_ids("Hi")
+    session.use_system("Be brief.")
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert session.prompt_ids("Hi") == encode_chat(session.tokenizer, turns, True)[0] != plain
+    session.use_system(None)
+    assert session.prompt_ids("Hi") == plain
+    settings = {"seed": 1, "history_cnt": 6, "out_dir": tmp_path}
+    for name, continues in (("gemma-2", False), ("own", True)):
+        other = ChatSession(
+            tiny_model, tokenizer_of(name), Sampling(), continues=continues, **settings
+        )
+        with pytest.raises(UserError):
+            other.use_system("Be brief.")
+        assert other.system is None and other.prompt_ids("Hi")
 
 
 def test_one_answer_opens_the_skill_file_as_often_as_reading_it_does(trained):

@@ -22,6 +22,7 @@ from dataset.batches import (
     SFTDataset,
     validation_batches,
 )
+from dataset.chat import ENCODING
 from dataset.files import data_files
 from dataset.tokenizer import control_ids, tokenizer_fingerprint
 from model.lora.skill_file import read_lora
@@ -36,6 +37,8 @@ from trainer.runtime import Runtime
 from trainer.start import DECIDED, Base
 
 GPU_MICRO_TOKENS = 32768  # about 5 GB for the default model
+# Options that earlier versions lacked, with what they did: their states can be resumed.
+BEFORE = {"control_text": "keep", "skill": None}
 ONCE = ("resume", "dry_run")  # options that say how a run was started, not what it is
 
 
@@ -58,11 +61,20 @@ def read_data(
 
 def read_general(
     options: TrainOptions, base: Base, tokenizer: PreTrainedTokenizerBase, runtime: Runtime
-) -> PretrainDataset:
-    """General chats, to see what a skill costs: the base never learned from the held-out ones."""
+) -> dict[str, Samples]:
+    """Held-out general chats, which the base never learned from, to see what a skill costs.
+
+    They stop no run: where the base's template can show none of them, there is a note instead.
+    Raises ``UserError`` for files that do not exist.
+    """
+    data_files(options.general_data)
     general = replace(options, data_path=options.general_data, bad_rows="skip")
     general.val_ratio = base.held_out_share
-    return read_data(SFTDataset, general, tokenizer, runtime)
+    try:
+        return {"general": read_data(SFTDataset, general, tokenizer, runtime).val}
+    except UserError as error:
+        print(f"note: what the skill costs in general is not measured: {error}")
+        return {}
 
 
 def validation_of(
@@ -142,6 +154,7 @@ def skills_on(base: Path, out_dir: Path) -> list[str]:
 def identity(record: Record) -> dict:
     """What must be the same when a run is resumed: options, and files by their content."""
     may_change = MAY_CHANGE | {entry["option"] for entry in record.data}
+    may_change |= {name for name, value in BEFORE.items() if record.options.get(name) == value}
     same = {name: value for name, value in record.options.items() if name not in may_change}
     numbers = Counter()
     for entry in record.data:
@@ -150,6 +163,8 @@ def identity(record: Record) -> dict:
         same[f"the content of {name}"] = entry["sha256"]
     same["the content of the tokenizer"] = record.tokenizer
     same["the content of the base"] = (record.base or {}).get("fingerprint")
+    if record.stage == "lora" and not record.base["file"].endswith(".pth"):
+        same["the content of chats in other makers' templates"] = ENCODING
     return same
 
 

@@ -1,6 +1,5 @@
 """What a training run starts from: a base, and perhaps a skill that it goes on with."""
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -10,13 +9,14 @@ from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
 from core.paths import is_pretrained
+from dataset.chat import chat_notes
 from dataset.tokenizer import tokenizer_fingerprint, tokenizer_of
 from model.LMConfig import check_length
 from model.lora.config import LoRAConfig
 from model.lora.layer import adapted
 from model.lora.skill_file import Skill, attach_lora, read_lora
 from model.quantized import quantize
-from model.weights import RunRecord, choose_base, load_base, read_tensors
+from model.weights import RunRecord, choose_base, load_base
 from trainer.options import TrainOptions
 from trainer.runtime import Runtime
 
@@ -55,31 +55,21 @@ def open_base(
 ) -> Base:
     """The base that is named, or else a skill's own, or else the newest one of ``stage``.
 
-    Raises ``UserError`` if ``own`` for a model of other makers, for a skill's file, and if options
-    misfit.
+    Raises ``UserError`` if ``own`` for a model of other makers, for a template that can write no
+    chat, and if options misfit.
     """
     path = choose_base(options.out_dir, options.base, skill_base, stages=(stage,))
     if own and is_pretrained(path):
         wrong = f"base {path} is no MiniMindLM, and this trains no other"
         raise UserError(f"{wrong}; models of other makers can learn skills")
-    try:
-        model, record = load_base(path, runtime.device)
-    except UserError as error:
-        if not _is_skill(path):
-            raise
-        way_out = "name the base that it was trained on"
-        raise UserError(f"{path} is a skill, not a base; {way_out}") from error
+    model, record = load_base(path, runtime.device)
     model.config.use_cache = False  # training needs no keys and values; decoding asks for them
     print(f"base: {path}")
     tokenizer = tokenizer_of(record, path, options.tokenizer_path, options.out_dir, prompt_template)
+    for note in chat_notes(tokenizer):
+        print(f"note: {note}")
     check_length(model.config, options.max_seq_len)
     return Base(path, model, tokenizer, record)
-
-
-def _is_skill(path: Path) -> bool:
-    with contextlib.suppress(UserError):
-        return any(".lora." in name for name in read_tensors(path))
-    return False
 
 
 def open_skill_base(options: TrainOptions, runtime: Runtime, given: Mapping[str, object]) -> Base:
