@@ -26,14 +26,14 @@ def main(argv: list[str] | None = None) -> Path:
     options = parse(Options, argv)
     from dataset.batches import SFTDataset
     from model.weights import RunRecord, save_base
-    from trainer import stage, start
+    from trainer import stage
     from trainer.runtime import Runtime
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
-    base = start.open_base(options, runtime, "pretrain")
+    base = stage.open_base(options, runtime, "pretrain")
     model, tokenizer = base.model, base.tokenizer
     path = base_path(options.out_dir, "full_sft", model.config.dim)
-    start.check_apart(path, base.path)
+    stage.check_apart(path, base.path)
     data = stage.read_data(SFTDataset, options, tokenizer, runtime)
     facts = stage.run_facts("full_sft", options, tokenizer, base)
     validation = stage.validation_of(model, {"val": data.val}, tokenizer, options, runtime)

@@ -47,18 +47,18 @@ def main(argv: list[str] | None = None) -> Path:
     from model.lora.skill_file import SkillMeta
     from model.lora.targets import table_of
     from model.model_lora import apply_lora, save_lora
-    from trainer import stage, start
+    from trainer import stage
     from trainer.runtime import Runtime
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
-    base = start.open_skill_base(options, runtime, given(Options, argv))
+    base = stage.open_skill_base(options, runtime, given(Options, argv))
     model, tokenizer = base.model, base.tokenizer
     path = lora_path(options.out_dir, options.lora_name, model.config.hidden_size)
-    start.check_apart(path, options.skill)
+    stage.check_apart(path, options.skill)
     data = stage.read_data(SFTDataset, options, tokenizer, runtime)
     general = stage.read_general(options, base, tokenizer, runtime)
     if base.skill:
-        start.attach_skill(model, options, base.skill)
+        stage.attach_skill(model, options, base.skill)
     else:
         apply_lora(model, config=options)
     print(table_of(model))

@@ -39,12 +39,12 @@ def main(argv: list[str] | None = None) -> Path:
     from model.LMConfig import LMConfig, check_length
     from model.model import MiniMindLM
     from model.weights import RunRecord, save_base
-    from trainer import stage, start
+    from trainer import stage
     from trainer.runtime import Runtime
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
     if options.base:
-        base = start.open_base(options, runtime, "pretrain")
+        base = stage.open_base(options, runtime, "pretrain")
         model, tokenizer = base.model, base.tokenizer
         take_sizes(options, model.config, given(Options, argv))
     else:
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> Path:
         check_length(config, options.max_seq_len)
         model = MiniMindLM(config).to(runtime.device)
     path = base_path(options.out_dir, "pretrain", options.dim)
-    start.check_apart(path, options.base)
+    stage.check_apart(path, options.base)
     data = stage.read_data(PretrainDataset, options, tokenizer, runtime)
     facts = stage.run_facts("pretrain", options, tokenizer, base)
     validation = stage.validation_of(model, {"val": data.val}, tokenizer, options, runtime)

@@ -29,7 +29,7 @@ from model.weights import RunRecord, load_base
 from serving.session import ChatSession
 from serving.terminal import command
 from trainer.stage import run_facts
-from trainer.start import Base
+from trainer.stage import Base
 
 
 def load(trained, stage="full_sft"):
