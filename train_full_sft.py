@@ -9,6 +9,7 @@ from core.paths import base_path, bundled_data
 from trainer.options import TrainOptions
 
 BUNDLED = (bundled_data("sft_mini.jsonl"),)
+DATA_HELP = "chat files or folders; scripts/inspect_data.py --help lists the styles"
 BASE_HELP = "base to start from (default: the newest pretrain_*.pth in out_dir)"
 
 
@@ -16,7 +17,7 @@ BASE_HELP = "base to start from (default: the newest pretrain_*.pth in out_dir)"
 class Options(TrainOptions):
     """Fine-tune all weights of a pretrained base on chats and save out/full_sft_<dim>.pth."""
 
-    data_path: tuple[Path, ...] = option(BUNDLED, "chat files", group="most used")
+    data_path: tuple[Path, ...] = option(BUNDLED, DATA_HELP, group="most used")
     base: Path | None = option(None, BASE_HELP, group="most used")
     epochs: int = 2
     learning_rate: float = 5e-4

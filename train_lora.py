@@ -12,6 +12,7 @@ from trainer.options import TrainOptions
 
 SKILL_DATA = (bundled_data("lora_identity.jsonl"),)
 GENERAL_DATA = (bundled_data("sft_mini.jsonl"),)
+DATA_HELP = "chat files or folders; scripts/inspect_data.py --help lists the styles"
 BASE_HELP = "file, Hugging Face folder or owner/model (default: skill's, or newest full_sft_*)"
 TEMPLATE_HELP = r"how a base without chat template is asked: 'Q: {user}\nA: '"
 LORA_PLUS_HELP = "times the rate of A that B learns at (LoRA+)"
@@ -22,7 +23,7 @@ class Options(LoRAConfig, TrainOptions):
     """Freeze a chat base, train rank-16 LoRA on chats and save out/lora/lora_<name>_<dim>.pth."""
 
     lora_name: str = option("identity", "name of the skill; it names the file", group="most used")
-    data_path: tuple[Path, ...] = option(SKILL_DATA, "chat files of the skill", group="most used")
+    data_path: tuple[Path, ...] = option(SKILL_DATA, DATA_HELP, group="most used")
     general_data: tuple[Path, ...] = option(GENERAL_DATA, "chats that show its cost", group="data")
     base: Path | None = option(None, BASE_HELP, group="most used")
     skill: Path | None = option(None, "skill file to go on with, in its rank", group="skill")

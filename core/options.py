@@ -84,6 +84,7 @@ def parse(options: type[T], argv: list[str] | None) -> T:
 def given(options: type, argv: list[str] | None) -> dict[str, Any]:
     """What ``argv`` itself says, by option, without any default; else as ``parse``."""
     parser = _Parser(description=(options.__doc__ or "").strip(), allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     sections = {group: parser.add_argument_group(group) for group in GROUPS}
     positional, declarations = [], _declarations(options)
     for name, declared in declarations.items():

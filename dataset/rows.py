@@ -1,7 +1,19 @@
 """What a row is: one text, or one chat, in whichever style it is written.
 
-``clean_text`` and ``clean_chat`` say what a row means to pretraining and to fine-tuning. Any other
-row is reported as ``file:line: reason`` and never reaches the model.
+    text       {"text": "..."}
+    messages   {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]},
+               or conversations, conversation, dialog; a bare list; {"from": "human", "value": ...}
+    roles      user, human; assistant, gpt, bot, model, chatgpt; system, developer; in any case
+    contents   texts, or lists of {"type": "text", "text": "..."}
+    Alpaca     {"instruction", "input", "output"}, perhaps with "history": [["...", "..."], ...]
+    columns    prompt, query, question, q, instruction or input, with
+               response, answer, a, output, completion or target
+    system     "system" or "system_prompt" beside a chat: its system turn
+    unlearned  an answer with "weight": 0, "loss": false, "train": false or "masked": true is
+               context only
+
+Any other row is reported as ``file:line: reason`` and never reaches the model: so are rows with
+tool calls or reasoning fields, with preferences (chosen, rejected), or with two readings.
 """
 
 import json
@@ -158,10 +170,7 @@ def _messages_of(row: dict, keys: tuple[str, ...]) -> list:
     """The messages of a chat row that is read from ``keys``; not yet checked."""
     _refuse_not_learned(row, "the row")
     if keys[0] in CHATS:
-        messages = row[keys[0]]
-        if not isinstance(messages, list):
-            raise BadRow(f"the conversation is not a list of messages but {type_of(messages)}")
-        if not messages:
+        if not (messages := _list(row[keys[0]], "the conversation")):
             raise BadRow("the conversation is an empty list")
         return messages
     *questions, answer = keys
@@ -181,7 +190,7 @@ def _clean_message(message: Any, where: str) -> dict:
     """``{"role", "content"}``, perhaps with ``"learned": False``; a blank system turn is ""."""
     if not isinstance(message, dict):
         raise BadRow(f"{where} is not an object but {type_of(message)}")
-    if len(message) > 2:  # beside role and content
+    if len(message) > 2 or "content" not in message:
         message = {key: value for key, value in message.items() if value is not None}
         _refuse_not_learned(message, where)
     name = message.get("role", message.get("from"))

@@ -67,8 +67,9 @@ def tokenizer_of(
             raise UserError(f"{base} needs another tokenizer than {tried}; name its tokenizer_path")
     # Other makers pad their embeddings to round numbers.
     if len(tokenizer) > vocab_size or (len(tokenizer) < vocab_size and not is_foreign):
-        sizes = f"{folder} has {len(tokenizer)} entries, {base} has {vocab_size}"
-        raise UserError(f"{sizes}; name its tokenizer_path")
+        sizes = f"the tokenizer in {folder} has {len(tokenizer)} entries"
+        sizes += f" and the embedding of {base} has {vocab_size}"
+        raise UserError(f"{sizes}; name the base's own as tokenizer_path")
     return tokenizer
 
 

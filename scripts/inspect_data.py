@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from core.errors import run
 from core.options import CheckedOptions, option, parse
 from core.paths import TOKENIZER_DIR
+from dataset import rows
 from trainer.options import TrainOptions
 
 BAR = 40  # characters of the longest bar
@@ -32,6 +33,9 @@ class Options(CheckedOptions):
     n: int = option(3, "rows to show token by token, the first ones of each file", at_least=0)
     max_seq_len: int = option(TrainOptions.max_seq_len, "tokens of a row or window", at_least=2)
     tokenizer_path: Path = option(TOKENIZER_DIR, "tokenizer folder")
+
+
+Options.__doc__ += f"\n\n{rows.__doc__}"
 
 
 @dataclass
@@ -77,11 +81,11 @@ def inspect(path: Path, kind, tokenizer, options: Options) -> Report:
 
     report, reads, spelling = Report(), kind or CHAT, control_spelling(tokenizer)
     for block in read_blocks(path):
-        rows = [(place, clean_row(row, reads.clean)) for place, row in block.rows]
-        report.spelled += settle_control_text(rows, spelling, "keep")[1]
-        chosen = [row[reads.key] for _, row in rows if not isinstance(row, BadRow)]
+        cleaned = [(place, clean_row(row, reads.clean)) for place, row in block.rows]
+        report.spelled += settle_control_text(cleaned, spelling, "keep")[1]
+        chosen = [row[reads.key] for _, row in cleaned if not isinstance(row, BadRow)]
         encoded = iter(reads.encode(tokenizer, chosen))
-        for (place, row), (_, given) in zip(rows, block.rows, strict=True):
+        for (place, row), (_, given) in zip(cleaned, block.rows, strict=True):
             outcome = row if isinstance(row, BadRow) else next(encoded)
             where = place_of(path, place)
             if isinstance(outcome, BadRow):

@@ -344,7 +344,7 @@ FAULTS = [  # a line, the reason in it
     (chat("user", "narrator"), "message 2 has \"role\" 'narrator', none of system, developer"),
     (chat("user", ["assistant"]), "message 2 has \"role\" ['assistant'], none of"),
     ({"conversations": []}, "the conversation is an empty list"),
-    ({"messages": {"role": "user"}}, "the conversation is not a list of messages but an object"),
+    ({"messages": {"role": "user"}}, "the conversation is not a list but an object"),
     ({"messages": ["hello", "hi"]}, "message 1 is not an object but text"),
     ({"messages": [CHAT[0], {"role": "assistant", "content": None}]}, "2 is not text but null"),
     ({"messages": [CHAT[0], {"role": "assistant", "content": " \n"}]}, "message 2 is empty"),
@@ -366,6 +366,7 @@ FAULTS = [  # a line, the reason in it
         ]
     ),
     ({"messages": CHAT, "tools": [{"name": "f"}]}, "the row holds tools"),
+    ({"messages": [CHAT[0], {"role": "assistant", "tool_calls": [1]}]}, "2 holds tool_calls"),
     ({"chosen": CHAT, "rejected": CHAT}, "a preference row (chosen, rejected)"),
     ({"conversations": CHAT[:1], "chosen": {}, "rejected": {}}, "a preference row"),
     ({"prompt": "a", "question": "b", "answer": "c"}, "by the keys prompt, question, answer"),
