@@ -87,12 +87,11 @@ class Template:
     def render(self, chats: Sequence[Sequence[dict]], prompt: bool) -> list[str | BadRow]:
         """Each chat as text, with the generation ``prompt`` or without, or why it is refused."""
         settings = {"tokenize": False, "add_generation_prompt": prompt}
-        keys, rendered = ("role", "content"), []
+        rendered = []
         for start in range(0, len(chats), AT_ONCE):
-            some = chats[start : start + AT_ONCE]
-            turns = [[{key: turn[key] for key in keys} for turn in chat] for chat in some]
+            some = list(chats[start : start + AT_ONCE])
             try:
-                rendered += self.tokenizer.apply_chat_template(turns, **settings)
+                rendered += self.tokenizer.apply_chat_template(some, **settings)
             except (TemplateError, TypeError, ValueError) as error:
                 if len(some) > 1:
                     rendered += [self.render([chat], prompt)[0] for chat in some]

@@ -28,8 +28,7 @@ from model.quantized import quantize
 from model.weights import RunRecord, load_base
 from serving.session import ChatSession
 from serving.terminal import command
-from trainer.stage import run_facts
-from trainer.stage import Base
+from trainer.stage import Base, run_facts
 
 
 def load(trained, stage="full_sft"):
