@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from core.errors import UserError
+from core.files import read_object
 from dataset import tables
 from dataset.rows import BadRow, clean_row, style_of
 
@@ -57,9 +58,8 @@ def data_files(paths: Iterable[Path]) -> tuple[Path, ...]:
 
 def _files_in(folder: Path) -> list[Path]:
     """The data files of a folder; those of one that ``datasets`` saved, in their order."""
-    if (folder / "state.json").is_file():
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return [folder / entry["filename"] for entry in state["_data_files"]]
+    if saved := read_object(folder / "state.json").get("_data_files"):
+        return [folder / entry["filename"] for entry in saved]
     found = sorted(path for path in folder.iterdir() if path.is_file() and format_of(path))
     found = [path for path in found if path.name[0] != "." and path.name != "dataset_dict.json"]
     if not found:
@@ -100,7 +100,7 @@ def read_blocks(path: Path) -> Iterator[Block]:
             for place, row in FORMATS[format_of(path)](_unpacked(file)):
                 if is_ascii and isinstance(row, bytes) and not row.isascii():
                     is_ascii = False
-                    _check_encoding(row)
+                    _check_encoding(path, row)
                 rows.append((place, row))
                 size += len(row if isinstance(row, bytes) else str(row))
                 if size >= BLOCK_BYTES:
@@ -114,7 +114,8 @@ def read_blocks(path: Path) -> Iterator[Block]:
 def _unpacked(file: BinaryIO) -> io.BufferedReader:
     """The bytes of ``file``, unpacked as its first bytes say, and as UTF-8 without its mark."""
     if file.peek(4).startswith(b"PK\x03\x04"):
-        raise ValueError("it is a spreadsheet or an archive; save its table as CSV in UTF-8")
+        way_out = "save its table as CSV in UTF-8"
+        raise UserError(f"{file.name} is a spreadsheet or an archive; {way_out}")
     if file.peek(4).startswith(b"\x1f\x8b"):
         file = gzip.GzipFile(fileobj=file)
     elif file.peek(4).startswith(b"\x28\xb5\x2f\xfd"):
@@ -128,8 +129,8 @@ def _unpacked(file: BinaryIO) -> io.BufferedReader:
     return file
 
 
-def _check_encoding(row: bytes) -> None:
-    """Raise ``ValueError`` where the first row that tells is no UTF-8 but may be Chinese."""
+def _check_encoding(path: Path, row: bytes) -> None:
+    """Raise ``UserError`` if the first ``row`` that tells is no UTF-8 but may be Chinese."""
     try:
         row.decode()
     except UnicodeDecodeError:
@@ -138,7 +139,7 @@ def _check_encoding(row: bytes) -> None:
         except UnicodeDecodeError:
             return  # the row alone is damaged
         way_out = "save it as UTF-8, such as with iconv -f GB18030 -t UTF-8"
-        raise ValueError(f"its text looks like GB18030 (GBK) and not UTF-8; {way_out}") from None
+        raise UserError(f"{path} looks like GB18030 (GBK) and not UTF-8; {way_out}") from None
 
 
 def _json_rows(text: io.BufferedReader) -> Iterator[tuple[Place, bytes | BadRow]]:

@@ -29,7 +29,8 @@ def _table_rows(text: io.BufferedReader, **dialect: Any) -> Rows:
     table = csv.reader(lines, strict=True, **dialect)
     header = [name.strip() for name in next(table, [])]
     if len(set(header)) < len(header):
-        raise ValueError("a column's name is there twice; name each once")
+        yield "the header", BadRow("a column's name is there twice; name each once")
+        return
     number = blank = 0
     while True:
         try:

@@ -140,6 +140,8 @@ def test_all_cells_of_a_table_are_texts(tmp_path):
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["question", "answer"], *([cell, cell] for cell in cells)])
     assert rows_of(path) == [{"conversations": turns(cell, cell)} for cell in cells]
+    path.write_text("text,text\na,b\n", encoding="utf-8")
+    assert "name is there twice" in bad_rows(path)["the header"]
     path.write_text("question,answer\na,b\nc\n\nd,\ne,f\n", encoding="utf-8")
     assert bad_rows(path) == {
         "row 2": "1 columns, the header has 2",
@@ -522,7 +524,6 @@ NOT_DATA = {
     "odd.jsonl": (codecs.BOM_UTF16_LE + b"a", "cannot read"),
     "cut.parquet": (b"PAR1cut", "cannot read"),
     "no.arrow": (b"no", "cannot read"),
-    "twice.csv": (b"text,text\na,b\n", "name is there twice"),
 }
 
 
