@@ -140,7 +140,7 @@ def tokenize_files(
         settle_bad_rows(facts["bad"], shown, bad_rows)
     if facts["spelled"] and control_text == "keep":
         way_out = "control_text=drop leaves these marks out, refuse the rows"
-        print(f"note: {facts['spelled']} rows spell control tokens as text; {way_out}", flush=True)
+        print(f"note: rows that spell control tokens as text: {facts['spelled']}; {way_out}")
     if not facts["rows"]:
         raise UserError(f"no usable row in {', '.join(map(str, paths))}")
     return TokenRows(table, np.dtype(facts["dtype"]))

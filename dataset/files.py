@@ -50,7 +50,8 @@ def data_files(paths: Iterable[Path]) -> tuple[Path, ...]:
             raise UserError(f"data file {path} does not exist; check its path")
         elif format_of(path) is None:
             known = f"{', '.join(FORMATS)}, also with {' or '.join(PACKED)}"
-            raise UserError(f"data file {path} has an unknown ending; use one of {known}")
+            wrong = f"data file {path} has an unknown ending; use one of {known}"
+            raise UserError(f"{wrong}; save a spreadsheet as .csv in UTF-8")
         else:
             files.append(path)
     return tuple(files)
@@ -135,7 +136,7 @@ def _check_encoding(path: Path, row: bytes) -> None:
         row.decode()
     except UnicodeDecodeError:
         try:
-            row.decode("gb18030")
+            row.decode("gb2312")  # its narrowest form: nearly no other encoding reads as that
         except UnicodeDecodeError:
             return  # the row alone is damaged
         way_out = "save it as UTF-8, such as with iconv -f GB18030 -t UTF-8"

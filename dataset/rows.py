@@ -134,7 +134,9 @@ def style_of(row: dict, kind: str) -> tuple[str, ...]:
         if kind == "preference":
             return ("chosen", "rejected")
         raise BadRow("a preference row (chosen, rejected), which this training does not learn from")
-    chats = [key for key in CHATS if key in row]
+    chats = [key for key in CHATS if not is_blank(row.get(key))]
+    if chats and row.get("history"):
+        chats.append("history")
     if kind == "chat" and len(chats) == 1:
         return (chats[0],)
     questions, answers = [_named(row, keys) if not chats else [] for keys in (QUESTIONS, ANSWERS)]
@@ -144,7 +146,8 @@ def style_of(row: dict, kind: str) -> tuple[str, ...]:
     if len(chats) > 1 or readings > 1:
         found = chats or [*questions, *answers]
         raise BadRow(f"more than one reading, by the keys {', '.join(found)}; keep one chat")
-    return (*questions, *answers)
+    context = [] if is_blank(row.get("context")) else ["context"]  # as Dolly has it
+    return (*questions, *context, *answers)
 
 
 def _named(row: dict, keys: tuple[str, ...]) -> list[str]:
@@ -157,6 +160,8 @@ def _not_understood(row: dict, kind: str) -> str:
     """The keys of a row without a reading, and the style of chats that they are most like."""
     if kind == "text":
         return f'no "text" among its keys {keys_of(row)}, and pretraining reads nothing else'
+    if "text" in row:
+        return f'a row with "text" among its keys {keys_of(row)} is for pretraining; give chats'
 
     def likeness(style: tuple[str, ...]) -> float:
         ratios = (max([SequenceMatcher(None, k, key).ratio() for k in row] or [0]) for key in style)
@@ -174,16 +179,22 @@ def _messages_of(row: dict, keys: tuple[str, ...]) -> list:
             raise BadRow("the conversation is an empty list")
         return messages
     *questions, answer = keys
-    if all(isinstance(row[key], list) and row[key] for key in keys):
-        return [message for key in keys for message in row[key]]
-    turns = []
-    for number, pair in enumerate(_list(row.get("history", []), '"history"'), 1):
+    turns, history = [], row.get("history")
+    for number, pair in enumerate([] if is_blank(history) else _list(history, '"history"'), 1):
         if not isinstance(pair, list) or len(pair) != 2:
             raise BadRow(f'part {number} of "history" is no [question, answer] pair')
         turns += [("user", pair[0]), ("assistant", pair[1])]
-    question = "\n".join(content(row[key], f'"{key}"') for key in questions)
-    turns += [("user", question), ("assistant", content(row[answer], f'"{answer}"'))]
-    return [{"role": role, "content": text} for role, text in turns]
+    if _are_messages(row[questions[0]]):
+        last = row[answer] if _are_messages(row[answer]) else [("assistant", row[answer])]
+        turns += [*row[questions[0]], *last]
+    else:
+        question = "\n".join(content(row[key], f'"{key}"') for key in questions)
+        turns += [("user", question), ("assistant", content(row[answer], f'"{answer}"'))]
+    return [t if isinstance(t, dict) else {"role": t[0], "content": t[1]} for t in turns]
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(m, dict) and "role" in m for m in value)
 
 
 def _clean_message(message: Any, where: str) -> dict:

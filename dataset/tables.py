@@ -66,10 +66,13 @@ def parquet_rows(file: io.BufferedReader) -> Rows:
 
 
 def arrow_rows(file: io.BufferedReader) -> Rows:
-    """The rows of an Arrow stream, such as ``datasets`` saves."""
+    """The rows of an Arrow stream, such as ``datasets`` saves, or file (Feather)."""
     import pyarrow
 
-    return _arrow_rows(pyarrow.ipc.open_stream(file))
+    if not file.peek(6).startswith(b"ARROW1"):
+        return _arrow_rows(pyarrow.ipc.open_stream(file))
+    reader = pyarrow.ipc.open_file(file)
+    return _arrow_rows(map(reader.get_batch, range(reader.num_record_batches)))
 
 
 def _arrow_rows(batches: Any) -> Rows:

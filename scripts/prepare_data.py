@@ -21,6 +21,9 @@ class Options(CheckedOptions):
     """Tokenise rows into out/cache, where training with the same --out_dir finds them."""
 
     files: tuple[Path, ...] = option((), "data files of one run, texts or chats", positional=True)
+    stage: Literal["auto", "pretrain", "sft"] = option(
+        "auto", "tokenise the texts of rows, or their chats; auto: as the first usable row"
+    )
     out_dir: Path = option(TrainOptions.out_dir, "folder of all results, made if missing")
     tokenizer_path: Path = option(TOKENIZER_DIR, "tokenizer folder")
     bad_rows: Literal["stop", "skip"] = option(TrainOptions.bad_rows, "what to do about bad rows")
@@ -32,11 +35,12 @@ class Options(CheckedOptions):
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(Options, argv)
-    from dataset.cache import kind_of, tokenize_files
+    from dataset.cache import CHAT, TEXT, kind_of, tokenize_files
     from dataset.tokenizer import load_tokenizer
 
     first = options.files[0]
-    if (kind := kind_of(first)) is None:
+    kind = {"pretrain": TEXT, "sft": CHAT}.get(options.stage) or kind_of(first)
+    if kind is None:
         raise UserError(f"no usable row in {first}; look at it with scripts/inspect_data.py")
     tokenizer, cache = load_tokenizer(options.tokenizer_path), cache_dir(options.out_dir)
     how = options.bad_rows, options.control_text, options.workers

@@ -17,7 +17,7 @@ from trainer.options import TrainOptions
 
 OF_PREDICTION = {"base", "lora_name", "predict", "out_dir"}
 OF_PREDICTION |= {"device", "dtype", "tokenizer_path", "seed"}
-ROWS_HELP = "rows with text, label and perhaps text_pair: .jsonl, .json or .tsv"
+ROWS_HELP = "rows with text, label and perhaps text_pair, such as .jsonl, .csv or .tsv"
 PREDICT_HELP = "train nothing: print label and probability of this file's rows"
 
 
@@ -54,6 +54,8 @@ class Options(LoRAConfig, TrainOptions):
         super().__post_init__()
         skill_name(self.lora_name)
         require(self.base is not None, "name a pretrained model with --base")
+        keeps = self.control_text == "keep"
+        require(keeps, "texts are classified as they are: leave out --control_text")
         one_task = bool(self.data_path) != bool(self.predict)
         require(one_task, "name rows with --data_path, or a file with --predict")
         both = self.full and self.load_in_4bit

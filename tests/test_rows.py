@@ -8,6 +8,7 @@ import random
 import tracemalloc
 
 import datasets
+import pyarrow.feather
 import pytest
 import zstandard
 
@@ -118,6 +119,8 @@ def test_parquet_and_folders_that_datasets_saved_give_the_same_rows(tmp_path):
     saved = datasets.Dataset.from_dict(COLUMNS | {"id": list(range(5))})
     saved.to_parquet(tmp_path / "a.parquet")
     saved.save_to_disk(tmp_path / "arrow", num_shards=2)
+    pyarrow.feather.write_feather(saved.data.table, tmp_path / "a.arrow")
+    assert rows_of(tmp_path / "a.arrow") == TEXTS
     chats = datasets.Dataset.from_list([{"messages": [{**turn, "x": None} for turn in CHAT]}])
     chats.to_parquet(tmp_path / "chats.parquet")
     assert rows_of(tmp_path / "a.parquet") == TEXTS
@@ -259,7 +262,7 @@ PARTS = [{"type": "text", "text": "Hello "}, {"type": "text", "text": "👋"}]
 STYLES = [  # a row, the chat that it means
     *(({key: CHAT}, CHAT) for key in ("conversations", "messages", "conversation", "dialog")),
     (CHAT, CHAT),
-    ({"messages": CHAT, "id": 7, "conversations": None, "text": None}, CHAT),
+    ({"messages": CHAT, "id": 7, "conversations": None, "text": None, "history": []}, CHAT),
     ({"messages": CHAT, "prompt": "你好", "response": "beside it"}, CHAT),
     ({"conversations": [SYSTEM, *CHAT, *CHAT]}, [SYSTEM, *CHAT, *CHAT]),
     ({"messages": [{**message, "name": "x"} for message in CHAT]}, CHAT),
@@ -296,6 +299,10 @@ STYLES = [  # a row, the chat that it means
         for answer in ("response", "answer", "a", "output", "completion", "target")
     ),
     ({"prompt": CHAT[:1], "completion": CHAT[1:]}, CHAT),
+    ({"prompt": [SYSTEM, CHAT[0]], "completion": "Hello 👋"}, [SYSTEM, *CHAT]),
+    ({"prompt": PARTS, "response": "d"}, turns("Hello 👋", "d")),
+    ({"instruction": "a", "context": "b", "response": "c"}, turns("a\nb", "c")),
+    ({"query": "c", "response": "d", "history": "", "context": ""}, turns("c", "d")),
     *(
         (marked(key, off, on), turns("0", ["1"], "2", "3"))
         for key, off, on in [
@@ -371,6 +378,7 @@ FAULTS = [  # a line, the reason in it
     ({"messages": [CHAT[0], {"role": "assistant", "tool_calls": [1]}]}, "2 holds tool_calls"),
     ({"chosen": CHAT, "rejected": CHAT}, "a preference row (chosen, rejected)"),
     ({"conversations": CHAT[:1], "chosen": {}, "rejected": {}}, "a preference row"),
+    ({"messages": CHAT, "history": [["a", "b"]]}, "more than one reading, by the keys messages"),
     ({"prompt": "a", "question": "b", "answer": "c"}, "by the keys prompt, question, answer"),
     ({"prompt": "a", "answer": "b", "output": "c"}, "by the keys prompt, answer, output"),
     ({"query": "c", "response": "d", "history": [["a"]]}, 'part 1 of "history" is no'),
@@ -404,6 +412,7 @@ FAULTS = [  # a line, the reason in it
     ('["text"]', "message 1 is not an object but text"),
     ("null", "a row must be a JSON object, not null"),
     ('"text"', "a row must be a JSON object, not text"),
+    ("über die Brücke".encode("latin-1"), "not UTF-8 at byte 1 of the row"),
     (b'{"text": "caf\xe9"}', "not UTF-8 at byte 14 of the row (invalid continuation byte)"),
     ('{"text": "你好"}'.encode("gb18030"), "not UTF-8 at byte 11 of the row"),
     ('{"text": "a"}'.encode("utf-16"), "not UTF-8 at byte 1 of the row"),
@@ -521,6 +530,7 @@ NOT_DATA = {
     "gbk.jsonl": ('{"text": "a"}\n{"text": "你好"}\n'.encode("gb18030"), "GB18030.*iconv"),
     "gbk.csv": ("text\n你好\n".encode("gb18030"), "GB18030.*iconv"),
     "gbk.txt": ("你好，世界".encode("gb18030"), "GB18030.*iconv"),
+    "sheet.xlsx": (b"PK", "save a spreadsheet as .csv"),
     "odd.jsonl": (codecs.BOM_UTF16_LE + b"a", "cannot read"),
     "cut.parquet": (b"PAR1cut", "cannot read"),
     "no.arrow": (b"no", "cannot read"),
