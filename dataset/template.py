@@ -4,7 +4,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -58,8 +58,7 @@ class Template:
     ``backends`` make ids of the text between control tokens: at the beginning of a sentence, and
     inside one. ``tokens``: what the tokenizer says of its control tokens, special or only added
     ones such as <think>.
-    ``joins``: text behind a token is inside a sentence. ``reads_thoughts``: the template writes the
-    thought of an answer in a way of its own, or leaves it out.
+    ``joins``: text behind a token is inside a sentence.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -82,7 +81,6 @@ class Template:
         self.tokens[ADDED] = {"id": tokenizer.eos_token_id, "lstrip": False, "rstrip": False}
         self._cut = re.compile(f"({'|'.join(map(re.escape, [ANSWER, *self.tokens]))})")
         self._no_end = {tokenizer.bos_token} - {tokenizer.eos_token}
-        self.reads_thoughts = self._reads_thoughts()
 
     def render(self, chats: Sequence[Sequence[dict]], prompt: bool) -> list[str | BadRow]:
         """Each chat as text, with the generation ``prompt`` or without, or why it is refused."""
@@ -112,7 +110,8 @@ class Template:
             contents += parts
         return tuple(roles), contents
 
-    def _reads_thoughts(self) -> bool:
+    @cached_property
+    def reads_thoughts(self) -> bool:
         """Whether the template writes the thought of an answer otherwise than it is given."""
         thoughtful = f"<think>\n{OPEN}\n</think>\n\n"
         given = thoughtful.replace(OPEN, placeholder(1)) + placeholder(2)
