@@ -148,7 +148,7 @@ class PretrainDataset:
         self.train, self.val = self.samples(train, *settings), self.samples(val, *settings)
         if not len(self.train.lengths):
             names = ", ".join(map(str, paths))
-            raise UserError(f"max_seq_len {max_seq_len} leaves nothing to learn in {names}")
+            raise UserError(f"nothing is left to learn in {names} within max_seq_len {max_seq_len}")
 
 
 class SFTDataset(PretrainDataset):

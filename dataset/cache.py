@@ -138,9 +138,9 @@ def tokenize_files(
     if facts["bad"]:  # named by today's files: those that filled the cache may have had other names
         shown = [f"{place_of(paths[n], place)}: {why}" for n, place, why in facts["shown"]]
         settle_bad_rows(facts["bad"], shown, bad_rows)
-    if facts["spelled"] and control_text == "keep":
-        way_out = "control_text=drop leaves these marks out, refuse the rows"
-        print(f"note: rows that spell control tokens as text: {facts['spelled']}; {way_out}")
+    if facts["spelled"] and control_text != "refuse":
+        done = "without them" if control_text == "drop" else "control_text=drop would remove them"
+        print(f"note: rows that spell control tokens as text: {facts['spelled']}; {done}")
     if not facts["rows"]:
         raise UserError(f"no usable row in {', '.join(map(str, paths))}")
     return TokenRows(table, np.dtype(facts["dtype"]))
@@ -301,7 +301,8 @@ def split_rows(rows: TokenRows, val_ratio: float) -> tuple[TokenRows, TokenRows]
     if val_ratio > 0 and not held_out.any():
         held_out = digests == digests.min()
     if held_out.all():
-        advice = "give more different rows, or val_ratio 0 to train on those there are"
+        advice = "give more different rows (a text file is one, unless lines of <|endoftext|>"
+        advice += " part it), or val_ratio 0 to train on those there are"
         raise UserError(f"a held-out share of {val_ratio} leaves no row to train on; {advice}")
     train, val = rows.chosen[~held_out], rows.chosen[held_out]
     return TokenRows(rows.table, rows.dtype, train), TokenRows(rows.table, rows.dtype, val)

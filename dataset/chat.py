@@ -15,6 +15,7 @@ from dataset.rows import BadRow
 from dataset.template import ONE_TURN, Plan, Span, Template, encode_texts, template_of
 
 ENCODING = 2  # raise it when chats in other makers' templates get other ids
+LATER = "the template writes earlier ones differently"
 Encoded = tuple[list[int], list[bool]]
 
 
@@ -144,7 +145,12 @@ def chat_notes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     except BadRow as bad:
         return [*notes, f"only chats of one question are usable: {bad}"]
     if all(span.answer != 1 for span in spans):
-        notes.append("only the last answer of a chat is learned: the template shows others anew")
+        notes.append(f"only the last answer of a chat is learned: {LATER}")
+        return notes
+    with contextlib.suppress(BadRow):
+        spans = template.plan(("system", *ONE_TURN * 2), False).spans
+        if all(span.answer != 2 for span in spans):
+            notes.append(f"of a chat with a system turn, only the last answer is learned: {LATER}")
     return notes
 
 

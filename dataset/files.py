@@ -18,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 from core.errors import UserError
 from core.files import read_object
 from dataset import tables
-from dataset.rows import BadRow, clean_row, style_of
+from dataset.rows import BadRow, are_messages, clean_any, clean_row, style_of
 
 CHUNK_BYTES = 1 << 18  # of a JSON array that are read at once
 BLOCK_BYTES = 1 << 21  # of rows that are parsed and tokenised together
@@ -156,7 +156,8 @@ def _json_rows(text: io.BufferedReader) -> Iterator[tuple[Place, bytes | BadRow]
         return
     first = head if head.endswith(b"\n") else head + text.readline()
     second = text.readline()
-    if _is_open(first) and (not second or _is_open(first + second) is not False):
+    goes_on = _is_open(first) and (not second or _is_open(first + second) is not False)
+    if goes_on and not (second.startswith(b"{") and _is_open(second) is None):
         chunks = chain([first + second], iter(lambda: text.read(CHUNK_BYTES), b""))
         rows = _values(chunks, line, "")
     else:
@@ -181,12 +182,15 @@ def _unwrapped(place: Place, only: bytes | BadRow) -> Iterator[tuple[Place, byte
     """The rows in the one list of an object that is all of its file, unless it is itself a row."""
     row = clean_row(only, dict)
     readings = [clean_row(only, partial(style_of, kind=kind)) for kind in ("chat", "preference")]
+    readings.append(clean_row(only, clean_any))
     if isinstance(row, BadRow) or not all(isinstance(reading, BadRow) for reading in readings):
         yield place, only
         return
     lists = {key: value for key, value in row.items() if value and isinstance(value, list)}
     items = next(iter(lists.values())) if len(lists) == 1 else []
-    if items and all(isinstance(item, dict | list) for item in items):
+    if are_messages(items):
+        yield place, only
+    elif items and "system" not in row and all(isinstance(item, dict | list) for item in items):
         for number, item in enumerate(items, 1):
             yield f"row {number}", json.dumps(item).encode()
     elif lists:

@@ -134,6 +134,8 @@ def style_of(row: dict, kind: str) -> tuple[str, ...]:
         if kind == "preference":
             return ("chosen", "rejected")
         raise BadRow("a preference row (chosen, rejected), which this training does not learn from")
+    if kind == "chat" and isinstance(row.get("label"), bool):
+        raise BadRow("a label that is true or false makes it a preference row; this learns answers")
     chats = [key for key in CHATS if not is_blank(row.get(key))]
     if chats and row.get("history"):
         chats.append("history")
@@ -184,8 +186,8 @@ def _messages_of(row: dict, keys: tuple[str, ...]) -> list:
         if not isinstance(pair, list) or len(pair) != 2:
             raise BadRow(f'part {number} of "history" is no [question, answer] pair')
         turns += [("user", pair[0]), ("assistant", pair[1])]
-    if _are_messages(row[questions[0]]):
-        last = row[answer] if _are_messages(row[answer]) else [("assistant", row[answer])]
+    if are_messages(row[questions[0]]):
+        last = row[answer] if are_messages(row[answer]) else [("assistant", row[answer])]
         turns += [*row[questions[0]], *last]
     else:
         question = "\n".join(content(row[key], f'"{key}"') for key in questions)
@@ -193,8 +195,10 @@ def _messages_of(row: dict, keys: tuple[str, ...]) -> list:
     return [t if isinstance(t, dict) else {"role": t[0], "content": t[1]} for t in turns]
 
 
-def _are_messages(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(m, dict) and "role" in m for m in value)
+def are_messages(value: Any) -> bool:
+    """Whether ``value`` is a list of what looks like messages."""
+    turns = [m for m in value if isinstance(m, dict)] if isinstance(value, list) else []
+    return any(turn.keys() & {"role", "from"} for turn in turns)
 
 
 def _clean_message(message: Any, where: str) -> dict:

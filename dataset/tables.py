@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -21,25 +22,29 @@ def _table_rows(text: io.BufferedReader, **dialect: Any) -> Rows:
 
     A blank line is skipped, except in a table of one column: there a text is missing.
     """
-    lines = (line.decode("utf-8", "surrogateescape") for line in text)
     csv.field_size_limit(LONGEST_CELL)
     if "delimiter" not in dialect:
         names = text.peek().partition(b"\n")[0].decode("utf-8", "replace")
-        dialect["delimiter"] = max(SEPARATORS, key=names.count)
+        dialect["delimiter"] = max(SEPARATORS, key=re.sub('"[^"]*"', "", names).count)
+    lines = io.TextIOWrapper(text, "utf-8", "surrogateescape", newline="")
     table = csv.reader(lines, strict=True, **dialect)
-    header = [name.strip() for name in next(table, [])]
-    if len(set(header)) < len(header):
-        yield "the header", BadRow("a column's name is there twice; name each once")
+    header = _header(table)
+    if isinstance(header, BadRow):
+        yield "the header", header
         return
     number = blank = 0
     while True:
+        first = table.line_num + 1
         try:
             cells = next(table)
         except StopIteration:
             return
         except csv.Error as error:
             number += 1
-            yield f"row {number}", BadRow(f"the row cannot be read: {error}")
+            where = f"lines {first} to {table.line_num}"
+            if "end of data" in str(error):  # more than one row is lost
+                raise ValueError(f"a quote opens on line {first} and never closes") from error
+            yield f"row {number}", BadRow(f"{where} make no row: {error}")
             continue
         if not cells:
             blank += len(header) == 1
@@ -52,6 +57,18 @@ def _table_rows(text: io.BufferedReader, **dialect: Any) -> Rows:
         else:
             reason = f"{len(cells)} columns, the header has {len(header)}"
             yield f"row {number}", BadRow(reason)
+
+
+def _header(table: Iterator[list[str]]) -> list[str] | BadRow:
+    """The names of the columns, or what is wrong with them."""
+    try:
+        names = [name.strip() for name in next(table, [])]
+    except csv.Error as error:
+        return BadRow(f"the names of the columns cannot be read: {error}")
+    twice = [name for n, name in enumerate(names) if name in names[:n]]
+    if twice and not twice[0]:
+        return BadRow("two columns have no name; name them or delete them")
+    return BadRow(f"two columns are named {twice[0]!r}; rename one") if twice else names
 
 
 csv_rows = _table_rows
@@ -101,4 +118,6 @@ def _document(lines: list[bytes], first: int) -> Iterator[tuple[int, bytes]]:
 
 
 def _json(row: dict) -> bytes:
-    return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "surrogateescape")
+    """``row`` as JSON; what JSON cannot hold, such as bytes or a date, is an object there."""
+    text = json.dumps(row, ensure_ascii=False, default=lambda value: {"type": str(type(value))})
+    return text.encode("utf-8", "surrogateescape")

@@ -149,7 +149,8 @@ class Template:
             needed = {last, last - (OPEN in role and number == len(roles))}
             if any(order.count(slot) != 1 for slot in needed):
                 what = "leaves out" if needed - set(order) else "repeats"
-                raise BadRow(f"the chat template {what} a part of message {number}")
+                part = "the thought" if last in order else "the text"
+                raise BadRow(f"the chat template {what} {part} of message {number} where it asks")
         spans = self._spans(text, self._starts(roles, text))
         trimmed = [n for n, span in enumerate(spans) if span.left or span.right]
         return Plan(cut[::2], order, spans, trimmed, closing, text == rendered)

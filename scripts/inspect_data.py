@@ -76,12 +76,13 @@ def inspect(path: Path, kind, tokenizer, options: Options) -> Report:
     """Read ``path`` as training would and show its first rows; without a kind, all are bad."""
     from dataset.cache import CHAT
     from dataset.files import place_of, read_blocks
-    from dataset.rows import BadRow, clean_row, settle_control_text, texts_of
+    from dataset.rows import BadRow, clean_any, clean_row, settle_control_text, texts_of
     from dataset.tokenizer import control_spelling
 
     report, reads, spelling = Report(), kind or CHAT, control_spelling(tokenizer)
     for block in read_blocks(path):
-        cleaned = [(place, clean_row(row, reads.clean)) for place, row in block.rows]
+        clean = kind.clean if kind else clean_any
+        cleaned = [(place, clean_row(row, clean)) for place, row in block.rows]
         report.spelled += settle_control_text(cleaned, spelling, "keep")[1]
         chosen = [row[reads.key] for _, row in cleaned if not isinstance(row, BadRow)]
         encoded = iter(reads.encode(tokenizer, chosen))
@@ -106,12 +107,13 @@ def inspect(path: Path, kind, tokenizer, options: Options) -> Report:
 
 def count(report: Report, given: bytes, row: dict, learned: list[bool], kind) -> None:
     """Add to a report how the row ``given`` was read, and how many of its answers are learned."""
-    from dataset.rows import parsed, style_of
+    from dataset.rows import is_blank, parsed, style_of
 
     keys = parsed(given)
     style = style_of(keys, kind.name)
     report.styles[" + ".join(style)] += 1
-    report.unused.update(keys.keys() - {*style, *BESIDE})
+    used = {*style, *(BESIDE if kind.name == "chat" else ())}
+    report.unused.update(key for key in keys if key not in used and not is_blank(keys[key]))
     report.answers += sum(turn["role"] == "assistant" for turn in row.get("conversations", ()))
     report.learned += sum(now and not before for before, now in pairwise([False, *learned]))
 

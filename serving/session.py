@@ -60,20 +60,24 @@ class ChatSession:
         """Stream the answer to ``text``; what was said, even if cut short, joins the history."""
         ids = self.prompt_ids(text)
         decoder = DecodeStream(skip_special_tokens=True)  # it yields whole characters
-        answer, begun, self.tokens = "", False, 0
+        answer, held, begun, self.tokens = "", "", False, 0
         # What the template writes around an answer was learned with it, but is no part of it.
         before, behind = ("", "") if self.continues else around_answer(self.tokenizer)
         try:
             for token in generate(self.model, ids, self.sampling, self.stop_ids(), self.rng):
                 self.tokens += 1
-                if piece := decoder.step(self.tokenizer.backend_tokenizer, token):
-                    answer += piece
-                    if not begun and before.startswith(answer):
-                        continue
-                    if not begun:
-                        answer = piece = answer.removeprefix(before)
-                    begun = True
-                    yield piece
+                try:
+                    piece = decoder.step(self.tokenizer.backend_tokenizer, token)
+                except Exception:  # it raises no narrower one for bytes that are no text
+                    decoder, piece = DecodeStream(skip_special_tokens=True), "\ufffd"
+                answer += piece or ""
+                if not piece or (not begun and before.startswith(answer)):
+                    continue
+                if not begun:
+                    answer = piece = answer.removeprefix(before)
+                begun, piece = True, held + piece
+                held = behind if behind and piece.endswith(behind) else ""
+                yield piece.removesuffix(held)
         finally:
             if begun and answer.strip():
                 self.messages.append({"role": "user", "content": text})
@@ -87,9 +91,9 @@ class ChatSession:
         before, self.system = self.system, text or None
         try:
             self.prompt_ids("?")
-        except UserError:
+        except UserError as error:
             self.system = before
-            raise
+            raise UserError(f"this system turn is not possible here: {error}") from error
 
     def use_skill(self, name: str | None, skill: Skill | None = None) -> None:
         """Switch to a skill, to a mix such as ``a=0.7 b=-0.2``, or for None to the bare base.

@@ -31,7 +31,7 @@ def chat(session: ChatSession) -> None:
         if line in ("/exit", "/quit"):
             return
         try:
-            if line.partition(" ")[0] in COMMANDS:
+            if line.partition(" ")[0].lower() in COMMANDS:
                 command(session, line)
             elif line:
                 answer(session, line)
@@ -54,7 +54,8 @@ def answer(session: ChatSession, text: str) -> None:
 def command(session: ChatSession, line: str) -> None:
     """Carry out one of ``COMMANDS``. Raises ``UserError`` for what it cannot do."""
     name, _, argument = line.partition(" ")
-    argument = argument.strip()
+    name, argument = name.lower(), argument.strip()
+    argument = "off" if argument.lower() == "off" else argument
     if name == "/help":
         print(HELP)
     elif name == "/reset":

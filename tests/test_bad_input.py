@@ -110,7 +110,7 @@ CASES = [
     (CHATS, "--data_path {f}/texts_for_chats.jsonl", "2 bad rows"),
     (("pretrain",), "--data_path {f}/roles.jsonl", 'no "text"'),
     (("pretrain",), "--data_path {f}/latin1.jsonl", "not UTF-8"),
-    (CHATS, "--data_path {f}/long_questions.jsonl", "leaves nothing to learn"),
+    (CHATS, "--data_path {f}/long_questions.jsonl", "nothing is left to learn"),
     (CHATS, "--data_path {f}/one_row.jsonl", "no row to train on"),
     (BASED, "--base {f}/nothing.pth", "nothing.pth does not exist"),
     (BASED, "--base {f}/truncated.pth", "truncated.pth is not a readable"),

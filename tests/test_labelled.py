@@ -78,7 +78,7 @@ def test_bad_rows_of_a_table_are_named_or_skipped(tmp_path, capsys):
     with pytest.raises(UserError, match=r"rows\.tsv: row 1: not UTF-8"):
         read_labelled((path,))
     path.write_bytes(b"sentence\tlabel\tlabel\nx\t1\t1\n")
-    with pytest.raises(UserError, match=r"rows\.tsv: .*name is there twice"):
+    with pytest.raises(UserError, match=r"rows\.tsv: the header: "):
         read_labelled((path,))
     broken = tmp_path / "broken.tsv.gz"
     broken.write_bytes(gzip.compress(b"sentence\tlabel\n" + b"x\t1\n" * 99)[:20] + b"\xff" * 30)

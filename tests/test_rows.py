@@ -9,6 +9,7 @@ import tracemalloc
 
 import datasets
 import pyarrow.feather
+import pyarrow.parquet
 import pytest
 import zstandard
 
@@ -126,6 +127,8 @@ def test_parquet_and_folders_that_datasets_saved_give_the_same_rows(tmp_path):
     assert rows_of(tmp_path / "a.parquet") == TEXTS
     assert [row for path in data_files([tmp_path / "arrow"]) for row in rows_of(path)] == TEXTS
     assert rows_of(tmp_path / "chats.parquet") == [{"conversations": CHAT}]
+    pyarrow.parquet.write_table(pyarrow.table({"text": [b"bytes"]}), tmp_path / "bytes.parquet")
+    assert bad_rows(tmp_path / "bytes.parquet") == {"row 1": '"text" is not text but an object'}
 
 
 def test_a_folder_stands_for_the_data_files_in_it(tmp_path):
@@ -143,8 +146,16 @@ def test_all_cells_of_a_table_are_texts(tmp_path):
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["question", "answer"], *([cell, cell] for cell in cells)])
     assert rows_of(path) == [{"conversations": turns(cell, cell)} for cell in cells]
-    path.write_text("text,text\na,b\n", encoding="utf-8")
-    assert "name is there twice" in bad_rows(path)["the header"]
+    for header in ("text,text", "a,,", '"a" b,c'):
+        path.write_text(f"{header}\na,b\n", encoding="utf-8")
+        assert list(bad_rows(path)) == ["the header"]
+    path.write_text('"a,b,c";text\r1;d\r2;e\r', encoding="utf-8", newline="")
+    assert rows_of(path) == [{"text": "d"}, {"text": "e"}]
+    path.write_text('text,id\n"a,b\nc" d,1\ne,2\n', encoding="utf-8")
+    assert "lines 2 to 3" in bad_rows(path)["row 1"] and rows_of(path)[1:] == [{"text": "e"}]
+    path.write_text('text\na\n"b\nc\n', encoding="utf-8")
+    with pytest.raises(UserError, match="line 3"):
+        rows_of(path)
     path.write_text("question,answer\na,b\nc\n\nd,\ne,f\n", encoding="utf-8")
     assert bad_rows(path) == {
         "row 2": "1 columns, the header has 2",
@@ -165,6 +176,10 @@ CONTAINERS = [  # a file, how many chats, a part of the reasons in its bad rows
     (json.dumps({"chosen": CHAT, "rejected": CHAT}), 0, {1: "a preference row"}),
     ('{"text": "a"\n{"messages": ' + CHAT_LINE + "}", 1, {1: "invalid JSON at column 13"}),
     ('{\n"messages": ' + CHAT_LINE + "}\n{\noops\n}", 1, {3: "rest of the file is unreadable"}),
+    ('{"text":\n{"messages": ' + CHAT_LINE + "}", 1, {1: "invalid JSON"}),
+    (json.dumps({"messages": CHAT, "meta": [{"source": "x"}]}), 1, {}),
+    (json.dumps({"dialogue": CHAT}), 0, {1: 'the nearest one has "dialog"'}),
+    (json.dumps({"system": "a", "data": [CHAT]}), 0, {1: "one JSON object with lists"}),
     ('{"text": oops}\n{\n', 0, {1: "invalid JSON", 2: "invalid JSON"}),
 ]
 
@@ -376,6 +391,7 @@ FAULTS = [  # a line, the reason in it
     ),
     ({"messages": CHAT, "tools": [{"name": "f"}]}, "the row holds tools"),
     ({"messages": [CHAT[0], {"role": "assistant", "tool_calls": [1]}]}, "2 holds tool_calls"),
+    ({"prompt": "a", "completion": "b", "label": False}, "makes it a preference row"),
     ({"chosen": CHAT, "rejected": CHAT}, "a preference row (chosen, rejected)"),
     ({"conversations": CHAT[:1], "chosen": {}, "rejected": {}}, "a preference row"),
     ({"messages": CHAT, "history": [["a", "b"]]}, "more than one reading, by the keys messages"),

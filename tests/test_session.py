@@ -81,6 +81,18 @@ def test_a_chat_asks_again_what_training_taught(tiny_model, tmp_path, monkeypatc
     assert session.messages == chat
 
 
+def test_bytes_that_are_no_text_do_not_end_a_chat(tiny_model, tmp_path, monkeypatch):
+    tokenizer = tokenizer_of("llama-2")
+    settings = {"seed": 1, "history_cnt": 6, "continues": False, "out_dir": tmp_path}
+    session = ChatSession(tiny_model, tokenizer, Sampling(max_new_tokens=1), **settings)
+    words = [*tokenizer.encode("one", add_special_tokens=False)]
+    lone = [tokenizer.convert_tokens_to_ids(f"<0x{byte}>") for byte in ("D9", "FF", "85", "E4")]
+    new = [*words, *lone, *words, *lone, *words, *words]
+    monkeypatch.setattr("serving.session.generate", lambda *_: iter(new))
+    said = "".join(session.reply("Hi"))
+    assert said.startswith("one") and said.endswith("one") and "\ufffd" in said
+
+
 def test_a_system_turn_comes_first_or_is_refused(session, tiny_model, tmp_path):
     plain = session.prompt_ids("Hi")
     session.use_system("Be brief.")

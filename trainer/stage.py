@@ -150,7 +150,7 @@ def check_apart(path: Path, start: Path | None) -> None:
     """Raise ``UserError`` if ``path``, where a run writes, is the file that it starts from."""
     if start and path.exists() and path.samefile(start):
         lost = f"{path} is what this run starts from and would be lost"
-        raise UserError(f"{lost}: choose another out_dir, or for a skill another lora_name")
+        raise UserError(f"{lost}: choose another out_dir or another name")
 
 
 def read_data(
@@ -227,7 +227,7 @@ def run_stage(
     if path.exists() and not (states.found or options.dry_run):
         print(f"starting clean: {path} of an earlier run will be replaced")
         if skills := skills_on(path, folder):
-            print(f"note: {', '.join(skills)} fit no other; to keep them, copy it and its .json")
+            print(f"note: it is the only base of {', '.join(skills)}; copy it first to keep them")
     run = Run(
         options,
         runtime,
