@@ -85,12 +85,11 @@ def test_bytes_that_are_no_text_do_not_end_a_chat(tiny_model, tmp_path, monkeypa
     tokenizer = tokenizer_of("llama-2")
     settings = {"seed": 1, "history_cnt": 6, "continues": False, "out_dir": tmp_path}
     session = ChatSession(tiny_model, tokenizer, Sampling(max_new_tokens=1), **settings)
-    words = [*tokenizer.encode("one", add_special_tokens=False)]
-    lone = [tokenizer.convert_tokens_to_ids(f"<0x{byte}>") for byte in ("D9", "FF", "85", "E4")]
-    new = [*words, *lone, *words, *lone, *words, *words]
-    monkeypatch.setattr("serving.session.generate", lambda *_: iter(new))
+    word = tokenizer.encode("on", add_special_tokens=False)
+    lone = [tokenizer.convert_tokens_to_ids(f"<0x{byte}>") for byte in ("C3", "8E", "E9")]
+    monkeypatch.setattr("serving.session.generate", lambda *_: iter([*lone, *word, *word]))
     said = "".join(session.reply("Hi"))
-    assert said.startswith("one") and said.endswith("one") and "\ufffd" in said
+    assert "\ufffd" in said and said.endswith("on")
 
 
 def test_a_system_turn_comes_first_or_is_refused(session, tiny_model, tmp_path):
