@@ -26,12 +26,17 @@ def _table_rows(text: io.BufferedReader, **dialect: Any) -> Rows:
     if "delimiter" not in dialect:
         names = text.peek().partition(b"\n")[0].decode("utf-8", "replace")
         dialect["delimiter"] = max(SEPARATORS, key=re.sub('"[^"]*"', "", names).count)
-    lines = io.TextIOWrapper(text, "utf-8", "surrogateescape", newline="")
-    table = csv.reader(lines, strict=True, **dialect)
-    header = _header(table)
-    if isinstance(header, BadRow):
-        yield "the header", header
-        return
+    with io.TextIOWrapper(text, "utf-8", "surrogateescape", newline="") as lines:
+        table = csv.reader(lines, strict=True, **dialect)
+        header = _header(table)
+        if isinstance(header, BadRow):
+            yield "the header", header
+        else:
+            yield from _below(header, table)
+
+
+def _below(header: list[str], table: Any) -> Rows:
+    """The rows below the header."""
     number = blank = 0
     while True:
         first = table.line_num + 1
