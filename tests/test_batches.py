@@ -158,7 +158,7 @@ def test_a_chat_loses_its_tail_and_is_left_out_when_nothing_remains(
         if any(flags[1:max_seq_len])
     ]
     if not kept:
-        with pytest.raises(UserError, match="nothing is left to learn in .*chats.jsonl"):
+        with pytest.raises(UserError, match=r"nothing is left to learn in .*chats.jsonl"):
             make(SFTDataset, chats, max_seq_len)
         return
     samples = make(SFTDataset, chats, max_seq_len).train
