@@ -11,10 +11,11 @@ from model.lora.config import LoRAConfig
 from trainer.options import TrainOptions
 
 SKILL_DATA = (bundled_data("lora_identity.jsonl"),)
-GENERAL_DATA = (bundled_data("sft_mini.jsonl"),)
 DATA_HELP = "chat files or folders; scripts/inspect_data.py --help lists the styles"
 BASE_HELP = "file, Hugging Face folder or owner/model (default: skill's, or newest full_sft_*)"
 TEMPLATE_HELP = r"how a base without chat template is asked: 'Q: {user}\nA: '"
+GENERAL_HELP = "chats that hold and judge it (default: bundled, or the base's own answers to them)"
+KEEP_HELP = "weight of holding it to its base on general chats; 0: plain LoRA"
 LORA_PLUS_HELP = "times the rate of A that B learns at (LoRA+)"
 
 
@@ -24,9 +25,12 @@ class Options(LoRAConfig, TrainOptions):
 
     lora_name: str = option("identity", "name of the skill; it names the file", group="most used")
     data_path: tuple[Path, ...] = option(SKILL_DATA, DATA_HELP, group="most used")
-    general_data: tuple[Path, ...] = option(GENERAL_DATA, "chats that show its cost", group="data")
+    general_data: tuple[Path, ...] = option((), GENERAL_HELP, group="data")
     base: Path | None = option(None, BASE_HELP, group="most used")
     skill: Path | None = option(None, "skill file to go on with, in its rank", group="skill")
+    keep: float = option(1.0, KEEP_HELP, group="skill", at_least=0)
+    keep_rows: int = option(4, "general chats of a step", group="skill", at_least=1)
+    keep_best: bool = True
     prompt_template: str | None = option(None, TEMPLATE_HELP, group="data")
     load_in_4bit: bool = option(False, "QLoRA; needs requirements-4bit.txt", group="device")
     loraplus_lr_ratio: float = option(1.0, LORA_PLUS_HELP, group="training", above=0)
@@ -48,7 +52,7 @@ def main(argv: list[str] | None = None) -> Path:
     from model.lora.skill_file import SkillMeta
     from model.lora.targets import table_of
     from model.model_lora import apply_lora, save_lora
-    from trainer import stage
+    from trainer import keeping, stage
     from trainer.runtime import Runtime
 
     runtime = Runtime.start(options.device, options.dtype, options.seed)
@@ -57,22 +61,18 @@ def main(argv: list[str] | None = None) -> Path:
     path = lora_path(options.out_dir, options.lora_name, model.config.hidden_size)
     stage.check_apart(path, options.skill)
     data = stage.read_data(SFTDataset, options, tokenizer, runtime)
-    general = stage.read_general(options, base, tokenizer, runtime)
     if base.skill:
         stage.attach_skill(model, options, base.skill)
     else:
         apply_lora(model, config=options)
     print(table_of(model))
-    held_out = {"domain": data.val, **general}
-    validation = stage.validation_of(model, held_out, tokenizer, options, runtime)
-    if not options.dry_run:
-        runtime.on_first(lambda: validation(step=0))
+    plugged = keeping.plugged(options, base, data, runtime)
     facts = stage.run_facts("lora", options, tokenizer, base)
     facts |= {"prompt_template": options.prompt_template, "load_in_4bit": options.load_in_4bit}
     skill = {"path": path, "record": SkillMeta(**facts), "write": partial(save_lora, model, path)}
     skill["lora_plus"] = output_parameters(model), options.loraplus_lr_ratio
     # run_stage opens the run's saved states, makes batches and parameter groups, and calls train.
-    return stage.run_stage(model, data.train, options, runtime, validation=validation, **skill)
+    return stage.run_stage(model, data.train, options, runtime, **plugged, **skill)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +21,8 @@ PASS_COST = 1 / 64  # starting a pass takes this share of the time of the larges
 POOL = 50  # steps sorted by length together: enough for little padding, few enough to stay random
 PROBED = 100  # steps of an epoch that are cut to find the largest micro-batch
 IGNORED = -100  # the label of a position that is not learned, PyTorch's own default
+# What a batch is for: to learn its rows, or to keep what the model says to them.
+KINDS = OWN, KEEP = "own", "keep"
 
 
 @dataclass
@@ -28,7 +30,8 @@ class Batch:
     """One micro-batch.
 
     ``labels`` (B, T) int64 are unshifted: the id itself where it is learned, else -100. The model
-    predicts ``labels[:, t + 1]`` at t, and nothing predicts ``labels[:, 0]``, which is -100.
+    predicts ``labels[:, t + 1]`` at t, and nothing predicts ``labels[:, 0]``, which is -100. The
+    loss of a step is the sum, over the kinds, of the kind's mean over its targets times ``weight``.
     """
 
     inputs: dict[str, Tensor]  # for the model's forward: ``input_ids`` (B, T) int64, right-padded
@@ -36,6 +39,8 @@ class Batch:
     n_targets: int  # labels that are learned
     n_bytes: int  # UTF-8 bytes that those stand for
     n_tokens: int  # ids that are not padding
+    kind: str = OWN  # one of ``KINDS``
+    weight: float = 1.0
 
 
 class Samples(Protocol):
@@ -57,6 +62,12 @@ class TokenSamples:
     max_seq_len: int
     pad_id: int
     bytes_of: np.ndarray  # UTF-8 bytes each id stands for
+
+    def without(self, digests: np.ndarray) -> "TokenSamples":
+        """The samples of those rows whose ``digest`` is not among ``digests``, int64."""
+        rows = self.rows
+        chosen = rows.chosen[~np.isin(rows.rows["digest"][rows.chosen], digests)]
+        return replace(self, rows=TokenRows(rows.table, rows.dtype, chosen))
 
     def collate(self, indices: np.ndarray) -> Batch:
         """Right-pad the chosen samples to the longest of them."""
@@ -190,13 +201,14 @@ class Batches:
             return by_workers(self._collated, planned, self.num_workers)
         return map(self._collated, planned)
 
-    def largest_batch(self) -> Batch:
+    def largest_batches(self) -> list[Batch]:
         """The largest micro-batch, padding included, of an epoch's ``PROBED`` fullest steps."""
         lengths = self.samples.lengths
         most_tokens = lengths * np.clip(self.micro_tokens // lengths, 1, self.batch_size)
         steps = heapq.nlargest(PROBED, self._planned(0), key=lambda step: most_tokens[step].max())
         parts = [part for step in steps for part in self._cut(step)] or [steps[0][:1]]
-        return self.samples.collate(max(parts, key=lambda part: len(part) * lengths[part].max()))
+        largest = max(parts, key=lambda part: len(part) * lengths[part].max())
+        return [self.samples.collate(largest)]
 
     def useful_share(self, epoch: int = 0) -> float:
         """Tokens that are not padding / all tokens computed, in this process' whole epoch."""
@@ -232,6 +244,42 @@ class Batches:
         return batches or [masked(self.samples.collate(step[:1]))]  # every rank needs a pass
 
 
+@dataclass(eq=False)
+class KeepingBatches:
+    """The steps of ``own``, each with a step of ``general`` of the kind ``KEEP`` after it.
+
+    The general rows follow from the number of the step in the whole run alone.
+    """
+
+    own: Batches
+    general: Batches
+    weight: float
+
+    def __post_init__(self):
+        self.steps_per_epoch, self.rows_per_step = self.own.steps_per_epoch, self.own.rows_per_step
+
+    def steps(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
+        """This process' micro-batches, one list a step, from step ``start`` of the epoch on."""
+        general = self._kept_from(epoch * self.steps_per_epoch + start)
+        for own, kept in zip(self.own.steps(epoch, start), general, strict=False):
+            yield own + [self._as_kept(batch) for batch in kept]
+
+    def largest_batches(self) -> list[Batch]:
+        """The largest micro-batch of either kind, as ``Batches`` finds it."""
+        kept = self.general.largest_batches()
+        return self.own.largest_batches() + [self._as_kept(batch) for batch in kept]
+
+    def _kept_from(self, step: int) -> Iterator[list[Batch]]:
+        """General steps without end, from that of ``step`` on."""
+        epoch, start = divmod(step, self.general.steps_per_epoch)
+        while True:
+            yield from self.general.steps(epoch, start)
+            epoch, start = epoch + 1, 0
+
+    def _as_kept(self, batch: Batch) -> Batch:
+        return replace(batch, kind=KEEP, weight=self.weight)
+
+
 def micro_batches(
     lengths: np.ndarray, indices: np.ndarray, batch_size: int, micro_tokens: int = MICRO_TOKENS
 ) -> list[np.ndarray]:
@@ -259,7 +307,8 @@ def micro_batches(
 
 def masked(batch: Batch) -> Batch:
     """The same shapes with nothing to learn and nothing to count."""
-    return Batch(batch.inputs, torch.full_like(batch.labels, IGNORED), 0, 0, 0)
+    labels = torch.full_like(batch.labels, IGNORED)
+    return replace(batch, labels=labels, n_targets=0, n_bytes=0, n_tokens=0)
 
 
 def validation_batches(

@@ -15,9 +15,8 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -26,9 +25,10 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from core.files import fsync_folder, sha256_file, try_lock
+from dataset.batches import KINDS
 from trainer.runtime import Runtime
 
-FORMAT = 2
+FORMAT = 3
 FILES = ("state.safetensors", "manifest.json", "metrics.jsonl")
 TENSORS, MANIFEST, METRICS = FILES
 SUMS = "SHA256SUMS"  # `sha256sum --check SHA256SUMS` checks a state by hand
@@ -36,12 +36,32 @@ LOCK = "run.lock"
 KEPT = 2
 
 
-class Trained(NamedTuple):
-    """What a state covers besides random numbers; of the model, only the trainable weights."""
+@dataclass
+class Trained:
+    """What a state covers besides random numbers; of the model, only the trainable weights.
+
+    ``best`` are those weights as the best validation found them, by name; empty before the first.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    best: dict[str, Tensor] = field(default_factory=dict)
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The trainable weights, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of the trainable weights."""
+        return {name: p.detach().clone() for name, p in self.weights().items()}
+
+    @torch.no_grad()
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Write ``weights``, by name, into the model; those that are not named stay."""
+        own = self.weights()
+        for name, weight in weights.items():
+            own[name].copy_(weight)
 
 
 @dataclass
@@ -50,18 +70,24 @@ class Progress:
 
     The place in the data is not among them: ``step`` alone tells which comes next, because the
     order of an epoch's steps follows from the data, ``rows_per_step``, seed and epoch. ``nats`` and
-    ``targets`` count since the last log line, over all ranks. ``overflows`` are fp16 steps skipped
-    in a row. ``tokens`` and ``seconds`` count since the run began, without what a kill undid.
+    ``targets``, of each of ``KINDS``, count since the last log line, over all ranks. ``overflows``
+    are fp16 steps skipped in a row. ``tokens`` and ``seconds`` count since the run began, without
+    what a kill undid. The best validation had ``best_score`` at ``best_step``, and ``waited`` more
+    have come since; ``finished``: no step is left, if only for want of a better one.
     """
 
     step: int = 0
-    nats: float = 0.0
-    targets: int = 0
+    nats: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
+    targets: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     overflows: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
     tokens: int = 0
     seconds: float = 0.0
+    best_step: int = 0
+    best_score: float | None = None
+    waited: int = 0
+    finished: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,11 +170,11 @@ class RunStates:
         ``rng`` holds each rank's ``Runtime.rng_states``, ``metrics`` the lines of the metrics file.
         A resumed run gets ``facts``, plain JSON, from ``remembered``.
         """
-        model, optimizer, scaler = trained
-        tensors = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
+        tensors = {f"model.{name}": p for name, p in trained.weights().items()}
+        tensors |= {f"best.{name}": weight for name, weight in trained.best.items()}
         for rank, states in enumerate(rng):
             tensors |= {f"rng.{rank}.{name}": state for name, state in states.items()}
-        entries = optimizer.state_dict()["state"]
+        entries = trained.optimizer.state_dict()["state"]
         parts = {
             f"optimizer.{name}.{part}": value
             for number, name in _numbered(trained)
@@ -156,7 +182,8 @@ class RunStates:
         }
         tensors |= {key: value for key, value in parts.items() if isinstance(value, Tensor)}
         manifest = {"format": FORMAT, "progress": asdict(progress), "identity": self.identity}
-        manifest |= {"scaler": scaler.state_dict(), "environment": runtime.environment(), **facts}
+        manifest |= {"scaler": trained.scaler.state_dict(), **facts}
+        manifest["environment"] = runtime.environment()
         manifest["optimizer"] = {k: v for k, v in parts.items() if not isinstance(v, Tensor)}
         first = self._starts_over
         write_state(self.folder, progress.step, tensors, manifest, metrics, starts_over=first)
@@ -171,20 +198,20 @@ class RunStates:
         if not (found := self.found):
             return progress
         manifest, tensors = found.manifest, found.tensors
-        model, optimizer, scaler = trained
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(tensors[f"model.{name}"])
+        trained.load({name: tensors[f"model.{name}"] for name in trained.weights()})
+        best = {name: tensors.get(f"best.{name}") for name in trained.weights()}
+        if progress.best_score is not None:
+            trained.best = {name: weight.to(runtime.device) for name, weight in best.items()}
         numbers = {name: number for number, name in _numbered(trained)}
         state = {}
         for key, value in (tensors | manifest["optimizer"]).items():
             if key.startswith("optimizer."):
                 name, _, part = key.removeprefix("optimizer.").rpartition(".")
                 state.setdefault(numbers[name], {})[part] = value
-        groups = optimizer.state_dict()["param_groups"]  # not saved: they follow from the options
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
-        scaler.load_state_dict(manifest["scaler"])
+        # Groups are not saved: they follow from the options.
+        groups = trained.optimizer.state_dict()["param_groups"]
+        trained.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        trained.scaler.load_state_dict(manifest["scaler"])
         kinds = ("cpu", runtime.device.type)
         runtime.set_rng_state({kind: tensors.get(f"rng.{runtime.rank}.{kind}") for kind in kinds})
         tensors.clear()  # self.found lives on; its tensors need not

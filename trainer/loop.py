@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError, reason_of
-from dataset.batches import Batch
+from dataset.batches import KINDS, Batch
 from trainer.checkpoints import Trained
 from trainer.optimizer import lr_at, make_optimizer
 from trainer.run import BatchSource, Run, Summary
@@ -36,8 +36,8 @@ def train(
 ) -> Summary:
     """Train ``model`` in place and leave it in eval mode; ``groups`` hold what is trained.
 
-    ``loss_sum(model, batch)`` is the summed loss of a micro-batch. It is divided by the supervised
-    targets of the whole optimizer step over all ranks, so neither accumulation nor the number of
+    ``loss_sum(model, batch)`` is the summed loss of a micro-batch. It is divided by the targets of
+    its kind in the whole optimizer step over all ranks, so neither accumulation nor the number of
     processes changes the gradient. Raises ``UserError`` when nothing is trainable, and when the
     loss or a gradient (in fp16: several in a row) is not finite, before it reaches the weights;
     raises ``Stopped`` when a signal ended the run early, after saving it.
@@ -51,24 +51,28 @@ def train(
     optimizer = make_optimizer(groups, options.learning_rate, options.optimizer, runtime.device)
     scaler = runtime.scaler()
     with run.at_work(Trained(model, optimizer, scaler)):  # restores the found state, if any
-        replica = warm_up(model, source.largest_batch(), run, loss_sum)  # in train mode; maybe DDP
+        largest = source.largest_batches()
+        replica = warm_up(model, largest, run, loss_sum)  # in train mode; maybe DDP
         for batches in run.steps(source):  # from where the run stands, epoch after epoch
             lr = lr_at(run.progress.step, *schedule)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_ratio"]  # LoRA+ trains B faster than A
-            own_loss, n_targets = accumulate_gradients(replica, batches, scaler, runtime, loss_sum)
+            parts, n_targets = accumulate_gradients(replica, batches, scaler, runtime, loss_sum)
             scaler.unscale_(optimizer)
             norm = clip_gradients(parameters, options.grad_clip or math.inf)
             own_tokens = sum(batch.n_tokens for batch in batches)
             # A signal to one rank stops all at the same step.
-            loss, tokens, n_asked = runtime.sum(own_loss, own_tokens, run.request.signum > 0)
-            run.require_finite(loss, norm)
+            asked = run.request.signum > 0
+            tokens, n_asked, *sums = runtime.sum(own_tokens, asked, *parts.values())
+            losses = dict(zip(parts, sums, strict=True))
+            run.require_finite(sum(sums), norm)
             scaler.step(optimizer)  # in fp16 it skips a step whose gradient overflowed
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            run.finish_step(loss, n_targets, int(tokens), lr, norm)
+            run.finish_step(losses, n_targets, int(tokens), lr, norm)
+            run.validate_when_due()
             run.save_when_due()
-            if n_asked:
+            if n_asked or run.progress.finished:
                 break
         summary = run.finish()
     model.eval()
@@ -77,8 +81,8 @@ def train(
     return summary
 
 
-def warm_up(model: nn.Module, batch: Batch, run: Run, loss_sum: LossSum) -> nn.Module:
-    """Make a pass over ``batch`` that leaves no trace; return ``model`` as the ranks share it.
+def warm_up(model: nn.Module, batches: list[Batch], run: Run, loss_sum: LossSum) -> nn.Module:
+    """Pass over ``batches`` without leaving a trace; return ``model`` as the ranks share it.
 
     Memory is allocated, the model compiled and the other ranks met before the first step. Raises
     ``UserError`` where the model cannot be compiled.
@@ -86,9 +90,10 @@ def warm_up(model: nn.Module, batch: Batch, run: Run, loss_sum: LossSum) -> nn.M
     options, runtime = run.options, run.runtime
 
     def forward_and_backward(module: nn.Module) -> None:
-        with runtime.autocast():
-            loss = loss_sum(module, runtime.move(batch))
-        loss.backward()
+        for batch in batches:
+            with runtime.autocast():
+                loss = loss_sum(module, runtime.move(batch))
+            loss.backward()
         runtime.synchronize()
 
     random_states = runtime.rng_states()[runtime.rank]
@@ -119,21 +124,23 @@ def accumulate_gradients(
     scaler: torch.amp.GradScaler,
     runtime: Runtime,
     loss_sum: LossSum,
-) -> tuple[float, int]:
+) -> tuple[dict[str, float], dict[str, int]]:
     """Leave the gradient of one optimizer step, over all ranks, in every rank's parameters.
 
-    Returns this rank's part of the step's loss (a token mean) and the targets of all ranks.
+    Returns, for each of ``KINDS``, this rank's part of its token mean and the targets of all ranks.
     """
-    (n_targets,) = runtime.sum(sum(batch.n_targets for batch in batches))
-    loss = torch.zeros((), device=runtime.device)
+    own = [sum(batch.n_targets for batch in batches if batch.kind == kind) for kind in KINDS]
+    n_targets = dict(zip(KINDS, map(int, runtime.sum(*own)), strict=True))
+    losses = {kind: torch.zeros((), device=runtime.device) for kind in KINDS}
     for n, batch in enumerate(batches, 1):
         # Ranks exchange gradients once a step: each in its last pass, however many passes it has.
         with nullcontext() if n == len(batches) else runtime.local(replica):
             with runtime.autocast():
-                part = loss_sum(replica, runtime.move(batch)) / max(n_targets, 1)
-            scaler.scale(part * runtime.world_size).backward()  # DDP averages over the ranks
-        loss = loss + part.detach()
-    return float(loss), int(n_targets)
+                part = loss_sum(replica, runtime.move(batch)) / max(n_targets[batch.kind], 1)
+            # DDP averages over the ranks.
+            scaler.scale(part * batch.weight * runtime.world_size).backward()
+        losses[batch.kind] = losses[batch.kind] + part.detach()
+    return {kind: float(loss) for kind, loss in losses.items()}, n_targets
 
 
 def clip_gradients(parameters: list[nn.Parameter], largest: float) -> float:

@@ -18,6 +18,7 @@ from core.errors import UserError, reason_of
 from core.files import atomic_write
 from dataset.batches import Batch
 from model.kernels import IGNORED
+from model.loss import keep_sum
 from trainer.options import TrainOptions
 from trainer.runtime import Runtime
 
@@ -35,6 +36,13 @@ class Metrics:
     bits_per_byte: float
     targets: int
     bytes: int
+
+
+@dataclass(frozen=True)
+class KeptMetrics(Metrics):
+    """Those of a skill on general chats; ``kl``: KL(p_base || p_skill), nats per target."""
+
+    kl: float
 
 
 @torch.no_grad()
@@ -64,27 +72,55 @@ def evaluate(
     return Metrics(loss, bits / text_bytes if text_bytes else math.nan, targets, text_bytes)
 
 
+@torch.no_grad()
+def evaluate_kept(
+    model: nn.Module, batches: Iterable[Batch], runtime: Runtime, control: set[int]
+) -> KeptMetrics:
+    """As ``evaluate``, for a model that carries a LoRA: also how far this moves it."""
+    nats, metrics = 0.0, evaluate(model, batches, runtime, control)
+    was_training = model.training
+    model.eval()
+    for batch in map(runtime.move, batches):
+        with runtime.autocast(), torch.compiler.set_stance("force_eager"):
+            nats += float(keep_sum(model, model, batch.inputs, batch.labels))
+    model.train(was_training)
+    return KeptMetrics(
+        **asdict(metrics), kl=nats / metrics.targets if metrics.targets else math.nan
+    )
+
+
+def score_of(found: dict[str, Metrics]) -> float:
+    """What the best weights have least of: the first kind's loss and the others' KL to the base."""
+    first, *others = found.values()
+    return first.loss + sum(m.kl for m in others if isinstance(m, KeptMetrics) and m.targets)
+
+
 class Validation:
     """The held-out results of a run: the first and the last of each kind, with their steps.
 
     ``measures`` maps a kind to a function whose result is a dataclass of numbers with ``loss`` and
     ``targets``. ``results`` is plain JSON, which a run state keeps: the "first" and "last" of each
-    kind, {} where nothing was held out.
+    kind, {} where nothing was held out; with ``mark_best`` also the "best".
     """
 
     def __init__(self, measures: dict[str, Callable[[], Metrics]]):
         self.measures = measures
         self.results: dict[str, dict] = {kind: {} for kind in measures}
 
-    def __call__(self, step: int) -> Metrics:
-        """Measure every kind after optimizer step ``step``; return the result of the first kind."""
+    def __call__(self, step: int) -> dict[str, Metrics]:
+        """Measure every kind after optimizer step ``step``; return the results."""
         found = {kind: measure() for kind, measure in self.measures.items()}
         for kind, metrics in found.items():
             if metrics.targets:
                 last = {"step": step, **strict(asdict(metrics))}
-                first = self.results[kind].get("first", last)
-                self.results[kind] = {"first": first, "last": last}
-        return next(iter(found.values()))
+                self.results[kind] = {"first": last, **self.results[kind], "last": last}
+        return found
+
+    def mark_best(self) -> None:
+        """The last results are those of the weights that will be saved."""
+        for result in self.results.values():
+            if result:
+                result["best"] = result["last"]
 
     def __str__(self) -> str:
         lines = []

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from core.options import CheckedOptions, option
+from core.options import CheckedOptions, option, require
 
 
 @dataclass
@@ -58,6 +58,13 @@ class TrainOptions(CheckedOptions):
         1337, "of weights, order and dropout", group="training", at_least=0, below=2**63
     )
 
+    val_interval: int = option(
+        0, "steps between two validations; 0: about 10 a run", group="run", at_least=0
+    )
+    keep_best: bool = option(False, "save the weights of the best validation", group="run")
+    patience: int = option(
+        0, "validations without a better one that end the run; 0: none do", group="run", at_least=0
+    )
     max_steps: int = option(0, "most optimizer steps; 0: all epochs", group="run", at_least=0)
     log_interval: int = option(10, "optimizer steps between two log lines", group="run", at_least=1)
     save_interval: int = option(200, "steps between two saves", group="run", at_least=1)
@@ -72,6 +79,12 @@ class TrainOptions(CheckedOptions):
         "auto", "of products; auto: bfloat16 where a GPU has it, else float32", group="device"
     )
     compile: bool = option(False, "compile the blocks; a CPU needs a C++ compiler", group="device")
+
+    def __post_init__(self):
+        super().__post_init__()
+        waits = self.patience > 0
+        require(self.keep_best or not waits, "patience waits for a better validation: keep_best it")
+        require(self.val_ratio > 0 or not waits, "patience needs held-out rows: raise val_ratio")
 
 
 # What a resumed run may change: on one machine it alters neither the arithmetic nor the order of

@@ -108,16 +108,21 @@ class Runtime:
             if self.rank == 0:
                 self.sum(0)
 
-    def on_first(self, work: Callable[[], object]) -> None:
-        """Do ``work`` in rank 0 while the others wait. If it raises there, all ranks end."""
-        error = None
+    def on_first(self, work: Callable[[], object]) -> bool:
+        """Do ``work`` in rank 0 while the others wait: whether its result is true, in every rank.
+
+        If it raises there, all ranks end.
+        """
+        error, result = None, False
         if self.rank == 0:
             try:
-                work()
+                result = bool(work())
             except BaseException as raised:
                 error = raised
-        if self.sum(error is not None)[0]:
+        failed, result = self.sum(error is not None, result)
+        if failed:
             raise error or SystemExit(2)
+        return result > 0
 
     def rng_states(self) -> list[dict[str, Tensor]]:
         """torch's random states by device type, uint8, of every rank. All ranks must call it."""

@@ -17,9 +17,9 @@ from core.paths import cache_dir, checkpoints_dir, is_pretrained, lora_paths, me
 from dataset.batches import (
     MICRO_TOKENS,
     Batches,
+    KeepingBatches,
     PretrainDataset,
     Samples,
-    SFTDataset,
     validation_batches,
 )
 from dataset.chat import ENCODING, chat_notes
@@ -33,15 +33,13 @@ from model.quantized import quantize
 from model.weights import Record, RunRecord, choose_base, load_base, read_record
 from trainer.checkpoints import RunStates
 from trainer.loop import LossSum, causal_loss_sum, train
-from trainer.metrics import Validation, evaluate
+from trainer.metrics import Validation, evaluate, evaluate_kept
 from trainer.optimizer import param_groups
 from trainer.options import MAY_CHANGE, TrainOptions
 from trainer.run import Run
 from trainer.runtime import Runtime
 
 GPU_MICRO_TOKENS = 32768  # about 5 GB for the default model
-# Options that earlier versions lacked, with what they did: their states can be resumed.
-BEFORE = {"control_text": "keep", "skill": None}
 # The options that a skill's file has decided for every run that goes on with it.
 DECIDED = {option.name for option in fields(LoRAConfig)} - {"lora_dropout"}
 ONCE = ("resume", "dry_run")  # options that say how a run was started, not what it is
@@ -170,36 +168,24 @@ def read_data(
     return data
 
 
-def read_general(
-    options: TrainOptions, base: Base, tokenizer: PreTrainedTokenizerBase, runtime: Runtime
-) -> dict[str, Samples]:
-    """Held-out general chats, which the base never learned from, to see what a skill costs.
-
-    They stop no run: where the base's template can show none of them, there is a note instead.
-    Raises ``UserError`` for files that do not exist.
-    """
-    data_files(options.general_data)
-    general = replace(options, data_path=options.general_data, bad_rows="skip")
-    general.val_ratio = base.held_out_share
-    try:
-        return {"general": read_data(SFTDataset, general, tokenizer, runtime).val}
-    except UserError as error:
-        print(f"note: what the skill costs in general is not measured: {error}")
-        return {}
-
-
 def validation_of(
     model: nn.Module,
     held_out: dict[str, Samples],
     tokenizer: PreTrainedTokenizerBase,
     options: TrainOptions,
     runtime: Runtime,
+    judging: Samples | None = None,
 ) -> Validation:
-    """The loss of ``model`` on about ``val_tokens`` tokens of each kind, always the same ones."""
+    """The loss of ``model`` on about ``val_tokens`` tokens of each kind, always the same ones.
+
+    ``judging``: general samples, of the kind "general", which also tell how far a LoRA moved it.
+    """
     control, measures = control_ids(tokenizer), {}
-    for kind, samples in held_out.items():
+    general = {"general": judging} if judging else {}
+    for kind, samples in (held_out | general).items():
         batches = validation_batches(samples, options.batch_size, options.val_tokens)
-        measures[kind] = partial(evaluate, model, batches, runtime, control)
+        measure = evaluate_kept if kind in general else evaluate
+        measures[kind] = partial(measure, model, batches, runtime, control)
     return Validation(measures)
 
 
@@ -215,11 +201,15 @@ def run_stage(
     write: Callable[[Record], None],
     loss_sum: LossSum = causal_loss_sum,
     lora_plus: tuple[Iterable[nn.Parameter], float] = ((), 1.0),
+    holding: Samples | None = None,
+    verdict: Callable[[], dict] = dict,
 ) -> Path:
     """Train what is trainable in ``model`` into ``path``, a file or folder, which is returned.
 
     ``write(record)`` writes it, with the metrics of the step in the record. ``lora_plus`` holds
-    parameters and how many times the others' rate they learn at (Hayou et al. 2024).
+    parameters and how many times the others' rate they learn at (Hayou et al. 2024). Each step also
+    draws ``keep_rows`` of the samples ``holding``, which count ``keep`` times; ``loss_sum`` tells
+    the kinds apart. ``verdict()`` adds to the metrics of the file's last version.
     """
     name, folder = path.name.removesuffix(".pth"), options.out_dir
     resume = options.resume and not options.dry_run
@@ -235,14 +225,18 @@ def run_stage(
         validation,
         write_files=lambda metrics: write(replace(record, metrics=metrics)),
         log_to=metrics_path(folder, name),
+        verdict=verdict,
     )
     rows = options.batch_size * options.accumulation_steps * runtime.world_size
     pass_tokens = MICRO_TOKENS if runtime.device.type == "cpu" else GPU_MICRO_TOKENS
     share = {"rank": runtime.rank, "world_size": runtime.world_size}
-    share["rows_per_step"] = states.remembered("rows_per_step", rows)
     share["micro_tokens"] = options.micro_tokens or pass_tokens
-    sizes = options.batch_size, options.accumulation_steps
-    source = Batches(samples, *sizes, options.seed, options.num_workers, **share)
+    sizes = options.batch_size, options.accumulation_steps, options.seed
+    rows = states.remembered("rows_per_step", rows)
+    source = Batches(samples, *sizes, options.num_workers, rows_per_step=rows, **share)
+    if holding:
+        general = Batches(holding, *sizes, rows_per_step=options.keep_rows, **share)
+        source = KeepingBatches(source, general, options.keep)
     groups = param_groups(model, options.weight_decay, options.optimizer, *lora_plus)
     train(model, source, groups, run, loss_sum)
     if not options.dry_run:
@@ -265,7 +259,6 @@ def skills_on(base: Path, out_dir: Path) -> list[str]:
 def identity(record: Record) -> dict:
     """What must be the same when a run is resumed: options, and files by their content."""
     may_change = MAY_CHANGE | {entry["option"] for entry in record.data}
-    may_change |= {name for name, value in BEFORE.items() if record.options.get(name) == value}
     same = {name: value for name, value in record.options.items() if name not in may_change}
     numbers = Counter()
     for entry in record.data:

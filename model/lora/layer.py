@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MethodType
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from core.errors import UserError
 
 Linear = nn.Linear | Conv1D  # Conv1D is GPT-2's Linear, with a transposed weight
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # parts of names
@@ -15,7 +18,7 @@ WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # parts of names
 def forward_with_lora(linear: Linear, x: Tensor) -> Tensor:
     """What replaces the ``forward`` of a Linear that carries a ``LoRA`` as its ``lora``."""
     y = type(linear).forward(linear, x)  # the class's own: keeps quantised Linears working
-    return y + linear.lora(x).to(y.dtype)
+    return y + linear.lora(x).to(y.dtype) if linear.lora.is_on else y
 
 
 class LoRA(nn.Module):
@@ -26,6 +29,7 @@ class LoRA(nn.Module):
     """
 
     patched_forward = staticmethod(forward_with_lora)  # DoRA has another
+    is_on = True  # see ``without_lora``
 
     def __init__(self, linear: Linear, rank: int, scaling=1.0, dropout=0.0, init="minimind"):
         super().__init__()
@@ -82,6 +86,21 @@ def exchange(model: nn.Module, loras: Mapping[str, LoRA]) -> dict[str, LoRA]:
     for name, lora in loras.items():
         attach(modules[name], lora)
     return taken
+
+
+@contextmanager
+def without_lora(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` computes what its base does, bit for bit. ``UserError`` without a LoRA."""
+    loras = [linear.lora for _, linear in adapted(model)]
+    if not loras:
+        raise UserError("there is no LoRA on this model, so it cannot be told from its base")
+    for lora in loras:
+        lora.is_on = False
+    try:
+        yield
+    finally:
+        for lora in loras:
+            lora.is_on = True
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, Linear]]:

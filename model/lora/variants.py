@@ -12,6 +12,8 @@ SMALLEST_NORM = 1e-6  # of a row: one that is shorter counts as this long, and 0
 def forward_with_dora(linear: Linear, x: Tensor) -> Tensor:
     """What replaces the ``forward`` of a Linear that carries a ``DoRA`` as its ``lora``."""
     y, lora = type(linear).forward(linear, x), linear.lora
+    if not lora.is_on:
+        return y
     weight, dtype = dense_weight(linear), lora.A.weight.dtype
     stretch = lora.stretch(weight).to(dtype)
     if lora.training and lora.dropout.p:

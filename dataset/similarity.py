@@ -1,0 +1,52 @@
+"""How alike questions are: the Jaccard index of their character trigrams."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dataset.files import data_files, read_rows
+from dataset.rows import BadRow, clean_chat
+
+
+def trigrams(text: str) -> set[str]:
+    """The runs of three characters, case-folded and without punctuation; a shorter text is one."""
+    bare = " ".join(re.sub(r"[^\w\s]|_", "", text.casefold()).split())
+    return {bare[n : n + 3] for n in range(max(len(bare) - 2, 1))}
+
+
+class Neighbours:
+    """Tells how near a text is to the nearest of ``texts``, of which there may be thousands."""
+
+    def __init__(self, texts: Iterable[str]):
+        found = [trigrams(text) for text in dict.fromkeys(texts)]
+        self._sizes = np.array([len(grams) for grams in found])
+        holders = defaultdict(list)
+        for n, grams in enumerate(found):
+            for gram in grams:
+                holders[gram].append(n)
+        self._holders = {gram: np.array(numbers) for gram, numbers in holders.items()}
+
+    def similarity(self, text: str) -> float:
+        """Shared trigrams / trigrams of both, with the nearest text: 0 (none shared) to 1."""
+        grams = trigrams(text)
+        holders = [self._holders[gram] for gram in grams if gram in self._holders]
+        if not holders:
+            return 0.0
+        shared = np.bincount(np.concatenate(holders), minlength=len(self._sizes))
+        return float((shared / (self._sizes + len(grams) - shared)).max())
+
+
+def chats_in(paths: Sequence[Path]) -> Iterator[list[dict]]:
+    """The messages of each usable chat of these files or folders."""
+    for path in data_files(paths):
+        for _, row in read_rows(path, clean_chat):
+            if not isinstance(row, BadRow):
+                yield row["conversations"]
+
+
+def questions_in(messages: list[dict]) -> list[str]:
+    """The user turns of a chat."""
+    return [message["content"] for message in messages if message["role"] == "user"]
