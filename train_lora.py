@@ -8,28 +8,23 @@ from core.errors import run
 from core.options import given, option, parse
 from core.paths import bundled_data, lora_path, skill_name
 from model.lora.config import LoRAConfig
-from trainer.options import TrainOptions
+from trainer.options import KeepOptions, TrainOptions
 
 SKILL_DATA = (bundled_data("lora_identity.jsonl"),)
 DATA_HELP = "chat files or folders; scripts/inspect_data.py --help lists the styles"
 BASE_HELP = "file, Hugging Face folder or owner/model (default: skill's, or newest full_sft_*)"
 TEMPLATE_HELP = r"how a base without chat template is asked: 'Q: {user}\nA: '"
-GENERAL_HELP = "chats that hold and judge it (default: bundled, or the base's own answers to them)"
-KEEP_HELP = "weight of holding it to its base on general chats; 0: plain LoRA"
 LORA_PLUS_HELP = "times the rate of A that B learns at (LoRA+)"
 
 
 @dataclass
-class Options(LoRAConfig, TrainOptions):
+class Options(LoRAConfig, KeepOptions, TrainOptions):
     """Freeze a chat base, train rank-16 LoRA on chats and save out/lora/lora_<name>_<dim>.pth."""
 
     lora_name: str = option("identity", "name of the skill; it names the file", group="most used")
     data_path: tuple[Path, ...] = option(SKILL_DATA, DATA_HELP, group="most used")
-    general_data: tuple[Path, ...] = option((), GENERAL_HELP, group="data")
     base: Path | None = option(None, BASE_HELP, group="most used")
     skill: Path | None = option(None, "skill file to go on with, in its rank", group="skill")
-    keep: float = option(1.0, KEEP_HELP, group="skill", at_least=0)
-    keep_rows: int = option(4, "general chats of a step", group="skill", at_least=1)
     keep_best: bool = True
     prompt_template: str | None = option(None, TEMPLATE_HELP, group="data")
     load_in_4bit: bool = option(False, "QLoRA; needs requirements-4bit.txt", group="device")
@@ -65,6 +60,7 @@ def main(argv: list[str] | None = None) -> Path:
         stage.attach_skill(model, options, base.skill)
     else:
         apply_lora(model, config=options)
+        stage.start_from_rows(model, data.train, options, runtime)
     print(table_of(model))
     plugged = keeping.plugged(options, base, data, runtime)
     facts = stage.run_facts("lora", options, tokenizer, base)

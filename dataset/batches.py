@@ -62,6 +62,7 @@ class TokenSamples:
     max_seq_len: int
     pad_id: int
     bytes_of: np.ndarray  # UTF-8 bytes each id stands for
+    whole: bool = False  # whether every token counts as learned
 
     def without(self, digests: np.ndarray) -> "TokenSamples":
         """The samples of those rows whose ``digest`` is not among ``digests``, int64."""
@@ -75,6 +76,8 @@ class TokenSamples:
         tokens = np.full((len(chosen), max(map(len, chosen))), 2 * self.pad_id, np.int64)
         for n, row in enumerate(chosen):
             tokens[n, : len(row)] = row
+        if self.whole:
+            tokens |= np.arange(tokens.shape[1]) < np.array([[len(row)] for row in chosen])
         ids, learned = tokens >> 1, tokens % 2 == 1  # padding is even: not learned
         learned[:, 0] = False  # nothing predicts the first token
         labels = torch.from_numpy(np.where(learned, ids, IGNORED))

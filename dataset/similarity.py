@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset.files import data_files, read_rows
-from dataset.rows import BadRow, clean_chat
+from dataset.rows import BadRow, clean_chat, settle_control_text
 
 
 def trigrams(text: str) -> set[str]:
@@ -39,10 +39,18 @@ class Neighbours:
         return float((shared / (self._sizes + len(grams) - shared)).max())
 
 
-def chats_in(paths: Sequence[Path]) -> Iterator[list[dict]]:
-    """The messages of each usable chat of these files or folders."""
+def chats_in(
+    paths: Sequence[Path], spelling: re.Pattern | None = None, control_text: str = "keep"
+) -> Iterator[list[dict]]:
+    """The messages of each usable chat of these files or folders.
+
+    ``control_text`` is what becomes of texts that spell a control token, as ``spelling`` finds.
+    """
     for path in data_files(paths):
-        for _, row in read_rows(path, clean_chat):
+        rows = read_rows(path, clean_chat)
+        if spelling is not None:
+            rows, _ = settle_control_text(list(rows), spelling, control_text)
+        for _, row in rows:
             if not isinstance(row, BadRow):
                 yield row["conversations"]
 

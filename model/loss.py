@@ -18,13 +18,11 @@ def keep_sum(
     LoRA.
     """
     learned = labels[:, 1:] != IGNORED  # (B, T - 1): the logits at t predict t + 1
-    columns = learned.any(0).nonzero()
-    first = int(columns[0]) if len(columns) else learned.size(1) - 1  # what precedes is not needed
 
     def log_p(module: nn.Module) -> Tensor:  # (learned, V)
-        logits = module(**inputs, logits_to_keep=labels.size(1) - first).logits[:, :-1]
+        logits = module(**inputs).logits[:, :-1][learned]
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        return logits[learned[:, first:]].log_softmax(-1, wide)
+        return logits.log_softmax(-1, wide)
 
     was_training = base.training
     with torch.no_grad(), without_lora(base), torch.compiler.set_stance("force_eager"):

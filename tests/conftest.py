@@ -1,5 +1,6 @@
 """Small real parts that several test files share."""
 
+import copy
 import inspect
 import json
 import logging
@@ -7,6 +8,7 @@ import os
 import shutil
 import signal
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
@@ -24,11 +26,13 @@ from transformers.utils import logging as library_logging
 
 from benchmarks.seeded_model import fill
 from core.paths import REPOSITORY, TOKENIZER_DIR, bundled_data
-from dataset.batches import Batch
+from dataset.batches import IGNORED, KINDS, Batch
 from dataset.tokenizer import load_tokenizer
 from model.LMConfig import LMConfig
 from model.lora.layer import lora_parameters
 from model.model import MiniMindLM
+from model.model_lora import remove_lora
+from trainer import keeping
 from trainer.checkpoints import RunStates
 from trainer.loop import causal_loss_sum, train
 from trainer.metrics import Metrics, Validation
@@ -99,6 +103,7 @@ class Trained:
     out: Path
     texts: Path
     chats: Path
+    general: Path  # chats that ask nothing of what ``chats`` ask
 
     def flags(self, **more: object) -> list[str]:
         return flags(out_dir=self.out, **more)
@@ -119,7 +124,18 @@ def flags(**values: object) -> list[str]:
     return words
 
 
+# The files of ``Trained``, with the bundled ones whose first rows they are.
+BUNDLED = {"texts": ("pretrain_mini.jsonl", 60), "chats": ("sft_mini.jsonl", 60)}
+BUNDLED["general"] = ("lora_medical.jsonl", 24)
 SMALL = {"max_seq_len": 64, "batch_size": 8, "max_steps": 4, "device": "cpu", "val_tokens": 512}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_answers() -> Iterator[None]:
+    """What models of no training say at the end of a run is not worth the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keeping, "LONGEST_ANSWER", 8)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -130,13 +146,13 @@ def trained(tmp_path_factory) -> Trained:
     import train_pretrain
 
     folder = tmp_path_factory.mktemp("trained")
-    made = Trained(folder / "out", folder / "texts.jsonl", folder / "chats.jsonl")
-    for path, bundled in ((made.texts, "pretrain_mini.jsonl"), (made.chats, "sft_mini.jsonl")):
+    made = Trained(folder / "out", *(folder / f"{name}.jsonl" for name in BUNDLED))
+    for name, (bundled, rows) in BUNDLED.items():
         with bundled_data(bundled).open(encoding="utf-8") as file:
-            path.write_text("".join(islice(file, 60)), encoding="utf-8")
+            (folder / f"{name}.jsonl").write_text("".join(islice(file, rows)), encoding="utf-8")
     train_pretrain.main(made.flags(data_path=made.texts, dim=64, n_layers=2, n_heads=4, **SMALL))
     train_full_sft.main(made.flags(data_path=made.chats, **SMALL))
-    argv = made.flags(data_path=made.chats, general_data=made.chats, **SMALL)
+    argv = made.flags(data_path=made.chats, general_data=made.general, **SMALL)
     for name in ("a", "b"):
         train_lora.main([*argv, *flags(lora_name=name, seed=ord(name))])
     return made
@@ -176,6 +192,16 @@ def strengthen(model, seed: int) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
+def divergence_sum(model, batch: Batch) -> torch.Tensor:
+    """KL(p_base || p_model), summed over the targets: two models, all logits, the formula."""
+    base = copy.deepcopy(model)
+    remove_lora(base)
+    with torch.no_grad():
+        log_p = base.eval()(**batch.inputs).logits[:, :-1].log_softmax(-1)
+    log_q = model(**batch.inputs).logits[:, :-1].log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)[batch.labels[:, 1:] != IGNORED].sum()
+
+
 @pytest.fixture
 def sharp_model(tiny_model) -> MiniMindLM:
     """The tiny model with weights so large that a wrong mask or angle shows in attention."""
@@ -195,8 +221,10 @@ class Source:
         self.asked.append((epoch, start))
         return iter(self.all_steps[start:])
 
-    def largest_batch(self) -> Batch:
-        return max((b for step in self.all_steps for b in step), key=lambda b: b.labels.numel())
+    def largest_batches(self) -> list[Batch]:
+        batches = [batch for step in self.all_steps for batch in step]
+        kinds = [[batch for batch in batches if batch.kind == kind] for kind in KINDS]
+        return [max(found, key=lambda batch: batch.labels.numel()) for found in kinds if found]
 
 
 def run_training(

@@ -144,7 +144,7 @@ def test_every_import_of_ours_is_there():
         for name in imported_modules(ast.parse(path.read_text(encoding="utf-8")))
         if name.partition(".")[0] in ours
     }
-    assert {"model.weights.choose_base", "scripts.quickstart_answers.ask_all"} <= found.keys()
+    assert {"model.weights.choose_base", "scripts.exam.examine"} <= found.keys()
     assert {name: path for name, path in found.items() if not exists(name)} == {}
     assert not exists("model.weights.no_such_name")
 

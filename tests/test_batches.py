@@ -18,8 +18,11 @@ from core.errors import UserError
 from core.paths import bundled_data
 from dataset.batches import (
     IGNORED,
+    KEEP,
+    OWN,
     PASS_COST,
     Batches,
+    KeepingBatches,
     PretrainDataset,
     SFTDataset,
     micro_batches,
@@ -368,12 +371,70 @@ def test_the_largest_micro_batch_of_an_epoch_is_known_beforehand(
     for rank in (0, 1):
         share = {"rank": rank, "world_size": 2, "num_workers": 1}
         batches = Batches(samples, batch_size, 2, 7, micro_tokens=micro_tokens, **share)
-        found = batches.largest_batch()
+        (found,) = batches.largest_batches()
         assert multiprocessing.active_children() == [], "made in this process"
         largest = max(batch.labels.numel() for step in batches.steps(0) for batch in step)
         assert found.labels.numel() == largest or probed == 1
         assert 0.8 * largest < found.labels.numel() <= largest
         assert flat([[found]])[0] in flat(batches.steps(0))
+
+
+# Steps of two kinds
+
+
+@pytest.fixture
+def two_kinds(make, chats):
+    """Own batches, with so many workers, and those that also hold: 5 of 24 general rows a step."""
+    data = make(SFTDataset, chats, 10_000, val_ratio=0.4)
+    assert (len(data.train.lengths), len(data.val.lengths)) == (36, 24)
+
+    def two_kinds(num_workers=0):
+        own = Batches(data.train, 4, 2, 3, num_workers)
+        general = Batches(data.val, 4, 2, 3, rows_per_step=5, micro_tokens=150)
+        return own, KeepingBatches(own, general, weight=0.5)
+
+    return two_kinds
+
+
+def of_kind(kind, steps):
+    return [[batch for batch in step if batch.kind == kind] for step in steps]
+
+
+def test_each_own_step_also_gets_general_rows(two_kinds):
+    own, both = two_kinds()
+    sizes = "steps_per_epoch", "rows_per_step"
+    assert [getattr(both, size) for size in sizes] == [getattr(own, size) for size in sizes]
+    steps, alone = ([step for n in range(3) for step in each.steps(n)] for each in (both, own))
+    assert flat(of_kind(OWN, steps)) == flat(alone)
+    assert {(batch.kind, batch.weight) for step in steps for batch in step} == {
+        (OWN, 1.0),
+        (KEEP, 0.5),
+    }
+    kept = of_kind(KEEP, steps)
+    assert all(step[-1].kind == KEEP for step in steps) and any(len(step) > 1 for step in kept)
+    # 24 rows give 5 steps of 5 rows, one of them smaller; then they come again, in another order.
+    counts = [len(rows_in(step)) for step in kept]
+    assert [sorted(counts[n : n + 5]) for n in (0, 5, 10)] == [[4, 5, 5, 5, 5]] * 3
+    rounds = [[row for step in kept[n : n + 5] for row in rows_in(step)] for n in (0, 5, 10)]
+    assert len(set(rounds[0])) == 24 and len({tuple(rows) for rows in rounds}) == 3
+    assert len({frozenset(rows) for rows in rounds}) == 1
+    assert not set(rounds[0]) & {row for step in of_kind(OWN, steps) for row in rows_in(step)}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_general_rows_of_a_step_follow_from_its_number_alone(two_kinds, num_workers):
+    alone, both = two_kinds()[1], two_kinds(num_workers)[1]
+    whole = [step for epoch in range(3) for step in alone.steps(epoch)]
+    for epoch, start in ((0, 0), (0, 3), (1, 0), (1, 4), (2, 2)):
+        done = epoch * 5 + start
+        assert flat(both.steps(epoch, start)) == flat(whole[done : (epoch + 1) * 5])
+
+
+def test_the_largest_micro_batches_are_one_of_each_kind(two_kinds):
+    own, both = two_kinds()
+    found = both.largest_batches()
+    assert [(batch.kind, batch.weight) for batch in found] == [(OWN, 1.0), (KEEP, 0.5)]
+    assert flat([found]) == flat([own.largest_batches() + both.general.largest_batches()])
 
 
 def test_validation_reads_about_so_many_tokens_spread_over_all(make, chats):

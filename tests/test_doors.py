@@ -64,7 +64,8 @@ def test_every_stage_leaves_files_that_explain_themselves(trained):
     assert skill.base == {"file": "full_sft_64.pth", "fingerprint": full_sft["fingerprint"]}
     assert skill.options["data_path"] == ["chats.jsonl"]  # no folder of this machine
     assert skill.metrics["step"] == 4
-    assert {"first", "last"} == set(skill.metrics["domain"]) == set(skill.metrics["general"])
+    kinds = ("domain", "general")
+    assert [set(skill.metrics[kind]) for kind in kinds] == [{"first", "last", "best"}] * 2
     assert str(trained.out.parent) not in json.dumps([pretrain, full_sft, skill.to_json()])
 
 
@@ -175,7 +176,7 @@ def test_a_skill_goes_on_from_its_file(trained, tmp_path, start_of, words):
     if "4bit" in words:
         pytest.importorskip("bitsandbytes")
     out = shutil.copytree(trained.out, tmp_path / "out")
-    argv = flags(out_dir=out, data_path=trained.chats, general_data=trained.chats, **SMALL)
+    argv = flags(out_dir=out, data_path=trained.chats, general_data=trained.general, **SMALL)
     argv += ["--learning_rate", "0.1"]  # so that it matters which weights it starts from
     path = train_lora.main([*argv, "--lora_name", "old", *words.split()])
     old, newer = read_lora(path)[1], trained.out / "pretrain_64"
@@ -196,7 +197,9 @@ def test_a_skill_goes_on_from_its_file(trained, tmp_path, start_of, words):
         old.options[name] for name in ("rank", "use_dora")
     ]
     for kind in ("domain", "general"):
-        assert new.metrics[kind]["first"]["loss"] == old.metrics[kind]["last"]["loss"]
+        before, after = old.metrics[kind]["best"]["loss"], new.metrics[kind]["first"]["loss"]
+        # The file of a PiSSA has one product where training had two.
+        assert after == (pytest.approx(before, rel=1e-6) if "pissa" in words else before)
     assert {"option": "skill", "file": path.name, "sha256": sha256_file(path)} in new.data
     assert any(not torch.equal(tensors[name], held) for name, held in read_lora(path)[0].items())
 
@@ -204,7 +207,7 @@ def test_a_skill_goes_on_from_its_file(trained, tmp_path, start_of, words):
 def test_the_update_of_a_skill_that_goes_on_can_be_dropped_out(trained, monkeypatch):
     found = []
     monkeypatch.setattr("trainer.stage.train", lambda model, *_: found.append(model))
-    argv = trained.flags(data_path=trained.chats, general_data=trained.chats, lora_name="next")
+    argv = trained.flags(data_path=trained.chats, general_data=trained.general, lora_name="next")
     argv += flags(skill=trained.out / "lora" / "lora_a_64.pth", lora_dropout=0.5, **SMALL)
     train_lora.main([*argv, "--dry_run"])
     assert {linear.lora.dropout.p for _, linear in adapted(found[0])} == {0.5}
@@ -218,7 +221,7 @@ def test_a_skill_that_goes_on_is_asked_in_its_own_words(trained, tmp_path):
     LlamaForCausalLM(config).save_pretrained(base)
     AutoTokenizer.from_pretrained(TOKENIZER_DIR).save_pretrained(base)
     (base / "chat_template.jinja").unlink()
-    argv = flags(out_dir=tmp_path, data_path=trained.chats, general_data=trained.chats, base=base)
+    argv = flags(out_dir=tmp_path, data_path=trained.chats, general_data=trained.general, base=base)
     argv += flags(**SMALL | {"max_steps": 1})
     path = train_lora.main([*argv, *flags(lora_name="old", prompt_template=template)])
     argv += flags(lora_name="next", skill=path)
@@ -245,7 +248,7 @@ def test_the_same_seed_makes_the_same_file_and_another_seed_does_not(trained, tm
 def test_lora_trains_only_lora_and_reports_both_losses(trained, capsys):
     base = trained.out / "full_sft_64.pth"
     bytes_before = sha256_file(base)
-    data = {"data_path": trained.chats, "general_data": trained.chats}
+    data = {"data_path": trained.chats, "general_data": trained.general}
     path = train_lora.main(trained.flags(lora_name="lora_c", **data, **SMALL))
     assert path == lora_path(trained.out, "c", 64)  # lora_c and c are one skill
     assert sha256_file(base) == bytes_before
@@ -260,34 +263,13 @@ def test_lora_trains_only_lora_and_reports_both_losses(trained, capsys):
     path.unlink()
 
 
-def test_general_validation_uses_only_chats_that_the_base_never_saw(trained, tmp_path, monkeypatch):
-    """Whatever the skill's own --val_ratio is: the base's decides."""
-    from dataset import batches
-
-    seen, held_out = [], []
-    split = batches.split_rows
-
-    def spy(rows, val_ratio):
-        train, val = split(rows, val_ratio)
-        seen.append(set(rows.rows["digest"][train.chosen]))
-        held_out.append(set(rows.rows["digest"][val.chosen]))
-        return train, val
-
-    monkeypatch.setattr(batches, "split_rows", spy)
-    pretrained = trained.out / "pretrain_64.pth"
-    train_full_sft.main(flags(out_dir=tmp_path, data_path=trained.chats, base=pretrained, **SMALL))
-    argv = flags(out_dir=tmp_path, data_path=trained.chats, general_data=trained.chats)
-    train_lora.main(argv + flags(lora_name="x", val_ratio=0.5, **SMALL))
-    base_saw, _, general = seen[0], held_out[1], held_out[2]
-    assert general and not general & base_saw
-
-
-def test_without_held_out_rows_no_score_is_claimed(trained, tmp_path, capsys):
-    data = {"data_path": trained.chats, "general_data": trained.chats, "val_ratio": 0}
+def test_without_held_out_rows_no_score_is_claimed(trained, capsys):
+    data = {"data_path": trained.chats, "general_data": trained.general, "val_ratio": 0}
     path = train_lora.main(trained.flags(lora_name="z", **data, **SMALL))
-    assert "domain: nothing held out" in capsys.readouterr().out
-    metrics = read_lora(path)[1].metrics
+    printed, metrics = capsys.readouterr().out, read_lora(path)[1].metrics
+    assert "domain: nothing held out" in printed and "the last weights" in printed
     assert metrics["domain"] == {} and metrics["general"]["last"]["targets"] > 0
+    assert metrics["step"] == 4 and "val_ratio" in metrics["verdict"]["sentence"]
     path.unlink()
 
 
@@ -331,7 +313,7 @@ def test_skills_are_mixed_and_read_again_when_their_file_changed(trained, tmp_pa
 
 
 def test_the_options_of_lora_reach_the_file(trained, tmp_path):
-    argv = flags(out_dir=tmp_path, data_path=trained.chats, general_data=trained.chats)
+    argv = flags(out_dir=tmp_path, data_path=trained.chats, general_data=trained.general)
     argv += flags(lora_name="x", base=trained.out / "full_sft_64.pth", **SMALL)
 
     def train(words: str) -> tuple:

@@ -63,7 +63,7 @@ def folders(tmp_path_factory):
 
 def skill_flags(base, out, trained, **more) -> list[str]:
     """The words that train a skill for ``base`` in ``out``."""
-    data = {"data_path": trained.chats, "general_data": trained.chats}
+    data = {"data_path": trained.chats, "general_data": trained.general}
     return flags(base=base, out_dir=out, **data, **SMALL, **more)
 
 

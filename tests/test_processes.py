@@ -43,7 +43,8 @@ def both(trained, tmp_path_factory):
     pretrain = PRETRAIN | {"data_path": trained.texts}
     alone = run_door(train_pretrain, folder / "two" / "out", crash_at=14, **pretrain)
     script = REPOSITORY / "tests" / "two_processes.py"
-    child = torchrun(script, folder, trained.texts, trained.chats, trained.out / "full_sft_64.pth")
+    files = trained.texts, trained.chats, trained.general, trained.out / "full_sft_64.pth"
+    child = torchrun(script, folder, *files)
     output, errors = child.communicate(timeout=240)
     assert child.returncode == 0, errors
     files = (folder / f"rank-{rank}.json" for rank in (0, 1))
@@ -59,7 +60,7 @@ def rows(*runs: list) -> Counter:
 
 def test_ranks_together_have_the_gradient_of_one_process(both):
     for rank in both["ranks"]:
-        assert len(rank["gradients"]) == 3
+        assert len(rank["gradients"]) == 6
         assert max(rank["gradients"].values()) <= 1e-10
 
 
@@ -97,9 +98,18 @@ def test_each_rank_has_random_numbers_of_its_own(both):
     assert first != second
 
 
+def test_patience_ends_all_processes_at_the_same_step(both):
+    runs, out = [rank["lora"] for rank in both["ranks"]], both["folder"] / "lora" / "out"
+    (step, _), steps = max(states_in(out).items()), [len(run["steps"]) for run in runs]
+    assert steps == [step] * 2 and step < 28  # of two epochs
+    metrics = read_lora(out / "lora" / "lora_x_64.pth")[1].metrics
+    assert metrics["step"] == step - 1 == metrics["domain"]["best"]["step"]
+
+
 def test_the_first_rank_alone_prints(both):
     ends = [run.get("end") for run in both["ranks"][0].values() if isinstance(run, dict)]
-    assert both["output"].count("saved ") == ends.count("finished") == 4
+    saved = both["output"].count(f"saved {both['folder']}")
+    assert saved == ends.count("finished") == 4
 
 
 def test_files_are_those_of_one_process(both, trained):

@@ -242,7 +242,7 @@ def test_the_doors_train_chat_and_merge_in_four_bits(trained, tmp_path, capsys):
         out_dir=out,
         base=base,
         data_path=trained.chats,
-        general_data=trained.chats,
+        general_data=trained.general,
         lora_name="q",
         **SMALL,
     )

@@ -26,6 +26,7 @@ from core.files import sha256_file
 from model.lora.skill_file import read_lora
 from scripts import train_lora_classifier
 from trainer.checkpoints import (
+    MANIFEST,
     SUMS,
     TENSORS,
     Progress,
@@ -43,8 +44,10 @@ from trainer.runtime import Runtime
 TIMINGS = ("seconds", "seconds_left", "tokens_per_second", "matmul_share", "peak_memory_mb")
 SHORT = {"max_seq_len": 64, "epochs": 2, "device": "cpu", "val_tokens": 256}
 SHORT |= {"log_interval": 3, "save_interval": 4}  # so that saves come between two log lines
+SHORT["val_interval"] = 3  # and other weights than the saved ones may be the best
 SHORT["micro_tokens"] = 10**6  # so large that no micro-batch is split: the tests count passes
 SHAPE = {"dim": 64, "n_layers": 2, "n_heads": 4, "dropout": 0.1}
+IMPATIENT = "--patience 2 --learning_rate 0.05"  # so fast that it soon finds no better weights
 
 
 class Crash(Exception):
@@ -93,7 +96,9 @@ def left_in(out: Path) -> list:
     not_results = {"cache", "checkpoints"}
     results = {path.name: sha256_file(path) for path in files if not_results.isdisjoint(path.parts)}
     states = {step: sha256_file(path / TENSORS) for step, path in states_in(out).items()}
-    return [results, states, metrics_of(out)]
+    manifests = [json.loads((path / MANIFEST).read_text()) for path in states_in(out).values()]
+    progress = [manifest["progress"] | {"seconds": 0} for manifest in manifests]
+    return [results, states, progress, metrics_of(out)]
 
 
 def door_and_flags(name: str, trained, **more) -> tuple:
@@ -103,7 +108,8 @@ def door_and_flags(name: str, trained, **more) -> tuple:
         "full_sft": (train_full_sft, {"data_path": chats, "base": trained.out / "pretrain_64.pth"}),
         "lora": (
             train_lora,
-            {"data_path": chats, "general_data": chats, "base": chat_base, "lora_name": "x"},
+            {"data_path": chats, "base": chat_base, "lora_name": "x"}
+            | {"general_data": trained.general},
         ),
         "pretrain more": (
             train_pretrain,
@@ -120,7 +126,7 @@ def door_and_flags(name: str, trained, **more) -> tuple:
         ("full_sft", 4, 0, ""),
         ("pretrain more", 1, 0, ""),
         ("lora", 1, 0, ""),
-        ("lora", 1, 0, "--skill {out}/lora/lora_a_64.pth --lora_dropout 0.1"),
+        ("lora", 1, 0, f"--skill {{out}}/lora/lora_a_64.pth --lora_dropout 0.1 {IMPATIENT}"),
         ("lora", 1, 0, "--use_dora --lora_dropout 0.1 --loraplus_lr_ratio 4 --rank_pattern wo=2"),
         ("lora", 1, 0, "--init_lora_weights pissa --load_in_4bit --target_modules wk w2"),
     ],
@@ -150,6 +156,11 @@ def test_a_resumed_run_leaves_the_same_bits(
     assert stopped.value.signum == signal.SIGTERM and max(states_in(cut)) == 7
     door.main([*argv, "--out_dir", str(cut), "--resume"])
     assert left_in(cut) == left_in(whole)
+    if IMPATIENT in words:  # it is finished, though steps are left
+        assert max(states_in(cut)) == 9
+        (cut / "lora" / "lora_x_64.pth").unlink()
+        door.main([*argv, "--out_dir", str(cut), "--resume"])
+        assert left_in(cut) == left_in(whole)
 
 
 @needs_compiler
@@ -169,7 +180,8 @@ def test_a_compiled_run_resumes_to_the_same_bits(trained, tmp_path, monkeypatch)
     door.main([*argv, "--out_dir", str(plain)])
     before = counters["stats"]["unique_graphs"]
     door.main([*argv, "--compile", "--out_dir", str(whole)])
-    assert counters["stats"]["unique_graphs"] == before + 2  # a single row is a case of its own
+    # A single row is a case of its own; so are passes without labels, which hold it to its base.
+    assert counters["stats"]["unique_graphs"] == before + 4
     shutil.copytree(whole, cut)
     shutil.rmtree(states_in(cut)[8])
     torch.compiler.reset()  # as in a new process
@@ -287,16 +299,16 @@ def test_a_stop_validates_nothing_and_a_skill_goes_on_with_its_base_and_general_
     monkeypatch.setattr(
         "trainer.stage.evaluate", lambda *a: validations.append(None) or evaluate(*a)
     )
-    cut_short(monkeypatch, 5, signal.SIGTERM)
+    cut_short(monkeypatch, 7, signal.SIGTERM)
     with pytest.raises(Stopped):
         door.main(argv)
-    # Two before the first step, two at step 4.
-    assert max(states_in(tmp_path / "out")) == 5 and len(validations) == 4
+    # Before the first step, at step 3 and at step 6.
+    assert max(states_in(tmp_path / "out")) == 7 and len(validations) == 3
     metrics = read_lora(tmp_path / "out" / "lora" / "lora_x_64.pth")[1].metrics
-    assert metrics["step"] == 5
-    assert [metrics["domain"][when]["step"] for when in ("first", "last")] == [0, 4]
-    other = tmp_path / trained.chats.name
-    other.write_bytes(trained.chats.read_bytes().partition(b"\n")[2])
+    assert metrics["step"] == metrics["domain"]["best"]["step"] == 6
+    assert [metrics["domain"][when]["step"] for when in ("first", "last")] == [0, 6]
+    other = tmp_path / trained.general.name
+    other.write_bytes(trained.general.read_bytes().partition(b"\n")[2])
     base = tmp_path / "full_sft_64.pth"  # the name stays, the weights are others
     for ending in (".pth", ".json"):
         found = (trained.out / "pretrain_64").with_suffix(ending)
@@ -306,7 +318,7 @@ def test_a_stop_validates_nothing_and_a_skill_goes_on_with_its_base_and_general_
         ({"base": base}, "the base"),
     ):
         argv = door_and_flags("lora", trained, **settings | change)[1]
-        with pytest.raises(UserError, match=f"the content of {named} changed since step 5"):
+        with pytest.raises(UserError, match=f"the content of {named} changed since step 7"):
             door.main([*argv, "--resume"])
 
 

@@ -7,18 +7,23 @@ import json
 import math
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from conftest import CPU, Source, ragged_batch, rows_of, run_training
+from conftest import CPU, Source, divergence_sum, ragged_batch, rows_of, run_training, strengthen
 
 from core.errors import UserError
+from dataset.batches import KEEP, KINDS, OWN, masked
+from model.lora.layer import lora_parameters
+from model.model_lora import apply_lora
 from trainer import metrics
+from trainer.keeping import skill_loss_sum
 from trainer.loop import accumulate_gradients, causal_loss_sum
 from trainer.metrics import Metrics, RunLog, Validation, evaluate, plot_losses
 from trainer.optimizer import BETAS, lr_at
 from trainer.options import TrainOptions
-from trainer.run import MAX_OVERFLOWS
+from trainer.run import MAX_OVERFLOWS, Run
 from trainer.runtime import Runtime
 
 CONTROL = {0, 1, 2}
@@ -54,6 +59,30 @@ def test_accumulation_weighs_tokens_not_micro_batches(tiny_model):
         (causal_loss_sum(model, part) / part.n_targets / len(quarters)).backward()
     mean_of_means = [parameter.grad for parameter in model.parameters()]
     assert relative_difference(mean_of_means, at_once) > 1e-2
+
+
+def test_each_kind_of_batch_counts_by_its_weight_whatever_its_size(sharp_model):
+    """The mean over own targets + weight * the mean divergence over general ones, of a skill."""
+    model, weight = sharp_model.double(), 0.3
+    apply_lora(model, 4)
+    strengthen(model.double(), 1)
+    own, general = ragged_batch(6, seed=1), ragged_batch(5, seed=2)
+    targets = [own.n_targets, general.n_targets]
+    assert targets[0] != targets[1]
+    loss, divergence = causal_loss_sum(model, own), divergence_sum(model, general)
+    (loss / targets[0] + weight * divergence / targets[1]).backward()
+    expected = [parameter.grad.clone() for parameter in lora_parameters(model)]
+    batches = [rows_of(own, 0, 1), rows_of(own, 1, 6)]
+    kept = [rows_of(general, 0, 3), rows_of(general, 3, 5)]
+    batches += [replace(batch, kind=KEEP, weight=weight) for batch in kept]
+    model.zero_grad()
+    loss_sum = partial(skill_loss_sum, base=model)
+    losses, n_targets = accumulate_gradients(model, batches, CPU.scaler(), CPU, loss_sum)
+    found = [parameter.grad for parameter in lora_parameters(model)]
+    assert relative_difference(found, expected) <= 1e-10
+    assert n_targets == dict(zip((OWN, KEEP), targets, strict=True))
+    means = {OWN: loss.item() / targets[0], KEEP: divergence.item() / targets[1]}
+    assert losses == pytest.approx(means, rel=1e-12), "each without its weight"
 
 
 @pytest.mark.parametrize("grad_clip", [0.0, 0.05])
@@ -103,11 +132,10 @@ def test_a_resumed_run_asks_for_the_step_after_its_save(tiny_model, tmp_path):
 
 
 def test_a_step_without_targets_changes_nothing_by_its_gradient(tiny_model):
-    batch = ragged_batch(2, seed=1)
-    empty = replace(batch, labels=torch.full_like(batch.labels, -100), n_targets=0, n_bytes=0)
+    empty = masked(ragged_batch(2, seed=1))
     tiny_model.zero_grad()
-    loss, n_targets = accumulate_gradients(tiny_model, [empty], CPU.scaler(), CPU, causal_loss_sum)
-    assert (loss, n_targets) == (0.0, 0)
+    found = accumulate_gradients(tiny_model, [empty], CPU.scaler(), CPU, causal_loss_sum)
+    assert found == (dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0))
     assert all(parameter.grad.abs().max() == 0 for parameter in tiny_model.parameters())
 
 
@@ -142,7 +170,7 @@ def test_the_logged_loss_is_the_token_mean_of_its_window(tiny_model, tmp_path):
     assert records_in(tmp_path)[-2]["loss"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_saves_come_at_intervals_after_validation_and_at_the_end(tiny_model, tmp_path):
+def test_validations_and_saves_come_at_intervals_of_their_own_and_at_the_end(tiny_model, tmp_path):
     events = []
 
     def measure():
@@ -153,12 +181,21 @@ def test_saves_come_at_intervals_after_validation_and_at_the_end(tiny_model, tmp
         tiny_model,
         Source([ragged_batch(1, seed=6)], [ragged_batch(1, seed=7)]),
         tmp_path,
+        val_interval=2,
         save_interval=3,
         max_steps=7,
         write=lambda metrics: events.append((metrics["step"], metrics["val"]["last"]["step"])),
         validation=Validation({"val": measure}),
     )
-    assert events == ["validate", (3, 3), "validate", (6, 6), "validate", (7, 7)]
+    once = "validate"
+    assert events == [once, (3, 2), once, once, (6, 6), once, (7, 7)], "first validated, then saved"
+
+
+@pytest.mark.parametrize(("steps", "interval"), [(25, 10), (100, 10), (101, 11), (3000, 300)])
+def test_about_ten_validations_a_run_and_none_too_often(steps, interval):
+    run = Run(TrainOptions(epochs=steps), *[None] * 5)
+    run.plan(Source([ragged_batch(1, seed=0)]))
+    assert run.val_interval == interval
 
 
 def test_a_validation_that_is_the_first_and_the_last_is_told_once():
@@ -232,7 +269,7 @@ def test_fp16_gives_up_after_overflows_in_a_row_only(tmp_path, good_every, ends)
 
 @pytest.mark.parametrize(("rate", "loss"), [(1e39, 1.0), (1e-2, math.nan)])
 def test_weights_that_an_update_made_useless_are_not_saved(tiny_model, tmp_path, rate, loss):
-    settings = {"learning_rate": rate, "max_steps": 2, "save_interval": 1}
+    settings = {"learning_rate": rate, "max_steps": 2, "save_interval": 1, "val_interval": 1}
     settings["validation"] = Validation({"val": lambda: Metrics(loss, 1.0, 5, 9)})
     settings["write"] = lambda metrics: pytest.fail("saved")
     with pytest.raises(UserError, match=r"step 1: .*learning_rate"):
@@ -265,13 +302,13 @@ def test_the_warm_up_leaves_no_trace(tiny_model, tmp_path):
         block.feed_forward.dropout.p = 0.3
     batch = ragged_batch(3, seed=10)
     torch.manual_seed(5)
-    expected = accumulate_gradients(
+    losses, _ = accumulate_gradients(
         tiny_model.train(), [batch], CPU.scaler(), CPU, causal_loss_sum
-    )[0]
+    )
     norm = torch.cat([parameter.grad.flatten() for parameter in tiny_model.parameters()]).norm()
     tiny_model.zero_grad()
     torch.manual_seed(5)
-    assert run_training(tiny_model, Source([batch]), tmp_path).first_loss == expected
+    assert run_training(tiny_model, Source([batch]), tmp_path).first_loss == losses[OWN]
     assert records_in(tmp_path)[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
@@ -288,7 +325,7 @@ def test_lines_stand_clear_of_the_bar(tiny_model, tmp_path, capsys):
 
     terminal = io.StringIO(newline="")
     terminal.isatty = lambda: True
-    source, settings = Source([ragged_batch(2, seed=6)]), {"save_interval": 2}
+    source, settings = Source([ragged_batch(2, seed=6)]), {"val_interval": 2}
     settings["validation"] = Validation({"val": lambda: Metrics(1.0, 1.0, 5, 9)})
     with contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(terminal):
         run_training(tiny_model, source, tmp_path, **settings)

@@ -10,21 +10,26 @@ import math
 import os
 import shutil
 import sys
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import flags, ragged_batch, rows_of
+from conftest import divergence_sum, flags, ragged_batch, rows_of, strengthen
 from test_resume import SHAPE, SHORT
 
 import train_lora
 import train_pretrain
 import trainer.loop
 from core.errors import Stopped, UserError
-from dataset.batches import masked
+from dataset.batches import KEEP, OWN, masked
 from model.LMConfig import LMConfig
+from model.lora.layer import lora_parameters
 from model.model import MiniMindLM
+from model.model_lora import apply_lora
+from trainer.keeping import skill_loss_sum
 from trainer.loop import accumulate_gradients, causal_loss_sum
 from trainer.runtime import Runtime
 
@@ -34,6 +39,13 @@ SHARES = {
     "equal": ([(0, 2), (2, 4)], [(4, 6), (6, 8)]),
     "rank 1 has fewer": ([(0, 2), (2, 4), (4, 7)], [(7, 8)]),
     "rank 1 has nothing": ([(0, 4), (4, 8)], []),
+}
+GENERAL, WEIGHT = ragged_batch(6, seed=1), 0.3
+# The own rows of rank 0 and of rank 1, and their general rows.
+KEPT_SHARES = {
+    "both have both": ([[(0, 2), (2, 3)], [(3, 8)]], [[(0, 1)], [(1, 3), (3, 6)]]),
+    "rank 1 has general rows only": ([[(0, 4), (4, 8)], []], [[(0, 1)], [(1, 3), (3, 6)]]),
+    "rank 0 has own rows only": ([[(0, 4)], [(4, 8)]], [[], [(0, 5), (5, 6)]]),
 }
 PRETRAIN = SHAPE | SHORT | {"batch_size": 2, "epochs": 1}
 
@@ -60,11 +72,43 @@ def gradients(runtime: Runtime) -> dict:
         _, n_targets = accumulate_gradients(
             replica, batches, runtime.scaler(), runtime, causal_loss_sum
         )
-        assert n_targets == RAGGED.n_targets
-        pairs = zip(model.parameters(), expected.parameters(), strict=True)
-        found[name] = max(
-            float((a.grad - b.grad).abs().max() / b.grad.abs().max()) for a, b in pairs
+        assert n_targets == {OWN: RAGGED.n_targets, KEEP: 0}
+        found[name] = difference(model.parameters(), expected.parameters())
+    return found
+
+
+def difference(found, expected) -> float:
+    """The largest difference between gradients, relative."""
+    pairs = zip(found, expected, strict=True)
+    return max(float((a.grad - b.grad).abs().max() / b.grad.abs().max()) for a, b in pairs)
+
+
+def skilled_model() -> MiniMindLM:
+    model = double_model()
+    apply_lora(model, 4)
+    strengthen(model.double(), 1)
+    return model
+
+
+def kept_gradients(runtime: Runtime) -> dict:
+    """As ``gradients``, of a skill that general rows hold to its base."""
+    expected = skilled_model()
+    loss = causal_loss_sum(expected, RAGGED) / RAGGED.n_targets
+    (loss + WEIGHT * divergence_sum(expected, GENERAL) / GENERAL.n_targets).backward()
+    found = {}
+    for name, (own, general) in KEPT_SHARES.items():
+        model = skilled_model()
+        batches = [rows_of(RAGGED, *rows) for rows in own[runtime.rank]] or [EMPTY]
+        kept = [rows_of(GENERAL, *rows) for rows in general[runtime.rank]] or [masked(GENERAL)]
+        batches += [replace(batch, kind=KEEP, weight=WEIGHT) for batch in kept]
+        replica = runtime.replicate(model, has_idle=False)
+        loss_sum = partial(skill_loss_sum, base=model)
+        parts, n_targets = accumulate_gradients(
+            replica, batches, runtime.scaler(), runtime, loss_sum
         )
+        assert n_targets == {OWN: RAGGED.n_targets, KEEP: GENERAL.n_targets}
+        assert abs(runtime.sum(parts[OWN])[0] - loss.item()) <= 1e-10
+        found[name] = difference(lora_parameters(model), lora_parameters(expected))
     return found
 
 
@@ -117,10 +161,10 @@ def run_door(door, out: Path, *words: str, crash_at: int = 0, poison_at: int = 0
     return {"end": end, "steps": steps}
 
 
-def scenarios(folder: Path, texts: Path, chats: Path, base: Path):
+def scenarios(folder: Path, texts: Path, chats: Path, general: Path, base: Path):
     runtime = Runtime.start("cpu", seed=3)
     yield "seed", torch.initial_seed()
-    yield "gradients", gradients(runtime)
+    yield "gradients", gradients(runtime) | kept_gradients(runtime)
     yield "bypassed", bypassed(runtime)
     pretrain = PRETRAIN | {"data_path": texts}
     yield "whole", run_door(train_pretrain, folder / "whole" / "out", **pretrain)
@@ -140,18 +184,19 @@ def scenarios(folder: Path, texts: Path, chats: Path, base: Path):
     (barred := folder / "barred" / "out").mkdir(parents=True, exist_ok=True)
     (barred / "metrics").touch()  # where a folder should be
     yield "no metrics", run_door(train_pretrain, barred, **pretrain)
-    lora = SHORT | {"data_path": chats, "general_data": chats, "base": base, "lora_name": "x"}
-    lora |= {"max_steps": 2, "batch_size": 2}
+    lora = SHORT | {"data_path": chats, "general_data": general, "base": base, "lora_name": "x"}
+    # So fast that it soon finds no better weights.
+    lora |= {"batch_size": 2, "patience": 1, "val_interval": 1, "learning_rate": 0.5}
     yield "lora", run_door(train_lora, folder / "lora" / "out", **lora)
 
 
 def main() -> None:
-    folder, texts, chats, base = map(Path, sys.argv[1:])
+    folder, *files = map(Path, sys.argv[1:])
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     left = folder / f"left-{rank}"  # the first to be registered is the last to be called
     atexit.register(lambda: left.write_text(str(not dist.is_initialized()), encoding="utf-8"))
-    results = dict(scenarios(folder, texts, chats, base))
+    results = dict(scenarios(folder, *files))
     (folder / f"rank-{rank}.json").write_text(json.dumps(results), encoding="utf-8")
 
 

@@ -1,7 +1,9 @@
 """A skill takes nothing away: general chats that hold it to its base, and what it costs."""
 
+import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +21,9 @@ from dataset.cache import digest
 from dataset.chat import encode_chat, ends_of_answer
 from dataset.files import data_files
 from dataset.similarity import Neighbours, chats_in, questions_in
+from dataset.tokenizer import control_spelling
 from model.generation import Sampling, generate
+from model.LMConfig import context_of
 from model.lora.layer import without_lora
 from model.loss import keep_sum
 from trainer.loop import causal_loss_sum
@@ -29,13 +33,15 @@ from trainer.runtime import Runtime
 from trainer.stage import Base, read_data, validation_of
 
 ALIKE = 0.35  # a general chat whose question is so near to one of the skill's asks what it teaches
-BUNDLED = bundled_data("sft_mini.jsonl")
+BUNDLED = (bundled_data("sft_mini.jsonl"),)
+STRANGE = bundled_data("strange_mini.jsonl")  # where a skill would speak unasked
 ASKED = 160  # bundled questions that a base of other makers answers itself
 JUDGING_SHARE = 0.2  # of general rows, where the base learned none of them
 LONGEST_ANSWER = 48  # tokens
 SHOWN, COMPARED = 3, 20  # held-out questions whose answers are shown; general ones, compared
 FEW_ROWS = 20  # so few chats are learned by heart
-COSTS_NOTHING = 0.05  # nats per token: a smaller rise of the general loss is no loss
+SMALL_RISE = 0.05  # of the general loss, nats per token: below it nobody would notice
+FEW_CHANGED = 0.25  # of the general answers: that of a tiny base may have been a toss-up
 
 
 @dataclass
@@ -74,15 +80,15 @@ def read_general(options: TrainOptions, base: Base, runtime: Runtime) -> General
     """The chats of ``options.general_data``, without those that ask what the skill teaches.
 
     Without such files, those are the bundled chats, or what a base of other makers answers to
-    their questions itself: ``options`` get the file. With ``keep`` 0 nothing is held, and chats
-    that the base's template cannot show stop no run. Else raises ``UserError`` where none is left.
+    their questions itself. Bundled texts that nobody would answer hold too, as does what the base
+    answers to ``keep_questions``: ``options`` get all these files. With ``keep`` 0 nothing is held,
+    and chats that the base's template cannot show stop no run. Else raises ``UserError`` where
+    none is left.
     """
-    if not options.general_data:
-        file = own_answers(base, options, runtime) if is_pretrained(base.path) else BUNDLED
-        options.general_data = (file,)
-    files = data_files(options.general_data)
+    judges, holds = general_files(options, base, runtime)
+    options.general_data = (*judges, *holds)
     general = replace(options, data_path=options.general_data, bad_rows="skip", patience=0)
-    general.val_ratio, is_learned = judging_share(base, files, options)
+    general.val_ratio, is_learned = judging_share(base, data_files(judges), options)
     try:
         data = read_data(SFTDataset, general, base.tokenizer, runtime)
     except UserError as error:
@@ -91,19 +97,44 @@ def read_general(options: TrainOptions, base: Base, runtime: Runtime) -> General
             raise UserError(f"general_data: {error}; {way_out}") from error
         print(f"note: what the skill costs in general is not measured: {error}")
         return General()
-    unwanted = alike(files, options.data_path)
-    holding, judging = data.train.without(unwanted), data.val.without(unwanted)
-    count = sum(len(samples.lengths) for samples in (data.train, data.val))
-    count -= len(holding.lengths) + len(judging.lengths)
-    if count:
-        print(f"  {count} of them are left out: they ask what the skill teaches")
-    if options.keep and not len(holding.lengths):
+    asked = Neighbours(q for chat in chats_in(options.data_path) for q in questions_in(chat))
+    settled = control_spelling(base.tokenizer), options.control_text
+    alike = digests(
+        chat
+        for chat in chats_in(options.general_data, *settled)
+        if any(asked.similarity(question) > ALIKE for question in questions_in(chat))
+    )
+    if len(alike):
+        print(f"  {len(alike)} of them are left out: they ask what the skill teaches")
+    only_hold = np.append(alike, digests(chats_in(holds, *settled)))
+    holding, judging = data.train.without(alike), data.val.without(only_hold)
+    if options.keep and not len(holding.without(only_hold).lengths):
         every = "every chat of general_data asks what the skill teaches"
         raise UserError(f"{every}: name other chats, or train without them by keep=0")
     if is_learned:
         print(f"note: {base.path} was trained without held-out rows: no general chat can judge")
-    judges = len(judging.lengths) and not is_learned
-    return General(holding if options.keep else None, judging if judges else None)
+    can_judge = len(judging.lengths) and not is_learned
+    # All of a held row counts: the question, too, shows what the skill has moved.
+    holding = replace(holding, whole=True) if options.keep else None
+    return General(holding, judging if can_judge else None)
+
+
+def general_files(
+    options: TrainOptions, base: Base, runtime: Runtime
+) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """The files of chats that judge and hold, and of those that hold only."""
+    judges = options.general_data or BUNDLED
+    if not options.general_data and is_pretrained(base.path):
+        judges = (own_answers(base, BUNDLED, options, runtime),)
+    holds = (STRANGE,) if options.keep else ()
+    if options.keep_questions:
+        holds += (own_answers(base, options.keep_questions, options, runtime),)
+    return judges, holds
+
+
+def digests(chats: Iterable[list[dict]]) -> np.ndarray:
+    """What the token table calls these chats, int64."""
+    return np.array([digest({"conversations": chat}) for chat in chats], np.int64)
 
 
 def judging_share(base: Base, files: list[Path], options: TrainOptions) -> tuple[float, bool]:
@@ -118,42 +149,36 @@ def judging_share(base: Base, files: list[Path], options: TrainOptions) -> tuple
     return base.held_out_share, base.record.val_ratio == 0
 
 
-def alike(general: list[Path], own: tuple[Path, ...]) -> np.ndarray:
-    """The digests, int64, of general chats with a question that is ``ALIKE`` one of the skill's."""
-    asked = Neighbours(question for chat in chats_in(own) for question in questions_in(chat))
-    found = [
-        digest({"conversations": chat})
-        for chat in chats_in(general)
-        if any(asked.similarity(question) > ALIKE for question in questions_in(chat))
-    ]
-    return np.array(found, np.int64)
+def own_answers(
+    base: Base, paths: tuple[Path, ...], options: TrainOptions, runtime: Runtime
+) -> Path:
+    """A file of the questions in ``paths`` with the base's own likeliest answers, made once.
 
-
-def own_answers(base: Base, options: TrainOptions, runtime: Runtime) -> Path:
-    """A file of bundled questions with the base's own likeliest answers, made once for each base.
-
-    A skill must not bring the bundled answers of a toy to a model of other makers.
+    What holds a skill must not be the knowledge of others: neither the bundled answers of a toy,
+    on a model of other makers, nor those of another skill.
     """
-    known = f"{base.record.fingerprint[:16]}{'-4bit' if options.load_in_4bit else ''}"
-    path, tokenizer = cache_dir(options.out_dir) / f"answers-{known}.jsonl", base.tokenizer
+    questions = dict.fromkeys(questions_in(chat)[0] for chat in chats_in(paths))
+    questions = spread(list(questions), ASKED)
+    known = [base.record.fingerprint, options.load_in_4bit, questions]
+    key = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+    path = cache_dir(options.out_dir) / f"answers-{key}.jsonl"
     with runtime.first_alone():
-        if path.is_file():
-            return path
-        questions = list(dict.fromkeys(questions_in(chat)[0] for chat in chats_in((BUNDLED,))))
-        questions = questions[:: max(1, len(questions) // ASKED)][:ASKED]
-        print(f"asking {base.path} {len(questions)} general questions, once", flush=True)
-        lines = []
-        for question in questions:
-            turn = {"role": "user", "content": question}
-            ids, _ = encode_chat(tokenizer, [turn], add_generation_prompt=True)
-            with without_lora(base.model):
-                answered = likeliest(base.model, ids, tokenizer)
-            text = tokenizer.decode(answered, skip_special_tokens=True)
-            answer = {"role": "assistant", "content": text.strip()}
-            if answer["content"]:
-                lines.append(json.dumps({"conversations": [turn, answer]}) + "\n")
-        atomic_write(path, lambda file: file.write("".join(lines).encode()))
+        if not path.is_file():
+            print(f"asking {base.path} {len(questions)} general questions, once", flush=True)
+            rows = [answered(base, question) for question in questions]
+            lines = "".join(json.dumps({"conversations": row}) + "\n" for row in rows if row)
+            atomic_write(path, lambda file: file.write(lines.encode()))
     return path
+
+
+def answered(base: Base, question: str) -> list[dict]:
+    """The chat of this question and the base's own answer; empty if it says nothing."""
+    turn = {"role": "user", "content": question}
+    ids, _ = encode_chat(base.tokenizer, [turn], add_generation_prompt=True)
+    with without_lora(base.model):
+        new = likeliest(base.model, ids, base.tokenizer)
+    text = base.tokenizer.decode(new, skip_special_tokens=True).strip()
+    return [turn, {"role": "assistant", "content": text}] if text else []
 
 
 def likeliest(model: nn.Module, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -181,15 +206,13 @@ def verdict(
     """Print what the applied skill has learned and what it costs; returns it for its record."""
     was_training = model.training
     model.eval()
-    shown = [
-        {"question": questions_in(chat)[-1], "before": before, "after": after}
-        for chat in spread(chats_of(data.val, options.data_path), SHOWN)
-        for before, after in [answers(model, tokenizer, chat)]
-    ]
-    others = spread(chats_of(general.judging, options.general_data), COMPARED)
-    pairs = [answers(model, tokenizer, chat) for chat in others]
+    own = chats_of(data.val, options.data_path, options, tokenizer)
+    others = chats_of(general.judging, options.general_data, options, tokenizer)
+    shown = [asked for chat in spread(own, SHOWN) if (asked := answers(model, tokenizer, chat))]
+    pairs = [answers(model, tokenizer, chat) for chat in spread(others, COMPARED)]
+    pairs = [pair for pair in pairs if pair]
     model.train(was_training)
-    changed = sum(before != after for before, after in pairs)
+    changed = sum(pair["before"] != pair["after"] for pair in pairs)
     losses = {}
     print(f"\n{'what was learned':24}{'before':>10}{'after':>10}")
     for kind, result in validation.results.items():
@@ -221,9 +244,11 @@ def summary_of(losses: dict[str, tuple[dict, dict]], changed: int, asked: int) -
     if "general" not in losses:
         return "learned; what it costs in general was not measured"
     first, last = (result["loss"] for result in losses["general"])
-    if last - first > COSTS_NOTHING or changed > asked / 10:
-        cost = f"the general loss rose by {last - first:.3f}, {changed} of {asked} answers changed"
-        return f"learned, but {cost}: raise keep or keep_rows, or train for fewer epochs"
+    costs = [f"the general loss rose by {last - first:.3f}"] if last - first > SMALL_RISE else []
+    if changed > FEW_CHANGED * asked:
+        costs.append(f"{changed} of {asked} general answers changed")
+    if costs:
+        return f"learned, but {' and '.join(costs)}: raise keep or keep_rows, or train for less"
     return "learned; costs nothing measurable"
 
 
@@ -241,24 +266,34 @@ def warnings_on(own: ChatSamples) -> list[str]:
     return found
 
 
-def chats_of(samples: ChatSamples | None, paths: tuple[Path, ...]) -> list[list[dict]]:
+def chats_of(
+    samples: ChatSamples | None,
+    paths: tuple[Path, ...],
+    options: TrainOptions,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[list[dict]]:
     """The chats of these files that are among ``samples``."""
     if samples is None or not len(samples.lengths):
         return []
     wanted = set(samples.rows.rows["digest"][samples.rows.chosen].tolist())
-    return [chat for chat in chats_in(paths) if digest({"conversations": chat}) in wanted]
+    chats = chats_in(paths, control_spelling(tokenizer), options.control_text)
+    return [chat for chat in chats if digest({"conversations": chat}) in wanted]
 
 
-def answers(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, chat: list[dict]
-) -> tuple[str, str]:
-    """What the base and what the model with its LoRA says to the last question of ``chat``."""
+def answers(model: nn.Module, tokenizer: PreTrainedTokenizerBase, chat: list[dict]) -> dict:
+    """The last question of ``chat``, and what the base, before, and the LoRA, after, answer.
+
+    Empty if the question leaves no room in the context.
+    """
     last = max(n for n, message in enumerate(chat) if message["role"] == "user")
     ids, _ = encode_chat(tokenizer, chat[: last + 1], add_generation_prompt=True)
+    if len(ids) >= context_of(model.config):
+        return {}
     with without_lora(model):
         before = likeliest(model, ids, tokenizer)
     both = before, likeliest(model, ids, tokenizer)
-    return tuple(tokenizer.decode(each, skip_special_tokens=True).strip() for each in both)
+    texts = (tokenizer.decode(each, skip_special_tokens=True).strip() for each in both)
+    return dict(zip(("question", "before", "after"), (chat[last]["content"], *texts), strict=True))
 
 
 def spread(items: list, count: int) -> list:

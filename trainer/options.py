@@ -87,6 +87,24 @@ class TrainOptions(CheckedOptions):
         require(self.val_ratio > 0 or not waits, "patience needs held-out rows: raise val_ratio")
 
 
+@dataclass
+class KeepOptions(CheckedOptions):
+    """How a skill is held to what its base can do, on chats that have nothing to do with it."""
+
+    keep: float = option(
+        3.0, "weight of general chats that hold it to its base; 0: none", group="skill", at_least=0
+    )
+    keep_rows: int = option(4, "general chats of a step", group="skill", at_least=1)
+    general_data: tuple[Path, ...] = option(
+        (),
+        "chats that hold it and judge it (default: bundled, or the base's own answers to those)",
+        group="data",
+    )
+    keep_questions: tuple[Path, ...] = option(
+        (), "chats, of other skills, whose questions it shall answer as its base", group="data"
+    )
+
+
 # What a resumed run may change: on one machine it alters neither the arithmetic nor the order of
 # the rows. The base, the tokenizer and data files are compared by their content instead.
 MAY_CHANGE = {

@@ -1,0 +1,144 @@
+"""What holds a skill to its base, and what that costs: python benchmarks/keeping.py
+
+Trains the quick start's skills in each of ``ARMS`` on the base that scripts/quickstart.py made,
+with several seeds, and lets base, skills and their sum sit the exam of scripts/report.py.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.domain import seconds_a_step, words
+from benchmarks.result_file import measured_on, write_results
+from core.errors import run
+from core.options import CheckedOptions, option, parse, require
+from core.paths import base_path, bundled_data, lora_path
+
+SKILLS = ("identity", "medical")
+LINEAR = {"target_modules": "all-linear"}
+# Options of each arm. "answers": general chats hold by their answers alone, without strange texts;
+# "replay": these answers are learned by cross-entropy; "others": the other skill's questions hold.
+ARMS = {
+    "plain, square": {"keep": 0},
+    "plain": {"keep": 0, **LINEAR},
+    "replay": {"keep": 1, **LINEAR},
+    "answers": {"keep": 1, **LINEAR},
+    "keep 1": {"keep": 1, **LINEAR},
+    "keep 2": {"keep": 2, **LINEAR},
+    "keep 3": {"keep": 3, **LINEAR},
+    "keep 3, square": {"keep": 3},
+    "keep 2, others": {"keep": 2, **LINEAR},
+    "keep 3, others": {"keep": 3, **LINEAR},
+    "keep 3, 8 rows": {"keep": 3, "keep_rows": 8, **LINEAR},
+    "keep 10": {"keep": 10, **LINEAR},
+}
+
+
+@dataclass
+class Options(CheckedOptions):
+    """Train, examine and compare; one arm after another, each written as soon as it is done."""
+
+    out_dir: Path = option(Path("out/quickstart"), "folder of the quick start")
+    dim: int = option(256, "of its base", at_least=1)
+    arms: tuple[str, ...] = option(tuple(ARMS), "which of ARMS")
+    seeds: tuple[int, ...] = option((1, 2, 3), "of a skill's training")
+    max_steps: int = option(400, "optimizer steps of a skill", at_least=1)
+    learning_rate: float = option(3e-3, "peak learning rate", above=0)
+    result: Path | None = option(Path("benchmarks/results/keeping.json"), "file of the figures")
+
+    def __post_init__(self):
+        super().__post_init__()
+        unknown = set(self.arms) - ARMS.keys()
+        require(not unknown, f"there is no arm {', '.join(unknown)}; there are {', '.join(ARMS)}")
+        base = base_path(self.out_dir, "full_sft", self.dim)
+        require(base.is_file(), f"there is no {base}: run scripts/quickstart.py first")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    options, found = parse(Options, argv), {}
+    for arm in options.arms:
+        runs = [figures_of(options, arm, seed) for seed in options.seeds]
+        found[arm] = {name: mean(each[name] for each in runs) for name in runs[0]}
+        found[arm]["runs"] = runs
+        shown = {name: round(x, 4) for name, x in found[arm].items() if name != "runs"}
+        print(f"== {arm}: {json.dumps(shown)}", flush=True)
+        settings = {"max_steps": options.max_steps, "learning_rate": options.learning_rate}
+        settings |= {"batch_size": 8, "seeds": options.seeds}
+        figures = {"settings": settings, "arms": {name: ARMS[name] for name in found}}
+        write_results(options.result, figures | {"found": found} | measured_on(("torch",)))
+    return found
+
+
+def figures_of(options: Options, arm: str, seed: int) -> dict[str, float]:
+    """Train both skills of an arm and let them sit the exam."""
+    import train_lora
+    from model.lora.skill_file import read_lora
+    from scripts import report
+    from trainer import keeping
+    from trainer.loop import causal_loss_sum
+
+    folder = options.out_dir / "keeping" / f"{arm.replace(', ', '-').replace(' ', '_')}-{seed}"
+    base = base_path(options.out_dir, "full_sft", options.dim)
+    shared = {"out_dir": folder, "base": base, "seed": seed, "max_seq_len": 256, "epochs": 1000}
+    shared |= {"max_steps": options.max_steps, "learning_rate": options.learning_rate}
+    shared |= {"batch_size": 8, "log_interval": 100, "save_interval": 10**6, **ARMS[arm]}
+    figures, usual = {}, (keeping.read_general, keeping.skill_loss_sum)
+    if arm in ("replay", "answers"):
+        keeping.read_general = partial(answers_alone, keeping.read_general)
+    if arm == "replay":
+        keeping.skill_loss_sum = lambda model, batch, base: causal_loss_sum(model, batch)
+    try:
+        for name in SKILLS:
+            flags = {"data_path": skill_data(name), "lora_name": name}
+            if arm.endswith("others"):
+                flags["keep_questions"] = skill_data(*set(SKILLS) - {name})
+            train_lora.main(words(shared | flags))
+    finally:
+        keeping.read_general, keeping.skill_loss_sum = usual
+    for name in SKILLS:
+        metrics = read_lora(lora_path(folder, name, options.dim))[1].metrics
+        for kind in ("domain", "general"):
+            result = metrics[kind]
+            last = result.get("best", result["last"])
+            for unit in ("loss", "bits_per_byte"):
+                figures[f"{name}: {kind} {unit}"] = last[unit]
+                figures[f"{name}: {kind} {unit}, rise"] = last[unit] - result["first"][unit]
+        seconds = seconds_a_step(folder, f"lora_{name}_{options.dim}")
+        figures[f"{name}: seconds a step"] = seconds
+    exam = report.main(words({"out_dir": folder, "base": base}))
+    return figures | exam_figures(exam)
+
+
+def answers_alone(read_general, options, base, runtime):
+    """``read_general`` without strange texts, where only the answers of general chats hold."""
+    from trainer import keeping
+
+    general = read_general(options, base, runtime)
+    strange = keeping.digests(keeping.chats_in((keeping.STRANGE,)))
+    holding = replace(general.holding.without(strange), whole=False)
+    return keeping.General(holding, general.judging)
+
+
+def skill_data(name: str) -> Path:
+    return bundled_data(f"lora_{name}.jsonl")
+
+
+def exam_figures(exam) -> dict[str, float]:
+    """The shares of each column, for everyone, and of leaks, for each skill."""
+    figures = {}
+    for who in exam.answers:
+        name = who or "base"
+        for column in exam.columns:
+            figures[f"{name}: {column.name}"] = exam.share(who, column)
+        if who:
+            figures[f"{name}: leaks"] = len(exam.leaks(who)) / max(len(exam.outside(who)), 1)
+    return figures
+
+
+if __name__ == "__main__":
+    run(main)
