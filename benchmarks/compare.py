@@ -135,6 +135,8 @@ class Side:
 
     def train(self, command: str) -> None:
         script, *flags = words(f"{command} {COMMON}")
+        if script == "train_lora.py" and (self.checkout / "trainer" / "keeping.py").is_file():
+            flags += ["--keep", "0"]  # as before there was a choice
         self._python(str(self.checkout / script), *flags, "--out_dir", str(self.out))
 
     def time(self, name: str) -> None:

@@ -90,11 +90,11 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def training_flags(options: Options, base: Path, rows: Path) -> list[str]:
-    flags = {"base": base, "data_path": rows, "general_data": options.unrelated}
+    flags = {"base": base, "data_path": rows, "val_ratio": 0.1}  # the unrelated chats only judge
     flags |= {name: getattr(options, name) for name in ("out_dir", "epochs", "seed")}
     flags |= {name: getattr(options, name) for name in ("learning_rate", "batch_size")}
     flags |= {"lora_name": "identity", "target_modules": "all-linear"}
-    flags |= {"val_ratio": 0.0, "device": "cpu"}
+    flags |= {"device": "cpu"}
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 

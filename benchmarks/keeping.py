@@ -14,7 +14,7 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.domain import seconds_a_step, words
-from benchmarks.result_file import measured_on, write_results
+from benchmarks.result_file import measured_on, read_results, write_results
 from core.errors import run
 from core.options import CheckedOptions, option, parse, require
 from core.paths import base_path, bundled_data, lora_path
@@ -41,13 +41,13 @@ ARMS = {
 
 @dataclass
 class Options(CheckedOptions):
-    """Train, examine and compare; one arm after another, each written as soon as it is done."""
+    """Train, examine and compare; one arm after another, but for those in the result file."""
 
     out_dir: Path = option(Path("out/quickstart"), "folder of the quick start")
     dim: int = option(256, "of its base", at_least=1)
     arms: tuple[str, ...] = option(tuple(ARMS), "which of ARMS")
     seeds: tuple[int, ...] = option((1, 2, 3), "of a skill's training")
-    max_steps: int = option(400, "optimizer steps of a skill", at_least=1)
+    max_steps: int = option(500, "optimizer steps of a skill", at_least=1)
     learning_rate: float = option(3e-3, "peak learning rate", above=0)
     result: Path | None = option(Path("benchmarks/results/keeping.json"), "file of the figures")
 
@@ -60,8 +60,9 @@ class Options(CheckedOptions):
 
 
 def main(argv: list[str] | None = None) -> dict:
-    options, found = parse(Options, argv), {}
-    for arm in options.arms:
+    options = parse(Options, argv)
+    found = read_results(options.result).get("found", {})
+    for arm in (arm for arm in options.arms if arm not in found):
         runs = [figures_of(options, arm, seed) for seed in options.seeds]
         found[arm] = {name: mean(each[name] for each in runs) for name in runs[0]}
         found[arm]["runs"] = runs

@@ -1,7 +1,7 @@
 """From tokenised rows to the micro-batches of optimizer steps."""
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -64,11 +64,15 @@ class TokenSamples:
     bytes_of: np.ndarray  # UTF-8 bytes each id stands for
     whole: bool = False  # whether every token counts as learned
 
-    def without(self, digests: np.ndarray) -> "TokenSamples":
-        """The samples of those rows whose ``digest`` is not among ``digests``, int64."""
-        rows = self.rows
-        chosen = rows.chosen[~np.isin(rows.rows["digest"][rows.chosen], digests)]
-        return replace(self, rows=TokenRows(rows.table, rows.dtype, chosen))
+    def digests(self) -> list[int]:
+        """What ``digest`` makes of each row."""
+        return self.rows.rows["digest"][self.rows.chosen].tolist()
+
+    def without(self, digests: Iterable[int]) -> "TokenSamples":
+        """The samples of the rows with other ``digests`` than these."""
+        rows, unwanted = self.rows, set(digests)
+        wanted = np.array([each not in unwanted for each in self.digests()], bool)
+        return replace(self, rows=TokenRows(rows.table, rows.dtype, rows.chosen[wanted]))
 
     def collate(self, indices: np.ndarray) -> Batch:
         """Right-pad the chosen samples to the longest of them."""

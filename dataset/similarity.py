@@ -58,3 +58,8 @@ def chats_in(
 def questions_in(messages: list[dict]) -> list[str]:
     """The user turns of a chat."""
     return [message["content"] for message in messages if message["role"] == "user"]
+
+
+def spread(items: Sequence, most: int) -> Sequence:
+    """At most ``most`` items, evenly spread over all."""
+    return [items[n * len(items) // most] for n in range(most)] if len(items) > most else items

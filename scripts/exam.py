@@ -9,17 +9,17 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from core.options import require
 from core.paths import bundled_data, skill_weights
 from dataset.files import SHOWN_BAD_ROWS, data_files, place_of, read_rows, settle_bad_rows
-from dataset.rows import BadRow, clean_chat, content
-from dataset.similarity import Neighbours
+from dataset.rows import BadRow, content
+from dataset.similarity import Neighbours, chats_in, questions_in, spread
 
 # A skill adds one ability: the least shares of its own held-out questions that it answers right.
 NEAR = 0.95  # where a question is worded nearly as one in training
-FAR = 0.5  # where it is not, or nobody knows
+FAR = 0.25  # where it is not, or nobody knows: the quick start's base knows few words
 # It takes nothing away.
 GENERAL_LOSS = 0.025  # of the general questions it may lose one in 40 that the base answers right
 LEAKS = 0.02  # the most answers to the questions of others that say what only the skill is to say
@@ -90,7 +90,8 @@ def read_questions(path: Path) -> list[Question]:
 
     Raises ``UserError`` for a file without any, and after printing the rows that are no question.
     """
-    rows = _placed_rows(path, question_of)
+    files = data_files([path])
+    rows = [(place_of(f, n), row) for f in files for n, row in read_rows(f, question_of)]
     bad = [f"{place}: {row}" for place, row in rows if isinstance(row, BadRow)]
     if bad:
         settle_bad_rows(len(bad), bad[:SHOWN_BAD_ROWS], "refuse")
@@ -117,20 +118,6 @@ def _texts(row: dict, key: str) -> tuple[str, ...]:
     return tuple(content(t, f'"{key}"') for t in (value if isinstance(value, list) else [value]))
 
 
-def read_user_turns(path: Path) -> list[str]:
-    """What users say in the chats of ``path``. Raises ``UserError`` where there are none."""
-    chats = [row for _, row in _placed_rows(path, clean_chat) if not isinstance(row, BadRow)]
-    require(bool(chats), f"{path} holds no chats, so that near and far cannot be told")
-    turns = [turn for chat in chats for turn in chat["conversations"]]
-    return [turn["content"] for turn in turns if turn["role"] == "user"]
-
-
-def _placed_rows(path: Path, clean: Callable[[dict], Any]) -> list[tuple[str, Any]]:
-    """``file:line`` and what ``clean`` makes of it, for all rows of a file or folder."""
-    files = data_files([path])
-    return [(place_of(file, n), row) for file in files for n, row in read_rows(file, clean)]
-
-
 def own_columns(skill: str, questions: Sequence[Question], trained: Sequence[str]) -> list[Column]:
     """A skill's own questions, near to and far from those it was ``trained`` with, if known."""
     if not trained:
@@ -145,21 +132,22 @@ def own_columns(skill: str, questions: Sequence[Question], trained: Sequence[str
 def read_columns(
     skills: Iterable[str], questions: Mapping[str, Path], data: Mapping[str, Path], most: int
 ) -> list[Column]:
-    """All columns, each with at most ``most`` questions; the files are those of each skill."""
+    """All columns, each with at most ``most`` questions; the files are those of each skill.
+
+    Raises ``UserError`` as ``read_questions`` does, and for ``data`` without chats.
+    """
     columns = []
     for skill in (skill for skill in skills if skill in questions):
-        trained = read_user_turns(data[skill]) if skill in data else ()
+        chats = list(chats_in([data[skill]])) if skill in data else []
+        where = f"{data.get(skill)} holds no chats, so that near and far cannot be told"
+        require(bool(chats) or skill not in data, where)
+        trained = [turn for chat in chats for turn in questions_in(chat)]
         columns += own_columns(skill, read_questions(questions[skill]), trained)
     for name in SHARED:
         shared = read_questions(bundled_data(f"probes_{name}.jsonl"))
         columns.append(Column(name.replace("_", " "), shared))
     cut = [replace(each, questions=spread(each.questions, most)) for each in columns]
     return [column for column in cut if column.questions]
-
-
-def spread(items: Sequence, most: int) -> Sequence:
-    """At most ``most`` items, evenly spread over all."""
-    return [items[n * len(items) // most] for n in range(most)] if len(items) > most else items
 
 
 @dataclass(frozen=True)

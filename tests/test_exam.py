@@ -25,7 +25,6 @@ from scripts.exam import (
     own_columns,
     read_columns,
     read_questions,
-    read_user_turns,
     spread,
 )
 
@@ -111,7 +110,8 @@ def test_a_file_without_questions_or_chats_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no questions"):
         read_questions(tmp_path / "q.jsonl")
     with pytest.raises(UserError, match="holds no chats"):
-        read_user_turns(write_rows(tmp_path / "chats.jsonl", [ROW, ROW]))
+        chats = write_rows(tmp_path / "chats.jsonl", [ROW, ROW])
+        read_columns(["pet"], {"pet": chats}, {"pet": chats}, 40)
     with pytest.raises(UserError, match="does not exist"):
         read_questions(tmp_path / "nowhere.jsonl")
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
@@ -20,7 +20,7 @@ from dataset.batches import KEEP, Batch, ChatSamples, SFTDataset
 from dataset.cache import digest
 from dataset.chat import encode_chat, ends_of_answer
 from dataset.files import data_files
-from dataset.similarity import Neighbours, chats_in, questions_in
+from dataset.similarity import Neighbours, chats_in, questions_in, spread
 from dataset.tokenizer import control_spelling
 from model.generation import Sampling, generate
 from model.LMConfig import context_of
@@ -35,7 +35,7 @@ from trainer.stage import Base, read_data, validation_of
 ALIKE = 0.35  # a general chat whose question is so near to one of the skill's asks what it teaches
 BUNDLED = (bundled_data("sft_mini.jsonl"),)
 STRANGE = bundled_data("strange_mini.jsonl")  # where a skill would speak unasked
-ASKED = 160  # bundled questions that a base of other makers answers itself
+ASKED = 96  # questions that a base answers itself: a model of 135 M takes minutes on a laptop
 JUDGING_SHARE = 0.2  # of general rows, where the base learned none of them
 LONGEST_ANSWER = 48  # tokens
 SHOWN, COMPARED = 3, 20  # held-out questions whose answers are shown; general ones, compared
@@ -106,7 +106,7 @@ def read_general(options: TrainOptions, base: Base, runtime: Runtime) -> General
     )
     if len(alike):
         print(f"  {len(alike)} of them are left out: they ask what the skill teaches")
-    only_hold = np.append(alike, digests(chats_in(holds, *settled)))
+    only_hold = alike + digests(chats_in(holds, *settled))
     holding, judging = data.train.without(alike), data.val.without(only_hold)
     if options.keep and not len(holding.without(only_hold).lengths):
         every = "every chat of general_data asks what the skill teaches"
@@ -132,9 +132,9 @@ def general_files(
     return judges, holds
 
 
-def digests(chats: Iterable[list[dict]]) -> np.ndarray:
-    """What the token table calls these chats, int64."""
-    return np.array([digest({"conversations": chat}) for chat in chats], np.int64)
+def digests(chats: Iterable[list[dict]]) -> list[int]:
+    """What the token table calls these chats."""
+    return [digest({"conversations": chat}) for chat in chats]
 
 
 def judging_share(base: Base, files: list[Path], options: TrainOptions) -> tuple[float, bool]:
@@ -165,7 +165,8 @@ def own_answers(
     with runtime.first_alone():
         if not path.is_file():
             print(f"asking {base.path} {len(questions)} general questions, once", flush=True)
-            rows = [answered(base, question) for question in questions]
+            bar = tqdm(questions, leave=False, disable=None)
+            rows = [answered(base, question) for question in bar]
             lines = "".join(json.dumps({"conversations": row}) + "\n" for row in rows if row)
             atomic_write(path, lambda file: file.write(lines.encode()))
     return path
@@ -256,9 +257,9 @@ def warnings_on(own: ChatSamples) -> list[str]:
     """What makes rows poor teachers: too few of them, and one question with several answers."""
     found, answered = [], defaultdict(set)
     for n in range(len(own.lengths)):
-        row = own[n]
-        first = int(np.argmax(row % 2))  # of the learned tokens
-        answered[row[:first].tobytes()].add(row[first:].tobytes())
+        row = own[n].tolist()  # of the learned tokens, which are odd, the first begins the answer
+        first = next(place for place, token in enumerate(row) if token % 2)
+        answered[tuple(row[:first])].add(tuple(row[first:]))
     if len(own.lengths) < FEW_ROWS:
         found.append(f"warning: {len(own.lengths)} rows are few: it may know them by heart only")
     if several := sum(len(different) > 1 for different in answered.values()):
@@ -275,7 +276,7 @@ def chats_of(
     """The chats of these files that are among ``samples``."""
     if samples is None or not len(samples.lengths):
         return []
-    wanted = set(samples.rows.rows["digest"][samples.rows.chosen].tolist())
+    wanted = set(samples.digests())
     chats = chats_in(paths, control_spelling(tokenizer), options.control_text)
     return [chat for chat in chats if digest({"conversations": chat}) in wanted]
 
@@ -294,9 +295,3 @@ def answers(model: nn.Module, tokenizer: PreTrainedTokenizerBase, chat: list[dic
     both = before, likeliest(model, ids, tokenizer)
     texts = (tokenizer.decode(each, skip_special_tokens=True).strip() for each in both)
     return dict(zip(("question", "before", "after"), (chat[last]["content"], *texts), strict=True))
-
-
-def spread(items: list, count: int) -> list:
-    """At most ``count`` of them, evenly spread."""
-    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
-    return [items[place] for place in places]

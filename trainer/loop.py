@@ -51,8 +51,7 @@ def train(
     optimizer = make_optimizer(groups, options.learning_rate, options.optimizer, runtime.device)
     scaler = runtime.scaler()
     with run.at_work(Trained(model, optimizer, scaler)):  # restores the found state, if any
-        largest = source.largest_batches()
-        replica = warm_up(model, largest, run, loss_sum)  # in train mode; maybe DDP
+        replica = warm_up(model, source.largest_batches(), run, loss_sum)
         for batches in run.steps(source):  # from where the run stands, epoch after epoch
             lr = lr_at(run.progress.step, *schedule)
             for group in optimizer.param_groups:
@@ -60,15 +59,14 @@ def train(
             parts, n_targets = accumulate_gradients(replica, batches, scaler, runtime, loss_sum)
             scaler.unscale_(optimizer)
             norm = clip_gradients(parameters, options.grad_clip or math.inf)
-            own_tokens = sum(batch.n_tokens for batch in batches)
             # A signal to one rank stops all at the same step.
-            asked = run.request.signum > 0
-            tokens, n_asked, *sums = runtime.sum(own_tokens, asked, *parts.values())
-            losses = dict(zip(parts, sums, strict=True))
+            own = sum(batch.n_tokens for batch in batches), run.request.signum > 0
+            tokens, n_asked, *sums = runtime.sum(*own, *parts.values())
             run.require_finite(sum(sums), norm)
             scaler.step(optimizer)  # in fp16 it skips a step whose gradient overflowed
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
+            losses = dict(zip(parts, sums, strict=True))
             run.finish_step(losses, n_targets, int(tokens), lr, norm)
             run.validate_when_due()
             run.save_when_due()

@@ -251,6 +251,22 @@ def run_stage(
         log_to=metrics_path(folder, name),
         verdict=verdict,
     )
+    source = batches_of(samples, holding, options, runtime, states)
+    groups = param_groups(model, options.weight_decay, options.optimizer, *lora_plus)
+    train(model, source, groups, run, loss_sum)
+    if not options.dry_run:
+        print(f"saved {path}\n{validation}")
+    return path
+
+
+def batches_of(
+    samples: Samples,
+    holding: Samples | None,
+    options: TrainOptions,
+    runtime: Runtime,
+    states: RunStates,
+) -> Batches | KeepingBatches:
+    """This rank's batches of the run, with so many rows a step as its found state had."""
     rows = options.batch_size * options.accumulation_steps * runtime.world_size
     pass_tokens = MICRO_TOKENS if runtime.device.type == "cpu" else GPU_MICRO_TOKENS
     share = {"rank": runtime.rank, "world_size": runtime.world_size}
@@ -258,14 +274,10 @@ def run_stage(
     sizes = options.batch_size, options.accumulation_steps, options.seed
     rows = states.remembered("rows_per_step", rows)
     source = Batches(samples, *sizes, options.num_workers, rows_per_step=rows, **share)
-    if holding:
-        general = Batches(holding, *sizes, rows_per_step=options.keep_rows, **share)
-        source = KeepingBatches(source, general, options.keep)
-    groups = param_groups(model, options.weight_decay, options.optimizer, *lora_plus)
-    train(model, source, groups, run, loss_sum)
-    if not options.dry_run:
-        print(f"saved {path}\n{validation}")
-    return path
+    if holding is None:
+        return source
+    general = Batches(holding, *sizes, rows_per_step=options.keep_rows, **share)
+    return KeepingBatches(source, general, options.keep)
 
 
 def skills_on(base: Path, out_dir: Path) -> list[str]:
