@@ -26,7 +26,8 @@ def keep_sum(
 
     was_training = base.training
     with torch.no_grad(), without_lora(base), torch.compiler.set_stance("force_eager"):
-        base.eval()
-        wanted = log_p(base)
-        base.train(was_training)
+        try:
+            wanted = log_p(base.eval())
+        finally:
+            base.train(was_training)
     return nn.functional.kl_div(log_p(model), wanted, reduction="sum", log_target=True)

@@ -82,7 +82,7 @@ def run_stage(stage: Stage, stamps: Path) -> tuple[float, bool]:
     stamp = stamps / f"{stage.name}.json"
     code = [path for room in ROOMS for path in sorted((REPOSITORY / room).rglob("*.py"))]
     tokenizer = sorted(path for path in TOKENIZER_DIR.glob("*") if path.is_file())
-    named = [path for path in stage.options.values() if isinstance(path, Path) and path.is_file()]
+    named = [stage.options["keep_questions"]] if "keep_questions" in stage.options else []
     general = [bundled_data(name) for name in ("sft_mini.jsonl", "strange_mini.jsonl")]
     before = [stage.base, *general] if stage.base else []
     files = [stage.door, stage.data, *named, *before, *code, *tokenizer]

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -184,6 +185,10 @@ def test_answers_alone_are_learned_and_counted(make, tokenizer, chats):
         for row in CHATS
     ]
     assert learned_texts(tokenizer, batch) == [answer.encode() for answer in answers]
+    whole = replace(samples, whole=True).collate(np.arange(len(CHATS)))
+    assert torch.equal(whole.inputs["input_ids"], batch.inputs["input_ids"])
+    assert whole.n_targets == batch.n_tokens - len(CHATS), "all but the first token"
+    assert (whole.labels == IGNORED).sum() == whole.labels.numel() - whole.n_targets
     turns = sum(message["role"] == "assistant" for row in CHATS for message in row["conversations"])
     assert (batch.labels == tokenizer.eos_token_id).sum() == turns
 

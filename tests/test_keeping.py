@@ -1,4 +1,4 @@
-"""A skill takes nothing away: some general chats hold it to its base, others judge, and it is said."""
+"""A skill takes nothing away: some general chats hold it, others judge it, and it is said."""
 
 import copy
 from dataclasses import replace
@@ -191,14 +191,19 @@ def named(chats) -> set[int]:
 
 
 def held_by(samples) -> set[int]:
-    return set(samples.rows.rows["digest"][samples.rows.chosen].tolist()) if samples else set()
+    return set(samples.digests()) if samples else set()
+
+
+STRANGE = [chat(f"The {n}th snow falls, dear.", "Lemons are yellow.") for n in range(20)]
 
 
 @pytest.fixture
-def read(trained, tokenizer, tmp_path):
+def read(trained, tokenizer, tmp_path, monkeypatch):
     """Chooses among general chats for a skill of the rows ``OWN``, as the door does."""
     path = trained.out / "full_sft_64.pth"
     own = write_rows(tmp_path / "own.jsonl", rows(OWN))
+    strange = write_rows(tmp_path / "strange.jsonl", rows(STRANGE + ALIKE[:1]))
+    monkeypatch.setattr(keeping, "STRANGE", strange)
 
     def read(general, val_ratio=None, **more) -> General:
         if isinstance(general, list):
@@ -213,12 +218,16 @@ def read(trained, tokenizer, tmp_path):
 
 
 def test_chats_like_the_skill_s_neither_hold_nor_judge_and_no_chat_does_both(read, capsys):
-    general = read([*OTHERS, *ALIKE])
+    general = read([*OTHERS, *ALIKE[1:]])
     held, judged = held_by(general.holding), held_by(general.judging)
     assert judged == {each for each in named(OTHERS) if each < keeping.JUDGING_SHARE * 2**63}
     assert 0 < len(judged) < len(OTHERS) / 2
-    assert held & named([*OTHERS, *ALIKE]) == named(OTHERS) - judged
-    assert "2 of them are left out" in capsys.readouterr().out
+    assert held & named(OTHERS) == named(OTHERS) - judged and not held & named(ALIKE)
+    assert "2 of them are left out" in capsys.readouterr().out, "one of them is a strange text"
+    assert held & named(STRANGE) and held <= named(OTHERS + STRANGE), "those hold only"
+    batches = [batch for step in Batches(general.holding, 4, 1, 0).steps(0) for batch in step]
+    assert all(batch.n_targets == batch.n_tokens - len(batch.labels) for batch in batches), "whole"
+    assert not general.judging.whole
 
 
 def test_whatever_becomes_of_control_tokens_a_chat_like_the_skill_s_is_left_out(read):
@@ -265,6 +274,7 @@ def test_with_keep_0_nothing_holds_and_the_others_still_judge(read):
     general = read([*OTHERS, *ALIKE], keep=0.0)
     assert general.holding is None
     assert held_by(general.judging) == held_by(read([*OTHERS, *ALIKE]).judging) != set()
+    assert not held_by(general.judging) & named(STRANGE)
 
 
 def test_with_keep_0_a_skill_is_what_plain_training_makes_of_it(trained, tmp_path, monkeypatch):
@@ -292,10 +302,11 @@ def test_with_keep_0_a_skill_is_what_plain_training_makes_of_it(trained, tmp_pat
     assert all(torch.equal(tensor, trained_here[name]) for name, tensor in tensors.items())
 
 
-# the answers of a base of other makers
+# what a base answers itself
 
 
 def test_a_base_of_other_makers_answers_for_itself_and_once(tmp_path, monkeypatch):
+    """The bundled questions, and those that it shall go on to answer as it does."""
     folder = tmp_path / "llama"
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 64, "vocab_size": 6400, "initializer_range": 0.2}
@@ -304,7 +315,7 @@ def test_a_base_of_other_makers_answers_for_itself_and_once(tmp_path, monkeypatc
     LlamaForCausalLM(LlamaConfig(**sizes, **ends)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(TOKENIZER_DIR).save_pretrained(folder)
     monkeypatch.setattr(keeping, "ASKED", 6)
-    asked, likeliest = [], keeping.likeliest
+    asked, chosen, likeliest = [], [], keeping.likeliest
 
     def counted(model, ids, tokenizer) -> list[int]:
         asked.append(ids)
@@ -312,15 +323,18 @@ def test_a_base_of_other_makers_answers_for_itself_and_once(tmp_path, monkeypatc
 
     monkeypatch.setattr(keeping, "likeliest", counted)
     own = write_rows(tmp_path / "own.jsonl", rows(OWN))
+    more = write_rows(tmp_path / "more.jsonl", rows(OTHERS[:4] + ALIKE))
 
-    def files(seed: int) -> list[Path]:
-        """The chats of a run that names none."""
+    def files(seed: int, **settings) -> list[Path]:
+        """The answers that a run asks for which names no general chats."""
         model, record = load_base(folder)
         apply_lora(model, 4)
         strengthen(model, seed)
-        options = train_lora.Options(data_path=(own,), out_dir=tmp_path, max_seq_len=64)
+        settings |= {"data_path": (own,), "out_dir": tmp_path, "max_seq_len": 64}
+        options = train_lora.Options(**settings)
         base = Base(folder, model, foreign_tokenizer(folder), record)
-        assert len(keeping.read_general(options, base, CPU).holding.lengths)
+        general = keeping.read_general(options, base, CPU)
+        chosen.append([held_by(general.holding), held_by(general.judging)])
         return [path for path in options.general_data if path.parent == cache_dir(tmp_path)]
 
     (path,) = files(seed=1)
@@ -337,13 +351,20 @@ def test_a_base_of_other_makers_answers_for_itself_and_once(tmp_path, monkeypatc
         ids = theirs.generate(**inputs, **limit)[0, inputs["input_ids"].shape[1] :]
         assert answer["content"] == tokenizer.decode(ids, skip_special_tokens=True).strip() != ""
 
-    before = path.read_bytes()
-    assert files(seed=2) == [path] and path.read_bytes() == before
+    before = {path: path.read_bytes()}
+    assert files(seed=2) == [path] and path.read_bytes() == before[path]
     assert len(asked) == 6, "it was asked again"
+    questions = [path for path in files(seed=1, keep_questions=(more,)) if path not in before]
+    found, (held, judged) = list(chats_in(questions)), chosen[-1]
+    asked_too = {questions_in(messages)[0] for messages in OTHERS[:4] + ALIKE}
+    assert {messages[0]["content"] for messages in found} == asked_too and len(asked) == 12
+    alike = [messages for messages in found if messages[0] == ALIKE[0][0]]
+    assert held & named(found) and not (held & named(alike) or judged & named(found))
     theirs.lm_head.weight.data.neg_()
     theirs.save_pretrained(folder)
     (other,) = files(seed=1)
-    assert other != path and len(asked) == 12 and other.read_bytes() != before
+    assert other not in before and len(asked) == 18
+    assert other.read_bytes() != before[path]
 
 
 # the verdict
@@ -437,32 +458,3 @@ def test_few_rows_and_contradicting_ones_are_named(warned):
 def test_chats_that_part_later_do_not_contradict(warned):
     more = [chat("Hello.", "Hello!", f"How far is village {n}?", "1 mile.") for n in (1, 2)]
     assert warned(OTHERS + more) == []
-
-
-# how alike questions are
-
-
-@pytest.mark.parametrize(
-    ("left", "right", "similarity"),
-    [
-        ("What is your name?", "What is your name?", 1.0),
-        ("What is your name?", "  what is\nYOUR name", 1.0),
-        ("you're", "youre", 1.0),
-        ("What is your name?", "Bring milk", 0.0),
-        ("abcd", "bcde", 1 / 3),  # abc, bcd; bcd, cde
-        ("abcdef", "abc", 1 / 4),
-        ("aaaaa", "aaa", 1.0),  # sets
-        ("你叫什么名字？", "你叫什么名字", 1.0),
-        ("你叫什么名字？", "请问你叫什么名字", 4 / 6),
-        ("你是谁？", "天空是什么颜色？", 0.0),
-        ("Hi!", "hi", 1.0),
-        ("hi", "high", 0.0),  # a short text is one gram
-        ("", "hi", 0.0),
-    ],
-)
-def test_likeness_is_the_share_of_common_trigrams(left, right, similarity):
-    for one, other in ((left, right), (right, left)):
-        assert Neighbours([one]).similarity(other) == pytest.approx(similarity)
-        among = Neighbours(["zzz", one, one, "一二三"])
-        assert among.similarity(other) == pytest.approx(similarity), "the nearest counts"
-    assert Neighbours([]).similarity(left) == 0

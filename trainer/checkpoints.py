@@ -200,7 +200,7 @@ class RunStates:
         manifest, tensors = found.manifest, found.tensors
         trained.load({name: tensors[f"model.{name}"] for name in trained.weights()})
         best = {name: tensors.get(f"best.{name}") for name in trained.weights()}
-        if progress.best_score is not None:
+        if None not in best.values():
             trained.best = {name: weight.to(runtime.device) for name, weight in best.items()}
         numbers = {name: number for number, name in _numbered(trained)}
         state = {}

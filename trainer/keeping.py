@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -257,9 +258,10 @@ def warnings_on(own: ChatSamples) -> list[str]:
     """What makes rows poor teachers: too few of them, and one question with several answers."""
     found, answered = [], defaultdict(set)
     for n in range(len(own.lengths)):
-        row = own[n].tolist()  # of the learned tokens, which are odd, the first begins the answer
-        first = next(place for place, token in enumerate(row) if token % 2)
-        answered[tuple(row[:first])].add(tuple(row[first:]))
+        row = own[n].tolist()
+        learned = [place for place, token in enumerate(row) if token % 2]
+        answer = takewhile(lambda token: token % 2, row[learned[0] :])
+        answered[tuple(row[: learned[0]])].add(tuple(answer))
     if len(own.lengths) < FEW_ROWS:
         found.append(f"warning: {len(own.lengths)} rows are few: it may know them by heart only")
     if several := sum(len(different) > 1 for different in answered.values()):
