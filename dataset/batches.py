@@ -74,6 +74,11 @@ class TokenSamples:
         wanted = np.array([each not in unwanted for each in self.digests()], bool)
         return replace(self, rows=TokenRows(rows.table, rows.dtype, rows.chosen[wanted]))
 
+    def split(self, val_ratio: float) -> tuple["TokenSamples", "TokenSamples"]:
+        """Those to train on and those held out, as ``split_rows`` divides their rows."""
+        train, val = split_rows(self.rows, val_ratio)
+        return replace(self, rows=train), replace(self, rows=val)
+
     def collate(self, indices: np.ndarray) -> Batch:
         """Right-pad the chosen samples to the longest of them."""
         chosen = [self[int(index)] for index in indices]

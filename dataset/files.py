@@ -183,7 +183,9 @@ def _unwrapped(place: Place, only: bytes | BadRow) -> Iterator[tuple[Place, byte
     row = clean_row(only, dict)
     readings = [clean_row(only, partial(style_of, kind=kind)) for kind in ("chat", "preference")]
     readings.append(clean_row(only, clean_any))
-    if isinstance(row, BadRow) or not all(isinstance(reading, BadRow) for reading in readings):
+    is_question = not isinstance(row, BadRow) and {"question", "expect"} <= row.keys()
+    is_usable = not all(isinstance(reading, BadRow) for reading in readings)
+    if isinstance(row, BadRow) or is_question or is_usable:
         yield place, only
         return
     lists = {key: value for key, value in row.items() if value and isinstance(value, list)}

@@ -179,11 +179,12 @@ class Exam:
 
     def leaks(self, who: str) -> list[Asked]:
         """What was asked outside ``who`` and answered with a text that its skills' own questions
-        expect, where the base's answer holds none of these texts.
+        expect, where the base's answer holds none of these texts. A right answer is no leak.
         """
         own = (each for each in self.columns if each.skill in skill_weights(who.split()))
         texts = {text for column in own for each in column.questions for text in each.expect}
         found = [each for each in self.outside(who) if holds_any(self.answers[who][each], texts)]
+        found = [each for each in found if not each[0].is_hit(self.answers[who][each])]
         return [asked for asked in found if not holds_any(self.answers[""][asked], texts)]
 
     def mark(self, who: str, column: Column) -> float:

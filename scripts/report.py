@@ -61,14 +61,19 @@ def main(argv: list[str] | None = None) -> Exam:
     everyone = dict.fromkeys(["", *alone, *asked])
     questions = files_of("questions", options.questions, alone, "probes_{}.jsonl")
     data = files_of("data_path", options.data_path, alone, "lora_{}.jsonl")
+    lacking = ", ".join(data.keys() - questions.keys())
+    require(not lacking, f"{lacking}: name its questions, too: --questions {lacking}=FILE")
     for who in everyone:  # what cannot be used is refused before anyone is asked
         session.use_skill(who)
     columns = read_columns(alone, questions, data, options.most)
     answerers = {who: partial(ask, session, who) for who in everyone}
+    folder = options.output or options.out_dir / "report"
+    # Where the folder cannot be written, all answers would be lost: try before.
+    atomic_write(folder / "report.md", lambda file: file.write(b"unfinished\n"))
     exam = examine(columns, answerers, options.seeds)
     dim = session.model.config.hidden_size
     facts["skills"] = {name: find_skill(options.out_dir, name, dim).name for name in alone}
-    write(exam, facts, options.output or options.out_dir / "report")
+    write(exam, facts, folder)
     return exam
 
 
@@ -126,6 +131,7 @@ def files_of(
     """Each skill's file: the one that ``words`` give, as option ``name``, or a bundled one."""
     found = {skill: bundled_data(bundled.format(skill)) for skill in skills if skill not in SHARED}
     found = {skill: path for skill, path in found.items() if path.is_file()}
+    named = {}
     for word in words:
         skill, equals, file = word.partition("=")
         if not equals:
@@ -133,8 +139,9 @@ def files_of(
             require(len(lacking) == 1, f"--{name} {word}: say whose it is, as in NAME={word}")
             skill, file = lacking[0], word
         skill = skill_name(skill)
+        require(skill not in named, f"--{name}: {skill} is named twice; give it one file")
         require(skill in skills, f"--{name} {word}: {skill} is none of {', '.join(skills)}")
-        found[skill] = Path(file)
+        found[skill] = named[skill] = Path(file)
     return found
 
 

@@ -223,7 +223,7 @@ def test_chats_like_the_skill_s_neither_hold_nor_judge_and_no_chat_does_both(rea
     assert judged == {each for each in named(OTHERS) if each < keeping.JUDGING_SHARE * 2**63}
     assert 0 < len(judged) < len(OTHERS) / 2
     assert held & named(OTHERS) == named(OTHERS) - judged and not held & named(ALIKE)
-    assert "2 of them are left out" in capsys.readouterr().out, "one of them is a strange text"
+    assert "2 are left out" in capsys.readouterr().out, "one of them is a strange text"
     assert held & named(STRANGE) and held <= named(OTHERS + STRANGE), "those hold only"
     batches = [batch for step in Batches(general.holding, 4, 1, 0).steps(0) for batch in step]
     assert all(batch.n_targets == batch.n_tokens - len(batch.labels) for batch in batches), "whole"

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from dataset.cache import digest
 from dataset.chat import encode_chat, ends_of_answer
 from dataset.files import data_files
 from dataset.similarity import Neighbours, chats_in, questions_in, spread
-from dataset.tokenizer import control_spelling
+from dataset.tokenizer import control_spelling, tokenizer_fingerprint
 from model.generation import Sampling, generate
 from model.LMConfig import context_of
 from model.lora.layer import without_lora
@@ -81,43 +80,48 @@ def read_general(options: TrainOptions, base: Base, runtime: Runtime) -> General
     """The chats of ``options.general_data``, without those that ask what the skill teaches.
 
     Without such files, those are the bundled chats, or what a base of other makers answers to
-    their questions itself. Bundled texts that nobody would answer hold too, as does what the base
-    answers to ``keep_questions``: ``options`` get all these files. With ``keep`` 0 nothing is held,
-    and chats that the base's template cannot show stop no run. Else raises ``UserError`` where
-    none is left.
+    their questions itself. Bundled texts that nobody would answer hold too, but no more of them
+    than of the others, as does what the base answers to ``keep_questions``: ``options`` get all
+    these files. With ``keep`` 0 nothing is held, and chats that the base's template cannot show
+    stop no run. Else raises ``UserError`` where none is left.
     """
     judges, holds = general_files(options, base, runtime)
     options.general_data = (*judges, *holds)
-    general = replace(options, data_path=options.general_data, bad_rows="skip", patience=0)
-    general.val_ratio, is_learned = judging_share(base, data_files(judges), options)
+    general = replace(options, data_path=options.general_data, bad_rows="skip")
+    general.val_ratio, general.patience = 0.0, 0
     try:
-        data = read_data(SFTDataset, general, base.tokenizer, runtime)
+        chats = read_data(SFTDataset, general, base.tokenizer, runtime).train
+        settled = control_spelling(base.tokenizer), options.control_text
+        asked = Neighbours(q for chat in chats_in(options.data_path) for q in questions_in(chat))
+        alike = digests(
+            chat
+            for chat in chats_in(options.general_data, *settled)
+            if any(asked.similarity(question) > ALIKE for question in questions_in(chat))
+        )
+        strange, answers = (digests(chats_in(paths, *settled)) for paths in (holds[:1], holds[1:]))
+        share, is_learned = judging_share(base, data_files(judges), options)
+        if not len(chats.without(strange + answers).lengths):
+            raise UserError(f"no chat fits into max_seq_len {options.max_seq_len}")
+        if not len((real := chats.without(strange + answers + alike)).lengths):
+            raise UserError("every chat asks what the skill teaches")
+        real, judging = real.split(share)
     except UserError as error:
         if options.keep:
             way_out = "name other chats, or train without them by keep=0"
             raise UserError(f"general_data: {error}; {way_out}") from error
         print(f"note: what the skill costs in general is not measured: {error}")
         return General()
-    asked = Neighbours(q for chat in chats_in(options.data_path) for q in questions_in(chat))
-    settled = control_spelling(base.tokenizer), options.control_text
-    alike = digests(
-        chat
-        for chat in chats_in(options.general_data, *settled)
-        if any(asked.similarity(question) > ALIKE for question in questions_in(chat))
-    )
-    if len(alike):
-        print(f"  {len(alike)} of them are left out: they ask what the skill teaches")
-    only_hold = alike + digests(chats_in(holds, *settled))
-    holding, judging = data.train.without(alike), data.val.without(only_hold)
-    if options.keep and not len(holding.without(only_hold).lengths):
-        every = "every chat of general_data asks what the skill teaches"
-        raise UserError(f"{every}: name other chats, or train without them by keep=0")
     if is_learned:
         print(f"note: {base.path} was trained without held-out rows: no general chat can judge")
-    can_judge = len(judging.lengths) and not is_learned
+        judging = None
+    few = spread(sorted(set(strange) - set(alike)), len(real.lengths))
+    wanted = {*real.digests(), *few, *(set(answers) - set(alike))}
+    holding = chats.without(set(chats.digests()) - wanted)
+    counts = [len(each.lengths) if each else 0 for each in (options.keep and holding, judging)]
+    said = f"{counts[0]} of them hold, {counts[1]} judge, {len(set(alike))} are left out"
+    print(f"  {said}: they ask what the skill teaches")
     # All of a held row counts: the question, too, shows what the skill has moved.
-    holding = replace(holding, whole=True) if options.keep else None
-    return General(holding, judging if can_judge else None)
+    return General(replace(holding, whole=True) if options.keep else None, judging)
 
 
 def general_files(
@@ -160,7 +164,10 @@ def own_answers(
     """
     questions = dict.fromkeys(questions_in(chat)[0] for chat in chats_in(paths))
     questions = spread(list(questions), ASKED)
-    known = [base.record.fingerprint, options.load_in_4bit, questions]
+    if not questions:
+        raise UserError(f"there is no chat in {', '.join(map(str, paths))} whose question to ask")
+    known = [base.record.fingerprint, tokenizer_fingerprint(base.tokenizer), LONGEST_ANSWER]
+    known += [options.load_in_4bit, questions]
     key = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
     path = cache_dir(options.out_dir) / f"answers-{key}.jsonl"
     with runtime.first_alone():
@@ -258,12 +265,14 @@ def warnings_on(own: ChatSamples) -> list[str]:
     """What makes rows poor teachers: too few of them, and one question with several answers."""
     found, answered = [], defaultdict(set)
     for n in range(len(own.lengths)):
-        row = own[n].tolist()
-        learned = [place for place, token in enumerate(row) if token % 2]
-        answer = takewhile(lambda token: token % 2, row[learned[0] :])
-        answered[tuple(row[: learned[0]])].add(tuple(answer))
+        row = own[n]
+        learned = bytes((row % 2).tolist())
+        first = learned.index(1)
+        end = first + len(learned[first:]) - len(learned[first:].lstrip(b"\1"))
+        answered[row[:first].tobytes()].add(row[first:end].tobytes())
     if len(own.lengths) < FEW_ROWS:
-        found.append(f"warning: {len(own.lengths)} rows are few: it may know them by heart only")
+        few = f"{len(own.lengths)} rows to learn from"
+        found.append(f"warning: {few} are few: it may know them by heart only")
     if several := sum(len(different) > 1 for different in answered.values()):
         found.append(f"warning: {several} questions have more than one answer in the rows")
     return found

@@ -104,6 +104,11 @@ class KeepOptions(CheckedOptions):
         (), "chats, of other skills, whose questions it shall answer as its base", group="data"
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        useless = self.keep_questions and not self.keep
+        require(not useless, "keep_questions hold nothing with keep 0: leave out one of them")
+
 
 # What a resumed run may change: on one machine it alters neither the arithmetic nor the order of
 # the rows. The base, the tokenizer and data files are compared by their content instead.

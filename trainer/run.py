@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -82,7 +83,7 @@ class Run:
     ``write_files(metrics)`` writes what the run is for, a base or a skill. Rank 0 calls it every
     ``save_interval`` steps and at the end, and then writes the state that ``states`` can resume
     from. With ``keep_best`` the model has the weights of the best validation so far while it
-    writes, and from the end on. ``verdict()`` adds to the metrics of the last file. A signal of
+    writes, and from the end on. ``verdict()`` adds to the metrics of the finished file. A signal of
     ``STOPPING`` ends the run early: saved, but not validated again. ``log_to`` is the metrics file.
     A dry run makes a few steps and writes nothing.
     """
@@ -93,7 +94,7 @@ class Run:
     validation: Validation
     write_files: Callable[[dict], None]
     log_to: Path
-    verdict: Callable[[], dict] = dict
+    verdict: Callable[[], dict] | None = None
 
     def plan(self, source: BatchSource) -> None:
         """Fix the number of steps. Raises ``UserError`` when the warm-up is longer than the run."""
@@ -245,9 +246,11 @@ class Run:
         first, score = next(iter(found.values())), score_of(found)
         if not first.targets:
             return False
-        numbers = asdict(first)
-        self.log.write({"step": progress.step} | {f"val_{name}": x for name, x in numbers.items()})
-        numbers |= {"score": score} if len(found) > 1 else {}
+        numbers = asdict(first) | ({"score": score} if len(found) > 1 else {})
+        line = {"step": progress.step} | {f"val_{name}": x for name, x in numbers.items()}
+        for kind, metrics in list(found.items())[1:]:
+            line |= {f"val_{kind}_{name}": x for name, x in asdict(metrics).items()}
+        self.log.write(line)
         shown = [f"{name} {x:.4f}" for name, x in numbers.items() if isinstance(x, float)]
         tqdm.write(f"step {progress.step}: validation {', '.join(shown)}")
         if not math.isfinite(score):
@@ -289,13 +292,13 @@ class Run:
         facts |= {"validation": self.validation.results, "wandb_id": self.log.wandb_id}
         self.states.save(self.trained, self.runtime, rng, self.progress, self.log.lines, **facts)
 
-    def _write_files(self) -> None:
+    def _write_files(self, verdict: bool = False) -> None:
         """Write what the run is for, of the best weights if those are kept."""
         trained, progress = self.trained, self.progress
         now = trained.snapshot() if trained.best else {}
         trained.load(trained.best)
         step = progress.best_step if trained.best else progress.step
-        said = self.verdict() if progress.finished else {}
+        said = self.verdict() if verdict and self.verdict else {}
         self.write_files({"step": step, **self.validation.results, **said})
         trained.load(now)
 
@@ -313,7 +316,10 @@ class Run:
             self.save()
         if self.started_at == self.last:
             tqdm.write(f"this run was finished at step {self.last}: its files are written again")
-            self.runtime.on_first(self._write_files)
+        if self.started_at == self.last or (progress.finished and self.verdict):
+            # All is saved by now: whatever ends this loses the verdict alone.
+            with self.clock.paused():
+                self.runtime.on_first(partial(self._write_files, verdict=True))
         seconds, final = self.clock.elapsed(), next(iter(self.validation.results.values()))
         speed, memory = progress.tokens / seconds, peak_memory_mb(self.runtime)
         losses = progress.first_loss, progress.last_loss, final.get("last")
@@ -328,7 +334,7 @@ class Run:
         if is_dry and step_seconds:
             whole = duration(step_seconds * self.total)
             tqdm.write(f"the whole run of {self.total} steps takes about {whole}, without saves")
-        if self.options.keep_best and not is_dry:
+        if self.options.keep_best and self.saved:
             self._tell_chosen()
         self.trained.load(self.trained.best)
         return summary

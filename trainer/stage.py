@@ -44,6 +44,7 @@ GRADIENT_TOKENS = 16384  # of the rows that a start from their gradient reads
 GPU_MICRO_TOKENS = 32768  # about 5 GB for the default model
 # The options that a skill's file has decided for every run that goes on with it.
 DECIDED = {option.name for option in fields(LoRAConfig)} - {"lora_dropout"}
+DATA_OPTIONS = {"data_path", "general_data", "keep_questions"}  # compared by their content
 ONCE = ("resume", "dry_run")  # options that say how a run was started, not what it is
 
 
@@ -159,11 +160,10 @@ def start_from_rows(
     from model.lora.starts import start_from_gradient
 
     batches = validation_batches(samples, options.batch_size, GRADIENT_TOKENS)
-    count = sum(batch.n_targets for batch in batches)
 
     def loss_of(batch: Batch) -> Tensor:
         with runtime.autocast():
-            return loss_sum(model, runtime.move(batch)) / count
+            return loss_sum(model, runtime.move(batch))
 
     start_from_gradient(model, [partial(loss_of, batch) for batch in batches])
 
@@ -226,7 +226,7 @@ def run_stage(
     loss_sum: LossSum = causal_loss_sum,
     lora_plus: tuple[Iterable[nn.Parameter], float] = ((), 1.0),
     holding: Samples | None = None,
-    verdict: Callable[[], dict] = dict,
+    verdict: Callable[[], dict] | None = None,
 ) -> Path:
     """Train what is trainable in ``model`` into ``path``, a file or folder, which is returned.
 
@@ -294,7 +294,7 @@ def skills_on(base: Path, out_dir: Path) -> list[str]:
 
 def identity(record: Record) -> dict:
     """What must be the same when a run is resumed: options, and files by their content."""
-    may_change = MAY_CHANGE | {entry["option"] for entry in record.data}
+    may_change = MAY_CHANGE | DATA_OPTIONS | {entry["option"] for entry in record.data}
     same = {name: value for name, value in record.options.items() if name not in may_change}
     numbers = Counter()
     for entry in record.data:

@@ -94,13 +94,14 @@ def without_lora(model: nn.Module) -> Iterator[None]:
     loras = [linear.lora for _, linear in adapted(model)]
     if not loras:
         raise UserError("there is no LoRA on this model, so it cannot be told from its base")
+    before = [lora.is_on for lora in loras]
     for lora in loras:
         lora.is_on = False
     try:
         yield
     finally:
-        for lora in loras:
-            lora.is_on = True
+        for lora, was_on in zip(loras, before, strict=True):
+            lora.is_on = was_on
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, Linear]]:
