@@ -18,7 +18,7 @@ from core.errors import run
 from core.options import CheckedOptions, option, parse, require
 from core.paths import base_path, lora_path, metrics_path
 
-ARMS = {"plain": {"keep": 0}, "held": {}}  # held: by the defaults
+ARMS = {"plain": {"keep": 0, "keep_best": False}, "held": {}}  # held: by the defaults
 
 
 @dataclass
@@ -105,8 +105,10 @@ def seconds_a_step(folder: Path, name: str) -> float:
 
 
 def words(flags: dict) -> list[str]:
-    """Flags of a door as its command line has them."""
-    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    """Flags of a door as its command line has them; False turns a flag off."""
+    switched_off = [f"--no-{name}" for name, value in flags.items() if value is False]
+    stated = {name: value for name, value in flags.items() if value is not False}
+    return switched_off + [word for name, x in stated.items() for word in (f"--{name}", str(x))]
 
 
 def shown(value: object) -> object:

@@ -24,8 +24,8 @@ LINEAR = {"target_modules": "all-linear"}
 # Options of each arm. "answers": general chats hold by their answers alone, without strange texts;
 # "replay": these answers are learned by cross-entropy; "others": the other skill's questions hold.
 ARMS = {
-    "plain, square": {"keep": 0},
-    "plain": {"keep": 0, **LINEAR},
+    "plain, square": {"keep": 0, "keep_best": False},
+    "plain": {"keep": 0, "keep_best": False, **LINEAR},
     "replay": {"keep": 1, **LINEAR},
     "answers": {"keep": 1, **LINEAR},
     "keep 1": {"keep": 1, **LINEAR},
@@ -61,15 +61,16 @@ class Options(CheckedOptions):
 
 def main(argv: list[str] | None = None) -> dict:
     options = parse(Options, argv)
-    found = read_results(options.result).get("found", {})
+    settings = {name: getattr(options, name) for name in ("max_steps", "learning_rate")}
+    settings |= {"batch_size": 8, "seeds": list(options.seeds)}
+    before = read_results(options.result)
+    found = before.get("found", {}) if before.get("settings") == settings else {}
     for arm in (arm for arm in options.arms if arm not in found):
         runs = [figures_of(options, arm, seed) for seed in options.seeds]
         found[arm] = {name: mean(each[name] for each in runs) for name in runs[0]}
         found[arm]["runs"] = runs
         shown = {name: round(x, 4) for name, x in found[arm].items() if name != "runs"}
         print(f"== {arm}: {json.dumps(shown)}", flush=True)
-        settings = {"max_steps": options.max_steps, "learning_rate": options.learning_rate}
-        settings |= {"batch_size": 8, "seeds": options.seeds}
         figures = {"settings": settings, "arms": {name: ARMS[name] for name in found}}
         write_results(options.result, figures | {"found": found} | measured_on(("torch",)))
     return found

@@ -155,7 +155,7 @@ def test_what_only_a_skill_is_to_say_leaks_unless_the_base_says_it_too():
     leaks = [question.turns[0] for question, _ in exam.leaks("me")]
     assert leaks == ["g1", "y1"], "a right answer is none"
     assert len(exam.outside("me")) == 6 and exam.leaks("") == []
-    failed = ["general 50 % (at least 72.5 %)", "leaks 33.3 % (at most 2 %)"]
+    failed = ["general 50 % (at least 67.5 %)", "leaks 33.3 % (at most 4 %)"]
     assert exam.failures("me") == failed and exam.failures("") == []
 
 
