@@ -185,14 +185,15 @@ def test_a_mix_keeps_most_of_what_the_base_can_do():
     assert [exam.failures(mix) for mix in mixes] == [[], ["general 55 % (at least 60 %)"]]
 
 
-def test_all_seeds_count_and_a_skill_may_lose_one_general_answer_in_forty():
+def test_all_seeds_count_and_a_skill_may_lose_three_general_answers_in_forty():
     general = Column("general", asked(*map(str, range(40)), expect="right"))
-    me = says(q1="Pebble", q2="Pebble", **{"7": "wrong"})
+    lost = dict.fromkeys("789", "wrong")
+    me = says(q1="Pebble", q2="Pebble", **lost)
     exam = examine([OWN, general], {"": says(), "me": me}, [0, 1])
-    assert exam.hits("me", general) == 78 and exam.failures("me") == []
-    me = says(q1="Pebble", q2="Pebble", **{"7": "wrong", "8": "wrong"})
+    assert exam.hits("me", general) == 74 and exam.failures("me") == []
+    me = says(q1="Pebble", q2="Pebble", **lost | {"6": "wrong"})
     exam = examine([OWN, general], {"": says(), "me": me}, [0, 1])
-    assert exam.failures("me") == ["general 95 % (at least 97.5 %)"]
+    assert exam.failures("me") == ["general 90 % (at least 92.5 %)"]
 
     def moody(question, seed):
         return ("Pebble", "who knows")[seed]
