@@ -14,8 +14,8 @@ from typing import BinaryIO
 from core.options import require
 from core.paths import bundled_data, skill_weights
 from dataset.files import SHOWN_BAD_ROWS, data_files, place_of, read_rows, settle_bad_rows
+from dataset.questions import Neighbours, chats_in, questions_in, spread
 from dataset.rows import BadRow, content
-from dataset.similarity import Neighbours, chats_in, questions_in, spread
 
 # What a skill must reach. The bundled base is a few million parameters that know few words, so a
 # draw may miss some marks that a good skill meets: 0.95, 0.8; 0.025, 0.02.

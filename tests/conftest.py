@@ -237,6 +237,7 @@ def run_training(
     validation=None,
     runtime=CPU,
     groups=None,
+    verdict=None,
     **flags,
 ) -> Summary:
     """Train ``model`` as a door would, with run states and metrics in ``folder``."""
@@ -249,6 +250,7 @@ def run_training(
         validation=validation or Validation({"val": lambda: Metrics(0.0, 0.0, 0, 0)}),
         write_files=write,
         log_to=folder / "metrics" / "run.jsonl",
+        verdict=verdict,
     )
     groups = groups or param_groups(model, options.weight_decay, options.optimizer)
     return train(model, source, groups, run, loss)

@@ -189,6 +189,8 @@ CASES = [
     (("lora",), "--keep -1", "keep=-1.0 must be"),
     (("lora",), "--keep inf", "keep=inf must be"),
     (("lora",), "--keep_rows 0", "keep_rows=0 must be"),
+    (("lora",), "--keep 0 --keep_questions {f}/chats.jsonl", "keep_questions hold nothing"),
+    (("lora",), "--keep_questions {f}/empty.jsonl", "empty.jsonl"),
     (("lora",), "--general_data {f}/chats.jsonl", "train without them by keep=0"),
     (("lora",), "--general_data {f}/long_questions.jsonl", "train without them by keep=0"),
     (("lora",), "--general_data {f}/nothing.jsonl --keep 0", "nothing.jsonl does not exist"),

@@ -1,5 +1,6 @@
 """The best validation decides: its weights are what a file gets, and patience waits for it."""
 
+import json
 import math
 import signal
 
@@ -174,3 +175,27 @@ def test_the_best_is_that_of_learning_and_keeping_together(tiny_model, tmp_path)
     script.train(tmp_path, epochs=3)
     ((metrics, _),) = script.saved
     assert metrics["step"] == 2 and metrics["general"]["best"]["kl"] == 0.1
+    text = (tmp_path / "metrics" / "run.jsonl").read_text(encoding="utf-8")
+    records = [record for record in map(json.loads, text.splitlines()) if "val_loss" in record]
+    logged = [(r["val_loss"], r["val_general_kl"], r["val_score"]) for r in records]
+    assert logged == [(2.0, 0.0, 2.0), (1.5, 0.1, 1.6), (1.0, 1.5, 2.5)]
+
+
+def test_all_is_saved_before_the_verdict_on_the_best_weights(tiny_model, tmp_path):
+    script, settings = Script(tiny_model, 1.0, 2.0), {"epochs": 2, "save_interval": 1}
+
+    def failing() -> dict:
+        raise ZeroDivisionError
+
+    def verdict() -> dict:
+        assert equal(weights_of(tiny_model), script.seen[0])
+        return {"verdict": "fine"}
+
+    with pytest.raises(ZeroDivisionError):
+        script.train(tmp_path, verdict=failing, **settings)
+    assert [metrics["step"] for metrics, _ in script.saved] == [1, 1]
+    assert newest_state(tmp_path / "states").manifest["progress"]["finished"]
+    script.train(tmp_path, verdict=verdict, resume=True, **settings)
+    metrics, weights = script.saved[2]
+    assert metrics == {**script.saved[1][0], "verdict": "fine"} and equal(weights, script.seen[0])
+    assert len(script.saved) == 3 and len(script.seen) == 2

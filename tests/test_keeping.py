@@ -25,7 +25,7 @@ from core.errors import UserError
 from core.paths import TOKENIZER_DIR, bundled_data, cache_dir
 from dataset.batches import IGNORED, Batches, SFTDataset, masked
 from dataset.cache import digest
-from dataset.similarity import Neighbours, chats_in, questions_in
+from dataset.questions import Neighbours, chats_in, questions_in
 from dataset.tokenizer import foreign_tokenizer
 from model.LMConfig import LMConfig
 from model.lora.layer import adapted, lora_parameters, without_lora
@@ -194,7 +194,7 @@ def held_by(samples) -> set[int]:
     return set(samples.digests()) if samples else set()
 
 
-STRANGE = [chat(f"The {n}th snow falls, dear.", "Lemons are yellow.") for n in range(20)]
+STRANGE = [chat(f"The {n}th snow falls, dear.", "Lemons are yellow.") for n in range(30)]
 
 
 @pytest.fixture
@@ -224,7 +224,8 @@ def test_chats_like_the_skill_s_neither_hold_nor_judge_and_no_chat_does_both(rea
     assert 0 < len(judged) < len(OTHERS) / 2
     assert held & named(OTHERS) == named(OTHERS) - judged and not held & named(ALIKE)
     assert "2 are left out" in capsys.readouterr().out, "one of them is a strange text"
-    assert held & named(STRANGE) and held <= named(OTHERS + STRANGE), "those hold only"
+    assert held <= named(OTHERS + STRANGE), "those hold only"
+    assert len(held & named(STRANGE)) == len(held & named(OTHERS)), "and never outnumber the others"
     batches = [batch for step in Batches(general.holding, 4, 1, 0).steps(0) for batch in step]
     assert all(batch.n_targets == batch.n_tokens - len(batch.labels) for batch in batches), "whole"
     assert not general.judging.whole
@@ -359,7 +360,7 @@ def test_a_base_of_other_makers_answers_for_itself_and_once(tmp_path, monkeypatc
     asked_too = {questions_in(messages)[0] for messages in OTHERS[:4] + ALIKE}
     assert {messages[0]["content"] for messages in found} == asked_too and len(asked) == 12
     alike = [messages for messages in found if messages[0] == ALIKE[0][0]]
-    assert held & named(found) and not (held & named(alike) or judged & named(found))
+    assert held & named(found) == named(found) - named(alike) and not judged & named(found)
     theirs.lm_head.weight.data.neg_()
     theirs.save_pretrained(folder)
     (other,) = files(seed=1)

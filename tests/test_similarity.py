@@ -2,7 +2,7 @@
 
 import pytest
 
-from dataset.similarity import Neighbours, spread
+from dataset.questions import Neighbours, spread
 
 
 @pytest.mark.parametrize(

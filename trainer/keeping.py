@@ -20,7 +20,7 @@ from dataset.batches import KEEP, Batch, ChatSamples, SFTDataset
 from dataset.cache import digest
 from dataset.chat import encode_chat, ends_of_answer
 from dataset.files import data_files
-from dataset.similarity import Neighbours, chats_in, questions_in, spread
+from dataset.questions import Neighbours, chats_in, questions_in, spread
 from dataset.tokenizer import control_spelling, tokenizer_fingerprint
 from model.generation import Sampling, generate
 from model.LMConfig import context_of
@@ -229,6 +229,8 @@ def verdict(
             losses[kind] = result["first"], result.get("best", result["last"])
             before, after = (each["loss"] for each in losses[kind])
             print(f"{kind + ' loss, nats/token':24}{before:10.4f}{after:10.4f}")
+    if options.skill:
+        print("before: losses of the skill that this run went on with, answers of its base")
     if pairs:
         print(f"general answers changed: {changed} of {len(pairs)}")
     for each in shown:

@@ -1,4 +1,4 @@
-"""How alike questions are: the Jaccard index of their character trigrams."""
+"""The questions of chats, and how alike they are: the Jaccard index of character trigrams."""
 
 import re
 from collections import defaultdict
