@@ -383,13 +383,13 @@ def test_a_run_ends_with_what_its_file_has_learned(trained, tokenizer, tmp_path,
     assert 0 <= told["changed"] <= told["general_answers"] > 0
     assert told["sentence"] in printed and len(told["answers"]) == keeping.SHOWN
     model = load_base(trained.out / "full_sft_64.pth")[0]
-    found = []
+    found, asked = [], {questions_in(own)[-1]: own[:-1] for own in chats_in((trained.chats,))}
     for skill in (None, path):
         if skill:
             attach_lora(model, skill)
         for each in told["answers"]:
-            turn = [{"role": "user", "content": each["question"]}]
-            ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"]
+            turns = asked[each["question"]]
+            ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
             said = tokenizer.decode(keeping.likeliest(model, ids, tokenizer))
             found.append((each["before" if skill is None else "after"], said.strip()))
     assert all(shown == said for shown, said in found)
