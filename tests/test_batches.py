@@ -389,13 +389,13 @@ def test_the_largest_micro_batch_of_an_epoch_is_known_beforehand(
 
 @pytest.fixture
 def two_kinds(make, chats):
-    """Own batches, with so many workers, and those that also hold: 5 of 24 general rows a step."""
+    """Own batches, with so many workers, and those that also hold: 7 of 24 general rows a step."""
     data = make(SFTDataset, chats, 10_000, val_ratio=0.4)
     assert (len(data.train.lengths), len(data.val.lengths)) == (36, 24)
 
     def two_kinds(num_workers=0):
         own = Batches(data.train, 4, 2, 3, num_workers)
-        general = Batches(data.val, 4, 2, 3, rows_per_step=5, micro_tokens=150)
+        general = Batches(data.val, 4, 2, 3, rows_per_step=7, micro_tokens=150)
         return own, KeepingBatches(own, general, weight=0.5)
 
     return two_kinds
@@ -417,10 +417,10 @@ def test_each_own_step_also_gets_general_rows(two_kinds):
     }
     kept = of_kind(KEEP, steps)
     assert all(step[-1].kind == KEEP for step in steps) and any(len(step) > 1 for step in kept)
-    # 24 rows give 5 steps of 5 rows, one of them smaller; then they come again, in another order.
+    # 24 rows give 4 steps, one of them smaller; then they come again, in another order.
     counts = [len(rows_in(step)) for step in kept]
-    assert [sorted(counts[n : n + 5]) for n in (0, 5, 10)] == [[4, 5, 5, 5, 5]] * 3
-    rounds = [[row for step in kept[n : n + 5] for row in rows_in(step)] for n in (0, 5, 10)]
+    assert [sorted(counts[n : n + 4]) for n in (0, 4, 8)] == [[3, 7, 7, 7]] * 3
+    rounds = [[row for step in kept[n : n + 4] for row in rows_in(step)] for n in (0, 4, 8)]
     assert len(set(rounds[0])) == 24 and len({tuple(rows) for rows in rounds}) == 3
     assert len({frozenset(rows) for rows in rounds}) == 1
     assert not set(rounds[0]) & {row for step in of_kind(OWN, steps) for row in rows_in(step)}

@@ -102,8 +102,9 @@ def test_a_run_that_is_stopped_leaves_the_best_weights(tiny_model, tmp_path):
             signal.raise_signal(signal.SIGINT)
         return causal_loss_sum(model, batch)
 
+    settings = {"loss": interrupted, "verdict": lambda: pytest.fail("on half a run")}
     with pytest.raises(Stopped):
-        script.train(tmp_path, epochs=50, loss=interrupted)
+        script.train(tmp_path, epochs=50, **settings)
     ((metrics, weights),) = script.saved
     assert metrics["step"] == 2 and equal(weights, script.seen[1])
     assert equal(weights_of(tiny_model), script.seen[1])
