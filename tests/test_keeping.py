@@ -195,6 +195,7 @@ def held_by(samples) -> set[int]:
 
 
 STRANGE = [chat(f"The {n}th snow falls, dear.", "Lemons are yellow.") for n in range(30)]
+STRANGE_ALIKE = [chat(f"What is your name, {n}?", "Lemons are yellow.") for n in range(10)]
 
 
 @pytest.fixture
@@ -202,7 +203,7 @@ def read(trained, tokenizer, tmp_path, monkeypatch):
     """Chooses among general chats for a skill of the rows ``OWN``, as the door does."""
     path = trained.out / "full_sft_64.pth"
     own = write_rows(tmp_path / "own.jsonl", rows(OWN))
-    strange = write_rows(tmp_path / "strange.jsonl", rows(STRANGE + ALIKE[:1]))
+    strange = write_rows(tmp_path / "strange.jsonl", rows(STRANGE + STRANGE_ALIKE))
     monkeypatch.setattr(keeping, "STRANGE", strange)
 
     def read(general, val_ratio=None, **more) -> General:
@@ -218,12 +219,12 @@ def read(trained, tokenizer, tmp_path, monkeypatch):
 
 
 def test_chats_like_the_skill_s_neither_hold_nor_judge_and_no_chat_does_both(read, capsys):
-    general = read([*OTHERS, *ALIKE[1:]])
+    general = read([*OTHERS, *ALIKE])
     held, judged = held_by(general.holding), held_by(general.judging)
     assert judged == {each for each in named(OTHERS) if each < keeping.JUDGING_SHARE * 2**63}
     assert 0 < len(judged) < len(OTHERS) / 2
-    assert held & named(OTHERS) == named(OTHERS) - judged and not held & named(ALIKE)
-    assert "2 are left out" in capsys.readouterr().out, "one of them is a strange text"
+    assert held & named(OTHERS) == named(OTHERS) - judged
+    assert "12 are left out" in capsys.readouterr().out, "ten of them are strange texts"
     assert held <= named(OTHERS + STRANGE), "those hold only"
     assert len(held & named(STRANGE)) == len(held & named(OTHERS)), "and never outnumber the others"
     batches = [batch for step in Batches(general.holding, 4, 1, 0).steps(0) for batch in step]
@@ -267,8 +268,7 @@ def test_a_skill_that_nothing_can_hold_is_refused_unless_nothing_should(read, ca
         read(general)
     capsys.readouterr()
     assert read(general, keep=0.0) == General()
-    if general != ALIKE:
-        assert "note: " in capsys.readouterr().out
+    assert "note: " in capsys.readouterr().out
 
 
 def test_with_keep_0_nothing_holds_and_the_others_still_judge(read):
@@ -382,6 +382,9 @@ def test_a_run_ends_with_what_its_file_has_learned(trained, tokenizer, tmp_path,
     told = metrics["verdict"]
     assert 0 <= told["changed"] <= told["general_answers"] > 0
     assert told["sentence"] in printed and len(told["answers"]) == keeping.SHOWN
+    (line,) = (line for line in printed.splitlines() if line.startswith("domain loss"))
+    measured = (metrics["domain"][when]["loss"] for when in ("first", "best"))
+    assert line.split()[-2:] == [f"{loss:.4f}" for loss in measured]
     model = load_base(trained.out / "full_sft_64.pth")[0]
     found, asked = [], {questions_in(own)[-1]: own[:-1] for own in chats_in((trained.chats,))}
     for skill in (None, path):
@@ -403,12 +406,14 @@ def test_a_question_that_fills_the_context_does_not_cost_the_run_its_last_save(t
     model = MiniMindLM(LMConfig(dim=32, **shape)).eval()
     apply_lora(model, 2)
     long = chat("Hello.", "Hello, my friend.", "far away " * 99, "So it is.")
-    path = write_rows(tmp_path / "own.jsonl", rows([long]))
+    path = write_rows(tmp_path / "own.jsonl", rows([long, long[:2]]))
     samples = SFTDataset((path,), tokenizer, 64, cache=tmp_path, val_ratio=0).train
     options = train_lora.Options(data_path=(path,), general_data=(path,))
     data = SimpleNamespace(train=samples, val=samples)
     told = verdict(model, tokenizer, options, data, General(judging=samples), Validation({}))
-    assert told["verdict"]["changed"] == 0
+    told = told["verdict"]
+    assert (told["general_answers"], told["changed"]) == (1, 0)
+    assert [each["question"] for each in told["answers"]] == ["Hello."]
 
 
 def losses(domain=None, general=None) -> dict:

@@ -11,6 +11,7 @@ from dataset.questions import Neighbours, spread
         ("What is your name?", "What is your name?", 1.0),
         ("What is your name?", "  what is\nYOUR name", 1.0),
         ("you're", "youre", 1.0),
+        ("what is", "whatis", 2 / 7),  # wha, hat of wha, hat, at_, t_i, _is, ati, tis
         ("What is your name?", "Bring milk", 0.0),
         ("abcd", "bcde", 1 / 3),  # abc, bcd; bcd, cde
         ("abcdef", "abc", 1 / 4),
