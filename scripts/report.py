@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> Exam:
     answerers = {who: partial(ask, session, who) for who in everyone}
     folder = options.output or options.out_dir / "report"
     # Where the folder cannot be written, all answers would be lost: try before.
-    atomic_write(folder / "report.md", lambda file: file.write(b"unfinished\n"))
+    atomic_write(folder / "report.part", lambda file: None)
+    (folder / "report.part").unlink()
     exam = examine(columns, answerers, options.seeds)
     dim = session.model.config.hidden_size
     facts["skills"] = {name: find_skill(options.out_dir, name, dim).name for name in alone}

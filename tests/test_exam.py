@@ -105,6 +105,12 @@ def test_a_row_that_asks_nothing_is_refused_with_its_place(tmp_path, row, reason
     assert f"{path}:4: " in capsys.readouterr().out
 
 
+def test_a_file_may_hold_one_question(tmp_path):
+    row = {**ROW, "question": ["q", "r"], "expect": ["x", "y"]}
+    (question,) = read_questions(write_rows(tmp_path / "q.jsonl", [row]))
+    assert question.turns == ("q", "r") and question.expect == ("x", "y")
+
+
 def test_a_file_without_questions_or_chats_is_refused(tmp_path):
     (tmp_path / "q.jsonl").touch()
     with pytest.raises(UserError, match="holds no questions"):
@@ -336,6 +342,9 @@ def test_the_exam_is_the_chat(out, capsys):
         ({"skills": "identity", "questions": "mine=q.jsonl"}, "mine is none of identity"),
         ({"skills": "identity", "questions": "q.jsonl"}, "say whose it is"),
         ({"skills": "mine", "data_path": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+        ({"skills": "mine", "questions": None, "data_path": "mine=q.jsonl"}, "name its questions"),
+        ({"questions": ("identity=q.jsonl", "identity=r.jsonl")}, "identity is named twice"),
+        ({"output": __file__}, "cannot write"),
         ({"seeds": (1, 1)}, "must be different"),
         ({"seeds": -1}, "from 0"),
         ({"most": 0}, "most=0"),
@@ -344,6 +353,7 @@ def test_the_exam_is_the_chat(out, capsys):
 def test_bad_input_is_refused_before_anyone_is_asked(out, tmp_path, words, said, capsys):
     path = write_rows(tmp_path / "own.jsonl", [{**ROW, "question": "q"}] * 2)
     words = {"questions": f"mine={path}"} | words if words.get("data_path") else words
+    words = {name: value for name, value in words.items() if value is not None}
     with pytest.raises(UserError) as caught:
         report.main(flags(out_dir=out, device="cpu", **words))
     assert said in str(caught.value)

@@ -398,6 +398,7 @@ def test_a_run_ends_with_what_its_file_has_learned(trained, tokenizer, tmp_path,
     assert all(shown == said for shown, said in found)
     assert any(each["before"] != each["after"] for each in told["answers"])
     assert all(each["question"] in printed for each in told["answers"])
+    assert "chose the best weights" in printed, "few chats did"
 
 
 def test_a_question_that_fills_the_context_does_not_cost_the_run_its_last_save(tokenizer, tmp_path):
@@ -414,6 +415,8 @@ def test_a_question_that_fills_the_context_does_not_cost_the_run_its_last_save(t
     told = told["verdict"]
     assert (told["general_answers"], told["changed"]) == (1, 0)
     assert [each["question"] for each in told["answers"]] == ["Hello."]
+    base = Base(path, model, tokenizer, None)
+    assert keeping.answered(base, "far away " * 99) == [], "nor does it end a run at its start"
 
 
 def losses(domain=None, general=None) -> dict:

@@ -40,6 +40,7 @@ JUDGING_SHARE = 0.2  # of general rows, where the base learned none of them
 LONGEST_ANSWER = 48  # tokens
 SHOWN, COMPARED = 3, 20  # held-out questions whose answers are shown; general ones, compared
 FEW_ROWS = 20  # so few chats are learned by heart
+FEW_JUDGES = 30  # held-out chats on which the choice of the best weights is shaky
 SMALL_RISE = 0.05  # of the general loss, nats per token: below it nobody would notice
 FEW_CHANGED = 0.25  # of the general answers: that of a tiny base may have been a toss-up
 
@@ -88,7 +89,7 @@ def read_general(options: TrainOptions, base: Base, runtime: Runtime) -> General
     judges, holds = general_files(options, base, runtime)
     options.general_data = (*judges, *holds)
     general = replace(options, data_path=options.general_data, bad_rows="skip")
-    general.val_ratio, general.patience = 0.0, 0
+    general.val_ratio = 0.0  # shared out below
     try:
         chats = read_data(SFTDataset, general, base.tokenizer, runtime).train
         settled = control_spelling(base.tokenizer), options.control_text
@@ -181,9 +182,11 @@ def own_answers(
 
 
 def answered(base: Base, question: str) -> list[dict]:
-    """The chat of this question and the base's own answer; empty if it says nothing."""
+    """The chat of this question and the base's own answer; empty if there is none, or no room."""
     turn = {"role": "user", "content": question}
     ids, _ = encode_chat(base.tokenizer, [turn], add_generation_prompt=True)
+    if len(ids) >= context_of(base.model.config):
+        return []
     with without_lora(base.model):
         new = likeliest(base.model, ids, base.tokenizer)
     text = base.tokenizer.decode(new, skip_special_tokens=True).strip()
@@ -236,6 +239,9 @@ def verdict(
     for each in shown:
         print(f"> {each['question']}\n  before: {each['before']}\n  after:  {each['after']}")
     sentence = summary_of(losses, changed, len(pairs))
+    judges = len(data.val.lengths)
+    if options.keep_best and 0 < judges < FEW_JUDGES:
+        print(f"note: of the skill's own chats, only {judges} chose the best weights")
     for text in (sentence, *warnings_on(data.train)):
         print(text)
     told = {"sentence": sentence, "general_answers": len(pairs), "changed": changed}
