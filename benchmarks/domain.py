@@ -33,7 +33,7 @@ class Options(CheckedOptions):
     n_layers: int = option(6, "of the base", at_least=1)
     pretrain_steps: int = option(1200, "optimizer steps of 8 windows of 256", at_least=1)
     max_steps: int = option(300, "optimizer steps of 8 rows, of a skill", at_least=1)
-    target_modules: str = option("square", "of the skills")
+    target_modules: str = option("all-linear", "of the skills")
     seeds: tuple[int, ...] = option((1, 2, 3), "of a skill's training")
     result: Path | None = option(Path("benchmarks/results/domain.json"), "file of the figures")
 
@@ -73,7 +73,7 @@ def trained_base(options: Options) -> Path:
     shape = {"dim": options.dim, "n_layers": options.n_layers, "epochs": 1000}
     steps = {"max_steps": options.pretrain_steps, "learning_rate": 3e-3, "save_interval": 10**6}
     train_pretrain.main(words(shared | shape | steps | {"data_path": options.pretrain}))
-    chats = {"data_path": options.chats, "epochs": 3, "learning_rate": 5e-4, "val_ratio": 0.1}
+    chats = {"data_path": options.chats, "epochs": 8, "learning_rate": 1e-3, "val_ratio": 0.1}
     train_full_sft.main(words(shared | chats))
     return base
 
