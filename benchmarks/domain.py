@@ -73,8 +73,8 @@ def trained_base(options: Options) -> Path:
     shape = {"dim": options.dim, "n_layers": options.n_layers, "epochs": 1000}
     steps = {"max_steps": options.pretrain_steps, "learning_rate": 3e-3, "save_interval": 10**6}
     train_pretrain.main(words(shared | shape | steps | {"data_path": options.pretrain}))
-    chats = {"data_path": options.chats, "epochs": 8, "learning_rate": 1e-3, "val_ratio": 0.1}
-    train_full_sft.main(words(shared | chats))
+    chats = {"data_path": options.chats, "epochs": 4, "learning_rate": 1e-3, "val_ratio": 0.1}
+    train_full_sft.main([*words(shared | chats), "--keep_best"])
     return base
 
 
@@ -106,9 +106,11 @@ def seconds_a_step(folder: Path, name: str) -> float:
 
 def words(flags: dict) -> list[str]:
     """Flags of a door as its command line has them; False turns a flag off."""
-    switched_off = [f"--no-{name}" for name, value in flags.items() if value is False]
-    stated = {name: value for name, value in flags.items() if value is not False}
-    return switched_off + [word for name, x in stated.items() for word in (f"--{name}", str(x))]
+    said = []
+    for name, value in flags.items():
+        values = value if isinstance(value, tuple) else (value,)
+        said += [f"--no-{name}"] if value is False else [f"--{name}", *map(str, values)]
+    return said
 
 
 def shown(value: object) -> object:
