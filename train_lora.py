@@ -60,7 +60,6 @@ def main(argv: list[str] | None = None) -> Path:
         stage.attach_skill(model, options, base.skill)
     else:
         apply_lora(model, config=options)
-        stage.start_from_rows(model, data.train, options, runtime)
     print(table_of(model))
     plugged = keeping.plugged(options, base, data, runtime)
     facts = stage.run_facts("lora", options, tokenizer, base)

@@ -6,8 +6,11 @@ Skills are trained plainly, at equal steps. The rate is chosen with a seed of it
 losses that are compared come from other seeds.
 """
 
+import functools
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,19 +25,21 @@ from benchmarks.domain import words
 from benchmarks.result_file import measured_on, read_results, write_results
 from core.errors import run
 from core.options import CheckedOptions, option, parse, require
-from model.lora import starts
+from dataset.batches import Batch, validation_batches
 from model.lora.layer import adapted
 
-STARTS = ("minimind", "pissa", "eva", "gradient")
+ROWS_TOKENS = 16384  # of the rows that a start reads
 RANKS = (4, 8, 16, 32, 64)
-ARMS = {start: {"init_lora_weights": start} for start in STARTS}
+ARMS = {"minimind": {}, "pissa": {"init_lora_weights": "pissa"}, "eva": {}, "gradient": {}}
 ARMS |= {f"rank {rank}, alpha {rank}": {"rank": rank} for rank in RANKS}
 ARMS |= {f"rank {rank}, alpha 16": {"rank": rank, "alpha": 16} for rank in RANKS if rank != 16}
+# As many ranks as 16 each, where the singular values of dL/dW are largest.
+ARMS |= {"ranks by importance": {}}
 ARMS |= {f"all-linear, rank {r}": {"rank": r, "target_modules": "all-linear"} for r in (4, 16)}
 TUNING_SEED = 7
 
 
-@dataclass
+@dataclass(unsafe_hash=True)
 class Options(CheckedOptions):
     """Train each of ``ARMS`` at each rate, then at its best rate with each seed."""
 
@@ -42,7 +47,7 @@ class Options(CheckedOptions):
     data_path: tuple[Path, ...] = option((), "chats of the skill")
     out_dir: Path = option(Path("out/starts"), "folder of the skills")
     arms: tuple[str, ...] = option(tuple(ARMS), "which of ARMS")
-    rates: tuple[float, ...] = option((1e-3, 3e-3, 1e-2), "learning rates to choose from")
+    rates: tuple[float, ...] = option((3e-3, 1e-2, 3e-2), "learning rates to choose from")
     seeds: tuple[int, ...] = option((1, 2, 3), "of the runs that are compared")
     max_steps: int = option(100, "optimizer steps of 8 rows", at_least=1)
     result: Path | None = option(Path("benchmarks/results/starts.json"), "file of the figures")
@@ -84,45 +89,106 @@ def held_out_loss(options: Options, arm: str, rate: float, seed: int) -> float:
     flags |= {"max_seq_len": 256, "batch_size": 8, "epochs": 1000, "learning_rate": rate}
     flags |= {"max_steps": options.max_steps, "val_interval": options.max_steps, "val_ratio": 0.15}
     flags |= {"keep": 0, "keep_best": False, "save_interval": 10**6, "log_interval": 10**6}
-    flags |= ARMS[arm]
-    with eva_in_place_of_gradient(flags):
-        path = train_lora.main(words(flags | {"data_path": options.data_path}))
+    flags |= ARMS[arm] | {"data_path": options.data_path}
+    if arm == "ranks by importance":
+        flags["rank_pattern"] = ranks_by_importance(options)
+    with started_by(STARTS.get(arm)):
+        path = train_lora.main(words(flags))
     return read_lora(path)[1].metrics["domain"]["last"]["loss"]
 
 
+Start = Callable[[nn.Module, list[Batch]], None]
+
+
 @contextmanager
-def eva_in_place_of_gradient(flags: dict):
-    """Inside, the start ``gradient`` is EVA's if ``flags`` ask for that one."""
-    usual = starts.start_from_gradient
-    if flags.get("init_lora_weights") == "eva":
-        flags["init_lora_weights"] = "gradient"
-        starts.start_from_gradient = start_from_inputs
+def started_by(start: Start | None):
+    """Inside, a run lets ``start`` change its new LoRA, as the rows that it trains on suggest."""
+    from trainer import keeping
+
+    usual = keeping.plugged
+
+    def plugged(options, base, data, runtime) -> dict:
+        start(base.model, validation_batches(data.train, options.batch_size, ROWS_TOKENS))
+        return usual(options, base, data, runtime)
+
+    keeping.plugged = plugged if start else usual
     try:
         yield
     finally:
-        starts.start_from_gradient = usual
+        keeping.plugged = usual
 
 
-def start_from_inputs(model: nn.Module, losses: Iterable[Callable[[], Tensor]]) -> None:
-    """Set each A to the first right singular vectors of its Linear's inputs (EVA, Paischer 2024).
+@functools.cache
+def ranks_by_importance(options: Options) -> tuple[str, ...]:
+    """A rank for each of the square Linears, at least 1."""
+    import train_lora
 
-    As long as the product's own start makes its rows; ranks stay equal.
-    """
-    grams = {}
+    found, names = [], {}
 
-    def watch(lora: nn.Module, args: tuple[Tensor], _: Tensor) -> None:
-        x = args[0].flatten(0, -2).float()
-        grams[lora] = grams.get(lora, 0) + x.T @ x
+    def watched(model: nn.Module, batches: list[Batch]) -> None:
+        names.update((linear.lora, name) for name, linear in adapted(model))
+        for lora, gradient in weight_gradients(model, batches).items():
+            found.extend((float(size), names[lora]) for size in torch.linalg.svdvals(gradient)[1:])
 
-    hooks = [linear.lora.register_forward_hook(watch) for _, linear in adapted(model)]
+    flags = {"base": options.base, "out_dir": options.out_dir, "data_path": options.data_path}
+    with started_by(watched):
+        train_lora.main(words(flags | {"max_seq_len": 256, "keep": 0, "max_steps": 1}))
+    ranks = Counter(names.values())  # one each: for the largest
+    for _, name in sorted(found, reverse=True)[: 15 * len(names)]:
+        ranks[name] += 1
+    return tuple(f"{re.escape(name)}={rank}" for name, rank in ranks.items())
+
+
+def start_from_gradient(model: nn.Module, batches: list[Batch]) -> None:
+    """A from the first right singular vectors of dL/dW (in the manner of LoRA-GA, Wang 2024)."""
+    for lora, gradient in weight_gradients(model, batches).items():
+        set_rows(lora, torch.linalg.svd(gradient, full_matrices=False).Vh)
+
+
+def start_from_inputs(model: nn.Module, batches: list[Batch]) -> None:
+    """A from the first right singular vectors of each Linear's inputs (EVA, Paischer 2024)."""
+    for lora, gram in summed(model, batches, lambda x, slope: x.T @ x).items():
+        set_rows(lora, torch.linalg.eigh(gram).eigenvectors.T.flip(0))
+
+
+def set_rows(lora: nn.Module, V: Tensor) -> None:
+    """The first rows of ``V`` as A, as long as N(0, 0.02) makes them."""
     with torch.no_grad():
-        for loss in losses:
-            loss()
-        for hook in hooks:
-            hook.remove()
-        for lora, gram in grams.items():
-            V = torch.linalg.eigh(gram).eigenvectors.T.flip(0)[: lora.rank]
-            lora.A.weight.copy_(starts.STD * V.size(1) ** 0.5 * V)
+        lora.A.weight.copy_(0.02 * V.size(1) ** 0.5 * V[: lora.rank])
+
+
+def weight_gradients(model: nn.Module, batches: list[Batch]) -> dict[nn.Module, Tensor]:
+    """dL/dW (outputs, inputs) of each Linear that carries a LoRA, as if W were trained."""
+    return summed(model, batches, lambda x, slope: slope.T @ x)
+
+
+def summed(
+    model: nn.Module, batches: list[Batch], product: Callable[[Tensor, Tensor], Tensor]
+) -> dict[nn.Module, Tensor]:
+    """For each LoRA, ``product`` of its inputs (N, inputs) and the loss's slope at its outputs."""
+    from trainer.loop import causal_loss_sum
+
+    found = {}
+
+    def watch(lora: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        x = args[0].detach().flatten(0, -2)
+
+        def add(slope: Tensor) -> None:
+            found[lora] = found.get(lora, 0) + product(x, slope.flatten(0, -2))
+
+        output.register_hook(add)
+
+    model.eval()
+    hooks = [linear.lora.register_forward_hook(watch) for _, linear in adapted(model)]
+    for batch in batches:
+        causal_loss_sum(model, batch).backward()
+    for hook in hooks:
+        hook.remove()
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+STARTS = {"eva": start_from_inputs, "gradient": start_from_gradient}
 
 
 if __name__ == "__main__":

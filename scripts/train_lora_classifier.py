@@ -85,7 +85,7 @@ def train(options: Options, runtime) -> Path:
     from model.model_lora import save_lora
     from trainer.metrics import Validation
     from trainer.scores import score
-    from trainer.stage import run_facts, run_stage, start_from_rows
+    from trainer.stage import run_facts, run_stage
 
     rows, held_out, labels = labelled_rows(options)
     model = classifier.open_classifier(options.base, labels).to(runtime.device)
@@ -102,8 +102,6 @@ def train(options: Options, runtime) -> Path:
     facts["tokenizer"] = reading_fingerprint(tokenizer)
     asked = {"max_seq_len": length, "load_in_4bit": options.load_in_4bit}
     path = choose_trained(options, model, runtime)
-    if not options.full:
-        start_from_rows(model, samples, options, runtime, classifier.class_loss_sum)
     batches = validation_batches(val, options.batch_size, options.val_tokens)
 
     def write(record: SkillMeta) -> None:

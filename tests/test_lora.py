@@ -3,7 +3,6 @@ copy and compile.
 """
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -13,8 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from core.errors import UserError
 from model.LMConfig import LMConfig
-from model.lora.layer import adapted, lora_parameters
-from model.lora.starts import start_from_gradient
+from model.lora.layer import lora_parameters
 from model.model import MiniMindLM
 from model.model_lora import LoRA, apply_lora, load_lora, remove_lora, save_lora
 from trainer.loop import causal_loss_sum
@@ -269,31 +267,6 @@ def test_compiled_blocks_serve_all_lengths_and_validation_runs_uncompiled(tiny_m
         causal_loss_sum(tiny_model, batch).backward()
     evaluate(tiny_model, [ragged_batch(1, seed=9, length=9)], Runtime.start("cpu"), set())
     assert counter.frame_count == programs
-
-
-# a start that the rows choose
-
-
-def test_a_start_from_the_gradient_spans_its_steepest_directions(sharp_model):
-    model, twin = sharp_model.double(), copy.deepcopy(sharp_model)
-    base = logits_of(model)
-    for part in (model, twin):
-        for block in part.layers:
-            block.feed_forward.dropout.p = 0.3  # which the start does not draw
-    batches = [ragged_batch(3, seed=seed) for seed in (1, 2)]
-    for batch in batches:
-        causal_loss_sum(twin.eval(), batch).backward()
-    apply_lora(model.train(), 4, target_modules="all-linear", init_lora_weights="gradient")
-    start_from_gradient(model.double(), [partial(causal_loss_sum, model, b) for b in batches])
-    assert model.training and all(p.grad is None for p in model.parameters())
-    for name, linear in adapted(model):
-        A = linear.lora.A.weight.detach()
-        _, sizes, V = torch.linalg.svd(twin.get_submodule(name).weight.grad, full_matrices=False)
-        assert sizes[3] > 1.0001 * sizes[4], "the directions can be told apart"
-        length = 0.02 * A.size(1) ** 0.5
-        torch.testing.assert_close(A.T @ A, length**2 * V[:4].T @ V[:4], rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(A @ A.T, length**2 * torch.eye(4).double(), rtol=1e-4, atol=1e-6)
-    assert torch.equal(logits_of(model.eval()), base), "B is 0"
 
 
 # an independent implementation

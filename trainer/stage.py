@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
@@ -16,7 +16,6 @@ from core.files import sha256_file
 from core.paths import cache_dir, checkpoints_dir, is_pretrained, lora_paths, metrics_path
 from dataset.batches import (
     MICRO_TOKENS,
-    Batch,
     Batches,
     KeepingBatches,
     PretrainDataset,
@@ -40,7 +39,6 @@ from trainer.options import MAY_CHANGE, TrainOptions
 from trainer.run import Run
 from trainer.runtime import Runtime
 
-GRADIENT_TOKENS = 16384  # of the rows that a start from their gradient reads
 GPU_MICRO_TOKENS = 32768  # about 5 GB for the default model
 # The options that a skill's file has decided for every run that goes on with it.
 DECIDED = {option.name for option in fields(LoRAConfig)} - {"lora_dropout"}
@@ -145,27 +143,6 @@ def attach_skill(model: nn.Module, options: TrainOptions, skill: Skill) -> None:
     attach_lora(model, options.skill, skill)
     for _, linear in adapted(model):
         linear.lora.dropout.p = options.lora_dropout
-
-
-def start_from_rows(
-    model: nn.Module,
-    samples: Samples,
-    options: TrainOptions,
-    runtime: Runtime,
-    loss_sum: LossSum = causal_loss_sum,
-) -> None:
-    """Let the new LoRA start from the gradient of these rows, if ``options`` say so."""
-    if options.init_lora_weights != "gradient":
-        return
-    from model.lora.starts import start_from_gradient
-
-    batches = validation_batches(samples, options.batch_size, GRADIENT_TOKENS)
-
-    def loss_of(batch: Batch) -> Tensor:
-        with runtime.autocast():
-            return loss_sum(model, runtime.move(batch))
-
-    start_from_gradient(model, [partial(loss_of, batch) for batch in batches])
 
 
 def check_apart(path: Path, start: Path | None) -> None:

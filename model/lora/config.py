@@ -10,12 +10,12 @@ from core.errors import UserError
 from core.options import CheckedOptions, option, require
 
 SHORTHANDS = ("square", "all-linear")
-Init = Literal["minimind", "kaiming", "gaussian", "pissa", "gradient"]
+Init = Literal["minimind", "kaiming", "gaussian", "pissa"]
 TARGETS_HELP = "square, all-linear, or names, name endings or regular expressions of Linears"
 EXCLUDE_HELP = "names, name endings or regular expressions to leave out"
 ALPHA_HELP = "the update is scaled by alpha / rank (default: a scale of 1)"
 DROPOUT_HELP = "probability of dropping an input of the update"
-INIT_HELP = "A: N(0, 0.02), U(+-1/sqrt(inputs)), N(0, 1/rank), from W's SVD, or the rows' gradient"
+INIT_HELP = "A ~ N(0, 0.02), U(+-1/sqrt(inputs)), N(0, 1/rank), or A and B from W's SVD"
 
 
 @dataclass
