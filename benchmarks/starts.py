@@ -85,16 +85,21 @@ def held_out_loss(options: Options, arm: str, rate: float, seed: int) -> float:
     import train_lora
     from model.lora.skill_file import read_lora
 
-    flags = {"base": options.base, "out_dir": options.out_dir, "lora_name": "tried", "seed": seed}
-    flags |= {"max_seq_len": 256, "batch_size": 8, "epochs": 1000, "learning_rate": rate}
-    flags |= {"max_steps": options.max_steps, "val_interval": options.max_steps, "val_ratio": 0.15}
-    flags |= {"keep": 0, "keep_best": False, "save_interval": 10**6, "log_interval": 10**6}
-    flags |= ARMS[arm] | {"data_path": options.data_path}
+    flags = shared_flags(options) | {"learning_rate": rate, "seed": seed, "epochs": 1000}
+    flags |= {"max_steps": options.max_steps, "val_interval": options.max_steps}
+    flags |= {"save_interval": 10**6, "log_interval": 10**6, **ARMS[arm]}
     if arm == "ranks by importance":
         flags["rank_pattern"] = ranks_by_importance(options)
     with started_by(STARTS.get(arm)):
         path = train_lora.main(words(flags))
     return read_lora(path)[1].metrics["domain"]["last"]["loss"]
+
+
+def shared_flags(options: Options) -> dict:
+    """What says, in every run, which rows are held out, and that nothing holds the skill."""
+    flags = {"base": options.base, "out_dir": options.out_dir, "data_path": options.data_path}
+    flags |= {"lora_name": "tried", "max_seq_len": 256, "batch_size": 8, "val_ratio": 0.15}
+    return flags | {"keep": 0, "keep_best": False}
 
 
 Start = Callable[[nn.Module, list[Batch]], None]
@@ -120,7 +125,7 @@ def started_by(start: Start | None):
 
 @functools.cache
 def ranks_by_importance(options: Options) -> tuple[str, ...]:
-    """A rank for each of the square Linears, at least 1."""
+    """A ``rank_pattern`` with a rank for each of the square Linears, at least 1."""
     import train_lora
 
     found, names = [], {}
@@ -130,9 +135,8 @@ def ranks_by_importance(options: Options) -> tuple[str, ...]:
         for lora, gradient in weight_gradients(model, batches).items():
             found.extend((float(size), names[lora]) for size in torch.linalg.svdvals(gradient)[1:])
 
-    flags = {"base": options.base, "out_dir": options.out_dir, "data_path": options.data_path}
     with started_by(watched):
-        train_lora.main(words(flags | {"max_seq_len": 256, "keep": 0, "max_steps": 1}))
+        train_lora.main(words(shared_flags(options) | {"max_steps": 1}))
     ranks = Counter(names.values())  # one each: for the largest
     for _, name in sorted(found, reverse=True)[: 15 * len(names)]:
         ranks[name] += 1
@@ -178,6 +182,7 @@ def summed(
 
         output.register_hook(add)
 
+    was_training = model.training
     model.eval()
     hooks = [linear.lora.register_forward_hook(watch) for _, linear in adapted(model)]
     for batch in batches:
@@ -185,6 +190,7 @@ def summed(
     for hook in hooks:
         hook.remove()
     model.zero_grad(set_to_none=True)
+    model.train(was_training)
     return found
 
 

@@ -1,19 +1,25 @@
 """What the benchmarks compute of the figures that they measure or count."""
 
+import copy
 import io
 import json
 import sys
 from contextlib import redirect_stdout
 
 import pytest
+import torch
+from conftest import logits_of, ragged_batch
 
 import train_full_sft
 import train_lora
 import train_pretrain
-from benchmarks import compare, identity, lora_life, size_report
+from benchmarks import compare, identity, lora_life, size_report, starts
 from core.errors import UserError
 from core.options import parse
 from core.paths import base_path, lora_path
+from model.lora.layer import adapted
+from model.model_lora import apply_lora
+from trainer.loop import causal_loss_sum
 
 DOORS = {"train_pretrain.py": train_pretrain, "train_full_sft.py": train_full_sft}
 DOORS |= {"train_lora.py": train_lora}
@@ -122,3 +128,55 @@ def test_an_update_costs_two_thin_matrices_and_merges_exactly():
 def test_random_swaps_leave_the_default_model_as_it_was():
     unchanged = {"sha256_unchanged": True, "logits_bit_equal": True}
     assert lora_life.random_swaps(20) == {"swaps": 20, **unchanged}
+
+
+def inputs_of(model, name, batches):
+    """What the Linear of this name is given."""
+    found = []
+    hook = model.get_submodule(name).register_forward_pre_hook(
+        lambda _, args: found.append(args[0])
+    )
+    with torch.no_grad():
+        for batch in batches:
+            causal_loss_sum(model, batch)
+    hook.remove()
+    return torch.cat([x.flatten(0, -2) for x in found])
+
+
+@pytest.mark.parametrize("kind", ["gradient", "eva"])
+def test_a_start_spans_its_steepest_or_its_largest_directions(sharp_model, kind):
+    model, twin = sharp_model.double(), copy.deepcopy(sharp_model)
+    base = logits_of(model)
+    for part in (model, twin):
+        for block in part.layers:
+            block.feed_forward.dropout.p = 0.3  # which the start does not draw
+    batches = [ragged_batch(3, seed=seed) for seed in (1, 2)]
+    for batch in batches:
+        causal_loss_sum(twin.eval(), batch).backward()
+    apply_lora(model.train(), 4, target_modules=["wq", "w2"])
+    starts.STARTS[kind](model.double(), batches)
+    assert model.training and all(p.grad is None for p in model.parameters())
+    for name, linear in adapted(model):
+        A = linear.lora.A.weight.detach()
+        gradient = twin.get_submodule(name).weight.grad
+        of = gradient if kind == "gradient" else inputs_of(twin, name, batches)
+        _, sizes, V = torch.linalg.svd(of, full_matrices=False)
+        assert sizes[3] > 1.0001 * sizes[4], "the directions can be told apart"
+        length = 0.02 * A.size(1) ** 0.5
+        torch.testing.assert_close(A.T @ A, length**2 * V[:4].T @ V[:4], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(A @ A.T, length**2 * torch.eye(4).double(), rtol=1e-4, atol=1e-6)
+    assert torch.equal(logits_of(model.eval()), base), "B is 0"
+
+
+def test_ranks_by_importance_share_out_as_many_as_equal_ones(trained, tmp_path):
+    base = base_path(trained.out, "full_sft", 64)
+    options = starts.Options(base=base, data_path=(trained.chats,), out_dir=tmp_path)
+    pattern = dict(word.split("=") for word in starts.ranks_by_importance(options))
+    ranks = sorted(map(int, pattern.values()))
+    assert len(ranks) == 4 and sum(ranks) == 4 * 16
+    assert ranks[0] >= 1 and ranks[-1] > 16, "they differ"
+
+
+def test_a_flag_that_is_false_is_turned_off():
+    flags = {"keep": 0, "keep_best": False, "data_path": ("a", "b")}
+    assert starts.words(flags) == ["--keep", "0", "--no-keep_best", "--data_path", "a", "b"]
