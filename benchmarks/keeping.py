@@ -13,30 +13,27 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.domain import seconds_a_step, words
+from benchmarks.domain import seconds_a_step
 from benchmarks.result_file import measured_on, read_results, write_results
 from core.errors import run
 from core.options import CheckedOptions, option, parse, require
 from core.paths import base_path, bundled_data, lora_path
+from scripts.quickstart_stages import DIM, LORA, SKILLS, flag_words
 
-SKILLS = ("identity", "medical")
 LINEAR = {"target_modules": "all-linear"}
-# Options of each arm. "answers": general chats hold by their answers alone, without strange texts;
-# "replay": these answers are learned by cross-entropy; "others": the other skill's questions hold.
+# Options of each arm. "replay": the general chats' answers are learned by cross-entropy, without
+# strange texts; "others": the other skills' questions hold.
 ARMS = {
     "plain, square": {"keep": 0, "keep_best": False},
     "plain": {"keep": 0, "keep_best": False, **LINEAR},
     "replay": {"keep": 1, **LINEAR},
-    "answers": {"keep": 1, **LINEAR},
-    "keep 1": {"keep": 1, **LINEAR},
-    "keep 2": {"keep": 2, **LINEAR},
     "keep 3": {"keep": 3, **LINEAR},
-    "keep 3, square": {"keep": 3},
+    "keep 1, others": {"keep": 1, **LINEAR},
     "keep 2, others": {"keep": 2, **LINEAR},
     "keep 3, others": {"keep": 3, **LINEAR},
-    "keep 3, 8 rows": {"keep": 3, "keep_rows": 8, **LINEAR},
-    "keep 10": {"keep": 10, **LINEAR},
+    "keep 5, others": {"keep": 5, **LINEAR},
 }
+PAIR, ALL = " ".join(SKILLS[:2]), " ".join(SKILLS)
 
 
 @dataclass
@@ -44,11 +41,12 @@ class Options(CheckedOptions):
     """Train, examine and compare; one arm after another, but for those in the result file."""
 
     out_dir: Path = option(Path("out/quickstart"), "folder of the quick start")
-    dim: int = option(256, "of its base", at_least=1)
+    dim: int = option(DIM, "of its base", at_least=1)
     arms: tuple[str, ...] = option(tuple(ARMS), "which of ARMS")
     seeds: tuple[int, ...] = option((1, 2, 3), "of a skill's training")
-    max_steps: int = option(500, "optimizer steps of a skill", at_least=1)
-    learning_rate: float = option(3e-3, "peak learning rate", above=0)
+    max_steps: int = option(LORA["max_steps"], "optimizer steps of a skill", at_least=1)
+    learning_rate: float = option(LORA["learning_rate"], "peak learning rate", above=0)
+    most: int = option(40, "most questions of a column", at_least=1)
     result: Path | None = option(Path("benchmarks/results/keeping.json"), "file of the figures")
 
     def __post_init__(self):
@@ -61,7 +59,7 @@ class Options(CheckedOptions):
 
 def main(argv: list[str] | None = None) -> dict:
     options = parse(Options, argv)
-    settings = {name: getattr(options, name) for name in ("max_steps", "learning_rate")}
+    settings = {name: getattr(options, name) for name in ("max_steps", "learning_rate", "most")}
     settings |= {"batch_size": 8, "seeds": list(options.seeds)}
     before = read_results(options.result)
     found = before.get("found", {}) if before.get("settings") == settings else {}
@@ -77,7 +75,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def figures_of(options: Options, arm: str, seed: int) -> dict[str, float]:
-    """Train both skills of an arm and let them sit the exam."""
+    """Train the skills of an arm and let them sit the exam."""
     import train_lora
     from model.lora.skill_file import read_lora
     from scripts import report
@@ -90,16 +88,16 @@ def figures_of(options: Options, arm: str, seed: int) -> dict[str, float]:
     shared |= {"max_steps": options.max_steps, "learning_rate": options.learning_rate}
     shared |= {"batch_size": 8, "log_interval": 100, "save_interval": 10**6, **ARMS[arm]}
     figures, usual = {}, (keeping.read_general, keeping.skill_loss_sum)
-    if arm in ("replay", "answers"):
-        keeping.read_general = partial(answers_alone, keeping.read_general)
     if arm == "replay":
+        keeping.read_general = partial(real_chats_alone, keeping.read_general)
         keeping.skill_loss_sum = lambda model, batch, base: causal_loss_sum(model, batch)
     try:
         for name in SKILLS:
             flags = {"data_path": skill_data(name), "lora_name": name}
             if arm.endswith("others"):
-                flags["keep_questions"] = skill_data(*set(SKILLS) - {name})
-            train_lora.main(words(shared | flags))
+                others = (skill_data(other) for other in SKILLS if other != name)
+                flags["keep_questions"] = tuple(others)
+            train_lora.main(flag_words(shared | flags))
     finally:
         keeping.read_general, keeping.skill_loss_sum = usual
     for name in SKILLS:
@@ -112,18 +110,18 @@ def figures_of(options: Options, arm: str, seed: int) -> dict[str, float]:
                 figures[f"{name}: {kind} {unit}, rise"] = last[unit] - result["first"][unit]
         seconds = seconds_a_step(folder, f"lora_{name}_{options.dim}")
         figures[f"{name}: seconds a step"] = seconds
-    exam = report.main(words({"out_dir": folder, "base": base}))
+    asked = {"skills": (*SKILLS, PAIR, ALL), "most": options.most, "seeds": seed}
+    exam = report.main(flag_words({"out_dir": folder, "base": base, **asked}))
     return figures | exam_figures(exam)
 
 
-def answers_alone(read_general, options, base, runtime):
-    """``read_general`` without strange texts, where only the answers of general chats hold."""
+def real_chats_alone(read_general, options, base, runtime):
+    """``read_general`` without strange texts."""
     from trainer import keeping
 
     general = read_general(options, base, runtime)
     strange = keeping.digests(keeping.chats_in((keeping.STRANGE,)))
-    holding = replace(general.holding.without(strange), whole=False)
-    return keeping.General(holding, general.judging)
+    return replace(general, holding=general.holding.without(strange))
 
 
 def skill_data(name: str) -> Path:

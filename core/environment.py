@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from core.errors import UserError
@@ -62,22 +62,41 @@ def ensure_environment(requirements: Sequence[str], root: Path = ROOT) -> str:
     return python
 
 
-def run(command: Sequence[str], variables: dict[str, str] | None = None) -> int:
-    """Run a command to its end; return its exit code: 130 after Ctrl-C, 128 + n for signal n."""
+def run(
+    command: Sequence[str],
+    variables: dict[str, str] | None = None,
+    hear: Callable[[str], None] | None = None,
+) -> int:
+    """Run a command to its end; return its exit code: 130 after Ctrl-C, 128 + n for signal n.
+
+    With ``hear`` each line that it prints, errors included, goes there and to no terminal.
+    """
     environment = {**os.environ, "PYTHONUTF8": "1", "PIP_USER": "0", **(variables or {})}
     for name in ("PYTHONHOME", "PYTHONPATH"):  # they would mix in another environment's packages
         environment.pop(name, None)
-    process = subprocess.Popen(command, env=environment)
+    pipes = {}
+    if hear:
+        environment["PYTHONUNBUFFERED"] = "1"
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        pipes |= {"encoding": "utf-8", "errors": "replace"}
+    process = subprocess.Popen(command, env=environment, **pipes)
     before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
     code, interrupted = None, False
     try:
         while code is None:
             try:
+                for line in process.stdout or ():
+                    hear(line)
                 code = process.wait()
             except KeyboardInterrupt:
                 interrupted = True
     finally:
         signal.signal(signal.SIGTERM, before)
+        if process.poll() is None:  # ``hear`` has failed: nobody would know of the command any more
+            process.terminate()
+            process.wait()
+        if process.stdout:
+            process.stdout.close()
     return 130 if interrupted else (128 - code if code < 0 else code)
 
 

@@ -62,17 +62,32 @@ class TokenSamples:
     max_seq_len: int
     pad_id: int
     bytes_of: np.ndarray  # UTF-8 bytes each id stands for
-    whole: bool = False  # whether every token counts as learned
 
     def digests(self) -> list[int]:
         """What ``digest`` makes of each row."""
         return self.rows.rows["digest"][self.rows.chosen].tolist()
 
+    def only(self, digests: Iterable[int]) -> "TokenSamples":
+        """The samples of the rows with these ``digests``."""
+        rows, wanted = self.rows, set(digests)
+        is_wanted = np.array([each in wanted for each in self.digests()], bool)
+        return replace(self, rows=TokenRows(rows.table, rows.dtype, rows.chosen[is_wanted]))
+
     def without(self, digests: Iterable[int]) -> "TokenSamples":
-        """The samples of the rows with other ``digests`` than these."""
-        rows, unwanted = self.rows, set(digests)
-        wanted = np.array([each not in unwanted for each in self.digests()], bool)
-        return replace(self, rows=TokenRows(rows.table, rows.dtype, rows.chosen[wanted]))
+        """The samples of the other rows."""
+        return self.only(set(self.digests()).difference(digests))
+
+    def with_half(self, others: Iterable["TokenSamples"]) -> "TokenSamples":
+        """These and, half as often as these, each of the ``others``, which are of the same table.
+
+        All rows are there; whichever are too few are repeated.
+        """
+        own, parts = self.rows.chosen, [each.rows.chosen for each in others]
+        parts = [each for each in parts if len(each)]
+        half = max(len(own) // 2, *map(len, parts), 1)
+        chosen = [np.resize(own, max(len(own), 2 * half)), *(np.resize(p, half) for p in parts)]
+        rows = TokenRows(self.rows.table, self.rows.dtype, np.concatenate(chosen))
+        return replace(self, rows=rows)
 
     def split(self, val_ratio: float) -> tuple["TokenSamples", "TokenSamples"]:
         """Those to train on and those held out, as ``split_rows`` divides their rows."""
@@ -85,8 +100,6 @@ class TokenSamples:
         tokens = np.full((len(chosen), max(map(len, chosen))), 2 * self.pad_id, np.int64)
         for n, row in enumerate(chosen):
             tokens[n, : len(row)] = row
-        if self.whole:
-            tokens |= np.arange(tokens.shape[1]) < np.array([[len(row)] for row in chosen])
         ids, learned = tokens >> 1, tokens % 2 == 1  # padding is even: not learned
         learned[:, 0] = False  # nothing predicts the first token
         labels = torch.from_numpy(np.where(learned, ids, IGNORED))

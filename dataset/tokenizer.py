@@ -43,12 +43,14 @@ def tokenizer_of(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that ``base``, whose file has this ``record``, was trained with.
 
-    It is the one ``named``, else whichever of the shipped one and ``out_dir/tokenizer`` has the
-    fingerprint. A base of other makers brings its own; ``prompt_template`` replaces its chat
-    template, and ``otherwise`` serves if it has none. Raises ``UserError`` if no such tokenizer is
-    found, if nothing tells which one it is, and for one without a chat template.
+    It is the one ``named``, else whichever has the fingerprint: the shipped one, the one in folder
+    ``tokenizer`` beside ``base``, or the one in that of ``out_dir``. A base of other makers brings
+    its own; ``prompt_template`` replaces its chat template, and ``otherwise`` serves if it has
+    none. Raises ``UserError`` if no such tokenizer is found, if nothing tells which one it is, and
+    for one without a chat template.
     """
-    shipped, folder = (TOKENIZER_DIR, out_dir / "tokenizer"), named or base
+    beside, folder = (base.parent / "tokenizer", out_dir / "tokenizer"), named or base
+    found = list(filter(Path.is_dir, dict.fromkeys((TOKENIZER_DIR, *beside))))
     fingerprint, vocab_size = record.tokenizer, record.config["vocab_size"]
     is_foreign = fingerprint is None and record.stage is not None
     if is_foreign:
@@ -58,12 +60,12 @@ def tokenizer_of(
     elif named is None and fingerprint is None:
         raise UserError(f"{base} does not say which tokenizer it needs; name its tokenizer_path")
     else:
-        for folder in [named] if named else filter(Path.is_dir, shipped):
+        for folder in [named] if named else found:
             tokenizer = load_tokenizer(folder)
             if fingerprint in (None, tokenizer_fingerprint(tokenizer)):
                 break
         else:
-            tried = named or " or ".join(map(str, shipped))
+            tried = named or " or ".join(map(str, found))
             raise UserError(f"{base} needs another tokenizer than {tried}; name its tokenizer_path")
     # Other makers pad their embeddings to round numbers.
     if len(tokenizer) > vocab_size or (len(tokenizer) < vocab_size and not is_foreign):

@@ -7,7 +7,6 @@ import math
 import multiprocessing
 import random
 from collections import Counter
-from dataclasses import replace
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -185,10 +184,6 @@ def test_answers_alone_are_learned_and_counted(make, tokenizer, chats):
         for row in CHATS
     ]
     assert learned_texts(tokenizer, batch) == [answer.encode() for answer in answers]
-    whole = replace(samples, whole=True).collate(np.arange(len(CHATS)))
-    assert torch.equal(whole.inputs["input_ids"], batch.inputs["input_ids"])
-    assert whole.n_targets == batch.n_tokens - len(CHATS), "all but the first token"
-    assert (whole.labels == IGNORED).sum() == whole.labels.numel() - whole.n_targets
     turns = sum(message["role"] == "assistant" for row in CHATS for message in row["conversations"])
     assert (batch.labels == tokenizer.eos_token_id).sum() == turns
 
@@ -214,6 +209,18 @@ def test_batches_keep_their_contract(make, tokenizer, request, kind, file, max_s
             assert (batch.labels[padding] == IGNORED).all()
     sizes = sorted(sum(len(batch.labels) for batch in step) for step in steps)
     assert sizes[1:] == [8] * (len(steps) - 1)  # one may be smaller
+
+
+@pytest.mark.parametrize(("own", "others"), [(9, (2, 3)), (2, (5, 1)), (3, (0,)), (4, (4,))])
+def test_others_are_half_as_often_and_no_row_is_missing(make, chats, own, others):
+    samples = make(SFTDataset, chats, 64).train
+    digests, parts = iter(dict.fromkeys(samples.digests())), []
+    for count in (own, *others):
+        parts.append(samples.only([next(digests) for _ in range(count)]))
+    mixed = parts[0].with_half(parts[1:]).digests()
+    assert set(mixed) == {each for part in parts for each in part.digests()}
+    times = [sum(each in set(part.digests()) for each in mixed) for part in parts]
+    assert all(n in (0, times[0] // 2) for n in times[1:]) and times.count(0) == others.count(0)
 
 
 def rows_in(step):
@@ -318,7 +325,7 @@ def test_micro_batches_are_the_cheapest_cut_within_their_limits(
     assert order.tolist() == lengths.tolist(), "the longest first"
 
 
-@pytest.mark.parametrize("file", ["lora_identity.jsonl", "lora_medical.jsonl", "sft_mini.jsonl"])
+@pytest.mark.parametrize("file", ["lora_identity.jsonl", "lora_medical.jsonl", "sft_mini"])
 def test_little_of_what_is_computed_is_padding(tokenizer, tmp_path, file):
     samples = SFTDataset(
         (bundled_data(file),), tokenizer, 512, cache=tmp_path, val_ratio=0.05

@@ -19,7 +19,7 @@ import train_pretrain
 from core.errors import UserError
 from core.files import sha256_file
 from core.paths import TOKENIZER_DIR, lora_path
-from dataset.tokenizer import load_tokenizer, tokenizer_of
+from dataset.tokenizer import load_tokenizer, tokenizer_fingerprint, tokenizer_of
 from model.generation import Sampling
 from model.lora.layer import adapted
 from model.lora.skill_file import base_fingerprint, read_lora
@@ -439,3 +439,18 @@ def test_attached_and_removed_by_hand_as_in_the_readme(trained):
     attach_lora(model, trained.out / "lora" / "lora_a_64.pth")
     remove_lora(model)
     assert torch.equal(model(ids).logits, before)
+
+
+def test_a_tokenizer_beside_the_base_is_found(trained, tmp_path):
+    base = trained.out / "full_sft_64.pth"
+    other = load_tokenizer(TOKENIZER_DIR)
+    other.chat_template = other.chat_template.replace("assistant", "helper")
+    other.save_pretrained(tmp_path / "tokenizer")
+    wanted = tokenizer_fingerprint(load_tokenizer(tmp_path / "tokenizer"))
+    record = replace(load_base(base)[1], tokenizer=wanted)
+    found = tokenizer_of(record, tmp_path / base.name, None, tmp_path / "out")
+    assert (
+        tokenizer_fingerprint(found)
+        == wanted
+        != tokenizer_fingerprint(load_tokenizer(TOKENIZER_DIR))
+    )

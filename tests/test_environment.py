@@ -140,3 +140,17 @@ def test_a_signal_reaches_the_child_which_may_still_save(number, code):
     # A terminal sends Ctrl-C to everyone in the foreground.
     (os.killpg if number == signal.SIGINT else os.kill)(parent.pid, number)
     assert parent.communicate(timeout=20) == (f"saved\n{code}\n", "")
+
+
+def test_a_command_whose_lines_nobody_can_hear_any_more_is_ended(monkeypatch):
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *args, **kw: started.append(popen(*args, **kw)) or started[0]
+    )
+
+    def hear(line):
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        run([sys.executable, "-c", "print(1, flush=True); import time; time.sleep(600)"], hear=hear)
+    assert started[0].returncode not in (0, None)

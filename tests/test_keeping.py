@@ -226,10 +226,9 @@ def test_chats_like_the_skill_s_neither_hold_nor_judge_and_no_chat_does_both(rea
     assert held & named(OTHERS) == named(OTHERS) - judged
     assert "12 are left out" in capsys.readouterr().out, "ten of them are strange texts"
     assert held <= named(OTHERS + STRANGE), "those hold only"
-    assert len(held & named(STRANGE)) == len(held & named(OTHERS)), "and never outnumber the others"
-    batches = [batch for step in Batches(general.holding, 4, 1, 0).steps(0) for batch in step]
-    assert all(batch.n_targets == batch.n_tokens - len(batch.labels) for batch in batches), "whole"
-    assert not general.judging.whole
+    strange = [each for each in general.holding.digests() if each in named(STRANGE)]
+    assert len(held & named(STRANGE)) == len(STRANGE), "all of them"
+    assert 3 * len(strange) == len(general.holding.digests()), "and half as often as the others"
 
 
 def test_whatever_becomes_of_control_tokens_a_chat_like_the_skill_s_is_left_out(read):
@@ -341,7 +340,7 @@ def test_a_base_of_other_makers_answers_for_itself_and_once(tmp_path, monkeypatc
     (path,) = files(seed=1)
     assert len(asked) == 6
     found = list(chats_in((path,)))
-    bundled = {questions_in(messages)[0] for messages in chats_in([bundled_data("sft_mini.jsonl")])}
+    bundled = {questions_in(messages)[0] for messages in chats_in([bundled_data("sft_mini")])}
     theirs, tokenizer = AutoModelForCausalLM.from_pretrained(folder), foreign_tokenizer(folder)
     assert 3 < len({messages[0]["content"] for messages in found} & bundled) == len(found) <= 6
     for question, answer in found:
@@ -375,7 +374,7 @@ def test_a_run_ends_with_what_its_file_has_learned(trained, tokenizer, tmp_path,
     """Its answers are those of the weights in the file, which are not the last ones."""
     argv = flags(out_dir=tmp_path, data_path=trained.chats, general_data=trained.general)
     argv += flags(base=trained.out / "full_sft_64.pth", lora_name="x", val_ratio=0.2)
-    argv += flags(**SMALL | {"max_steps": 6, "learning_rate": 0.3, "val_interval": 1})
+    argv += flags(**SMALL | {"max_steps": 6, "learning_rate": 0.7, "val_interval": 1})
     path = train_lora.main(argv)
     printed, metrics = capsys.readouterr().out, read_lora(path)[1].metrics
     assert metrics["step"] == metrics["domain"]["best"]["step"] < 6

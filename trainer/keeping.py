@@ -33,13 +33,14 @@ from trainer.runtime import Runtime
 from trainer.stage import Base, read_data, validation_of
 
 ALIKE = 0.35  # a general chat whose question is so near to one of the skill's asks what it teaches
-BUNDLED = (bundled_data("sft_mini.jsonl"),)
+BUNDLED = (bundled_data("sft_mini"),)
 STRANGE = bundled_data("strange_mini.jsonl")  # where a skill would speak unasked
-ASKED = 96  # questions that a base answers itself: a model of 135 M takes minutes on a laptop
+ASKED = 96  # questions of a path that a base answers: a model of 135 M takes minutes on a laptop
 JUDGING_SHARE = 0.2  # of general rows, where the base learned none of them
 LONGEST_ANSWER = 48  # tokens
 SHOWN, COMPARED = 3, 20  # held-out questions whose answers are shown; general ones, compared
 FEW_ROWS = 20  # so few chats are learned by heart
+MOST_JUDGES = 128  # general chats of a validation, which a run makes about ten times
 FEW_JUDGES = 30  # held-out chats on which the choice of the best weights is shaky
 SMALL_RISE = 0.05  # of the general loss, nats per token: below it nobody would notice
 FEW_CHANGED = 0.25  # of the general answers: that of a tiny base may have been a toss-up
@@ -81,10 +82,10 @@ def read_general(options: TrainOptions, base: Base, runtime: Runtime) -> General
     """The chats of ``options.general_data``, without those that ask what the skill teaches.
 
     Without such files, those are the bundled chats, or what a base of other makers answers to
-    their questions itself. Bundled texts that nobody would answer hold too, but no more of them
-    than of the others, as does what the base answers to ``keep_questions``: ``options`` get all
-    these files. With ``keep`` 0 nothing is held, and chats that the base's template cannot show
-    stop no run. Else raises ``UserError`` where none is left.
+    their questions itself. Bundled texts that nobody would answer hold too, and what the base
+    answers to ``keep_questions``, both half as often: ``options`` get all these files. With
+    ``keep`` 0 nothing is held, and chats that the base's template cannot show stop no run. Else
+    raises ``UserError`` where none is left.
     """
     judges, holds = general_files(options, base, runtime)
     options.general_data = (*judges, *holds)
@@ -115,14 +116,16 @@ def read_general(options: TrainOptions, base: Base, runtime: Runtime) -> General
     if is_learned:
         print(f"note: {base.path} was trained without held-out rows: no general chat can judge")
         judging = None
-    few = spread(sorted(set(strange) - set(alike)), len(real.lengths))
-    wanted = {*real.digests(), *few, *(set(answers) - set(alike))}
-    holding = chats.without(set(chats.digests()) - wanted)
-    counts = [len(each.lengths) if each else 0 for each in (options.keep and holding, judging)]
-    said = f"{counts[0]} of them hold, {counts[1]} judge, {len(set(alike))} are left out"
-    print(f"  {said}: they ask what the skill teaches")
-    # All of a held row counts: the question, too, shows what the skill has moved.
-    return General(replace(holding, whole=True) if options.keep else None, judging)
+    else:
+        judging = judging.only(spread(sorted(judging.digests()), MOST_JUDGES))
+    others = [chats.only(set(each).difference(alike)) for each in (strange, answers)]
+    holding = real.with_half(others)
+    counts = [
+        len(set(each.digests())) if each else 0 for each in (options.keep and holding, judging)
+    ]
+    said = f"{counts[0]} of them hold, {counts[1]} judge"
+    print(f"  {said}; {len(set(alike))} are left out, which ask what the skill teaches")
+    return General(holding if options.keep else None, judging)
 
 
 def general_files(
@@ -163,10 +166,10 @@ def own_answers(
     What holds a skill must not be the knowledge of others: neither the bundled answers of a toy,
     on a model of other makers, nor those of another skill.
     """
-    questions = dict.fromkeys(questions_in(chat)[0] for chat in chats_in(paths))
-    questions = spread(list(questions), ASKED)
+    asked = [dict.fromkeys(questions_in(chat)[0] for chat in chats_in([path])) for path in paths]
+    questions = list(dict.fromkeys(q for each in asked for q in spread(list(each), ASKED)))
     if not questions:
-        raise UserError(f"there is no chat in {', '.join(map(str, paths))} whose question to ask")
+        raise UserError(f"{', '.join(map(str, paths))} holds no question to ask")
     known = [base.record.fingerprint, tokenizer_fingerprint(base.tokenizer), LONGEST_ANSWER]
     known += [options.load_in_4bit, questions]
     key = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]

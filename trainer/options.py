@@ -92,7 +92,7 @@ class KeepOptions(CheckedOptions):
     """How a skill is held to what its base can do, on chats that have nothing to do with it."""
 
     keep: float = option(
-        2.0, "weight of general chats that hold it to its base; 0: none", group="skill", at_least=0
+        3.0, "weight of general chats that hold it to its base; 0: none", group="skill", at_least=0
     )
     keep_rows: int = option(4, "general chats of a step", group="skill", at_least=1)
     general_data: tuple[Path, ...] = option(
