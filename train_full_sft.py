@@ -8,7 +8,7 @@ from core.options import option, parse
 from core.paths import base_path, bundled_data
 from trainer.options import TrainOptions
 
-BUNDLED = (bundled_data("sft_mini.jsonl"),)
+BUNDLED = (bundled_data("sft_mini"),)
 DATA_HELP = "chat files or folders; scripts/inspect_data.py --help lists the styles"
 BASE_HELP = "base to start from (default: the newest pretrain_*.pth in out_dir)"
 

@@ -22,11 +22,11 @@ from core.paths import REPOSITORY, base_path, bundled_data, lora_path, metrics_p
 
 COMMON = "--device cpu --max_seq_len 256 --batch_size 8 --val_tokens 256 --log_interval 1"
 PRETRAIN = "train_pretrain.py --data_path TEXTS"
-SMALL = "--dim 256 --n_layers 6"  # the quick start's model
+SMALL = "--dim 256 --n_layers 6"  # small enough for many rounds
 LORA = "train_lora.py --data_path IDENTITY --general_data CHATS --lora_name"
 DATA = {
     "TEXTS": bundled_data("pretrain_mini.jsonl"),
-    "CHATS": bundled_data("sft_mini.jsonl"),
+    "CHATS": bundled_data("sft_mini"),
     "IDENTITY": bundled_data("lora_identity.jsonl"),
 }
 # Run once, uncounted: they fill the caches of tokens and make a chat base and two skills.

@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor, nn
 
-from benchmarks.domain import words
 from benchmarks.result_file import measured_on, read_results, write_results
 from core.errors import run
 from core.options import CheckedOptions, option, parse, require
 from dataset.batches import Batch, validation_batches
 from model.lora.layer import adapted
+from scripts.quickstart_stages import flag_words
 
 ROWS_TOKENS = 16384  # of the rows that a start reads
 RANKS = (4, 8, 16, 32, 64)
@@ -91,7 +91,7 @@ def held_out_loss(options: Options, arm: str, rate: float, seed: int) -> float:
     if arm == "ranks by importance":
         flags["rank_pattern"] = ranks_by_importance(options)
     with started_by(STARTS.get(arm)):
-        path = train_lora.main(words(flags))
+        path = train_lora.main(flag_words(flags))
     return read_lora(path)[1].metrics["domain"]["last"]["loss"]
 
 
@@ -136,7 +136,7 @@ def ranks_by_importance(options: Options) -> tuple[str, ...]:
             found.extend((float(size), names[lora]) for size in torch.linalg.svdvals(gradient)[1:])
 
     with started_by(watched):
-        train_lora.main(words(shared_flags(options) | {"max_steps": 1}))
+        train_lora.main(flag_words(shared_flags(options) | {"max_steps": 1}))
     ranks = Counter(names.values())  # one each: for the largest
     for _, name in sorted(found, reverse=True)[: 15 * len(names)]:
         ranks[name] += 1

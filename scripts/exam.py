@@ -29,7 +29,8 @@ MIXED = 0.8  # the least share of what its skills do alone, and of the base's, t
 
 NEAR_SIMILARITY = 0.5  # a near question is more similar than this to the nearest one in training
 ENOUGH_OUTSIDE = 100  # questions outside a skill: with fewer, two leaks are too many already
-SHARED = ("general", "unknown", "two_turns")  # bundled questions that are no skill's own
+# Bundled questions that are no skill's own. "general" is worded nearly as in training.
+SHARED = ("general", "general_far", "mixed", "sums", "two_turns", "unknown")
 SHOWN = 5  # questions whose answers the report shows side by side
 
 # Thai and Lao, Burmese, Khmer, kana, Han: no space separates their words. Nor does one separate a

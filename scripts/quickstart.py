@@ -1,9 +1,9 @@
-"""From nothing to a chat with two swappable skills: one command, minutes on a laptop.
+"""From nothing to a chat with three swappable skills: one command, minutes on a laptop.
 
     python scripts/quickstart.py
 
 Makes the project's own environment (.venv), trains a small model from zero on the bundled data,
-teaches it two LoRA skills and asks all the same questions. Everything lands in out/quickstart;
+teaches it three LoRA skills and asks all the same questions. Everything lands in out/quickstart;
 repeated, it reuses finished stages. --use_this_python runs in this Python and installs nothing.
 """
 

@@ -20,7 +20,7 @@ from core.paths import bundled_data
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # pad, bos, eos: ids 0, 1, 2
 BYTES = 256
 HELD_OUT = 20
-BUNDLED = (bundled_data("pretrain_mini.jsonl"), bundled_data("sft_mini.jsonl"))
+BUNDLED = (bundled_data("pretrain_mini.jsonl"), bundled_data("sft_mini"))
 MOST_CHARACTERS = 5_000_000  # of Chinese, about 1 GB of memory; of English, a tenth
 CHARACTERS_HELP = "train on about so many characters of each file, drawn at random; 0: all"
 # ChatML without a default system prompt. The generation marks tell other trainers what is learned.

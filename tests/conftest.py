@@ -125,7 +125,7 @@ def flags(**values: object) -> list[str]:
 
 
 # The files of ``Trained``, with the bundled ones whose first rows they are.
-BUNDLED = {"texts": ("pretrain_mini.jsonl", 60), "chats": ("sft_mini.jsonl", 60)}
+BUNDLED = {"texts": ("pretrain_mini.jsonl", 60), "chats": ("sft_mini/talk.jsonl", 60)}
 BUNDLED["general"] = ("lora_medical.jsonl", 24)
 SMALL = {"max_seq_len": 64, "batch_size": 8, "max_steps": 4, "device": "cpu", "val_tokens": 512}
 

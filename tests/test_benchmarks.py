@@ -19,6 +19,7 @@ from core.options import parse
 from core.paths import base_path, lora_path
 from model.lora.layer import adapted
 from model.model_lora import apply_lora
+from scripts.quickstart_stages import flag_words
 from trainer.loop import causal_loss_sum
 
 DOORS = {"train_pretrain.py": train_pretrain, "train_full_sft.py": train_full_sft}
@@ -35,7 +36,7 @@ def test_the_doors_know_the_flags_of_a_comparison():
     for command in (*compare.PREPARED, *(command for _, command in compare.TIMED.values())):
         script, *flags = compare.words(f"{command} {compare.COMMON}")
         options = parse(DOORS[script].Options, flags)
-        assert all(path.is_file() for path in options.data_path)
+        assert all(path.exists() for path in options.data_path)
 
 
 def test_a_ratio_is_the_median_over_the_rounds():
@@ -179,4 +180,4 @@ def test_ranks_by_importance_share_out_as_many_as_equal_ones(trained, tmp_path):
 
 def test_a_flag_that_is_false_is_turned_off():
     flags = {"keep": 0, "keep_best": False, "data_path": ("a", "b")}
-    assert starts.words(flags) == ["--keep", "0", "--no-keep_best", "--data_path", "a", "b"]
+    assert flag_words(flags) == ["--keep", "0", "--no-keep_best", "--data_path", "a", "b"]

@@ -18,6 +18,7 @@ from model.model_lora import apply_lora, remove_lora, save_lora
 from model.weights import RunRecord, save_base
 from scripts import report
 from scripts.exam import (
+    SHARED,
     Column,
     Question,
     examine,
@@ -28,7 +29,8 @@ from scripts.exam import (
     spread,
 )
 
-SKILLS = ("identity", "medical")
+SKILLS = ("identity", "medical", "verse")
+SHARED_NAMES = [name.replace("_", " ") for name in SHARED]
 
 
 @pytest.mark.parametrize(
@@ -223,10 +225,10 @@ def test_a_verdict_says_what_it_is_worth():
 def test_a_column_without_questions_is_left_out(tmp_path):
     path = write_rows(tmp_path / "q.jsonl", [ROW] * 2)
     names = [column.name for column in read_columns(["me"], {"me": path}, {}, most=1)]
-    assert names == ["me", "general", "unknown", "two turns"]
+    assert names == ["me", *SHARED_NAMES]
     data = {"me": bundled_data("lora_medical.jsonl")}
     names = [column.name for column in read_columns(["me", "you"], {"me": path}, data, most=1)]
-    assert names == ["me far", "general", "unknown", "two turns"]
+    assert names == ["me far", *SHARED_NAMES]
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +314,7 @@ def test_the_report_is_three_files_that_a_seed_repeats(out, tmp_path, capsys):
     assert found["skills"] == {"identity": "lora_identity_32.pth", "mine": "lora_mine_32.pth"}
     assert [row["who"] for row in found["rows"]] == ["base", "identity", "mine", "identity mine"]
     columns = [column["name"] for column in found["columns"]]
-    assert columns[-4:] == ["mine", "general", "unknown", "two turns"]
+    assert columns[-7:] == ["mine", *SHARED_NAMES]
     assert len(found["answers"]) == 4 * sum(column["asked"] for column in found["columns"])
     assert (tmp_path / "a" / "report.png").read_bytes().startswith(b"\x89PNG")
 

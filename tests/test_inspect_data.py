@@ -86,7 +86,7 @@ def test_a_sample_is_shown_token_by_token(tmp_path, capsys, tokenizer):
 def test_its_figures_are_those_of_training(tmp_path, capsys, tokenizer, max_seq_len):
     path = tmp_path / "a.jsonl"
     path.write_bytes(
-        b"".join(bundled_data("sft_mini.jsonl").read_bytes().splitlines(keepends=True)[:150])
+        b"".join(bundled_data("sft_mini/talk.jsonl").read_bytes().splitlines(keepends=True)[:150])
     )
     rows = [json.loads(line)["conversations"] for line in path.read_bytes().splitlines()]
     encoded = [encode_chat(tokenizer, row) for row in rows]
