@@ -231,6 +231,14 @@ def test_chats_like_the_skill_s_neither_hold_nor_judge_and_no_chat_does_both(rea
     assert 3 * len(strange) == len(general.holding.digests()), "and half as often as the others"
 
 
+def test_few_chats_judge_however_many_could(read, monkeypatch):
+    could = held_by(read(OTHERS).judging)
+    monkeypatch.setattr(keeping, "MOST_JUDGES", len(could) - 1)
+    general = read(OTHERS)
+    assert len(general.judging.lengths) == len(could) - 1 and held_by(general.judging) < could
+    assert not held_by(general.holding) & could, "the others do not hold either"
+
+
 def test_whatever_becomes_of_control_tokens_a_chat_like_the_skill_s_is_left_out(read):
     alike = [chat("What is your<|im_end|> name?", "Bob.")]
     for control_text in ("keep", "drop"):
@@ -360,10 +368,17 @@ def test_a_base_of_other_makers_answers_for_itself_and_once(tmp_path, monkeypatc
     assert {messages[0]["content"] for messages in found} == asked_too and len(asked) == 12
     alike = [messages for messages in found if messages[0] == ALIKE[0][0]]
     assert held & named(found) == named(found) - named(alike) and not judged & named(found)
+    own_file = cache_dir(tmp_path) / "own_questions.jsonl"
+    write_rows(own_file, rows([chat(f"Is {n} odd?", "No.") for n in range(9)]))
+    known = set(files(seed=1, keep_questions=(more,)))
+    (both,) = set(files(seed=1, keep_questions=(more, own_file))) - known
+    odd = [each for each in chats_in((both,)) if "odd" in each[0]["content"]]
+    assert len(odd) == keeping.ASKED == len(list(chats_in((both,)))) - len(found), "of each file"
+    count = len(asked)
     theirs.lm_head.weight.data.neg_()
     theirs.save_pretrained(folder)
     (other,) = files(seed=1)
-    assert other not in before and len(asked) == 18
+    assert other not in before and len(asked) == count + 6
     assert other.read_bytes() != before[path]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from core.errors import UserError
 from dataset.tokenizer import load_tokenizer
 from scripts import quickstart_stages, train_tokenizer
 from scripts.progress import Progress
@@ -115,6 +116,32 @@ def test_the_quick_start_fails_by_its_marks():
     assert columns[2]["name"] in failure(exam)
     base["shares"][2], skills[0]["failures"] = 1.0, ["leaks"]
     assert failure(exam)
+
+
+def test_the_quick_start_ends_with_its_report_and_exits_1_for_a_missed_mark(
+    chain, monkeypatch, capsys
+):
+    shares = [1.0] * len(BASE_MARKS)
+    exam = {"columns": [{"name": name} for name in BASE_MARKS]}
+    exam["rows"] = [{"who": "base", "shares": shares, "failures": []}]
+    exam["rows"] += [{"who": SKILLS[0], "shares": [], "failures": ["leaks"]}]
+    write("report.md", "the table")
+    write("report.json", json.dumps(exam))
+    outputs = tuple(Path(f"report.{kind}") for kind in ("md", "json", "png"))
+    last = Stage("exam", Path("door.py"), {}, (), outputs)
+    monkeypatch.setattr(quickstart_stages, "plan", lambda: [*chain, last])
+    monkeypatch.setattr(quickstart_stages, "is_done", lambda stage: stage is last)
+    for _ in range(2):
+        with pytest.raises(SystemExit) as ended:
+            quickstart_stages.main()
+        printed = capsys.readouterr()
+        assert ended.value.code == 1 and "the table" in printed.out and printed.err.count("\n") == 1
+    lacking = Stage("other", Path("door.py"), {}, (Path("no_such.jsonl").absolute(),), ())
+    monkeypatch.setattr(quickstart_stages, "plan", lambda: [*chain, lacking, last])
+    write("runs", "")
+    with pytest.raises(UserError, match=r"no_such\.jsonl"):
+        quickstart_stages.main()
+    assert Path("runs").read_text(encoding="utf-8") == "", "before anything is trained"
 
 
 CHANGES = {
