@@ -389,7 +389,7 @@ def test_a_run_ends_with_what_its_file_has_learned(trained, tokenizer, tmp_path,
     """Its answers are those of the weights in the file, which are not the last ones."""
     argv = flags(out_dir=tmp_path, data_path=trained.chats, general_data=trained.general)
     argv += flags(base=trained.out / "full_sft_64.pth", lora_name="x", val_ratio=0.2)
-    argv += flags(**SMALL | {"max_steps": 6, "learning_rate": 0.7, "val_interval": 1})
+    argv += flags(**SMALL | {"max_steps": 6, "learning_rate": 3, "val_interval": 1})
     path = train_lora.main(argv)
     printed, metrics = capsys.readouterr().out, read_lora(path)[1].metrics
     assert metrics["step"] == metrics["domain"]["best"]["step"] < 6

