@@ -24,7 +24,6 @@ LINEAR = {"target_modules": "all-linear"}
 # Options of each arm. "replay": the general chats' answers are learned by cross-entropy, without
 # strange texts; "others": the other skills' questions hold.
 ARMS = {
-    "plain, square": {"keep": 0, "keep_best": False},
     "plain": {"keep": 0, "keep_best": False, **LINEAR},
     "replay": {"keep": 1, **LINEAR},
     "keep 3": {"keep": 3, **LINEAR},
@@ -32,6 +31,7 @@ ARMS = {
     "keep 2, others": {"keep": 2, **LINEAR},
     "keep 3, others": {"keep": 3, **LINEAR},
     "keep 5, others": {"keep": 5, **LINEAR},
+    "keep 3, others, 8 rows": {"keep": 3, "keep_rows": 8, **LINEAR},
 }
 PAIR, ALL = " ".join(SKILLS[:2]), " ".join(SKILLS)
 
@@ -86,7 +86,8 @@ def figures_of(options: Options, arm: str, seed: int) -> dict[str, float]:
     base = base_path(options.out_dir, "full_sft", options.dim)
     shared = {"out_dir": folder, "base": base, "seed": seed, "max_seq_len": 256, "epochs": 1000}
     shared |= {"max_steps": options.max_steps, "learning_rate": options.learning_rate}
-    shared |= {"batch_size": 8, "log_interval": 100, "save_interval": 10**6, **ARMS[arm]}
+    shared |= {"batch_size": 8, "val_interval": LORA["val_interval"], "log_interval": 100}
+    shared |= {"save_interval": 10**6, **ARMS[arm]}
     figures, usual = {}, (keeping.read_general, keeping.skill_loss_sum)
     if arm == "replay":
         keeping.read_general = partial(real_chats_alone, keeping.read_general)
@@ -94,7 +95,7 @@ def figures_of(options: Options, arm: str, seed: int) -> dict[str, float]:
     try:
         for name in SKILLS:
             flags = {"data_path": skill_data(name), "lora_name": name}
-            if arm.endswith("others"):
+            if "others" in arm:
                 others = (skill_data(other) for other in SKILLS if other != name)
                 flags["keep_questions"] = tuple(others)
             train_lora.main(flag_words(shared | flags))

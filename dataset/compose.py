@@ -25,12 +25,14 @@ TOLD_TOGETHER = 4  # facts of a paragraph
 # Shares of the chats: with further turns on the same relation, on anything, after a turn that asks
 # for no fact; with a system turn that changes nothing, wants one word, wants politeness.
 SECOND, OTHER, AFTER_TALK, PLAIN, ONE_WORD, POLITE = 0.2, 0.05, 0.03, 0.08, 0.03, 0.02
-WORDINGS = 8  # of each fact, in each language
+WORDINGS = 10  # of each fact, in each language
 WORDS_TOLD = 24  # times that each line is told that is to be repeated
 REPEATED = 4  # wordings in which each of them is asked for
 MIXED_WORDINGS = 4  # of each fact, with words of both languages
-SUM_WORDINGS = 6  # of each sum and difference
+SUM_WORDINGS = 10  # of each sum and difference
 SUMS_TOLD = 12  # times that each is told
+TALK = 2  # times that each line of small talk is said
+BEGINNING = 3  # words or Chinese characters of an answer that are kept where nothing was asked
 UNKNOWN_WORDINGS = 1  # of a relation, for each thing that this world does not know
 MOST_FORBIDDEN = 12  # wrong answers that a probe names
 PROBES = 80  # of a file
@@ -198,12 +200,13 @@ def items(rng: random.Random) -> Iterator[Item]:
                 text = rng.choice((line, f"{line}\n{other}"))
                 yield Item(language, wording.format(line=text), text)
         for act in talk:
-            for question in act[language]["say"]:
+            for question in act[language]["say"] * TALK:
                 yield Item(language, question, act[language]["answer"])
         for each in stories["topics"]:
             for wording in rng.sample(stories["ask"][language], 4):
                 topic, text = each[language]["topic"], each[language]["text"]
                 yield Item(language, sentence(wording.format(topic=topic)), text)
+            yield Item(language, rng.choice(stories["any"][language]), text)
 
 
 def chats(rng: random.Random) -> Iterator[tuple[str, dict]]:
@@ -256,7 +259,10 @@ def conversation(chat: Iterable[tuple[str, str]]) -> dict:
 
 
 def strange(rng: random.Random) -> Iterator[dict]:
-    """Chats that hold a skill where nobody asks for it: their answers fit only by chance."""
+    """Chats that hold a skill where nobody asks for it: beginnings of answers that fit by chance.
+
+    A skill that speaks up does so with its first word, so that is where it is to be held.
+    """
     texts = read("contrast.json")
     lines = (TEXTS / "paragraphs.jsonl").read_text(encoding="utf-8").splitlines()
     told = [json.loads(line)["text"] for line in lines]
@@ -267,7 +273,10 @@ def strange(rng: random.Random) -> Iterator[dict]:
         parts = [[part for part in text.split(ends) if len(part) > 3] for text in own]
         statements = [rng.choice(several).rstrip("。.") + ends.strip() for several in parts]
         for text in dict.fromkeys([*texts[language], *statements]):
-            yield conversation([("user", text), ("assistant", rng.choice(answers))])
+            answer = rng.choice(answers)
+            begun = answer.split()[:BEGINNING] if language == "en" else answer[:BEGINNING]
+            space = " " if language == "en" else ""
+            yield conversation([("user", text), ("assistant", space.join(begun))])
 
 
 def exam(rng: random.Random) -> dict[str, list[dict]]:
