@@ -134,14 +134,14 @@ def test_no_sample_is_lost_or_repeated_when_the_number_of_processes_changes(
 ):
     first, second = both["ranks"]
     expected = rows(first["whole"]["steps"], second["whole"]["steps"])
-    assert set(expected.values()) == {1} and len(expected) > 40
+    assert set(expected.values()) == {1} and len(expected) == 46
 
     before = [rank["poisoned"]["steps"][:4] for rank in both["ranks"]]
     out = shutil.copytree(both["folder"] / "poisoned" / "out", tmp_path / "out")
     after = run_door(train_pretrain, out, "--resume", **PRETRAIN | {"data_path": trained.texts})
     assert after["end"] == "finished" and rows(*before, after["steps"]) == expected
     printed = capsys.readouterr().out
-    assert "processes was 2 and is now 1" in printed and "optimizer steps of 4 rows" in printed
+    assert "processes was 2 and is now 1" in printed and "8 optimizer steps of 4 rows" in printed
 
     resumed = [rank["resumed from one"]["steps"] for rank in both["ranks"]]
     assert rows(both["alone"]["steps"][:12], *resumed) == expected
