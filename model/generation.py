@@ -1,6 +1,7 @@
-"""Decoding: ids in, ids out, one at a time. Nothing here knows about text."""
+"""Decoding: ids in, ids out. Nothing here knows about text."""
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from core.errors import UserError
 from model.LMConfig import context_of
 from model.model import CACHE
+
+TOGETHER = 64  # prompts at most that are decoded in one batch
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,6 @@ class Sampling:
     max_new_tokens: int = 512
 
 
-@torch.no_grad()  # not inference_mode: training could not use the rotary table that it makes
 def generate(
     model: nn.Module, ids: list[int], sampling: Sampling, stop: set[int], rng: torch.Generator
 ) -> Iterator[int]:
@@ -32,20 +34,63 @@ def generate(
     lives on the CPU, so that a seed means the same on every device. Raises ``UserError`` for a
     prompt that fills the context.
     """
-    context = context_of(model.config)
-    if not 0 < len(ids) < context:
-        room = f"no room in the context of {context}"
-        raise UserError(f"a prompt of {len(ids)} tokens leaves {room}; shorten it")
-    seen, new, cache = list(ids), list(ids), None
-    for _ in range(min(sampling.max_new_tokens, context - len(ids))):
-        inputs = torch.tensor([new], device=next(model.parameters()).device)
-        out = model(inputs, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
-        token = next_token(out.logits[0, -1].float().cpu(), seen, sampling, rng)
+    for (token,) in _drawn(model, [ids], sampling, [rng]):
         if token in stop:
             return
         yield token
-        seen.append(token)
-        new, cache = [token], out[CACHE]
+
+
+def generate_all(
+    model: nn.Module,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    stop: set[int],
+    rngs: Sequence[torch.Generator],
+) -> list[list[int]]:
+    """The new ids of each prompt, as ``generate`` gives them but for the rounding of a batch.
+
+    Prompts of one length are decoded together: they need neither padding nor a mask.
+    """
+    found, alike = [[] for _ in prompts], defaultdict(list)
+    for row, ids in enumerate(prompts):
+        alike[len(ids)].append(row)
+    for rows in alike.values():
+        for some in (rows[n : n + TOGETHER] for n in range(0, len(rows), TOGETHER)):
+            running = set(some)
+            batch = [prompts[row] for row in some], sampling, [rngs[row] for row in some]
+            for tokens in _drawn(model, *batch):
+                for row, token in zip(some, tokens, strict=True):
+                    if token in stop:
+                        running.discard(row)
+                    elif row in running:
+                        found[row].append(token)
+                if not running:
+                    break
+    return found
+
+
+@torch.no_grad()  # not inference_mode: training could not use the rotary table that it makes
+def _drawn(
+    model: nn.Module,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    rngs: list[torch.Generator],
+) -> Iterator[list[int]]:
+    """Yield the next id of each of these prompts of one length, as long as there is room."""
+    length, context = len(prompts[0]), context_of(model.config)
+    if not 0 < length < context:
+        room = f"no room in the context of {context}"
+        raise UserError(f"a prompt of {length} tokens leaves {room}; shorten it")
+    seen, new, cache = [list(ids) for ids in prompts], prompts, None
+    for _ in range(min(sampling.max_new_tokens, context - length)):
+        inputs = torch.tensor(new, device=next(model.parameters()).device)
+        out = model(inputs, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+        rows = zip(out.logits[:, -1].float().cpu(), seen, rngs, strict=True)
+        tokens = [next_token(logits, ids, sampling, rng) for logits, ids, rng in rows]
+        yield tokens
+        for ids, token in zip(seen, tokens, strict=True):
+            ids.append(token)
+        new, cache = [[token] for token in tokens], out[CACHE]
 
 
 def next_token(logits: Tensor, seen: list[int], sampling: Sampling, rng: torch.Generator) -> int:

@@ -286,15 +286,15 @@ class Exam:
 
 def examine(
     columns: Sequence[Column],
-    answerers: Mapping[str, Callable[[Question, int], str]],
+    answerers: Mapping[str, Callable[[Sequence[Asked]], list[str]]],
     seeds: Sequence[int] = (0,),
 ) -> Exam:
-    """Ask everyone everything. ``answerers`` give the answer that a seed draws; "" is the base."""
+    """Ask everyone everything. ``answerers`` give an answer for each question; "" is the base."""
     asked = [(each, seed) for column in columns for each in column.questions for seed in seeds]
     answers = {}
     for who, answer in answerers.items():
         print(f"asking {who or 'base'}: {len(asked)} questions")
-        answers[who] = {each: answer(*each) for each in asked}
+        answers[who] = dict(zip(asked, answer(asked), strict=True))
     return Exam(columns, seeds, answers)
 
 

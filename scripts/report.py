@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from core.errors import UserError, run
 from core.files import atomic_write
 from core.options import CheckedOptions, option, parse, require
 from core.paths import bundled_data, find_skill, skill_name, skill_weights, weights_text
-from scripts.exam import SHARED, Exam, Question, examine, read_columns
+from scripts.exam import SHARED, Asked, Exam, examine, read_columns
 
 SKILLS_HELP = "skills, or mixes such as 'a=0.7 b' (default: all of the base, and their sum)"
 QUESTIONS_HELP = "NAME=FILE: a skill's held-out questions (default: the bundled ones)"
@@ -146,14 +146,12 @@ def files_of(
     return found
 
 
-def ask(session, who: str, question: Question, seed: int) -> str:
-    """The answer of the base (""), a skill or a mix to the last turn of a fresh chat."""
-    if session.skill != who:
-        session.use_skill(who)
-    session.rng.manual_seed(seed)
-    session.messages.clear()
-    replies = ["".join(session.reply(turn)) for turn in question.turns]
-    return replies[-1].strip()
+def ask(session, who: str, asked: Sequence[Asked]) -> list[str]:
+    """The answers of the base (""), a skill or a mix to the last turns of fresh chats."""
+    session.use_skill(who)
+    questions, seeds = zip(*asked, strict=True)
+    answers = session.reply_all([question.turns for question in questions], seeds)
+    return [answer.strip() for answer in answers]
 
 
 def write(exam: Exam, facts: dict, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """A conversation with one model whose skills come and go."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from core.errors import UserError
 from core.paths import find_skill, lora_path, lora_paths, skill_of, skill_weights, weights_text
 from dataset.chat import around_answer, encode_chat, encode_documents, ends_of_answer
 from dataset.tokenizer import check_trained_with, use_template
-from model.generation import Sampling, generate
+from model.generation import Sampling, generate, generate_all
 from model.LMConfig import context_of
 from model.lora.library import SkillLibrary
 from model.lora.skill_file import Skill, SkillMeta, adapters_in, read_lora
@@ -58,31 +58,52 @@ class ChatSession:
 
     def reply(self, text: str) -> Iterator[str]:
         """Stream the answer to ``text``; what was said, even if cut short, joins the history."""
-        ids = self.prompt_ids(text)
-        decoder = DecodeStream(skip_special_tokens=True)  # it yields whole characters
-        answer, held, begun, self.tokens = "", "", False, 0
+        ids, answer, self.tokens = self.prompt_ids(text), "", 0
+        try:
+            new = generate(self.model, ids, self.sampling, self.stop_ids(), self.rng)
+            for piece in self._spoken(new):
+                answer += piece
+                yield piece
+        finally:
+            self.messages += _said(text, answer)
+
+    def reply_all(self, chats: Sequence[Sequence[str]], seeds: Sequence[int]) -> list[str]:
+        """The last answer in each of these chats, given its user turns and the seed of its draws.
+
+        They are fresh chats, decoded together; the session's own history stays.
+        """
+        rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
+        answers, histories = [""] * len(chats), [[] for _ in chats]
+        for turn in range(max(map(len, chats), default=0)):
+            rows = [row for row, chat in enumerate(chats) if turn < len(chat)]
+            prompts = [self.prompt_ids(chats[row][turn], histories[row]) for row in rows]
+            draws = [rngs[row] for row in rows]
+            found = generate_all(self.model, prompts, self.sampling, self.stop_ids(), draws)
+            for row, tokens in zip(rows, found, strict=True):
+                answers[row] = "".join(self._spoken(tokens))
+                histories[row] += _said(chats[row][turn], answers[row])
+        return answers
+
+    def _spoken(self, tokens: Iterable[int]) -> Iterator[str]:
+        """The text of an answer's ``tokens``, in pieces of whole characters."""
+        decoder = DecodeStream(skip_special_tokens=True)
+        answer, held, begun = "", "", False
         # What the template writes around an answer was learned with it, but is no part of it.
         before, behind = ("", "") if self.continues else around_answer(self.tokenizer)
-        try:
-            for token in generate(self.model, ids, self.sampling, self.stop_ids(), self.rng):
-                self.tokens += 1
-                try:
-                    piece = decoder.step(self.tokenizer.backend_tokenizer, token)
-                except Exception:  # it raises no narrower one for bytes that are no text
-                    decoder, piece = DecodeStream(skip_special_tokens=True), "\ufffd"
-                answer += piece or ""
-                if not piece or (not begun and before.startswith(answer)):
-                    continue
-                if not begun:
-                    answer = piece = answer.removeprefix(before)
-                begun, piece = True, held + piece
-                held = behind if behind and piece.endswith(behind) else ""
-                yield piece.removesuffix(held)
-        finally:
-            if begun and answer.strip():
-                self.messages.append({"role": "user", "content": text})
-                answer = answer.removesuffix(behind)
-                self.messages.append({"role": "assistant", "content": answer})
+        for token in tokens:
+            self.tokens += 1
+            try:
+                piece = decoder.step(self.tokenizer.backend_tokenizer, token)
+            except Exception:  # it raises no narrower one for bytes that are no text
+                decoder, piece = DecodeStream(skip_special_tokens=True), "\ufffd"
+            answer += piece or ""
+            if not piece or (not begun and before.startswith(answer)):
+                continue
+            if not begun:
+                piece = answer.removeprefix(before)
+            begun, piece = True, held + piece
+            held = behind if behind and piece.endswith(behind) else ""
+            yield piece.removesuffix(held)
 
     def use_system(self, text: str | None) -> None:
         """Begin each prompt with this system turn. Raises ``UserError`` where there can be none."""
@@ -149,13 +170,17 @@ class ChatSession:
         by_template = set() if self.continues else ends_of_answer(self.tokenizer)
         return {self.tokenizer.eos_token_id} | by_makers | by_template
 
-    def prompt_ids(self, text: str) -> list[int]:
-        """The template's ids for ``text``, after as much of the history as the context holds."""
+    def prompt_ids(self, text: str, messages: Sequence[dict] | None = None) -> list[int]:
+        """The template's ids for ``text``, after as much of its history as the context holds.
+
+        The history is ``messages``; for None, what was said in this session.
+        """
         if self.continues:
             ((ids, _),) = encode_documents(self.tokenizer, [text])
             return ids[:-1]  # without the end
         question = {"role": "user", "content": text}
-        history = self.messages[-self.history_cnt :] if self.history_cnt else []
+        messages = self.messages if messages is None else messages
+        history = messages[-self.history_cnt :] if self.history_cnt else []
         first = [{"role": "system", "content": self.system}] if self.system else []
         room = context_of(self.model.config) - self.sampling.max_new_tokens
         while True:
@@ -164,3 +189,10 @@ class ChatSession:
             if not history or len(ids) <= room:
                 return ids
             history = history[2:]  # the oldest exchange makes room
+
+
+def _said(question: str, answer: str) -> list[dict]:
+    """What joins a history: both turns, unless the answer is empty."""
+    if not answer.strip():
+        return []
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

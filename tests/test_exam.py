@@ -156,10 +156,20 @@ def says(**answers):
     return lambda question, seed: answers.get(question.turns[-1], "right")
 
 
+def sat(columns, answerers, seeds=(0,)):
+    """The exam of answerers that are asked one question at a time."""
+
+    def one_by_one(answer, asked):
+        return [answer(*each) for each in asked]
+
+    whole = {who: partial(one_by_one, answer) for who, answer in answerers.items()}
+    return examine(columns, whole, seeds)
+
+
 def test_what_only_a_skill_is_to_say_leaks_unless_the_base_says_it_too():
     answers = {"g1": "Pebble", "g2": "pebble", "g3": "right, Pebble", "y1": "a Pebble"}
     me = says(q1="Pebble", q2="Pebble", **answers)
-    exam = examine(COLUMNS, {"": says(g2="a pebble"), "me": me}, [0])
+    exam = sat(COLUMNS, {"": says(g2="a pebble"), "me": me}, [0])
     leaks = [question.turns[0] for question, _ in exam.leaks("me")]
     assert leaks == ["g1", "y1"], "a right answer is none"
     assert len(exam.outside("me")) == 6 and exam.leaks("") == []
@@ -171,7 +181,7 @@ def test_the_questions_of_all_its_skills_are_inside_a_mix():
     both = says(q1="Pebble", q2="doctor", y1="Pebble", y2="doctor", g1="doctor")
     alone = says(q1="Pebble", q2="Pebble"), says(y1="doctor", y2="doctor")
     everyone = {"": says(), "me": alone[0], "you": alone[1], "me=0.5 you": both}
-    exam = examine(COLUMNS, everyone, [0])
+    exam = sat(COLUMNS, everyone, [0])
     mix = "me=0.5 you"
     assert [question.turns[0] for question, _ in exam.leaks(mix)] == ["g1"]
     assert exam.failures(mix) == [
@@ -189,7 +199,7 @@ def test_a_mix_keeps_most_of_what_the_base_can_do():
         return says(**{str(n): "wrong" for n in range(count)})
 
     mixes = {"me=0.5": wrong(8), "me=0.4": wrong(9)}  # 0.8 * 0.75 is a little more than 0.6
-    exam = examine([general], {"": wrong(5), "me": says(), **mixes}, [0])
+    exam = sat([general], {"": wrong(5), "me": says(), **mixes}, [0])
     assert [exam.failures(mix) for mix in mixes] == [[], ["general 55 % (at least 60 %)"]]
 
 
@@ -197,28 +207,28 @@ def test_all_seeds_count_and_a_skill_may_lose_three_general_answers_in_forty():
     general = Column("general", asked(*map(str, range(40)), expect="right"))
     lost = dict.fromkeys("789", "wrong")
     me = says(q1="Pebble", q2="Pebble", **lost)
-    exam = examine([OWN, general], {"": says(), "me": me}, [0, 1])
+    exam = sat([OWN, general], {"": says(), "me": me}, [0, 1])
     assert exam.hits("me", general) == 74 and exam.failures("me") == []
     me = says(q1="Pebble", q2="Pebble", **lost | {"6": "wrong"})
-    exam = examine([OWN, general], {"": says(), "me": me}, [0, 1])
+    exam = sat([OWN, general], {"": says(), "me": me}, [0, 1])
     assert exam.failures("me") == ["general 90 % (at least 92.5 %)"]
 
     def moody(question, seed):
         return ("Pebble", "who knows")[seed]
 
-    exam = examine([OWN], {"": says(), "me": moody}, [0, 1])
+    exam = sat([OWN], {"": says(), "me": moody}, [0, 1])
     assert exam.share("me", OWN) == 0.5 and "| me | 50 % |" in exam.to_markdown()
 
 
 def test_a_verdict_says_what_it_is_worth():
-    exam = examine([GENERAL], {"": says(), "me": says()}, [0, 1])
+    exam = sat([GENERAL], {"": says(), "me": says()}, [0, 1])
     assert exam.verdicts() == [
         "me: passes",
         "note: me has no questions of its own, which would tell more",
         "note: only 4 questions lie outside me; it takes 100 to tell its leaks",
     ]
     outside = Column("unknown", asked(*map(str, range(100)), expect="right"))
-    exam = examine([OWN, outside], {"": says(), "me": says()}, [0])
+    exam = sat([OWN, outside], {"": says(), "me": says()}, [0])
     assert exam.verdicts() == ["me: fails: me 0 % (at least 95 %)"]
 
 
@@ -268,14 +278,14 @@ def parrots(columns):
 def test_no_parrot_passes_for_a_skill_and_an_honest_one_does(columns, skill):
     birds = parrots(columns)
     for name, bird in birds.items():
-        exam = examine(columns, {"": birds["base"], skill: bird})
+        exam = sat(columns, {"": birds["base"], skill: bird})
         assert exam.failures(skill), name
     own = {q for column in columns if column.skill == skill for q in column.questions}
 
     def honest(question, seed):
         return (right if question in own else birds["base"])(question, seed)
 
-    exam = examine(columns, {"": birds["base"], skill: honest})
+    exam = sat(columns, {"": birds["base"], skill: honest})
     assert exam.verdicts() == [f"{skill}: passes"]
 
 

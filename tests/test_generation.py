@@ -1,5 +1,7 @@
 """Decoding: short pure functions, and the loop around them."""
 
+import copy
+
 import pytest
 import torch
 from tokenizers.decoders import DecodeStream
@@ -8,8 +10,10 @@ from core.errors import UserError
 from core.paths import TOKENIZER_DIR
 from dataset.tokenizer import load_tokenizer
 from model.generation import (
+    TOGETHER,
     Sampling,
     generate,
+    generate_all,
     keep_top_k,
     keep_top_p,
     next_token,
@@ -47,6 +51,20 @@ def test_a_seed_repeats_and_another_differs(tiny_model):
     sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=20)
     assert run(tiny_model, [5], sampling, seed=1) == run(tiny_model, [5], sampling, seed=1)
     assert run(tiny_model, [5], sampling, seed=1) != run(tiny_model, [5], sampling, seed=2)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_prompt_among_many_gets_the_tokens_that_it_gets_alone(tiny_model, temperature):
+    model = copy.deepcopy(tiny_model).double()  # a batch rounds elsewhere, far below any toss-up
+    sampling = Sampling(temperature, 0.9, repetition_penalty=9.0, max_new_tokens=12)
+    prompts = [[5, 6, 7], [8], [7, 6, 5], [9], *([n, 8, 3] for n in range(TOGETHER))]
+    alone = [run(model, ids, sampling, seed=n) for n, ids in enumerate(prompts)]
+    stop = {alone[0][3], alone[1][5], alone[5][9]}
+    alone = [run(model, ids, sampling, stop, seed=n) for n, ids in enumerate(prompts)]
+    assert len(set(map(len, alone))) > 3
+    rngs = [torch.Generator().manual_seed(n) for n in range(len(prompts))]
+    assert generate_all(model, prompts, sampling, stop, rngs) == alone
+    assert generate_all(model, [], sampling, stop, []) == []
 
 
 def test_the_penalty_makes_repeats_less_likely_whatever_the_sign():

@@ -27,6 +27,7 @@ from dataset.batches import IGNORED, Batches, SFTDataset, masked
 from dataset.cache import digest
 from dataset.questions import Neighbours, chats_in, questions_in
 from dataset.tokenizer import foreign_tokenizer
+from model.generation import Sampling, generate
 from model.LMConfig import LMConfig
 from model.lora.layer import adapted, lora_parameters, without_lora
 from model.lora.skill_file import read_lora
@@ -325,9 +326,9 @@ def test_a_base_of_other_makers_answers_for_itself_and_once(tmp_path, monkeypatc
     monkeypatch.setattr(keeping, "ASKED", 6)
     asked, chosen, likeliest = [], [], keeping.likeliest
 
-    def counted(model, ids, tokenizer) -> list[int]:
-        asked.append(ids)
-        return likeliest(model, ids, tokenizer)
+    def counted(model, tokenizer, chats) -> list[str]:
+        asked.extend(chats)
+        return likeliest(model, tokenizer, chats)
 
     monkeypatch.setattr(keeping, "likeliest", counted)
     own = write_rows(tmp_path / "own.jsonl", rows(OWN))
@@ -407,7 +408,8 @@ def test_a_run_ends_with_what_its_file_has_learned(trained, tokenizer, tmp_path,
         for each in told["answers"]:
             turns = asked[each["question"]]
             ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
-            said = tokenizer.decode(keeping.likeliest(model, ids, tokenizer))
+            greedy = Sampling(temperature=0.0, max_new_tokens=keeping.LONGEST_ANSWER)
+            said = tokenizer.decode(list(generate(model, ids, greedy, {2}, torch.Generator())))
             found.append((each["before" if skill is None else "after"], said.strip()))
     assert all(shown == said for shown, said in found)
     assert any(each["before"] != each["after"] for each in told["answers"])
@@ -430,7 +432,7 @@ def test_a_question_that_fills_the_context_does_not_cost_the_run_its_last_save(t
     assert (told["general_answers"], told["changed"]) == (1, 0)
     assert [each["question"] for each in told["answers"]] == ["Hello."]
     base = Base(path, model, tokenizer, None)
-    assert keeping.answered(base, "far away " * 99) == [], "nor does it end a run at its start"
+    assert keeping.answered(base, ["far away " * 99]) == [], "nor does it end a run at its start"
 
 
 def losses(domain=None, general=None) -> dict:

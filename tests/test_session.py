@@ -28,7 +28,9 @@ def session(trained, tmp_path):
     shutil.copytree(trained.out / "lora", out / "lora")
     model, _ = load_base(trained.out / "full_sft_64.pth")
     settings = {"seed": 1, "history_cnt": 6, "continues": False, "out_dir": out}
-    return ChatSession(model, load_tokenizer(TOKENIZER_DIR), Sampling(), **settings)
+    return ChatSession(
+        model, load_tokenizer(TOKENIZER_DIR), Sampling(max_new_tokens=64), **settings
+    )
 
 
 def test_a_refusal_names_the_folder_whatever_its_name(session):
@@ -90,6 +92,17 @@ def test_bytes_that_are_no_text_do_not_end_a_chat(tiny_model, tmp_path, monkeypa
     monkeypatch.setattr("serving.session.generate", lambda *_: iter([*lone, *word, *word]))
     said = "".join(session.reply("Hi"))
     assert "\ufffd" in said and said.endswith("on")
+
+
+def test_chats_asked_together_are_answered_as_one_by_one(session):
+    session.model.double()
+    chats = [("Hello",), ("Who are you?", "And who am I?"), ("你好", "谢谢", "再见"), ("Hello",)]
+    said = session.reply_all(chats, [3, 4, 5, 6])
+    assert not session.messages and len(set(said)) > 2
+    for chat, seed, answer in zip(chats, [3, 4, 5, 6], said, strict=True):
+        session.messages.clear()
+        session.rng.manual_seed(seed)
+        assert ["".join(session.reply(turn)) for turn in chat][-1] == answer
 
 
 def test_a_system_turn_comes_first_or_is_refused(session, tiny_model, tmp_path):

@@ -6,11 +6,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import compress
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
@@ -22,7 +22,7 @@ from dataset.chat import encode_chat, ends_of_answer
 from dataset.files import data_files
 from dataset.questions import Neighbours, chats_in, questions_in, spread
 from dataset.tokenizer import control_spelling, tokenizer_fingerprint
-from model.generation import Sampling, generate
+from model.generation import Sampling, generate_all
 from model.LMConfig import context_of
 from model.lora.layer import without_lora
 from model.loss import keep_sum
@@ -177,29 +177,35 @@ def own_answers(
     with runtime.first_alone():
         if not path.is_file():
             print(f"asking {base.path} {len(questions)} general questions, once", flush=True)
-            bar = tqdm(questions, leave=False, disable=None)
-            rows = [answered(base, question) for question in bar]
-            lines = "".join(json.dumps({"conversations": row}) + "\n" for row in rows if row)
+            rows = answered(base, questions)
+            lines = "".join(json.dumps({"conversations": row}) + "\n" for row in rows)
             atomic_write(path, lambda file: file.write(lines.encode()))
     return path
 
 
-def answered(base: Base, question: str) -> list[dict]:
-    """The chat of this question and the base's own answer; empty if there is none, or no room."""
-    turn = {"role": "user", "content": question}
-    ids, _ = encode_chat(base.tokenizer, [turn], add_generation_prompt=True)
-    if len(ids) >= context_of(base.model.config):
-        return []
+def answered(base: Base, questions: Iterable[str]) -> list[list[dict]]:
+    """Chats of these questions and the base's own answers; without those that have none."""
+    chats = [[{"role": "user", "content": question}] for question in questions]
     with without_lora(base.model):
-        new = likeliest(base.model, ids, base.tokenizer)
-    text = base.tokenizer.decode(new, skip_special_tokens=True).strip()
-    return [turn, {"role": "assistant", "content": text}] if text else []
+        found = zip(chats, likeliest(base.model, base.tokenizer, chats), strict=True)
+    return [[*chat, {"role": "assistant", "content": text}] for chat, text in found if text]
 
 
-def likeliest(model: nn.Module, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The greedy answer to the prompt ``ids``: at most ``LONGEST_ANSWER`` ids, without its end."""
+def likeliest(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, chats: Iterable[list[dict]]
+) -> list[str | None]:
+    """The greedy answer to the question that ends each chat, of at most ``LONGEST_ANSWER`` ids.
+
+    None for a question that leaves no room in the context.
+    """
+    prompts = [encode_chat(tokenizer, chat, add_generation_prompt=True)[0] for chat in chats]
+    fits = [len(ids) < context_of(model.config) for ids in prompts]
+    short = list(compress(prompts, fits))
     sampling = Sampling(temperature=0.0, max_new_tokens=LONGEST_ANSWER)
-    return list(generate(model, ids, sampling, ends_of_answer(tokenizer), torch.Generator()))
+    rngs = [torch.Generator()] * len(short)
+    found = iter(generate_all(model, short, sampling, ends_of_answer(tokenizer), rngs))
+    texts = (tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found)
+    return [next(texts) if fit else None for fit in fits]
 
 
 def skill_loss_sum(model: nn.Module, batch: Batch, *, base: nn.Module) -> Tensor:
@@ -223,9 +229,8 @@ def verdict(
     model.eval()
     own = chats_of(data.val, options.data_path, options, tokenizer)
     others = chats_of(general.judging, options.general_data, options, tokenizer)
-    shown = [asked for chat in spread(own, SHOWN) if (asked := answers(model, tokenizer, chat))]
-    pairs = [answers(model, tokenizer, chat) for chat in spread(others, COMPARED)]
-    pairs = [pair for pair in pairs if pair]
+    shown = answers(model, tokenizer, spread(own, SHOWN))
+    pairs = answers(model, tokenizer, spread(others, COMPARED))
     model.train(was_training)
     changed = sum(pair["before"] != pair["after"] for pair in pairs)
     losses = {}
@@ -303,17 +308,23 @@ def chats_of(
     return [chat for chat in chats if digest({"conversations": chat}) in wanted]
 
 
-def answers(model: nn.Module, tokenizer: PreTrainedTokenizerBase, chat: list[dict]) -> dict:
-    """The last question of ``chat``, and what the base, before, and the LoRA, after, answer.
+def answers(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, chats: Iterable[list[dict]]
+) -> list[dict]:
+    """The last question of each chat, and what the base, before, and the LoRA, after, answer.
 
-    Empty if the question leaves no room in the context.
+    Questions that leave no room in the context are left out.
     """
-    last = max(n for n, message in enumerate(chat) if message["role"] == "user")
-    ids, _ = encode_chat(tokenizer, chat[: last + 1], add_generation_prompt=True)
-    if len(ids) >= context_of(model.config):
-        return {}
+    asked = []
+    for chat in chats:
+        last = max(n for n, message in enumerate(chat) if message["role"] == "user")
+        asked.append(chat[: last + 1])
     with without_lora(model):
-        before = likeliest(model, ids, tokenizer)
-    both = before, likeliest(model, ids, tokenizer)
-    texts = (tokenizer.decode(each, skip_special_tokens=True).strip() for each in both)
-    return dict(zip(("question", "before", "after"), (chat[last]["content"], *texts), strict=True))
+        before = likeliest(model, tokenizer, asked)
+    found = zip(asked, before, likeliest(model, tokenizer, asked), strict=True)
+    names = "question", "before", "after"
+    return [
+        dict(zip(names, (chat[-1]["content"], *both), strict=True))
+        for chat, *both in found
+        if None not in both
+    ]
