@@ -34,9 +34,7 @@ def generate(
     lives on the CPU, so that a seed means the same on every device. Raises ``UserError`` for a
     prompt that fills the context.
     """
-    for (token,) in _drawn(model, [ids], sampling, [rng]):
-        if token in stop:
-            return
+    for (token,) in _drawn(model, [ids], sampling, stop, [rng]):
         yield token
 
 
@@ -56,16 +54,11 @@ def generate_all(
         alike[len(ids)].append(row)
     for rows in alike.values():
         for some in (rows[n : n + TOGETHER] for n in range(0, len(rows), TOGETHER)):
-            running = set(some)
-            batch = [prompts[row] for row in some], sampling, [rngs[row] for row in some]
+            batch = [prompts[row] for row in some], sampling, stop, [rngs[row] for row in some]
             for tokens in _drawn(model, *batch):
                 for row, token in zip(some, tokens, strict=True):
-                    if token in stop:
-                        running.discard(row)
-                    elif row in running:
+                    if token not in stop:
                         found[row].append(token)
-                if not running:
-                    break
     return found
 
 
@@ -74,9 +67,13 @@ def _drawn(
     model: nn.Module,
     prompts: list[list[int]],
     sampling: Sampling,
+    stop: set[int],
     rngs: list[torch.Generator],
 ) -> Iterator[list[int]]:
-    """Yield the next id of each of these prompts of one length, as long as there is room."""
+    """Yield the next id of each of these prompts of one length, until all are at their end.
+
+    After an id in ``stop`` a prompt gets it again and again, without a draw.
+    """
     length, context = len(prompts[0]), context_of(model.config)
     if not 0 < length < context:
         room = f"no room in the context of {context}"
@@ -85,12 +82,15 @@ def _drawn(
     for _ in range(min(sampling.max_new_tokens, context - length)):
         inputs = torch.tensor(new, device=next(model.parameters()).device)
         out = model(inputs, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
-        rows = zip(out.logits[:, -1].float().cpu(), seen, rngs, strict=True)
-        tokens = [next_token(logits, ids, sampling, rng) for logits, ids, rng in rows]
+        for row, logits in enumerate(out.logits[:, -1].float().cpu()):
+            ids = seen[row]
+            ended = len(ids) > length and ids[-1] in stop
+            ids.append(ids[-1] if ended else next_token(logits, ids, sampling, rngs[row]))
+        new, cache = [ids[-1:] for ids in seen], out[CACHE]
+        tokens = [token for (token,) in new]
+        if stop.issuperset(tokens):
+            return
         yield tokens
-        for ids, token in zip(seen, tokens, strict=True):
-            ids.append(token)
-        new, cache = [[token] for token in tokens], out[CACHE]
 
 
 def next_token(logits: Tensor, seen: list[int], sampling: Sampling, rng: torch.Generator) -> int:

@@ -64,6 +64,10 @@ def test_a_prompt_among_many_gets_the_tokens_that_it_gets_alone(tiny_model, temp
     assert len(set(map(len, alone))) > 3
     rngs = [torch.Generator().manual_seed(n) for n in range(len(prompts))]
     assert generate_all(model, prompts, sampling, stop, rngs) == alone
+    if temperature:  # a prompt that ended draws no more, so that its chat goes on as it does alone
+        again = torch.Generator().manual_seed(0)
+        list(generate(model, prompts[0], sampling, stop, again))
+        assert (rngs[0].get_state() == again.get_state()).all()
     assert generate_all(model, [], sampling, stop, []) == []
 
 
