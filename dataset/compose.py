@@ -25,7 +25,7 @@ TOLD_TOGETHER = 4  # facts of a paragraph
 # Shares of the chats: with further turns on the same relation, on anything, after a turn that asks
 # for no fact; with a system turn that changes nothing, wants one word, wants politeness.
 SECOND, OTHER, AFTER_TALK, PLAIN, ONE_WORD, POLITE = 0.2, 0.05, 0.03, 0.08, 0.03, 0.02
-WORDINGS = 10  # of each fact, in each language
+WORDINGS = 12  # of each fact, in each language
 WORDS_TOLD = 24  # times that each line is told that is to be repeated
 REPEATED = 4  # wordings in which each of them is asked for
 MIXED_WORDINGS = 4  # of each fact, with words of both languages

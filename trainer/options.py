@@ -94,7 +94,7 @@ class KeepOptions(CheckedOptions):
     keep: float = option(
         3.0, "weight of general chats that hold it to its base; 0: none", group="skill", at_least=0
     )
-    keep_rows: int = option(5, "general chats of a step", group="skill", at_least=1)
+    keep_rows: int = option(6, "general chats of a step", group="skill", at_least=1)
     general_data: tuple[Path, ...] = option(
         (),
         "chats that hold it and judge it (default: bundled, or the base's own answers to those)",
