@@ -30,7 +30,7 @@ RETIRED_FLAGS = {
 
 
 def option(default: Any, help: str, **stated: Any) -> Any:
-    """A dataclass field that becomes the flag of the same name.
+    """A dataclass field that becomes the flag of the same name, or of the name ``flag``.
 
     ``group`` is its heading in --help, one of ``GROUPS``; ``positional=True`` makes it a required
     value without a flag. ``at_least``, ``at_most``, ``above`` and ``below`` bound a number, which
@@ -38,7 +38,7 @@ def option(default: Any, help: str, **stated: Any) -> Any:
     ``option(20, "other help")``: it inherits whatever it does not state.
     """
     assert stated.get("group", GROUPS[0]) in GROUPS, stated
-    assert stated.keys() <= {"group", "positional", *BOUNDS}, stated
+    assert stated.keys() <= {"group", "positional", "flag", *BOUNDS}, stated
     return dataclasses.field(default=default, metadata={"help": help, **stated})
 
 
@@ -101,15 +101,19 @@ def given(options: type, argv: list[str] | None) -> dict[str, Any]:
             settings |= {"type": {int: _int, Path: _path}.get(kind, kind), "metavar": metavar}
         if declared["several"]:
             settings |= {"nargs": "+", "action": _StoreTuple}
-        flag, section = f"--{name}", sections.get(declared.get("group"), parser)
+        flag = f"--{declared.get('flag', name)}"
+        section = sections.get(declared.get("group"), parser)
         if declared.get("positional"):
             positional.append(name)
             flag, settings["metavar"] = name, name
+        else:
+            settings["dest"] = name
         section.add_argument(flag, **settings)
     parser.usage = " ".join(["%(prog)s", *positional, "[--flag VALUE ...]"])
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = [f"--{name}" for name in declarations if name not in positional]
+        known = declarations.items()
+        flags = [f"--{d.get('flag', name)}" for name, d in known if name not in positional]
         raise UserError(_explain_unknown(unknown[0], flags))
     return vars(parsed)
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,23 @@ def load_pretrained(kind: Any, base: Path, called: str, **settings) -> tuple[nn.
 
 
 def save_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a Hugging Face folder; an old one stays until it is whole. ``UserError`` if refused."""
+    """Write a folder as transformers does. Raises ``UserError`` as ``write_folder`` does."""
+
+    def write(folder: Path) -> None:
+        with quiet_library():
+            model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    write_folder(folder, write)
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` make a folder; an old one stays until it is whole. ``UserError`` if refused."""
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
         unfinished.mkdir(parents=True)
-        with quiet_library():
-            model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
+        write(unfinished)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     except Exception as error:  # the disk's refusals, some in the library's own kind

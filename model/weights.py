@@ -105,6 +105,12 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is damaged (checksum of {damaged}); copy or train it again")
     if not isinstance(tensors, dict) or not tensors:
         raise UserError(f"{path} holds a {type(tensors).__name__}, not a state dict of weights")
+    check_tensors(tensors, path)
+    return tensors
+
+
+def check_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:
+    """Raise ``UserError`` unless these are dense tensors, of ``FLOATS`` and finite or whole."""
     for name, tensor in tensors.items():
         is_tensor = isinstance(name, str) and isinstance(tensor, Tensor)
         if not is_tensor or tensor.layout != torch.strided or tensor.is_meta:
@@ -116,7 +122,6 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         # A NaN makes the extremes NaN. isfinite of the whole tensor would need time and memory.
         if not torch.stack(tensor.aminmax()).float().isfinite().all():
             raise UserError(f"{path} holds NaN or infinity in {name}; go back to an earlier file")
-    return tensors
 
 
 def fingerprint(parameters: Iterable[tuple[str, Tensor]], config: object) -> str:
@@ -193,20 +198,26 @@ def load_base(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.
     except (KeyError, TypeError, UserError) as error:
         wrong = f"{beside if record.config else path} describes no possible model ({error})"
         raise UserError(f"{wrong}; correct it or retrain the base") from error
-    with torch.device("meta"):
-        model = MiniMindLM(config)
-    check_keys(model.state_dict(), tensors, path)
-    tensors = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
-    if not torch.equal(tensors["output.weight"], tensors["tok_embeddings.weight"]):
-        differ = "output.weight and tok_embeddings.weight differ"
-        raise UserError(f"{path}: {differ}, but this model ties them")
-    model.load_state_dict(tensors, assign=True)
-    model.tie_weights()
+    model = assembled(config, tensors, path)
     found = fingerprint(model.named_parameters(), config)
     if record.fingerprint not in (None, found):
         differ = f"{path} and {beside} are not from the same run"
         raise UserError(f"{differ}; delete the .json or retrain")
-    return model.to(device).eval(), replace(record, config=architecture, fingerprint=found)
+    return model.to(device), replace(record, config=architecture, fingerprint=found)
+
+
+def assembled(config: LMConfig, tensors: dict[str, Tensor], source: str | Path) -> MiniMindLM:
+    """The fp32 model of these weights, in eval mode. Raises ``UserError`` if they do not fit."""
+    with torch.device("meta"):
+        model = MiniMindLM(config)
+    check_keys(model.state_dict(), tensors, source)
+    tensors = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+    if not torch.equal(tensors["output.weight"], tensors["tok_embeddings.weight"]):
+        differ = "output.weight and tok_embeddings.weight differ"
+        raise UserError(f"{source}: {differ}, but this model ties them")
+    model.load_state_dict(tensors, assign=True)
+    model.tie_weights()
+    return model.eval()
 
 
 def read_record(path: Path) -> RunRecord:

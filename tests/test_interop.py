@@ -1,0 +1,205 @@
+"""Bases and skills in other tools' formats, judged by those tools."""
+
+import json
+import shutil
+import warnings
+
+import peft
+import pytest
+import torch
+from conftest import flags
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train_lora
+from core.errors import UserError
+from core.paths import TOKENIZER_DIR
+from interop import llama
+from interop.check import logits_of, probe
+from model.lora.skill_file import attach_lora
+from model.weights import load_base
+from scripts import convert_model
+
+BASE = "full_sft_64.pth"
+PLAIN = {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 4, "lora_alpha": 8}
+
+
+@pytest.fixture(scope="module")
+def converted(trained, tmp_path_factory):
+    """The trained base as a Llama folder."""
+    folder = tmp_path_factory.mktemp("llama") / "base"
+    convert_model.main(flags(to="huggingface", base=trained.out / BASE, output=folder))
+    return folder
+
+
+def skill_logits(trained, path):
+    model, _ = load_base(trained.out / BASE)
+    attach_lora(model, path)
+    return logits_of(model)
+
+
+def peft_logits(folder, adapter):
+    """What PEFT computes; a key that is missing or too many is a warning there, an error here."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*keys")
+        return logits_of(peft.PeftModel.from_pretrained(model, adapter))
+
+
+def test_transformers_computes_and_says_the_same(trained, converted, tokenizer):
+    ours, _ = load_base(trained.out / BASE)
+    theirs = AutoModelForCausalLM.from_pretrained(converted)
+    assert (logits_of(ours) - logits_of(theirs)).abs().max() < 1e-5
+    ids = probe(ours.config.vocab_size)[:, :8]
+    said = theirs.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    for n in range(8, 20):  # greedy, token by token
+        assert ours(input_ids=said[:, :n]).logits[0, -1].argmax() == said[0, n]
+    again = AutoTokenizer.from_pretrained(converted)
+    turns = [{"role": "user", "content": "Hi 你好"}, {"role": "assistant", "content": "Yes."}]
+    for settings in ({"tokenize": False}, {}, {"add_generation_prompt": True}):
+        own, other = (t.apply_chat_template(turns, **settings) for t in (tokenizer, again))
+        assert own == other
+
+
+def test_a_base_comes_back_bit_for_bit(trained, converted, tmp_path):
+    path = tmp_path / "full_sft_64.pth"
+    convert_model.main(flags(**{"from": "huggingface"}, source=converted, output=path))
+    (one, first), (two, second) = load_base(trained.out / BASE), load_base(path)
+    assert first.fingerprint == second.fingerprint and first.tokenizer == second.tokenizer
+    assert all(torch.equal(x, two.state_dict()[name]) for name, x in one.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_our_own_rounding(trained, tmp_path, dtype):
+    convert_model.main(
+        flags(to="huggingface", base=trained.out / BASE, output=tmp_path / "x", dtype=dtype)
+    )
+    assert json.loads((tmp_path / "x" / "config.json").read_text())["torch_dtype"] == dtype
+    model, _ = load_base(trained.out / BASE)
+    kept = load_file(tmp_path / "x" / "model.safetensors")["model.norm.weight"]
+    assert torch.equal(kept, model.norm.weight.to(getattr(torch, dtype)))
+
+
+def test_the_self_check_sees_a_wrong_order_of_features(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(llama, "to_halves", lambda rows, heads: rows)
+    with pytest.raises(UserError, match="computes something else"):
+        convert_model.main(flags(to="huggingface", base=trained.out / BASE, output=tmp_path / "x"))
+    assert not list(tmp_path.iterdir())
+
+
+SKILLS = {
+    "square": {},
+    "all": {"target_modules": "all-linear", "alpha": 3.0, "rank_pattern": "wq=2"},
+    "dora": {"target_modules": ("wq", "wk", "w2"), "lora_dropout": 0.1},
+    "pissa": {"target_modules": ("wk", "wo"), "init_lora_weights": "pissa"},
+}
+
+
+@pytest.mark.parametrize("kind", SKILLS)
+def test_peft_computes_what_a_skill_does_and_it_comes_back(trained, converted, tmp_path, kind):
+    base = trained.out / BASE
+    argv = flags(out_dir=tmp_path, base=base, data_path=trained.chats, lora_name=kind)
+    argv += flags(max_steps=2, max_seq_len=64, learning_rate=0.05, keep=0, **SKILLS[kind])
+    argv += ["--use_dora"] if kind == "dora" else []
+    wanted = skill_logits(trained, train_lora.main(argv))
+    shared = flags(base=base, out_dir=tmp_path)
+    folder = tmp_path / "adapter"
+    convert_model.main([*shared, *flags(to="peft", lora_name=kind, output=folder)])
+    assert (wanted - logits_of(load_base(base)[0])).abs().max() > 1e-3
+    assert (peft_logits(converted, folder) - wanted).abs().max() < 2e-5
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["r"] == settings["lora_alpha"] and "rank_pattern" not in settings
+    back = convert_model.main(
+        [*shared, *flags(**{"from": "peft"}, source=folder, lora_name="back")]
+    )
+    assert (skill_logits(trained, back) - wanted).abs().max() < 2e-5
+
+
+ADAPTERS = {
+    "plain": PLAIN,
+    "patterns": PLAIN | {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"layers.0.*q_proj": 3}},
+    "rslora": PLAIN | {"use_rslora": True},
+    "dora": PLAIN | {"use_dora": True},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_of_others_come_in(trained, converted, tmp_path, kind):
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(**ADAPTERS[kind], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(converted), settings)
+    wanted = logits_of(model)
+    model.save_pretrained(tmp_path / "adapter")
+    argv = flags(**{"from": "peft"}, source=tmp_path / "adapter", out_dir=tmp_path, lora_name="x")
+    path = convert_model.main([*argv, *flags(base=trained.out / BASE)])
+    assert (skill_logits(trained, path) - wanted).abs().max() < 2e-5
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    shutil.rmtree(tmp_path / "lora")
+    torch.save(tensors, tmp_path / "adapter" / "adapter_model.bin")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    path = convert_model.main([*argv, *flags(base=converted)])  # of a foreign base, from a .bin
+    assert path.is_file()
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"r": None}, "rank"),
+    ],
+)
+def test_what_a_skill_cannot_hold_is_refused(trained, converted, tmp_path, changed, named):
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(converted), peft.LoraConfig(**PLAIN)
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    argv = flags(**{"from": "peft"}, source=tmp_path / "adapter", out_dir=tmp_path, lora_name="x")
+    with pytest.raises(UserError, match=named):
+        convert_model.main([*argv, *flags(base=trained.out / BASE)])
+    assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"model_type": "qwen3"}, "qwen3"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"head_dim": 8}, "head_dim"),
+        ({"hidden_size": "wide"}, "hidden_size|dim"),
+    ],
+)
+def test_a_llama_without_an_equal_is_refused(converted, tmp_path, changed, named):
+    folder = shutil.copytree(converted, tmp_path / "llama")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    argv = flags(**{"from": "huggingface"}, source=folder, output=tmp_path / "full_sft_64.pth")
+    with pytest.raises(UserError, match=named):
+        convert_model.main(argv)
+    assert not list(tmp_path.glob("*.pth"))
+
+
+def test_a_missing_weight_and_a_foreign_one_are_named(converted, tmp_path):
+    folder = shutil.copytree(converted, tmp_path / "llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["extra.weight"] = tensors.pop("model.norm.weight").clone()
+    save_file(tensors, folder / "model.safetensors")
+    argv = flags(**{"from": "huggingface"}, source=folder, output=tmp_path / "full_sft_64.pth")
+    with pytest.raises(UserError, match=r"missing norm\.weight.*unexpected extra\.weight"):
+        convert_model.main(argv)
+
+
+def test_nothing_is_overwritten(trained, converted):
+    before = (converted / "config.json").read_bytes()
+    for argv in (
+        flags(to="huggingface", base=trained.out / BASE, output=converted),
+        flags(to="peft", base=trained.out / BASE, lora_name="a", output=converted),
+    ):
+        with pytest.raises(UserError, match="exists"):
+            convert_model.main(argv)
+    assert (converted / "config.json").read_bytes() == before and TOKENIZER_DIR.is_dir()
