@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from core.errors import UserError
+from core.errors import UserError, reason_of
 
 WINDOWS = os.name == "nt"  # where whatever is open can be neither deleted nor renamed
 RACY_NS = 2_000_000_000  # file systems count time in steps of up to two seconds
@@ -79,6 +80,41 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         _ours.discard(temporary)
+
+
+@contextlib.contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """An empty folder beside ``path`` to write into; what is left in it at the end is deleted.
+
+    So whatever fails inside leaves nothing, and touches nothing that was there. Raises
+    ``UserError`` when the disk refuses.
+    """
+    folder = path.with_name(f".{path.name}.unfinished")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
+        folder.mkdir(parents=True)
+        yield folder
+    except UserError:
+        raise
+    except Exception as error:
+        # Libraries written in Rust put the disk's refusal into errors of their own kinds.
+        if not isinstance(error, OSError) and "(os error " not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or reason_of(error)
+        way_out = "make room there or choose another folder"
+        raise UserError(f"cannot write {path}: {reason}; {way_out}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(written: Path, path: Path) -> None:
+    """Move what is ``written``, a file or folder, to ``path`` on the same disk, where nothing is.
+
+    Raises ``UserError`` if something is there, be it a link to nothing.
+    """
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists; choose another place or delete it")
+    written.rename(path)
 
 
 def _delete_dead(path: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from core import files
 from core.errors import SPINNING, Stopped, UserError, run
-from core.files import atomic_write, sha256_file
+from core.files import atomic_write, publish, sha256_file, unfinished
 from core.options import RETIRED_FLAGS, CheckedOptions, option, parse
 from core.paths import REPOSITORY, lora_path, lora_paths, skill_name, skill_of
 
@@ -240,6 +240,43 @@ def test_the_disk_s_error_is_found_behind_torch_s_own_but_not_in_what_the_caller
         with pytest.raises(ValueError, match="a bug"):
             atomic_write(tmp_path / "a", buggy)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "said"),
+    [
+        (OSError(28, "No space left on device"), UserError, "cannot write .*x: No space left"),
+        (Exception("I/O error: File too large (os error 27)"), UserError, "File too large"),
+        (UserError("its own words"), UserError, "^its own words$"),
+        (TypeError("a bug"), TypeError, "a bug"),
+        (KeyboardInterrupt("now"), KeyboardInterrupt, "now"),
+    ],
+)
+def test_an_unfinished_folder_goes_and_what_was_there_stays(tmp_path, raised, kind, said):
+    path, left = tmp_path / "x", tmp_path / ".x.unfinished" / "half"
+    path.write_text("old")
+    left.parent.mkdir()
+    left.write_text("of a killed process")
+    with pytest.raises(kind, match=said), unfinished(path) as folder:
+        assert folder == left.parent and not list(folder.iterdir())
+        left.write_text("new")
+        raise raised
+    assert list(tmp_path.iterdir()) == [path] and path.read_text() == "old"
+
+
+def test_nothing_is_published_over_what_is_there_even_a_link_to_nothing(tmp_path):
+    new, link = tmp_path / "new", tmp_path / "link"
+    new.mkdir()
+    (tmp_path / "folder").mkdir()
+    try:
+        link.symlink_to(tmp_path / "nothing")
+    except OSError:
+        link.write_text("Windows allows links to few")
+    for path in (link, tmp_path / "folder"):
+        with pytest.raises(UserError, match=f"{path.name} exists"):
+            publish(new, path)
+    publish(new, tmp_path / "free")
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "free", "link"}
 
 
 def test_a_killed_write_leaves_the_old_file(tmp_path):
