@@ -26,14 +26,14 @@ LAYER |= {f"attention.w{x}": f"self_attn.{x}_proj" for x in "qkvo"}
 LAYER |= {"feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj"}
 LAYER |= {"feed_forward.w3": "mlp.up_proj"}
 HEADS = {"wq": "n_heads", "wk": "n_kv_heads"}  # the modules whose output is rotated
-# Config entries of both, beside those of the rotary angle.
+# Config entries of both, beside those of the rotary embedding.
 SAME = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
 SAME |= {"n_kv_heads": "num_key_value_heads", "hidden_dim": "intermediate_size"}
 SAME |= {"vocab_size": "vocab_size", "norm_eps": "rms_norm_eps"}
 SAME |= {"max_seq_len": "max_position_embeddings"}
-# What a Llama must be to fit a MiniMindLM; Hugging Face's defaults of the entries left out.
-MUST_BE = {"model_type": None, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-MUST_BE |= {"rope_scaling": None, "pretraining_tp": 1}
+# What a Llama must be to fit a MiniMindLM; all are Hugging Face's defaults.
+MUST_BE = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
+COMPUTED = ".rotary_emb.inv_freq"  # end of names in old files: a table that both compute
 
 
 def their_module(ours: str) -> str:
@@ -42,6 +42,12 @@ def their_module(ours: str) -> str:
         return OUTER[ours]
     _, layer, rest = ours.split(".", 2)
     return f"model.layers.{layer}.{LAYER[rest]}"
+
+
+def our_modules(config: LMConfig) -> dict[str, str]:
+    """Our name of each module of a Llama that has a weight, by theirs."""
+    layers = [f"layers.{n}.{name}" for n in range(config.n_layers) for name in LAYER]
+    return {their_module(name): name for name in (*OUTER, *layers)}
 
 
 def to_halves(rows: Tensor, heads: int) -> Tensor:
@@ -74,13 +80,13 @@ def to_llama(tensors: dict[str, Tensor], config: LMConfig) -> dict[str, Tensor]:
 
 
 def from_llama(tensors: dict[str, Tensor], config: LMConfig) -> dict[str, Tensor]:
-    """The inverse of ``to_llama``. Names that are not theirs stay, for a strict load to report."""
-    modules = list(OUTER)
-    modules += [f"layers.{n}.{name}" for n in range(config.n_layers) for name in LAYER]
-    ours, found = {f"{their_module(name)}.weight": name for name in modules}, {}
+    """The inverse of ``to_llama``. Other names and shapes stay, for a strict load to report."""
+    modules, found = our_modules(config), {}
     for name, tensor in tensors.items():
-        heads = rotary_heads(module := ours.get(name, ""), config)
-        found[f"{module}.weight" if module else name] = to_pairs(tensor, heads) if heads else tensor
+        module = modules.get(name.removesuffix(".weight"), "")
+        heads = rotary_heads(module, config)
+        fits = heads and tensor.size()[:1] == (heads * (config.dim // config.n_heads),)
+        found[f"{module}.weight" if module else name] = to_pairs(tensor, heads) if fits else tensor
     embedding = found.get("tok_embeddings.weight")
     if embedding is not None:
         found["output.weight"] = found.pop("lm_head.weight", embedding)
@@ -90,7 +96,8 @@ def from_llama(tensors: dict[str, Tensor], config: LMConfig) -> dict[str, Tensor
 def llama_config(config: LMConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> dict:
     """Their config.json, as transformers 4 and 5 and mlx-lm read it.
 
-    The last two look for the rotary angle, and all for the dtype, under different names.
+    The last two look for the base of the rotary embedding, and all for the dtype, under different
+    names.
     """
     name = str(dtype).removeprefix("torch.")
     return {
@@ -101,7 +108,7 @@ def llama_config(config: LMConfig, tokenizer: PreTrainedTokenizerBase, dtype: to
         "rope_theta": config.rope_theta,
         "rope_scaling": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        **{entry: value for entry, value in MUST_BE.items() if value is not None},
+        **MUST_BE,
         "tie_word_embeddings": True,
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
@@ -142,14 +149,22 @@ def twin(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausa
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_seq_len: int) -> None:
-    """The tokenizer's files, as transformers 4 and 5 read them: version 5 writes them otherwise."""
+    """Write a tokenizer's files into ``folder``, as transformers 4 and 5 read them.
+
+    Version 5 itself writes them otherwise. Raises ``UserError`` for several chat templates.
+    """
+    template = tokenizer.chat_template
+    several = "the tokenizer has several chat templates, of which a base can have one"
+    require(isinstance(template, str), f"{several}; keep one in its tokenizer_config.json")
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     tokens = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token")}
     settings = {name: token for name, token in tokens.items() if token is not None}
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_seq_len}
-    settings |= {"clean_up_tokenization_spaces": False, "chat_template": tokenizer.chat_template}
+    # By default version 4 adds token_type_ids, which a Llama does not take.
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    settings |= {"clean_up_tokenization_spaces": False, "chat_template": template}
     _write_json(folder / "tokenizer_config.json", settings)
-    (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    (folder / "chat_template.jinja").write_bytes(template.encode())
 
 
 def _write_json(path: Path, content: dict) -> None:
@@ -163,35 +178,38 @@ def load_llama(folder: Path) -> MiniMindLM:
     Raises ``UserError`` for a folder that is damaged or no Llama, and for a Llama that computes
     what a MiniMindLM cannot.
     """
-    config = read_config(folder)
-    tensors = from_llama(read_shards(folder), config)
-    return assembled(config, tensors, folder)
+    config, tensors = read_config(folder), read_shards(folder)
+    layers = f"{folder}: config.json says num_hidden_layers {config.n_layers}"
+    enough = config.n_layers <= len(tensors)  # or a wrong number would keep us busy for long
+    require(enough, f"{layers}, but there are only {len(tensors)} tensors; copy it again")
+    return assembled(config, from_llama(tensors, config), folder)
 
 
 def read_config(folder: Path) -> LMConfig:
     """The config of a Llama folder as ours. Raises ``UserError`` for one that has no equal."""
     path = folder / "config.json"
     try:
-        theirs = dict(json.loads(path.read_text(encoding="utf-8")))
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is no model's config ({reason_of(error)})") from error
-    kind = theirs.get("model_type")
+    kind = content.get("model_type")
     require(kind == "llama", f"{path}: model_type {kind!r} is not llama, and cannot be converted")
-    angle = theirs.get("rope_parameters") or {}
-    scaling = theirs.get("rope_scaling") or (angle.get("rope_type", "default") != "default") or None
-    found = {**MUST_BE, **theirs, "rope_scaling": scaling, "model_type": None}
-    wrong = [f"{entry} {found[entry]!r}" for entry in MUST_BE if found[entry] != MUST_BE[entry]]
+    rope = content.get("rope_scaling") or content.get("rope_parameters")
+    kinds = [rope.get("rope_type"), rope.get("type")] if isinstance(rope, dict) else []
+    wrong = [f"rope_scaling of type {kind!r}" for kind in kinds if kind not in (None, "default")]
     require(not wrong, f"{path}: a MiniMindLM has no {', '.join(wrong)}")
     try:
-        ours = {name: theirs[entry] for name, entry in SAME.items() if entry in theirs}
-        ours |= {"n_kv_heads": ours.get("n_kv_heads"), "hidden_dim": theirs["intermediate_size"]}
-        ours["rope_theta"] = angle.get("rope_theta", theirs.get("rope_theta", 10000.0))
-        ours.setdefault("norm_eps", 1e-6)  # Hugging Face's default
-        config = LMConfig(**ours)
-    except (KeyError, TypeError, UserError) as error:
-        raise UserError(f"{path} describes no possible model ({error})") from error
-    width = theirs.get("head_dim") or config.dim // config.n_heads
-    require(width * config.n_heads == config.dim, f"{path}: a MiniMindLM has no head_dim {width}")
+        theirs = LlamaConfig.from_dict(content)  # with the defaults of what is not said
+        ours = {name: getattr(theirs, entry) for name, entry in SAME.items()}
+        config = LMConfig(**ours, rope_theta=theirs.rope_parameters["rope_theta"])
+    except Exception as error:  # the library's own checks raise many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} describes no possible model ({reason})") from error
+    found = {entry: getattr(theirs, entry) for entry in MUST_BE}
+    wrong = [f"{entry} {found[entry]!r}" for entry in MUST_BE if found[entry] != MUST_BE[entry]]
+    if theirs.head_dim * config.n_heads != config.dim:
+        wrong.append(f"head_dim {theirs.head_dim}")
+    require(not wrong, f"{path}: a MiniMindLM has no {', '.join(wrong)}")
     return config
 
 
@@ -207,6 +225,7 @@ def read_shards(folder: Path) -> dict[str, Tensor]:
         tensors = {}
         for name in files:
             tensors |= load_file(folder / name)
+        tensors = {name: t for name, t in tensors.items() if not name.endswith(COMPUTED)}
     except UserError:
         raise
     except Exception as error:  # json, the file system and safetensors raise many kinds

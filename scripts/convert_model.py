@@ -125,14 +125,22 @@ def read_base(options: Options) -> Path:
 
     require(options.output.suffix == ".pth", f"--output {options.output} must end in .pth")
     beside = options.output.parent / "tokenizer"
-    require(not beside.exists(), f"{beside} exists, and the base's tokenizer is to lie there")
     model, tokenizer = load_llama(options.source), load_tokenizer(options.source)
-    known = tokenizer_fingerprint(tokenizer)
-    record = RunRecord(stage="full_sft", tokenizer=known)
-    with undone(options.output, options.output.with_suffix(".json"), beside):
+    known, rows = tokenizer_fingerprint(tokenizer), model.config.vocab_size
+    sizes = f"the embedding has {rows} rows, the tokenizer {len(tokenizer)} tokens"
+    way_out = "make them equal with resize_token_embeddings(len(tokenizer)) in transformers"
+    require(len(tokenizer) == rows, f"{options.source}: {sizes}; {way_out}")
+    record = RunRecord(tokenizer=known)
+    is_there = beside.exists()
+    same = not is_there or tokenizer_fingerprint(load_tokenizer(beside)) == known
+    require(same, f"{beside} is not the tokenizer of {options.source}; choose another folder")
+    with undone(
+        options.output, options.output.with_suffix(".json"), *([] if is_there else [beside])
+    ):
         save_base(options.output, model, record)
         context = model.config.max_seq_len
-        write_folder(beside, lambda folder: write_tokenizer(tokenizer, folder, context))
+        if not is_there:
+            write_folder(beside, lambda folder: write_tokenizer(tokenizer, folder, context))
         same = tokenizer_fingerprint(load_tokenizer(beside)) == known
         require(same, f"the tokenizer in {options.source} changes when it is written")
         ours = logits_of(load_base(options.output)[0])

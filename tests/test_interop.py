@@ -32,6 +32,16 @@ def converted(trained, tmp_path_factory):
     return folder
 
 
+def rewrite(folder, config="config.json", settings=(), change=lambda tensors: None):
+    """Add these settings to a model's or adapter's, and let ``change`` edit its tensors."""
+    path, weights = folder / config, next(folder.glob("*model.safetensors"))
+    content = json.loads(path.read_text(encoding="utf-8")) | dict(settings)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    tensors = load_file(weights)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights)
+
+
 def skill_logits(trained, path):
     model, _ = load_base(trained.out / BASE)
     attach_lora(model, path)
@@ -62,11 +72,30 @@ def test_transformers_computes_and_says_the_same(trained, converted, tokenizer):
 
 
 def test_a_base_comes_back_bit_for_bit(trained, converted, tmp_path):
-    path = tmp_path / "full_sft_64.pth"
-    convert_model.main(flags(**{"from": "huggingface"}, source=converted, output=path))
-    (one, first), (two, second) = load_base(trained.out / BASE), load_base(path)
-    assert first.fingerprint == second.fingerprint and first.tokenizer == second.tokenizer
-    assert all(torch.equal(x, two.state_dict()[name]) for name, x in one.state_dict().items())
+    argv = flags(**{"from": "huggingface"}, source=converted)
+    for name in ("full_sft_64.pth", "again.pth"):  # the second finds its tokenizer there already
+        path = convert_model.main([*argv, *flags(output=tmp_path / name)])
+        (one, first), (two, second) = load_base(trained.out / BASE), load_base(path)
+        assert first.fingerprint == second.fingerprint and first.tokenizer == second.tokenizer
+        assert second.stage is None, "nobody knows how others trained it"
+        assert all(torch.equal(x, two.state_dict()[name]) for name, x in one.state_dict().items())
+    settings = json.loads((tmp_path / "tokenizer" / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+    names = {"full_sft_64.pth", "full_sft_64.json", "again.pth", "again.json", "tokenizer"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_what_a_config_leaves_out_is_what_transformers_takes(converted, tmp_path):
+    folder = shutil.copytree(converted, tmp_path / "llama")
+    content = json.loads((folder / "config.json").read_text())
+    for entry in ("rms_norm_eps", "max_position_embeddings", "rope_parameters", "rope_theta"):
+        del content[entry]
+    (folder / "config.json").write_text(json.dumps(content))
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    rewrite(folder, change=lambda tensors: tensors.update(old))
+    argv = flags(**{"from": "huggingface"}, source=folder, output=tmp_path / "x.pth")
+    config = load_base(convert_model.main(argv))[0].config
+    assert (config.norm_eps, config.max_seq_len, config.rope_theta) == (1e-6, 2048, 1e4)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -165,33 +194,38 @@ def test_what_a_skill_cannot_hold_is_refused(trained, converted, tmp_path, chang
 
 
 @pytest.mark.parametrize(
-    ("changed", "named"),
+    ("settings", "change", "named"),
     [
-        ({"model_type": "qwen3"}, "qwen3"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"head_dim": 8}, "head_dim"),
-        ({"hidden_size": "wide"}, "hidden_size|dim"),
+        ({"model_type": "qwen3"}, None, "qwen3"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, None, "rope_scaling of type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, None, "'yarn'"),
+        ({"rope_parameters": "yarn"}, None, "rope_parameters"),
+        ({"attention_bias": True}, None, "attention_bias"),
+        ({"head_dim": 8}, None, "head_dim"),
+        ({"hidden_size": "wide"}, None, "hidden_size|dim"),
+        ({"num_hidden_layers": 1 << 20}, None, "num_hidden_layers 1048576"),
+        ({"vocab_size": 6464}, "pad", "6464 rows, the tokenizer 6400"),
+        ({}, "odd", r"attention\.wq.* is \(63, 64\)"),
+        ({}, "names", r"missing norm\.weight.*unexpected extra\.weight"),
     ],
 )
-def test_a_llama_without_an_equal_is_refused(converted, tmp_path, changed, named):
+def test_a_llama_without_an_equal_is_refused(converted, tmp_path, settings, change, named):
     folder = shutil.copytree(converted, tmp_path / "llama")
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+
+    def harm(tensors):
+        embedding, query = "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"
+        if change == "pad":
+            tensors[embedding] = torch.cat((tensors[embedding], torch.ones(64, 64)))
+        if change == "odd":
+            tensors[query] = tensors[query][:-1]
+        if change == "names":
+            tensors["extra.weight"] = tensors.pop("model.norm.weight")
+
+    rewrite(folder, settings=settings, change=harm)
     argv = flags(**{"from": "huggingface"}, source=folder, output=tmp_path / "full_sft_64.pth")
     with pytest.raises(UserError, match=named):
         convert_model.main(argv)
-    assert not list(tmp_path.glob("*.pth"))
-
-
-def test_a_missing_weight_and_a_foreign_one_are_named(converted, tmp_path):
-    folder = shutil.copytree(converted, tmp_path / "llama")
-    tensors = load_file(folder / "model.safetensors")
-    tensors["extra.weight"] = tensors.pop("model.norm.weight").clone()
-    save_file(tensors, folder / "model.safetensors")
-    argv = flags(**{"from": "huggingface"}, source=folder, output=tmp_path / "full_sft_64.pth")
-    with pytest.raises(UserError, match=r"missing norm\.weight.*unexpected extra\.weight"):
-        convert_model.main(argv)
+    assert {path.name for path in tmp_path.iterdir()} == {"llama"}
 
 
 def test_nothing_is_overwritten(trained, converted):
