@@ -1,13 +1,15 @@
 """Skills as adapter folders of PEFT, and back.
 
 Written is what every reader takes: one rank for all targets, alpha equal to it, no patterns and no
-start that reads the base's weights. Each scale is folded into B, and a smaller rank is filled up
-with zeros.
+initialisation that reads the base's weights. Each scale is folded into B, and a smaller rank is
+padded with zeros.
 """
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping
+from math import sqrt
 from pathlib import Path
 
 import torch
@@ -17,33 +19,45 @@ from transformers.pytorch_utils import Conv1D
 
 from core.errors import UserError, reason_of
 from core.options import require
-from interop.llama import LAYER, rotary_heads, their_module, to_halves, to_pairs
+from interop.llama import LAYER, our_modules, rotary_heads, their_module, to_halves, to_pairs
 from model.huggingface import write_folder
 from model.LMConfig import LMConfig
 from model.lora.config import LoRAConfig
+from model.lora.layer import features
 from model.lora.skill_file import KEYS, Skill, SkillMeta
+from model.lora.targets import linears
 from model.weights import check_tensors, read_tensors
 
 Parts = dict[str, Tensor]  # the tensors of one target, by their key in a skill file
+SETTINGS = "adapter_config.json"
 PREFIX = "base_model.model."
 ENDS = {"A.weight": "lora_A.weight", "B.weight": "lora_B.weight"}
 ENDS["magnitude"] = "lora_magnitude_vector"
+# A tensor's name without the prefix; a state dict taken in training names the adapter, "default".
+NAME = r"(.+)\.lora_(?:([AB])(?:\.default)?\.weight|magnitude_vector(?:\.default)?(?:\.weight)?)"
 # Entries of adapter_config.json that a skill file cannot hold, and what each stands for.
 REFUSED = {"modules_to_save": "whole modules", "trainable_token_indices": "new embeddings"}
 REFUSED |= {"target_parameters": "updates of parameters", "layer_replication": "repeated layers"}
 REFUSED |= {"lora_bias": "biases", "alora_invocation_tokens": "an activated LoRA"}
-# Starts after which the adapter fits only weights that PEFT changes when it loads them.
-STARTS = ("pissa", "olora", "corda", "loftq")
+REFUSED |= {"use_qalora": "pooled inputs", "use_bdlora": "block-diagonal factors"}
+REFUSED |= {"kasa_config": "singular values", "arrow_config": "a router"}
+REFUSED |= {"monteclora_config": "sampled weights"}
+# Initialisations after which the adapter fits only the weights that they changed.
+CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
-def save_peft(skill: Skill, base: nn.Module, base_name: str, folder: Path) -> None:
-    """Write an adapter folder for ``base``: ours as ``save_llama`` wrote it, or any other.
+def save_peft(skill: Skill, base: nn.Module, base_name: str | None, folder: Path) -> None:
+    """Write an adapter folder for ``base``: ours as ``save_llama`` writes it, or another.
 
-    Raises ``UserError`` for a skill with more tensors than a LoRA, and if the disk refuses.
+    ``base_name`` is what the adapter calls it. Raises ``UserError`` for a skill with more tensors
+    than a LoRA, and for one whose targets are only in part DoRA's.
     """
     tensors, meta = skill
     extra = [name for name in tensors if name.startswith("_")]
     require(not extra, f"the skill holds {extra[:1]}, for which an adapter has no place")
+    dora = {f"{target}.lora.magnitude" in tensors for target in meta.targets}
+    partly = "the skill is a DoRA on some of its targets only, which an adapter cannot say"
+    require(len(dora) == 1, f"{partly}; merge it into the base instead")
     config = base.config if isinstance(base.config, LMConfig) else None
     rank, found, targets = max(meta.ranks.values()), {}, []
     for target in meta.targets:
@@ -65,7 +79,7 @@ def save_peft(skill: Skill, base: nn.Module, base_name: str, folder: Path) -> No
         "bias": "none",
         "fan_in_fan_out": is_transposed,
         "use_rslora": False,
-        "use_dora": any("magnitude" in name for name in tensors),
+        "use_dora": dora == {True},
         "init_lora_weights": True,
         "modules_to_save": None,
         "inference_mode": True,
@@ -73,14 +87,13 @@ def save_peft(skill: Skill, base: nn.Module, base_name: str, folder: Path) -> No
 
     def write(folder: Path) -> None:
         save_file(found, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        text = json.dumps(settings, indent=2) + "\n"
-        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+        (folder / SETTINGS).write_bytes((json.dumps(settings, indent=2) + "\n").encode())
 
     write_folder(folder, write)
 
 
 def portable(parts: Parts, scaling: float, rank: int) -> Parts:
-    """The same update with scale 1 and this rank, at least its own: zeros fill up A and B."""
+    """The same update with scale 1 and this rank, at least its own: zeros pad A and B."""
     A, B = parts["A.weight"].float(), parts["B.weight"].float() * scaling
     missing = rank - A.size(0)
     A = torch.cat((A, A.new_zeros(missing, A.size(1))))
@@ -99,8 +112,7 @@ def theirs(target: str, parts: Parts, config: LMConfig) -> tuple[str, Parts]:
 def short_names(targets: list[str], base: nn.Module, config: LMConfig | None) -> list[str]:
     """The endings of these names if they name no other module, as people write them; else all."""
     endings = sorted({target.rpartition(".")[2] for target in targets})
-    layers = {f"layers.{n}.{m}" for n in range(config.n_layers) for m in LAYER} if config else set()
-    modules = set(map(their_module, layers)) or {name for name, _ in base.named_modules()}
+    modules = our_modules(config) if config else [name for name, _ in base.named_modules()]
     meant = {name for name in modules if name.rpartition(".")[2] in endings}
     return endings if meant == set(targets) else sorted(targets)
 
@@ -109,63 +121,43 @@ def load_peft(folder: Path, base: nn.Module) -> tuple[dict[str, Parts], SkillMet
     """The updates in an adapter folder by target, for ``base``: ours, or the model it was made for.
 
     The meta has their scales, and names no base and no tokenizer yet. Raises ``UserError`` for a
-    folder that is damaged or no LoRA, and for an adapter that holds what a skill cannot.
+    folder that is damaged or no LoRA, for an adapter that holds what a skill cannot, and listing
+    every update that does not fit its own settings or the base.
     """
-    settings, tensors = read_adapter(folder)
+    settings = read_settings(folder)
+    options, has_dora = ranks_and_alphas(settings, folder), bool(settings.get("use_dora"))
     config = base.config if isinstance(base.config, LMConfig) else None
-    updates, scaling = {}, {}
-    for module, parts in by_module(tensors, folder).items():
-        target, parts = ours(module, parts, config, folder) if config else (module, parts)
-        scaling[target] = scale_of(settings, module, parts["A.weight"].size(0))
+    names, found = our_modules(config) if config else {}, linears(base)
+    updates, scaling, problems = {}, {}, []
+    for module, parts in read_updates(folder).items():
+        target = names.get(module, "") if config else module
+        rank, scaling[target] = options.rank_and_scaling(module)
+        own, outputs, inputs = len(parts["A.weight"]), *sizes(parts)
+        if target not in found:
+            problems.append(f"{module} is no Linear of the base")
+        elif features(found[target]) != (outputs, inputs):
+            problems.append(f"{module} is {features(found[target])}, not {(outputs, inputs)}")
+        elif rank != own:
+            problems.append(f"{module} has rank {own}, and {SETTINGS} says {rank}")
+        elif ("magnitude" in parts) != has_dora:
+            problems.append(f"{module} contradicts use_dora {has_dora}")
+        elif heads := rotary_heads(target, config) if config else 0:
+            parts = {k: t if k == "A.weight" else to_pairs(t, heads) for k, t in parts.items()}
         updates[target] = parts
+    more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+    wrong = f"{folder} does not fit: {'; '.join(problems[:5])}{more}"
+    require(not problems, f"{wrong}; name the base that it was made for, or copy it again")
     return updates, SkillMeta(stage="lora", scaling=scaling)
 
 
-def ours(module: str, parts: Parts, config: LMConfig, folder: Path) -> tuple[str, Parts]:
-    """The inverse of ``theirs``. Raises ``UserError`` for a module that no MiniMindLM has."""
-    targets = (f"layers.{n}.{name}" for n in range(config.n_layers) for name in LAYER)
-    known = {their_module(target): target for target in targets}
-    require(module in known, f"{folder} updates {module}, which the base does not have")
-    target = known[module]
-    if heads := rotary_heads(target, config):
-        parts = {k: t if k == "A.weight" else to_pairs(t, heads) for k, t in parts.items()}
-    return target, parts
+def sizes(parts: Parts) -> tuple[int, int]:
+    """(outputs, inputs) of the Linear that an update is for."""
+    return parts["B.weight"].size(0), parts["A.weight"].size(1)
 
 
-def by_module(tensors: dict[str, Tensor], folder: Path) -> dict[str, Parts]:
-    """The tensors of an adapter, named as in a skill file. ``UserError`` where one is missing."""
-    modules = defaultdict(dict)
-    for name, tensor in tensors.items():
-        module, key = split_name(name, folder)
-        modules[module][key] = tensor
-    for module, parts in modules.items():
-        complete = "A.weight" in parts and "B.weight" in parts
-        require(complete, f"{folder}: {module} has only {', '.join(parts)}; copy it again")
-    return modules
-
-
-def scale_of(settings: Mapping, module: str, rank: int) -> float:
-    """What PEFT multiplies the update of this module by; the rank is that of its tensors."""
-    alphas, alpha = settings.get("alpha_pattern") or {}, settings.get("lora_alpha", 8)
-    uses_root = bool(settings.get("use_rslora"))
-    options = LoRAConfig(rank, alpha, alpha_pattern=alphas, use_rslora=uses_root)
-    return options.rank_and_scaling(module)[1]
-
-
-def split_name(name: str, folder: Path) -> tuple[str, str]:
-    """Module and key of a tensor's name, perhaps with the adapter's name "default" in it."""
-    plain = name.removeprefix(PREFIX).replace(".default.", ".").removesuffix(".default")
-    for key, end in ENDS.items():
-        if plain.endswith(f".{end}"):
-            return plain.removesuffix(f".{end}"), key
-    if plain.endswith("lora_magnitude_vector.weight"):
-        return plain.removesuffix(".lora_magnitude_vector.weight"), "magnitude"
-    raise UserError(f"{folder} holds {name}, which is no update of a Linear")
-
-
-def read_adapter(folder: Path) -> tuple[Mapping, dict[str, Tensor]]:
-    """Settings and tensors of an adapter folder, or ``UserError``: see ``load_peft``."""
-    path = folder / "adapter_config.json"
+def read_settings(folder: Path) -> Mapping:
+    """An adapter's settings. Raises ``UserError`` unless a LoRA in a skill file can do the same."""
+    path = folder / SETTINGS
     try:
         settings = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -173,24 +165,75 @@ def read_adapter(folder: Path) -> tuple[Mapping, dict[str, Tensor]]:
     kind = settings.get("peft_type")
     require(kind == "LORA", f"{path}: peft_type {kind!r} is not LORA, and cannot be converted")
     wrong = [f"{words} ({entry})" for entry, words in REFUSED.items() if settings.get(entry)]
-    if settings.get("bias", "none") != "none":
+    if settings.get("bias") not in (None, "none"):
         wrong.append(f"biases (bias {settings['bias']})")
-    require(not wrong, f"{path}: a skill file cannot hold {', '.join(wrong)}; merge it with PEFT")
-    start = str(settings.get("init_lora_weights")).lower()
-    if start.startswith(STARTS):
-        way_out = "save it with PEFT's path_initial_model_for_weight_conversion"
-        raise UserError(f"{path}: it starts as {start}, which changes the base; {way_out}")
-    require(isinstance(settings.get("r"), int), f"{path} names no rank r")
+    way_out = "merge it with PEFT, or train it without"
+    require(not wrong, f"{path}: a skill file cannot hold {', '.join(wrong)}; {way_out}")
+    begun = str(settings.get("init_lora_weights")).lower()
+    way_out = "save it with PEFT's path_initial_model_for_weight_conversion"
+    if begun == "loftq":  # which that conversion does not know
+        way_out = "merge it with PEFT"
+    changed = f"{path}: its initialisation, {begun}, changed the base; {way_out}"
+    require(not begun.startswith(CHANGES_BASE), changed)
+    return settings
+
+
+def ranks_and_alphas(settings: Mapping, folder: Path) -> LoRAConfig:
+    """Ranks and scales by module. Raises ``UserError`` for settings that no LoRA can have."""
+    path = folder / SETTINGS
+    patterns = {entry: settings.get(entry) or {} for entry in ("rank_pattern", "alpha_pattern")}
+    for entry, pattern in patterns.items():
+        is_object = isinstance(pattern, dict)
+        require(is_object, f"{path}: {entry} is {pattern!r}, not names with numbers; correct it")
+        slow = [key for key in pattern if not is_quick(key)]
+        require(not slow, f"{path}: {entry} has {slow[:1]}, which may never end; write it plainly")
+    rank, alpha = settings.get("r", 8), settings.get("lora_alpha", 8)  # PEFT's defaults
+    require(alpha is not None, f"{path}: lora_alpha is null; write the number of its training")
+    try:
+        return LoRAConfig(rank, alpha, **patterns, use_rslora=bool(settings.get("use_rslora")))
+    except UserError as error:
+        raise UserError(f"{path}: {error}; correct it") from error
+
+
+def is_quick(expression: str) -> bool:
+    """Whether a regular expression can be tried on a name in no time: it repeats little.
+
+    A repeated group may take exponentially long, and every other repetition adds a power.
+    """
+    few = len(re.findall("[*+?{]", expression)) <= 3 and expression.count("(") <= 3
+    return few and not re.search(r"\)[*+{]", expression)
+
+
+def read_updates(folder: Path) -> dict[str, Parts]:
+    """The tensors of an adapter by module, named as in a skill file.
+
+    Raises ``UserError`` for a damaged file, and for tensors that make no update of a Linear.
+    """
     if (weights := folder / "adapter_model.safetensors").is_file():
         try:
             tensors = load_file(weights)
         except Exception as error:  # safetensors raises many kinds
-            raise UserError(f"{weights} cannot be read ({reason_of(error)})") from error
+            unreadable = f"{weights} cannot be read ({reason_of(error)})"
+            raise UserError(f"{unreadable}; copy it again") from error
         check_tensors(tensors, weights)
     else:
         tensors = read_tensors(folder / "adapter_model.bin")
-    require(bool(tensors), f"{folder} holds no tensors")
-    return settings, tensors
+    require(bool(tensors), f"{folder} holds no tensors; copy it again")
+    modules = defaultdict(dict)
+    for name, tensor in tensors.items():
+        found = re.fullmatch(NAME, name.removeprefix(PREFIX))
+        require(found is not None, f"{folder} holds {name}, which is no update of a Linear")
+        module, key = found[1], f"{found[2]}.weight" if found[2] else "magnitude"
+        require(key not in modules[module], f"{folder} holds {name} under two names; save it again")
+        modules[module][key] = tensor
+    for module, parts in modules.items():
+        shapes = {key: tuple(tensor.shape) for key, tensor in parts.items()}
+        A, B = shapes.get("A.weight", ()), shapes.get("B.weight", ())
+        fits = len(A) == len(B) == 2 and A[0] == B[1] >= 1
+        fits = fits and shapes.get("magnitude") in (None, B[:1])
+        fits = fits and all(tensor.is_floating_point() for tensor in parts.values())
+        require(fits, f"{folder}: {module} has {shapes}, which make no update; copy it again")
+    return modules
 
 
 @torch.no_grad()
@@ -199,15 +242,22 @@ def merged_raw(model: nn.Module, folder: Path) -> nn.Module:
 
     Only for checking: it goes by PEFT's formulas and by nothing that a skill file went through.
     """
-    settings, tensors = read_adapter(folder)
-    weights = dict(model.named_modules())
-    for module, parts in by_module(tensors, folder).items():
-        weight = weights[module].weight
-        transposed = isinstance(weights[module], Conv1D)
+    settings, modules = read_settings(folder), dict(model.named_modules())
+    for module, parts in read_updates(folder).items():
+        weight = modules[module].weight
+        transposed = isinstance(modules[module], Conv1D)
         A, B = parts["A.weight"].float(), parts["B.weight"].float()
-        update = B @ A * scale_of(settings, module, A.size(0))
+        update = B @ A * raw_scale(settings, module, len(A))
         total = (weight.T if transposed else weight) + update
         if "magnitude" in parts:
             total = total * (parts["magnitude"] / total.norm(dim=1))[:, None]
         weight.copy_(total.T if transposed else total)
     return model
+
+
+def raw_scale(settings: Mapping, module: str, rank: int) -> float:
+    """What PEFT multiplies this module's update by, found as PEFT does (``get_pattern_key``)."""
+    alphas = (settings.get("alpha_pattern") or {}).items()
+    found = [alpha for key, alpha in alphas if re.match(rf"(.*\.)?({key})$", module)]
+    alpha = [*found, settings.get("lora_alpha", 8)][0]
+    return alpha / (sqrt(rank) if settings.get("use_rslora") else rank)

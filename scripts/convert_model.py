@@ -164,10 +164,8 @@ def read_skill(options: Options) -> Path:
     require(not path.exists(), f"{path} exists; choose another --lora_name or delete it")
     updates, meta = load_peft(options.source, model)
     meta.tokenizer, meta.base = tokenizer_fingerprint(tokenizer), {"file": base.name}
-    theirs, found = logits_with(model, tokenizer, options.source), linears(model)
-    missing = sorted(updates.keys() - found.keys())
-    require(not missing, f"{options.source} updates {missing[:3]}, which {base} does not have")
-    loras = {n: lora_of(found[n], parts, meta.scaling[n]) for n, parts in updates.items()}
+    theirs, modules = logits_with(model, tokenizer, options.source), linears(model)
+    loras = {n: lora_of(modules[n], parts, meta.scaling[n]) for n, parts in updates.items()}
     exchange(model, loras)
     with undone(path):
         save_lora(model, path, meta)

@@ -13,10 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_lora
 from core.errors import UserError
-from core.paths import TOKENIZER_DIR
+from core.paths import TOKENIZER_DIR, lora_path
 from interop import llama
+from interop import peft as our_peft
 from interop.check import logits_of, probe
-from model.lora.skill_file import attach_lora
+from model.lora.config import LoRAConfig
+from model.lora.layer import attach
+from model.lora.skill_file import attach_lora, read_lora, save_lora
+from model.lora.variants import DoRA
+from model.model_lora import apply_lora
 from model.weights import load_base
 from scripts import convert_model
 
@@ -29,6 +34,17 @@ def converted(trained, tmp_path_factory):
     """The trained base as a Llama folder."""
     folder = tmp_path_factory.mktemp("llama") / "base"
     convert_model.main(flags(to="huggingface", base=trained.out / BASE, output=folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(converted, tmp_path_factory):
+    """An adapter for it that PEFT wrote, by the settings ``PLAIN``."""
+    folder = tmp_path_factory.mktemp("peft") / "adapter"
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(**PLAIN, task_type="CAUSAL_LM", init_lora_weights=False)
+    model = AutoModelForCausalLM.from_pretrained(converted)
+    peft.get_peft_model(model, settings).save_pretrained(folder)
     return folder
 
 
@@ -157,6 +173,9 @@ def test_adapters_of_others_come_in(trained, converted, tmp_path, kind):
     torch.manual_seed(0)
     settings = peft.LoraConfig(**ADAPTERS[kind], task_type="CAUSAL_LM", init_lora_weights=False)
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(converted), settings)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:  # or the norm of W + B A, whose update is that of plain LoRA
+            parameter.data *= 0.5 + torch.rand_like(parameter)
     wanted = logits_of(model)
     model.save_pretrained(tmp_path / "adapter")
     argv = flags(**{"from": "peft"}, source=tmp_path / "adapter", out_dir=tmp_path, lora_name="x")
@@ -170,27 +189,106 @@ def test_adapters_of_others_come_in(trained, converted, tmp_path, kind):
     assert path.is_file()
 
 
+def test_a_scale_that_is_not_peft_s_is_seen(trained, adapter, tmp_path, monkeypatch):
+    own = LoRAConfig.rank_and_scaling
+    monkeypatch.setattr(LoRAConfig, "rank_and_scaling", lambda *a: (own(*a)[0], 0.9 * own(*a)[1]))
+    argv = flags(**{"from": "peft"}, source=adapter, out_dir=tmp_path, lora_name="x")
+    with pytest.raises(UserError, match="the skill computes something else"):
+        convert_model.main([*argv, *flags(base=trained.out / BASE)])
+    assert not list((tmp_path / "lora").iterdir())
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj."
+
+
+def cut(end, rows=None, columns=None):
+    """Keep only these many rows and columns of a tensor of the first q_proj."""
+    return lambda tensors: tensors.update({Q + end: tensors[Q + end][:rows, :columns]})
+
+
+def add(end, tensor):
+    return lambda tensors: tensors.update({Q + end: tensor})
+
+
 @pytest.mark.parametrize(
-    ("changed", "named"),
+    ("settings", "change", "named"),
     [
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"bias": "all"}, "bias"),
-        ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
-        ({"peft_type": "IA3"}, "IA3"),
-        ({"r": None}, "rank"),
+        ({"modules_to_save": ["lm_head"]}, None, "modules_to_save"),
+        ({"bias": "all"}, None, "bias"),
+        ({"init_lora_weights": "pissa_niter_4"}, None, "pissa.*path_initial_model"),
+        ({"init_lora_weights": "lora_ga"}, None, "lora_ga"),
+        ({"init_lora_weights": "loftq"}, None, "loftq.*; merge it with PEFT$"),
+        ({"peft_type": "IA3"}, None, "IA3"),
+        ({"use_qalora": True}, None, "use_qalora"),
+        ({"use_bdlora": {"nblocks": 2}}, None, "use_bdlora"),
+        ({"kasa_config": {"beta": 1.0}}, None, "kasa_config"),
+        ({"arrow_config": {"top_k": 3}}, None, "arrow_config"),
+        ({"monteclora_config": {"num_samples": 3}}, None, "monteclora_config"),
+        ({"r": None}, None, "adapter_config.json: rank"),
+        ({"r": 8}, None, "rank 4, and adapter_config.json says 8"),
+        ({"rank_pattern": {"v_proj": 2}}, None, "v_proj has rank 4"),
+        ({"lora_alpha": None}, None, "lora_alpha is null"),
+        ({"lora_alpha": -1}, None, "adapter_config.json: alpha"),
+        ({"use_dora": True}, None, "contradicts use_dora True"),
+        ({"alpha_pattern": "q_proj"}, None, "alpha_pattern is 'q_proj'"),
+        ({"alpha_pattern": {"q_proj": "x"}}, None, "adapter_config.json: alpha_pattern"),
+        ({"alpha_pattern": {r"(\w+)+!": 1}}, None, "may never end"),
+        ({"alpha_pattern": {".*.*.*.*.*.*!": 1}}, None, "may never end"),
+        ({"alpha_pattern": {r"(\w|a)(\w|a)(\w|a)(\w|a)!": 1}}, None, "may never end"),
+        ({}, cut("lora_A.weight", rows=3), "q_proj has .* make no update"),
+        ({}, cut("lora_B.weight", rows=-1), r"q_proj is \(64, 64\), not \(63, 64\)"),
+        ({}, cut("lora_A.weight", columns=9), r"q_proj is \(64, 64\), not \(64, 9\)"),
+        ({}, lambda tensors: tensors.pop(Q + "lora_B.weight"), "q_proj has .* make no update"),
+        ({}, add("lora_A.weight", torch.ones(64)), "make no update"),
+        ({}, add("lora_A.weight", torch.ones(4, 64).int()), "make no update"),
+        ({}, add("lora_magnitude_vector", torch.ones(3)), "make no update"),
+        ({}, add("lora_magnitude_vector", torch.ones(64)), "use_dora False"),
+        ({}, add("lora_A.default.weight", torch.ones(4, 64)), "two names"),
+        ({}, add("lora_embedding_A", torch.ones(4, 64)), "no update of a Lin"),
+        (
+            {},
+            lambda t: t.update({k.replace("layers.0", "layers.7"): t.pop(k) for k in list(t)}),
+            r"layers\.7\..* is no Linear of the base",
+        ),
     ],
 )
-def test_what_a_skill_cannot_hold_is_refused(trained, converted, tmp_path, changed, named):
-    model = peft.get_peft_model(
-        AutoModelForCausalLM.from_pretrained(converted), peft.LoraConfig(**PLAIN)
-    )
-    model.save_pretrained(tmp_path / "adapter")
-    path = tmp_path / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
-    argv = flags(**{"from": "peft"}, source=tmp_path / "adapter", out_dir=tmp_path, lora_name="x")
+def test_what_a_skill_cannot_hold_is_refused(trained, adapter, tmp_path, settings, change, named):
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    rewrite(folder, "adapter_config.json", settings, change or (lambda tensors: None))
+    argv = flags(**{"from": "peft"}, source=folder, out_dir=tmp_path, lora_name="x")
     with pytest.raises(UserError, match=named):
         convert_model.main([*argv, *flags(base=trained.out / BASE)])
     assert not (tmp_path / "lora").exists()
+
+
+def test_names_that_training_leaves_mean_the_same(trained, adapter, tmp_path):
+    """In a training's state dict tensors bear the adapter's name; so may a module, by chance."""
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    renamed = {name.replace(".weight", ".default.weight"): x for name, x in tensors.items()}
+    save_file(renamed, folder / "adapter_model.safetensors")
+    argv, found = flags(**{"from": "peft"}, base=trained.out / BASE, out_dir=tmp_path), []
+    for name, source in (("one", adapter), ("two", folder)):
+        path = convert_model.main([*argv, *flags(source=source, lora_name=name)])
+        found.append(read_lora(path)[0])
+    one, two = found
+    assert one.keys() == two.keys() and all(torch.equal(x, two[name]) for name, x in one.items())
+    parts = {"lora_A": torch.ones(4, 8), "lora_B": torch.ones(8, 4)}
+    chance = {f"a.default.{key}.weight": x for key, x in parts.items()}
+    save_file(chance, folder / "adapter_model.safetensors")
+    assert our_peft.read_updates(folder).keys() == {"a.default"}
+
+
+def test_a_skill_that_is_partly_dora_is_no_adapter(trained, tmp_path):
+    model, _ = load_base(trained.out / BASE)
+    apply_lora(model, rank=2, target_modules=["wq"])
+    linear = model.layers[0].attention.wo
+    attach(linear, DoRA(linear, 2))
+    save_lora(model, lora_path(tmp_path, "x", 64))
+    argv = flags(to="peft", base=trained.out / BASE, out_dir=tmp_path, lora_name="x")
+    with pytest.raises(UserError, match="on some of its targets only"):
+        convert_model.main([*argv, *flags(output=tmp_path / "adapter")])
+    assert {path.name for path in tmp_path.iterdir()} == {"lora"}
 
 
 @pytest.mark.parametrize(
