@@ -14,7 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from core.errors import UserError, reason_of
 from core.options import require
-from model.huggingface import write_folder
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 from model.weights import assembled, check_tensors
@@ -126,17 +125,13 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 def save_llama(
     model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype
 ) -> None:
-    """Write the folder whole or not at all, its weights in ``dtype``; ``UserError`` if refused."""
+    """Write the files of a Llama folder into ``folder``, the weights in ``dtype``."""
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     tensors = {n: t.to(dtype) for n, t in to_llama(tensors, model.config).items()}
-
-    def write(folder: Path) -> None:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        _write_json(folder / "config.json", llama_config(model.config, tokenizer, dtype))
-        _write_json(folder / "generation_config.json", special_ids(tokenizer))
-        write_tokenizer(tokenizer, folder, model.config.max_seq_len)
-
-    write_folder(folder, write)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_json(folder / "config.json", llama_config(model.config, tokenizer, dtype))
+    _write_json(folder / "generation_config.json", special_ids(tokenizer))
+    write_tokenizer(tokenizer, folder, model.config.max_seq_len)
 
 
 def twin(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:

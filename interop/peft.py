@@ -20,7 +20,6 @@ from transformers.pytorch_utils import Conv1D
 from core.errors import UserError, reason_of
 from core.options import require
 from interop.llama import LAYER, our_modules, rotary_heads, their_module, to_halves, to_pairs
-from model.huggingface import write_folder
 from model.LMConfig import LMConfig
 from model.lora.config import LoRAConfig
 from model.lora.layer import features
@@ -47,7 +46,7 @@ CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 def save_peft(skill: Skill, base: nn.Module, base_name: str | None, folder: Path) -> None:
-    """Write an adapter folder for ``base``: ours as ``save_llama`` writes it, or another.
+    """Write an adapter into ``folder``, for ``base``: ours as ``save_llama`` writes it, or another.
 
     ``base_name`` is what the adapter calls it. Raises ``UserError`` for a skill with more tensors
     than a LoRA, and for one whose targets are only in part DoRA's.
@@ -84,12 +83,8 @@ def save_peft(skill: Skill, base: nn.Module, base_name: str | None, folder: Path
         "modules_to_save": None,
         "inference_mode": True,
     }
-
-    def write(folder: Path) -> None:
-        save_file(found, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        (folder / SETTINGS).write_bytes((json.dumps(settings, indent=2) + "\n").encode())
-
-    write_folder(folder, write)
+    save_file(found, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / SETTINGS).write_bytes((json.dumps(settings, indent=2) + "\n").encode())
 
 
 def portable(parts: Parts, scaling: float, rank: int) -> Parts:

@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging as library_logging
 
 from core.errors import UserError, reason_of
+from core.files import unfinished
 from core.options import require
 
 
@@ -51,29 +52,16 @@ def load_pretrained(kind: Any, base: Path, called: str, **settings) -> tuple[nn.
 
 
 def save_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a folder as transformers does. Raises ``UserError`` as ``write_folder`` does."""
+    """Write a folder as transformers does; an old one stays until the new one is whole.
 
-    def write(folder: Path) -> None:
+    Raises ``UserError`` when the disk refuses.
+    """
+    with unfinished(folder) as written:
         with quiet_library():
-            model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-    write_folder(folder, write)
-
-
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` make a folder; an old one stays until it is whole. ``UserError`` if refused."""
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
-        unfinished.mkdir(parents=True)
-        write(unfinished)
+            model.save_pretrained(written)
+        tokenizer.save_pretrained(written)
         shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-    except Exception as error:  # the disk's refusals, some in the library's own kind
-        reason = getattr(error, "strerror", None) or reason_of(error)
-        way_out = "make room there or choose another folder"
-        raise UserError(f"cannot write {folder}: {reason}; {way_out}") from error
+        written.rename(folder)
 
 
 @contextlib.contextmanager

@@ -3,16 +3,16 @@
     --to huggingface --base out/full_sft_512.pth --output DIR          a stock Llama folder
     --to huggingface --skill medical=0.7 identity --output DIR         the same with skills merged
     --to peft --lora_name medical --output DIR                         an adapter folder
-    --from huggingface --source DIR --output out/full_sft_512.pth      a Llama folder as a base
+    --from huggingface --source DIR --output theirs/full_sft_512.pth   a Llama folder as a base
     --from peft --source DIR --base BASE --lora_name NAME              an adapter folder as a skill
 
-Nothing is overwritten. What was written is read again and must compute the same logits.
+Nothing that is there is touched. What was written gets its name only after it was read again and
+computed the same logits.
 """
 
-import contextlib
-import shutil
+import gc
+import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core.errors import run
+from core.files import publish, unfinished
 from core.options import CheckedOptions, option, parse, require
 from core.paths import find_skill, is_pretrained, lora_path, skill_name, skill_weights
 
@@ -56,8 +57,11 @@ class Options(CheckedOptions):
             skill_name(self.lora_name)
         if (self.to, self.source_format) != (None, "peft"):
             require(self.output is not None, "name what to write with --output")
-            for path in (self.output, self.output.with_suffix(".json")):
-                require(not path.exists(), f"--output: {path} exists; choose another or delete it")
+            is_file = self.source_format is not None
+            beside = (self.output.with_suffix(".json"),) if is_file else ()
+            for path in (self.output, *beside):
+                there = os.path.lexists(path)  # even a link to nothing
+                require(not there, f"--output: {path} exists; choose another or delete it")
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -76,11 +80,12 @@ def write_base(options: Options) -> Path:
 
     from interop.check import logits_of, require_same, rounded
     from interop.llama import save_llama
-    from model.huggingface import open_causal
     from model.lora.library import SkillLibrary, merge_lora
+    from model.lora.skill_file import read_lora
 
     weights = skill_weights(options.skill)
-    base, model, tokenizer = opened(options, next(iter(weights), None))
+    first = read_lora(find_skill(options.out_dir, next(iter(weights))))[1] if weights else None
+    base, model, tokenizer = opened(options, first)
     require(not is_pretrained(base), f"{base} is a Hugging Face model; merge_lora.py writes such")
     library = SkillLibrary(model)
     for name in weights:
@@ -90,10 +95,11 @@ def write_base(options: Options) -> Path:
     if weights:
         merge_lora(model)
     dtype = getattr(torch, options.dtype)
-    save_llama(model, tokenizer, options.output, dtype)
-    with undone(options.output):
-        theirs = logits_of(open_causal(options.output))
-        found = require_same(logits_of(rounded(model, dtype)), theirs, "the folder")
+    with unfinished(options.output) as folder:
+        save_llama(model, tokenizer, folder, dtype)
+        ours = logits_of(rounded(model, dtype))
+        found = require_same(ours, logits_in(folder), "the folder")
+        publish(folder, options.output)
     return saved(options.output, found)
 
 
@@ -103,15 +109,17 @@ def write_adapter(options: Options) -> Path:
     from interop.peft import save_peft
     from model.lora.skill_file import attach_lora, read_lora
 
-    base, model, tokenizer = opened(options, options.lora_name)
+    first = read_lora(find_skill(options.out_dir, options.lora_name))[1]
+    base, model, tokenizer = opened(options, first)
     path = find_skill(options.out_dir, options.lora_name, model.config.hidden_size)
     skill = read_lora(path)
     attach_lora(model, path, skill, allow_base_mismatch=options.allow_base_mismatch)
     ours = logits_of(model)
-    save_peft(skill, model, base.as_posix(), options.output)
-    with undone(options.output):
-        theirs = logits_with(model, tokenizer, options.output)
+    with unfinished(options.output) as folder:
+        save_peft(skill, model, base.as_posix(), folder)
+        theirs = logits_with(model, tokenizer, folder)
         found = require_same(ours, theirs, "the adapter")
+        publish(folder, options.output)
     return saved(options.output, found)
 
 
@@ -120,32 +128,31 @@ def read_base(options: Options) -> Path:
     from dataset.tokenizer import load_tokenizer, tokenizer_fingerprint
     from interop.check import logits_of, require_same
     from interop.llama import load_llama, write_tokenizer
-    from model.huggingface import open_causal, write_folder
     from model.weights import RunRecord, load_base, save_base
 
-    require(options.output.suffix == ".pth", f"--output {options.output} must end in .pth")
-    beside = options.output.parent / "tokenizer"
     model, tokenizer = load_llama(options.source), load_tokenizer(options.source)
     known, rows = tokenizer_fingerprint(tokenizer), model.config.vocab_size
     sizes = f"the embedding has {rows} rows, the tokenizer {len(tokenizer)} tokens"
     way_out = "make them equal with resize_token_embeddings(len(tokenizer)) in transformers"
     require(len(tokenizer) == rows, f"{options.source}: {sizes}; {way_out}")
-    record = RunRecord(tokenizer=known)
-    is_there = beside.exists()
+    output, beside = options.output, options.output.parent / "tokenizer"
+    is_there = os.path.lexists(beside)
     same = not is_there or tokenizer_fingerprint(load_tokenizer(beside)) == known
     require(same, f"{beside} is not the tokenizer of {options.source}; choose another folder")
-    with undone(
-        options.output, options.output.with_suffix(".json"), *([] if is_there else [beside])
-    ):
-        save_base(options.output, model, record)
-        context = model.config.max_seq_len
-        if not is_there:
-            write_folder(beside, lambda folder: write_tokenizer(tokenizer, folder, context))
-        same = tokenizer_fingerprint(load_tokenizer(beside)) == known
+    with unfinished(output) as folder:
+        save_base(folder / output.name, model, RunRecord(tokenizer=known))
+        own = folder / beside.name
+        own.mkdir()
+        write_tokenizer(tokenizer, own, model.config.max_seq_len)
+        same = tokenizer_fingerprint(load_tokenizer(own)) == known
         require(same, f"the tokenizer in {options.source} changes when it is written")
-        ours = logits_of(load_base(options.output)[0])
-        found = require_same(ours, logits_of(open_causal(options.source)), "the base")
-    return saved(options.output, found)
+        ours = logits_of(load_base(folder / output.name)[0])
+        found = require_same(ours, logits_in(options.source), "the base")
+        if not is_there:
+            publish(own, beside)
+        for path in (output.with_suffix(".json"), output):  # a .pth alone would load as another
+            publish(folder / path.name, path)
+    return saved(output, found)
 
 
 def read_skill(options: Options) -> Path:
@@ -158,35 +165,45 @@ def read_skill(options: Options) -> Path:
     from model.lora.targets import linears
     from model.lora.variants import lora_of
 
-    require(options.base is not None, "name the base that the adapter was made for with --base")
     base, model, tokenizer = opened(options)
     path = lora_path(options.out_dir, options.lora_name, model.config.hidden_size)
-    require(not path.exists(), f"{path} exists; choose another --lora_name or delete it")
+    there = os.path.lexists(path)
+    require(not there, f"{path} exists; choose another --lora_name or delete it")
     updates, meta = load_peft(options.source, model)
     meta.tokenizer, meta.base = tokenizer_fingerprint(tokenizer), {"file": base.name}
-    theirs, modules = logits_with(model, tokenizer, options.source), linears(model)
-    loras = {n: lora_of(modules[n], parts, meta.scaling[n]) for n, parts in updates.items()}
-    exchange(model, loras)
-    with undone(path):
-        save_lora(model, path, meta)
+    theirs = logits_with(model, tokenizer, options.source)
+    modules = linears(model)
+    exchange(model, {n: lora_of(modules[n], x, meta.scaling[n]) for n, x in updates.items()})
+    with unfinished(path) as folder:
+        save_lora(model, folder / path.name, meta)
         exchange(model, {})
-        attach_lora(model, path)
-        found = require_same(logits_of(model), theirs, "the skill")
+        attach_lora(model, folder / path.name)
+        ours = logits_of(model)
+        found = require_same(ours, theirs, "the skill")
+        publish(folder / path.name, path)
     return saved(path, found)
 
 
-def opened(options: Options, skill: str | None = None) -> tuple:
-    """The base (of ``skill``, if none is named), its model and its tokenizer."""
+def opened(options: Options, skill=None) -> tuple:
+    """The base (of the skill with this meta, if none is named), its model and its tokenizer."""
     from dataset.tokenizer import tokenizer_of
-    from model.lora.skill_file import read_lora
     from model.weights import choose_base, load_base
 
-    origin = read_lora(find_skill(options.out_dir, skill))[1].base if skill else None
-    base = choose_base(options.out_dir, options.base, origin)
+    base = choose_base(options.out_dir, options.base, skill and skill.base)
     model, record = load_base(base)
     tokenizer = tokenizer_of(record, base, options.tokenizer_path, options.out_dir)
     print(f"base: {base}")
     return base, model, tokenizer
+
+
+def logits_in(folder: Path):
+    """What Hugging Face's model in ``folder`` computes."""
+    from interop.check import logits_of
+    from model.huggingface import open_causal
+
+    logits = logits_of(open_causal(folder))
+    gc.collect()  # Windows renames no folder while a model still maps a file in it
+    return logits
 
 
 def logits_with(model, tokenizer, adapter: Path):
@@ -204,17 +221,6 @@ def logits_with(model, tokenizer, adapter: Path):
     alone = copy.deepcopy(model)
     exchange(alone, {})
     return logits_of(merged_raw(alone, adapter))
-
-
-@contextlib.contextmanager
-def undone(*paths: Path) -> Iterator[None]:
-    """Whatever fails inside leaves none of ``paths`` behind."""
-    try:
-        yield
-    except BaseException:
-        for path in paths:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        raise
 
 
 def saved(path: Path, found: float) -> Path:

@@ -305,6 +305,7 @@ def test_a_skill_that_is_partly_dora_is_no_adapter(trained, tmp_path):
         ({"vocab_size": 6464}, "pad", "6464 rows, the tokenizer 6400"),
         ({}, "odd", r"attention\.wq.* is \(63, 64\)"),
         ({}, "names", r"missing norm\.weight.*unexpected extra\.weight"),
+        ({}, "templates", "several chat templates"),
     ],
 )
 def test_a_llama_without_an_equal_is_refused(converted, tmp_path, settings, change, named):
@@ -320,18 +321,41 @@ def test_a_llama_without_an_equal_is_refused(converted, tmp_path, settings, chan
             tensors["extra.weight"] = tensors.pop("model.norm.weight")
 
     rewrite(folder, settings=settings, change=harm)
+    if change == "templates":
+        (folder / "chat_template.jinja").unlink()
+        several = [{"name": name, "template": "x"} for name in ("default", "tool_use")]
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": several}))
     argv = flags(**{"from": "huggingface"}, source=folder, output=tmp_path / "full_sft_64.pth")
     with pytest.raises(UserError, match=named):
         convert_model.main(argv)
     assert {path.name for path in tmp_path.iterdir()} == {"llama"}
 
 
-def test_nothing_is_overwritten(trained, converted):
+def test_nothing_is_overwritten(trained, converted, tmp_path, monkeypatch):
     before = (converted / "config.json").read_bytes()
-    for argv in (
-        flags(to="huggingface", base=trained.out / BASE, output=converted),
-        flags(to="peft", base=trained.out / BASE, lora_name="a", output=converted),
+    other = AutoTokenizer.from_pretrained(TOKENIZER_DIR)
+    other.chat_template = "another"
+    other.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "y.json").write_text("{}")
+    there = sorted(tmp_path.rglob("*"))
+    source = flags(**{"from": "huggingface"}, source=converted)
+    for argv, named in (
+        (flags(to="huggingface", base=trained.out / BASE, output=converted), "exists"),
+        (flags(to="peft", base=trained.out / BASE, lora_name="a", output=converted), "exists"),
+        ([*source, *flags(output=tmp_path / "y.pth")], r"y\.json exists"),
+        ([*source, *flags(output=tmp_path / "z.pth")], "is not the tokenizer of"),
     ):
-        with pytest.raises(UserError, match="exists"):
+        with pytest.raises(UserError, match=named):
             convert_model.main(argv)
     assert (converted / "config.json").read_bytes() == before and TOKENIZER_DIR.is_dir()
+    made, own = tmp_path / "y", convert_model.logits_in
+
+    def meanwhile(folder):
+        made.mkdir()
+        return own(folder)
+
+    monkeypatch.setattr(convert_model, "logits_in", meanwhile)  # a y.json is no folder's business
+    with pytest.raises(UserError, match="y exists"):
+        convert_model.main(flags(to="huggingface", base=trained.out / BASE, output=made))
+    assert sorted(tmp_path.rglob("*")) == sorted([*there, made])
