@@ -78,7 +78,7 @@ def write_base(options: Options) -> Path:
     """A base of ours, perhaps with skills in its weights, as a Llama folder."""
     import torch
 
-    from interop.check import logits_of, require_same, rounded
+    from interop.check import logits_of, require_same, rounded, tolerance
     from interop.llama import save_llama
     from model.lora.library import SkillLibrary, merge_lora
     from model.lora.skill_file import read_lora
@@ -87,13 +87,19 @@ def write_base(options: Options) -> Path:
     first = read_lora(find_skill(options.out_dir, next(iter(weights))))[1] if weights else None
     base, model, tokenizer = opened(options, first)
     require(not is_pretrained(base), f"{base} is a Hugging Face model; merge_lora.py writes such")
-    library = SkillLibrary(model)
+    alone, library = logits_of(model), SkillLibrary(model)
     for name in weights:
         path = find_skill(options.out_dir, name, model.config.dim)
-        library.add(name, path, allow_base_mismatch=options.allow_base_mismatch)
-    library.use(weights)
+        meta = library.add(name, path, allow_base_mismatch=options.allow_base_mismatch)
+        if meta.load_in_4bit:
+            better = "merge_lora.py --load_in_4bit merges into what it saw"
+            print(f"note: {name} was trained on 4 bits; {better}")
     if weights:
+        library.use(weights)
+        attached = logits_of(model)
         merge_lora(model)
+        allowed = tolerance(attached, alone)
+        require_same(attached, logits_of(model), "the base with the skills merged", allowed)
     dtype = getattr(torch, options.dtype)
     with unfinished(options.output) as folder:
         save_llama(model, tokenizer, folder, dtype)
@@ -105,20 +111,20 @@ def write_base(options: Options) -> Path:
 
 def write_adapter(options: Options) -> Path:
     """A skill as an adapter folder of PEFT."""
-    from interop.check import logits_of, require_same
+    from interop.check import logits_of, require_same, tolerance
     from interop.peft import save_peft
     from model.lora.skill_file import attach_lora, read_lora
 
     first = read_lora(find_skill(options.out_dir, options.lora_name))[1]
     base, model, tokenizer = opened(options, first)
     path = find_skill(options.out_dir, options.lora_name, model.config.hidden_size)
-    skill = read_lora(path)
+    skill, alone = read_lora(path), logits_of(model)
     attach_lora(model, path, skill, allow_base_mismatch=options.allow_base_mismatch)
     ours = logits_of(model)
     with unfinished(options.output) as folder:
         save_peft(skill, model, base.as_posix(), folder)
         theirs = logits_with(model, tokenizer, folder)
-        found = require_same(ours, theirs, "the adapter")
+        found = require_same(ours, theirs, "the adapter", tolerance(ours, alone))
         publish(folder, options.output)
     return saved(options.output, found)
 
@@ -158,7 +164,7 @@ def read_base(options: Options) -> Path:
 def read_skill(options: Options) -> Path:
     """An adapter folder of PEFT as a skill file."""
     from dataset.tokenizer import tokenizer_fingerprint
-    from interop.check import logits_of, require_same
+    from interop.check import logits_of, require_same, tolerance
     from interop.peft import load_peft
     from model.lora.layer import exchange
     from model.lora.skill_file import attach_lora, save_lora
@@ -171,7 +177,7 @@ def read_skill(options: Options) -> Path:
     require(not there, f"{path} exists; choose another --lora_name or delete it")
     updates, meta = load_peft(options.source, model)
     meta.tokenizer, meta.base = tokenizer_fingerprint(tokenizer), {"file": base.name}
-    theirs = logits_with(model, tokenizer, options.source)
+    alone, theirs = logits_of(model), logits_with(model, tokenizer, options.source)
     modules = linears(model)
     exchange(model, {n: lora_of(modules[n], x, meta.scaling[n]) for n, x in updates.items()})
     with unfinished(path) as folder:
@@ -179,7 +185,7 @@ def read_skill(options: Options) -> Path:
         exchange(model, {})
         attach_lora(model, folder / path.name)
         ours = logits_of(model)
-        found = require_same(ours, theirs, "the skill")
+        found = require_same(ours, theirs, "the skill", tolerance(theirs, alone))
         publish(folder / path.name, path)
     return saved(path, found)
 

@@ -7,7 +7,7 @@ import warnings
 import peft
 import pytest
 import torch
-from conftest import flags
+from conftest import flags, strengthen
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,10 +16,10 @@ from core.errors import UserError
 from core.paths import TOKENIZER_DIR, lora_path
 from interop import llama
 from interop import peft as our_peft
-from interop.check import logits_of, probe
+from interop.check import EXACT, difference, logits_of, probe
 from model.lora.config import LoRAConfig
-from model.lora.layer import attach
-from model.lora.skill_file import attach_lora, read_lora, save_lora
+from model.lora.layer import attach, exchange, lora_parameters
+from model.lora.skill_file import SkillMeta, attach_lora, read_lora, save_lora
 from model.lora.variants import DoRA
 from model.model_lora import apply_lora
 from model.weights import load_base
@@ -130,6 +130,47 @@ def test_the_self_check_sees_a_wrong_order_of_features(trained, tmp_path, monkey
     with pytest.raises(UserError, match="computes something else"):
         convert_model.main(flags(to="huggingface", base=trained.out / BASE, output=tmp_path / "x"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_folder_with_skills_computes_what_they_do(trained, tmp_path, dtype, monkeypatch, capsys):
+    path, (model, _) = lora_path(tmp_path, "mine", 64), load_base(trained.out / BASE)
+    apply_lora(model, rank=4)
+    strengthen(model, seed=1)
+    save_lora(model, path, SkillMeta(load_in_4bit=True))
+    argv = flags(to="huggingface", base=trained.out / BASE, out_dir=tmp_path, skill="mine")
+    argv += flags(dtype=dtype, output=tmp_path / "x")
+    theirs = logits_of(AutoModelForCausalLM.from_pretrained(convert_model.main(argv)).float())
+    off = difference(skill_logits(trained, path), theirs)
+    assert off < (1e-5 if dtype == "float32" else 0.05)
+    assert "mine was trained on 4 bits" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "x")
+    monkeypatch.setattr("model.lora.library.merge_lora", lambda model: exchange(model, {}))
+    with pytest.raises(UserError, match="merged computes something else"):
+        convert_model.main(argv)
+    assert {path.name for path in tmp_path.iterdir()} == {"lora"}
+
+
+def test_the_loss_of_a_weak_skill_shows(trained, tmp_path, monkeypatch):
+    model, _ = load_base(trained.out / BASE)
+    alone = logits_of(model)
+    apply_lora(model, rank=4)
+    strengthen(model, seed=1)
+    with torch.no_grad():
+        for parameter in lora_parameters(model):
+            parameter.mul_(0.005)
+    assert 1e-5 < difference(logits_of(model), alone) < EXACT
+    save_lora(model, lora_path(tmp_path, "weak", 64))
+    argv = flags(to="peft", base=trained.out / BASE, out_dir=tmp_path, lora_name="weak")
+    convert_model.main([*argv, *flags(output=tmp_path / "kept")])
+    monkeypatch.setattr(our_peft, "portable", lambda parts, scaling, rank: zeros(parts))
+    with pytest.raises(UserError, match="computes something else"):
+        convert_model.main([*argv, *flags(output=tmp_path / "lost")])
+    assert {path.name for path in tmp_path.iterdir()} == {"lora", "kept"}
+
+
+def zeros(parts):
+    return {key: torch.zeros_like(tensor) for key, tensor in parts.items()}
 
 
 SKILLS = {
