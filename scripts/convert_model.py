@@ -13,7 +13,7 @@ computed the same logits.
 import gc
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +26,22 @@ from core.paths import find_skill, is_pretrained, lora_path, skill_name, skill_w
 
 BASE_HELP = "base file, Hugging Face folder or owner/model (default: the skill's own, or newest)"
 Format = Literal["huggingface", "peft"]
+# The flags of each direction and format: those it needs, and those it can do without.
+FLAGS = {
+    "--to huggingface": (
+        {"output"},
+        {"base", "skill", "dtype", "out_dir", "tokenizer_path", "allow_base_mismatch"},
+    ),
+    "--to peft": (
+        {"lora_name", "output"},
+        {"base", "out_dir", "tokenizer_path", "allow_base_mismatch"},
+    ),
+    "--from huggingface": ({"source", "output"}, set()),
+    "--from peft": (
+        {"source", "base", "lora_name"},
+        {"out_dir", "tokenizer_path"},
+    ),
+}
 
 
 @dataclass
@@ -48,20 +64,28 @@ class Options(CheckedOptions):
         super().__post_init__()
         one = (self.to is None) != (self.source_format is None)
         require(one, "choose a direction: --to FORMAT or --from FORMAT")
-        if self.source_format is not None:
-            require(self.source is not None, "name the folder to read with --source")
+        task = f"--to {self.to}" if self.to else f"--from {self.source_format}"
+        given = {entry.name for entry in fields(self) if getattr(self, entry.name) != entry.default}
+        needed, optional = FLAGS[task]
+        missing = " and ".join(f"--{name}" for name in sorted(needed - given))
+        require(not missing, f"{task} needs {missing}; see --help")
+        idle = given - needed - optional - {"to", "source_format"}
+        unused = ", ".join(f"--{name}" for name in sorted(idle))
+        require(not unused, f"{task} has no use for {unused}; leave it out")
         skill_weights(self.skill)
-        if "peft" in (self.to, self.source_format):
-            require(self.lora_name is not None, "name the skill with --lora_name")
-            require(not self.skill, "--skill merges into a base: write one with --to huggingface")
+        if self.lora_name is not None:
             skill_name(self.lora_name)
-        if (self.to, self.source_format) != (None, "peft"):
-            require(self.output is not None, "name what to write with --output")
-            is_file = self.source_format is not None
-            beside = (self.output.with_suffix(".json"),) if is_file else ()
-            for path in (self.output, *beside):
-                there = os.path.lexists(path)  # even a link to nothing
-                require(not there, f"--output: {path} exists; choose another or delete it")
+        if self.output is not None:
+            self._check_output()
+
+    def _check_output(self) -> None:
+        is_file = self.source_format is not None
+        kind = "a base file, whose name ends in .pth" if is_file else "a folder, not a .pth file"
+        fits = (self.output.suffix == ".pth") == is_file
+        require(fits, f"--output {self.output} must be {kind}")
+        for path in (self.output, self.output.with_suffix(".json")) if is_file else (self.output,):
+            there = os.path.lexists(path)  # even a link to nothing
+            require(not there, f"--output: {path} exists; choose another or delete it")
 
 
 def main(argv: list[str] | None = None) -> Path:

@@ -400,3 +400,28 @@ def test_nothing_is_overwritten(trained, converted, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="y exists"):
         convert_model.main(flags(to="huggingface", base=trained.out / BASE, output=made))
     assert sorted(tmp_path.rglob("*")) == sorted([*there, made])
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--output x", "choose a direction"),
+        ("--to huggingface", "needs --output"),
+        ("--to huggingface --output x --lora_name a", "no use for --lora_name"),
+        ("--to huggingface --output x --source y", "no use for --source"),
+        ("--to peft --output x --lora_name a --skill b", "no use for --skill"),
+        ("--to peft --output x --lora_name a --dtype float16", "no use for --dtype"),
+        ("--to peft --lora_name a --output .", "exists"),
+        ("--to huggingface --output x.pth", "a folder"),
+        ("--from huggingface --source x --output .", "must be a base file"),
+        ("--from huggingface --source x --output y", "must be a base file"),
+        ("--from huggingface --source x --output y.pth --base z", "no use for --base"),
+        ("--from huggingface --source x --output y.pth --out_dir z", "no use for --out_dir"),
+        ("--from peft --source x --lora_name a", "needs --base"),
+        ("--from peft --source x --lora_name a --base b --output y", "no use for --output"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(words, named, monkeypatch):
+    monkeypatch.setattr(convert_model, "unfinished", None)
+    with pytest.raises(UserError, match=named):
+        convert_model.main(words.split())
