@@ -25,6 +25,7 @@ from core.options import CheckedOptions, option, parse, require
 from core.paths import find_skill, is_pretrained, lora_path, skill_name, skill_weights
 
 BASE_HELP = "base file, Hugging Face folder or owner/model (default: the skill's own, or newest)"
+TEMPLATE_HELP = "how a skill from PEFT is asked, such as 'Q: {user}\\nA: '"
 Format = Literal["huggingface", "peft"]
 # The flags of each direction and format: those it needs, and those it can do without.
 FLAGS = {
@@ -39,7 +40,7 @@ FLAGS = {
     "--from huggingface": ({"source", "output"}, set()),
     "--from peft": (
         {"source", "base", "lora_name"},
-        {"out_dir", "tokenizer_path"},
+        {"out_dir", "tokenizer_path", "prompt_template"},
     ),
 }
 
@@ -58,6 +59,7 @@ class Options(CheckedOptions):
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of written weights")
     out_dir: Path = option(Path("out"), "folder of the trained files")
     tokenizer_path: Path | None = option(None, "tokenizer folder (default: the base's own)")
+    prompt_template: str | None = option(None, TEMPLATE_HELP)
     allow_base_mismatch: bool = option(False, "use a skill on a base it was not trained on")
 
     def __post_init__(self):
@@ -146,7 +148,7 @@ def write_adapter(options: Options) -> Path:
     attach_lora(model, path, skill, allow_base_mismatch=options.allow_base_mismatch)
     ours = logits_of(model)
     with unfinished(options.output) as folder:
-        save_peft(skill, model, base.as_posix(), folder)
+        save_peft(skill, model, shared_name(base), folder)
         theirs = logits_with(model, tokenizer, folder)
         found = require_same(ours, theirs, "the adapter", tolerance(ours, alone))
         publish(folder, options.output)
@@ -201,6 +203,7 @@ def read_skill(options: Options) -> Path:
     require(not there, f"{path} exists; choose another --lora_name or delete it")
     updates, meta = load_peft(options.source, model)
     meta.tokenizer, meta.base = tokenizer_fingerprint(tokenizer), {"file": base.name}
+    meta.prompt_template = options.prompt_template
     alone, theirs = logits_of(model), logits_with(model, tokenizer, options.source)
     modules = linears(model)
     exchange(model, {n: lora_of(modules[n], x, meta.scaling[n]) for n, x in updates.items()})
@@ -221,9 +224,17 @@ def opened(options: Options, skill=None) -> tuple:
 
     base = choose_base(options.out_dir, options.base, skill and skill.base)
     model, record = load_base(base)
-    tokenizer = tokenizer_of(record, base, options.tokenizer_path, options.out_dir)
+    asked = options.prompt_template, skill and skill.prompt_template
+    tokenizer = tokenizer_of(record, base, options.tokenizer_path, options.out_dir, *asked)
     print(f"base: {base}")
     return base, model, tokenizer
+
+
+def shared_name(base: Path) -> str | None:
+    """What others call ``base``, without the folders of this machine; None for a file of ours."""
+    if not is_pretrained(base):
+        return None
+    return base.resolve().name if base.is_dir() else base.as_posix()
 
 
 def logits_in(folder: Path):

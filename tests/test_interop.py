@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import flags, strengthen
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import train_lora
 from core.errors import UserError
@@ -195,6 +195,7 @@ def test_peft_computes_what_a_skill_does_and_it_comes_back(trained, converted, t
     assert (peft_logits(converted, folder) - wanted).abs().max() < 2e-5
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert settings["r"] == settings["lora_alpha"] and "rank_pattern" not in settings
+    assert settings["base_model_name_or_path"] is None, "a folder of this machine is nobody's"
     back = convert_model.main(
         [*shared, *flags(**{"from": "peft"}, source=folder, lora_name="back")]
     )
@@ -330,6 +331,34 @@ def test_a_skill_that_is_partly_dora_is_no_adapter(trained, tmp_path):
     with pytest.raises(UserError, match="on some of its targets only"):
         convert_model.main([*argv, *flags(output=tmp_path / "adapter")])
     assert {path.name for path in tmp_path.iterdir()} == {"lora"}
+
+
+def test_a_skill_of_a_base_without_template_goes_out_and_comes_back(converted, tmp_path):
+    """GPT-2, whose Linears are transposed, with fewer positions than the check would like."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 16, "vocab_size": 6400}
+    base, asked = tmp_path / "gpt2", r"Q: {user}\nA: "
+    GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=2)).save_pretrained(base)
+    AutoTokenizer.from_pretrained(converted).save_pretrained(base)
+    (base / "chat_template.jinja").unlink()
+    model, _ = load_base(base)
+    apply_lora(model, rank=2, target_modules="all-linear")
+    strengthen(model, seed=1)
+    wanted, shared = logits_of(model), flags(base=base, out_dir=tmp_path)
+    assert len(wanted) == 16
+    save_lora(model, lora_path(tmp_path, "x", 32), SkillMeta(prompt_template=asked))
+    folder = tmp_path / "adapter"
+    convert_model.main([*shared, *flags(to="peft", lora_name="x", output=folder)])
+    assert difference(wanted, peft_logits(base, folder)) < 1e-5
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "gpt2" and settings["fan_in_fan_out"]
+    argv = [*shared, *flags(**{"from": "peft"}, source=folder, lora_name="back")]
+    with pytest.raises(UserError, match="prompt_template"):
+        convert_model.main(argv)
+    back = convert_model.main([*argv, "--prompt_template", asked])
+    assert read_lora(back)[1].prompt_template == asked
+    attach_lora(model, back)
+    assert difference(wanted, logits_of(model)) < 1e-5
 
 
 @pytest.mark.parametrize(
