@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 from core.errors import UserError
 from core.files import read_object
@@ -28,6 +28,7 @@ GAP = re.compile(r"[ \t\r\n,]*")  # between the items of an array
 MESSAGE = re.compile(rb'\[\s*\{\s*"(role|from|content|value)"')  # how a chat begins that is a list
 PACKED = (".gz", ".zst")
 Place = int | str  # of a row in its file: the line where it begins, or "row 3" of a table
+CleanRow = TypeVar("CleanRow")
 
 
 class Block(NamedTuple):
@@ -86,6 +87,22 @@ def read_rows(path: Path, clean: Callable[[dict], dict]) -> Iterator[tuple[Place
     for block in read_blocks(path):
         for place, row in block.rows:
             yield place, clean_row(row, clean)
+
+
+def usable_rows(
+    paths: Iterable[Path], clean: Callable[[dict], CleanRow], bad_rows: str = "stop"
+) -> list[CleanRow]:
+    """What ``clean`` makes of every row of all files; ``bad_rows`` is as in ``settle_bad_rows``."""
+    good, bad = [], []
+    for path in data_files(paths):
+        for place, row in read_rows(path, clean):
+            if isinstance(row, BadRow):
+                bad.append(f"{place_of(path, place)}: {row}")
+            else:
+                good.append(row)
+    if bad:
+        settle_bad_rows(len(bad), bad[:SHOWN_BAD_ROWS], bad_rows)
+    return good
 
 
 def read_blocks(path: Path) -> Iterator[Block]:

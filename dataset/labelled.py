@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from core.errors import UserError
 from dataset.batches import Batch
 from dataset.cache import digest
-from dataset.files import SHOWN_BAD_ROWS, data_files, place_of, read_rows, settle_bad_rows
+from dataset.files import usable_rows
 from dataset.rows import BadRow, content, keys_of
 
 # What the columns of one text, or of two, may be called: ours first, then those of GLUE's tasks.
@@ -58,16 +58,7 @@ def read_labelled(
 
     Raises ``UserError`` when no row is left, and where some rows are pairs and others are not.
     """
-    good, bad = [], []
-    for path in data_files(paths):
-        for place, row in read_rows(path, clean):
-            if isinstance(row, BadRow):
-                bad.append(f"{place_of(path, place)}: {row}")
-            else:
-                good.append(row)
-    if bad:
-        settle_bad_rows(len(bad), bad[:SHOWN_BAD_ROWS], bad_rows)
-    names = ", ".join(map(str, paths))
+    good, names = usable_rows(paths, clean, bad_rows), ", ".join(map(str, paths))
     if not good:
         raise UserError(f"no usable row in {names}")
     if len({has_pairs([row]) for row in good}) > 1:

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from core.options import require
 from core.paths import bundled_data, skill_weights
-from dataset.files import SHOWN_BAD_ROWS, data_files, place_of, read_rows, settle_bad_rows
+from dataset.files import usable_rows
 from dataset.questions import Neighbours, chats_in, questions_in, spread
 from dataset.rows import BadRow, content
 
@@ -93,13 +93,9 @@ def read_questions(path: Path) -> list[Question]:
 
     Raises ``UserError`` for a file without any, and after printing the rows that are no question.
     """
-    files = data_files([path])
-    rows = [(place_of(f, n), row) for f in files for n, row in read_rows(f, question_of)]
-    bad = [f"{place}: {row}" for place, row in rows if isinstance(row, BadRow)]
-    if bad:
-        settle_bad_rows(len(bad), bad[:SHOWN_BAD_ROWS], "refuse")
+    rows = usable_rows([path], question_of, "refuse")
     require(bool(rows), f"{path} holds no questions")
-    return [row for _, row in rows]
+    return rows
 
 
 def question_of(row: dict) -> Question:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from core.errors import UserError, reason_of
 from core.files import atomic_write
@@ -45,13 +45,27 @@ class KeptMetrics(Metrics):
     kl: float
 
 
+def nats_of(
+    model: nn.Module, inputs: dict[str, Tensor], targets: Tensor, runtime: Runtime
+) -> Tensor:
+    """``-log p`` in nats of each of ``targets`` (B, N) int64, fp32; 0 where one is ``IGNORED``.
+
+    The logits at n predict target n; ``inputs`` for the model's forward may hold later positions.
+    It runs uncompiled: a new length would cost a compilation.
+    """
+    with runtime.autocast(), torch.compiler.set_stance("force_eager"):
+        logits = model(**inputs).logits[:, : targets.size(1)].flatten(0, 1).float()
+    nats = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return nats.view_as(targets)
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module, batches: Iterable[Batch], runtime: Runtime, control: set[int]
 ) -> Metrics:
     """The token mean over ``batches``; ``control`` holds the ids that stand for no text.
 
-    The model keeps its mode. It runs uncompiled: a new length would cost a compilation.
+    The model keeps its mode.
     """
     was_training = model.training
     model.eval()
@@ -59,10 +73,8 @@ def evaluate(
     nats, text_nats, targets, text_bytes = 0.0, 0.0, 0, 0
     for batch in batches:
         batch = runtime.move(batch)
-        with runtime.autocast(), torch.compiler.set_stance("force_eager"):
-            logits = model(**batch.inputs).logits[:, :-1].flatten(0, 1).float()
-        labels = batch.labels[:, 1:].flatten()
-        losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+        labels = batch.labels[:, 1:]
+        losses = nats_of(model, batch.inputs, labels, runtime)
         nats += float(losses.sum())
         text_nats += float(losses[~torch.isin(labels, control_ids)].sum())
         targets, text_bytes = targets + batch.n_targets, text_bytes + batch.n_bytes
