@@ -55,7 +55,7 @@ class Options(CheckedOptions):
 def main(argv: list[str] | None = None) -> Exam:
     """Write report.md, report.json and report.png, print the verdicts and return the exam."""
     options = parse(Options, argv)
-    session, facts = opened(options)
+    session, facts = opened(options, options.max_new_tokens)
     asked = options.skills or fitting(session)
     alone = dict.fromkeys(name for words in asked for name in skill_weights(words.split()))
     everyone = dict.fromkeys(["", *alone, *asked])
@@ -78,8 +78,11 @@ def main(argv: list[str] | None = None) -> Exam:
     return exam
 
 
-def opened(options: Options) -> tuple:
-    """A chat with the base as the chat's door has it by default, and what it is, as JSON."""
+def opened(options, max_new_tokens: int, otherwise: str | None = None) -> tuple:
+    """A chat with the base as the chat's door has it by default, and what it is, as JSON.
+
+    ``otherwise`` serves a base without a chat template if the first skill names none.
+    """
     from dataset.tokenizer import tokenizer_of
     from model.generation import Sampling
     from serving.session import ChatSession
@@ -91,9 +94,9 @@ def opened(options: Options) -> tuple:
     device = Runtime.start(options.device, "float32").device
     base, model, record, skill = eval_model.opened(chat, device)
     named, template = options.tokenizer_path, skill and skill[1].prompt_template
-    tokenizer = tokenizer_of(record, base, named, options.out_dir, None, template)
+    tokenizer = tokenizer_of(record, base, named, options.out_dir, None, template or otherwise)
     drawing = {"temperature": chat.temperature, "top_p": chat.top_p}
-    drawing["max_new_tokens"] = options.max_new_tokens
+    drawing["max_new_tokens"] = max_new_tokens
     session = ChatSession(
         model,
         tokenizer,
