@@ -20,7 +20,11 @@ class LMConfig(PretrainedConfig):
 
     model_type = "minimind"
     # The names that code for models of other makers asks for.
-    attribute_map = {"hidden_size": "dim", "max_position_embeddings": "max_seq_len"}  # noqa: RUF012
+    attribute_map = {  # noqa: RUF012
+        "hidden_size": "dim",
+        "num_hidden_layers": "n_layers",
+        "max_position_embeddings": "max_seq_len",
+    }
 
     def __init__(
         self,
