@@ -33,7 +33,10 @@ UNBOUNDED = 2048  # of models whose config names no context, as in lm-evaluation
 
 @dataclass
 class Options(CheckedOptions):
-    """Print a table of the scores of a base, of its skills and of their mixes."""
+    """Print a table of the scores of a base, of its skills and of their mixes.
+
+    A file holds texts, chats, or questions with choices as CMMLU, C-Eval, MMLU or ARC write them.
+    """
 
     files: tuple[Path, ...] = option((), "data files or folders of them", positional=True)
     skills: tuple[str, ...] = option((), SKILLS_HELP)
