@@ -127,7 +127,7 @@ def load_peft(folder: Path, base: nn.Module) -> tuple[dict[str, Parts], SkillMet
     for module, parts in read_updates(folder).items():
         target = names.get(module, "") if config else module
         rank, scaling[target] = options.rank_and_scaling(module)
-        own, outputs, inputs = len(parts["A.weight"]), *sizes(parts)
+        (own, inputs), outputs = parts["A.weight"].shape, len(parts["B.weight"])
         if target not in found:
             problems.append(f"{module} is no Linear of the base")
         elif features(found[target]) != (outputs, inputs):
@@ -143,11 +143,6 @@ def load_peft(folder: Path, base: nn.Module) -> tuple[dict[str, Parts], SkillMet
     wrong = f"{folder} does not fit: {'; '.join(problems[:5])}{more}"
     require(not problems, f"{wrong}; name the base that it was made for, or copy it again")
     return updates, SkillMeta(stage="lora", scaling=scaling)
-
-
-def sizes(parts: Parts) -> tuple[int, int]:
-    """(outputs, inputs) of the Linear that an update is for."""
-    return parts["B.weight"].size(0), parts["A.weight"].size(1)
 
 
 def read_settings(folder: Path) -> Mapping:
