@@ -3,6 +3,8 @@
     --to huggingface --base out/full_sft_512.pth --output DIR          a stock Llama folder
     --to huggingface --skill medical=0.7 identity --output DIR         the same with skills merged
     --to peft --lora_name medical --output DIR                         an adapter folder
+    --to gguf --base out/full_sft_512.pth --output FILE.gguf           for llama.cpp and Ollama
+    --to gguf --lora_name medical --output FILE.gguf                   an adapter for these
     --from huggingface --source DIR --output theirs/full_sft_512.pth   a Llama folder as a base
     --from peft --source DIR --base BASE --lora_name NAME              an adapter folder as a skill
 
@@ -26,6 +28,8 @@ from core.paths import find_skill, is_pretrained, lora_path, skill_name, skill_w
 
 BASE_HELP = "base file, Hugging Face folder or owner/model (default: the skill's own, or newest)"
 TEMPLATE_HELP = "how a skill from PEFT is asked, such as 'Q: {user}\\nA: '"
+OUTPUT_HELP = "what to write: a folder, a .gguf file, or with --from a base file (.pth)"
+DTYPE_HELP = "of a written base's weights; q8_0 and q4_0 with --to gguf only"
 Format = Literal["huggingface", "peft"]
 # The flags of each direction and format: those it needs, and those it can do without.
 FLAGS = {
@@ -43,20 +47,25 @@ FLAGS = {
         {"out_dir", "tokenizer_path", "prompt_template"},
     ),
 }
+ADAPTER = "--to gguf --lora_name"
+FLAGS |= {"--to gguf": FLAGS["--to huggingface"], ADAPTER: FLAGS["--to peft"]}
+# By what ``to`` says, where the output is no folder: what it is, the ending of its name, and of
+# that of the file beside it.
+FILES = {"gguf": ("a file", ".gguf", ".Modelfile"), None: ("a base file", ".pth", ".json")}
 
 
 @dataclass
 class Options(CheckedOptions):
     """Write a base or a skill as another tool's files (--to), or read such files (--from)."""
 
-    to: Format | None = option(None, "format to write")
+    to: Literal["huggingface", "peft", "gguf"] | None = option(None, "format to write")
     source_format: Format | None = option(None, "format to read", flag="from")
     source: Path | None = option(None, "folder to read, with --from")
-    output: Path | None = option(None, "what to write: a folder, with --from a base file (.pth)")
+    output: Path | None = option(None, OUTPUT_HELP)
     base: Path | None = option(None, BASE_HELP)
-    lora_name: str | None = option(None, "the skill that an adapter folder stands for")
+    lora_name: str | None = option(None, "the skill that an adapter stands for")
     skill: tuple[str, ...] = option((), "NAME or NAME=WEIGHT: skills to merge into the base")
-    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of written weights")
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0", "q4_0"] = option("float32", DTYPE_HELP)
     out_dir: Path = option(Path("out"), "folder of the trained files")
     tokenizer_path: Path | None = option(None, "tokenizer folder (default: the base's own)")
     prompt_template: str | None = option(None, TEMPLATE_HELP)
@@ -67,6 +76,7 @@ class Options(CheckedOptions):
         one = (self.to is None) != (self.source_format is None)
         require(one, "choose a direction: --to FORMAT or --from FORMAT")
         task = f"--to {self.to}" if self.to else f"--from {self.source_format}"
+        task = ADAPTER if self.to == "gguf" and self.lora_name is not None else task
         given = {entry.name for entry in fields(self) if getattr(self, entry.name) != entry.default}
         needed, optional = FLAGS[task]
         missing = " and ".join(f"--{name}" for name in sorted(needed - given))
@@ -79,13 +89,15 @@ class Options(CheckedOptions):
             skill_name(self.lora_name)
         if self.output is not None:
             self._check_output()
+        fits = self.to == "gguf" or self.dtype not in ("q8_0", "q4_0")
+        require(fits, f"--dtype {self.dtype} is for --to gguf only")
 
     def _check_output(self) -> None:
-        is_file = self.source_format is not None
-        kind = "a base file, whose name ends in .pth" if is_file else "a folder, not a .pth file"
-        fits = (self.output.suffix == ".pth") == is_file
-        require(fits, f"--output {self.output} must be {kind}")
-        for path in (self.output, self.output.with_suffix(".json")) if is_file else (self.output,):
+        kind, ending, beside = FILES.get(self.to, ("a folder", "", ""))
+        kind += f", whose name ends in {ending}" if ending else ""
+        found = self.output.suffix if self.output.suffix in (".gguf", ".pth") else ""
+        require(found == ending, f"--output {self.output} must be {kind}")
+        for path in (self.output, self.output.with_suffix(beside)) if ending else (self.output,):
             there = os.path.lexists(path)  # even a link to nothing
             require(not there, f"--output: {path} exists; choose another or delete it")
 
@@ -97,6 +109,8 @@ def main(argv: list[str] | None = None) -> Path:
         return write_base(options)
     if options.to == "peft":
         return write_adapter(options)
+    if options.to == "gguf":
+        return write_gguf(options) if options.lora_name is None else write_gguf_adapter(options)
     return read_base(options) if options.source_format == "huggingface" else read_skill(options)
 
 
@@ -104,8 +118,22 @@ def write_base(options: Options) -> Path:
     """A base of ours, perhaps with skills in its weights, as a Llama folder."""
     import torch
 
-    from interop.check import logits_of, require_same, rounded, tolerance
+    from interop.check import logits_of, require_same, rounded
     from interop.llama import save_llama
+
+    model, tokenizer = merged(options)
+    dtype = getattr(torch, options.dtype)
+    with unfinished(options.output) as folder:
+        save_llama(model, tokenizer, folder, dtype)
+        ours = logits_of(rounded(model, dtype))
+        found = require_same(ours, logits_in(folder), "the folder")
+        publish(folder, options.output)
+    return saved(options.output, found)
+
+
+def merged(options: Options) -> tuple:
+    """The model of a base of ours, perhaps with skills in its weights, and its tokenizer."""
+    from interop.check import logits_of, require_same, tolerance
     from model.lora.library import SkillLibrary, merge_lora
     from model.lora.skill_file import read_lora
 
@@ -126,13 +154,7 @@ def write_base(options: Options) -> Path:
         merge_lora(model)
         allowed = tolerance(attached, alone)
         require_same(attached, logits_of(model), "the base with the skills merged", allowed)
-    dtype = getattr(torch, options.dtype)
-    with unfinished(options.output) as folder:
-        save_llama(model, tokenizer, folder, dtype)
-        ours = logits_of(rounded(model, dtype))
-        found = require_same(ours, logits_in(folder), "the folder")
-        publish(folder, options.output)
-    return saved(options.output, found)
+    return model, tokenizer
 
 
 def write_adapter(options: Options) -> Path:
@@ -153,6 +175,45 @@ def write_adapter(options: Options) -> Path:
         found = require_same(ours, theirs, "the adapter", tolerance(ours, alone))
         publish(folder, options.output)
     return saved(options.output, found)
+
+
+def write_gguf(options: Options) -> Path:
+    """A base of ours, perhaps with skills in its weights, as a GGUF file."""
+    from interop.gguf import save_base
+
+    model, tokenizer = merged(options)
+    with unfinished(options.output) as folder:
+        draft = folder / options.output.name
+        found, change = save_base(model, tokenizer, draft, options.dtype)
+        publish_both(draft, options.output)
+    if options.dtype != "float32":
+        print(f"{options.dtype} changes the logits by {change:.1e} of the largest")
+    return saved(options.output, found)
+
+
+def write_gguf_adapter(options: Options) -> Path:
+    """A skill as a LoRA adapter in a GGUF file."""
+    from interop.gguf import save_adapter
+    from model.lora.skill_file import attach_lora, read_lora
+
+    first = read_lora(find_skill(options.out_dir, options.lora_name))[1]
+    base, model, tokenizer = opened(options, first)
+    path = find_skill(options.out_dir, options.lora_name, model.config.dim)
+    skill, file = read_lora(path), base.with_suffix(".gguf").name
+    attach_lora(model, path, skill, allow_base_mismatch=options.allow_base_mismatch)
+    with unfinished(options.output) as folder:
+        draft = folder / options.output.name
+        found = save_adapter(skill, model, tokenizer, draft, file)
+        publish_both(draft, options.output)
+    if not options.output.with_name(file).exists():
+        print(f"note: the Modelfile expects the base beside it, as {file}")
+    return saved(options.output, found)
+
+
+def publish_both(draft: Path, path: Path) -> None:
+    """``publish`` the Modelfile, then the GGUF file that it is for."""
+    for ending in (".Modelfile", ".gguf"):
+        publish(draft.with_suffix(ending), path.with_suffix(ending))
 
 
 def read_base(options: Options) -> Path:
@@ -223,6 +284,9 @@ def opened(options: Options, skill=None) -> tuple:
     from model.weights import choose_base, load_base
 
     base = choose_base(options.out_dir, options.base, skill and skill.base)
+    foreign = options.to == "gguf" and is_pretrained(base)
+    theirs = "llama.cpp's own convert_hf_to_gguf.py and convert_lora_to_gguf.py are for such"
+    require(not foreign, f"{base} is a Hugging Face model; {theirs}")
     model, record = load_base(base)
     asked = options.prompt_template, skill and skill.prompt_template
     tokenizer = tokenizer_of(record, base, options.tokenizer_path, options.out_dir, *asked)

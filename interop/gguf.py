@@ -1,0 +1,239 @@
+"""Bases and skills as GGUF files, which llama.cpp and Ollama read.
+
+Their Llama turns rotary features in pairs, as ours does, so no row changes its place.
+"""
+
+import copy
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from core.errors import UserError
+from core.options import require
+from interop.check import difference, logits_of, require_same, tolerance
+from interop.ollama import modelfile
+from interop.peft import portable
+from model.LMConfig import LMConfig
+from model.lora.layer import exchange
+from model.lora.skill_file import KEYS, Skill
+from model.model import MiniMindLM
+from model.weights import assembled
+
+# Our modules and theirs; the tied head has no tensor of its own.
+OUTER = {"tok_embeddings": "token_embd", "norm": "output_norm"}
+LAYER = {"attention_norm": "attn_norm", "ffn_norm": "ffn_norm", "attention.wo": "attn_output"}
+LAYER |= {f"attention.w{x}": f"attn_{x}" for x in "qkv"}
+LAYER |= {"feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down"}
+LAYER |= {"feed_forward.w3": "ffn_up"}
+# Config entries of both: whole numbers, and others.
+SIZES = {"dim": "embedding_length", "n_layers": "block_count", "vocab_size": "vocab_size"}
+SIZES |= {"n_heads": "attention.head_count", "n_kv_heads": "attention.head_count_kv"}
+SIZES |= {"hidden_dim": "feed_forward_length", "max_seq_len": "context_length"}
+REALS = {"norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base"}
+HEAD_WIDTHS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+# What matrices are written in, and what a file of them is called.
+FORMATS = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
+FORMATS |= {"q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
+BLOCK = 32  # the weights of a row that share a scale in the last two
+# What a tokenizer must be for llama.cpp's "gpt-2" to read every text alike.
+SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+BPE = {"type": "BPE", "dropout": None, "ignore_merges": False}
+BPE |= {"continuing_subword_prefix": None, "end_of_word_suffix": None}
+SWALLOWS = ("single_word", "lstrip", "rstrip")  # what an added token may not do
+
+
+def save_base(
+    model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, path: Path, dtype: str
+) -> tuple[float, float]:
+    """Write ``model``, which carries no LoRA, as ``path`` (.gguf), with a Modelfile beside it.
+
+    ``dtype``, one of ``FORMATS``, is that of the matrices; norms stay fp32. Returns by what share
+    of the largest logit the file, read again, differs from our own rounding of the same weights,
+    and from ``model``. Raises ``UserError`` where the first is too much, and for a tokenizer or
+    sizes that have no equal there.
+    """
+    gguf, names, ours = library(), modules(model.config), {}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("model")
+    writer.add_name(path.stem)
+    writer.add_file_type(gguf.LlamaFileType[FORMATS[dtype]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_config(writer, model.config)
+    add_tokenizer(writer, tokenizer)
+    for name, tensor in model.state_dict().items():
+        tensor, module = tensor.detach().float().cpu(), name.removesuffix(".weight")
+        format = dtype if tensor.ndim == 2 else "float32"
+        ours[name] = rounded(tensor, format, name)
+        if module in names:
+            add_tensor(writer, f"{names[module]}.weight", tensor, format)
+    write(writer, modelfile(tokenizer, model.config.max_seq_len, path.name))
+    expected, found = (logits_of(m) for m in (assembled(model.config, ours, path), read_base(path)))
+    return require_same(expected, found, path.name), difference(logits_of(model), found)
+
+
+def save_adapter(
+    skill: Skill, model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, path: Path, base: str
+) -> float:
+    """Write ``skill``, which ``model`` carries, as ``path`` (.gguf), with a Modelfile beside it.
+
+    The Modelfile expects the file ``base`` there, too. Returns by what share of the largest logit
+    the adapter, read again, differs. Raises ``UserError`` where that is too much, and for a skill
+    that is more than a LoRA of the blocks' Linears.
+    """
+    tensors, meta = skill
+    extra = [name for name in tensors if name.startswith("_")]
+    require(not extra, f"the skill holds {extra[:1]}, for which an adapter has no place")
+    is_dora = any(name.endswith(".magnitude") for name in tensors)
+    way_out = "merge it into a base with skill instead of lora_name"
+    require(not is_dora, f"a DoRA rescales weights, which no GGUF adapter can: {way_out}")
+    names, rank = modules(model.config), max(meta.ranks.values())
+    shared = [target for target in meta.targets if target in OUTER or target not in names]
+    way_out = "which shares its weight, so llama.cpp cannot adapt it; train the skill without"
+    require(not shared, f"the skill updates {', '.join(shared)}, {way_out}")
+    writer = library().GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_name(path.stem)
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", rank)
+    for target in meta.targets:
+        parts = {key: tensors[f"{target}.lora.{key}"] for key in KEYS[:2]}
+        parts = portable(parts, meta.scaling[target], rank)
+        add_tensor(writer, f"{names[target]}.weight.lora_a", parts["A.weight"], "float32")
+        add_tensor(writer, f"{names[target]}.weight.lora_b", parts["B.weight"], "float32")
+    write(writer, modelfile(tokenizer, model.config.max_seq_len, base, path.name))
+    ours, theirs, alone = (logits_of(m) for m in (model, *with_and_without(model, path)))
+    return require_same(ours, theirs, path.name, tolerance(ours, alone))
+
+
+def library() -> ModuleType:
+    """llama.cpp's own package for such files. ``UserError`` says how to get it."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError("GGUF files need the package gguf: pip install gguf") from error
+    return gguf
+
+
+def modules(config: LMConfig) -> dict[str, str]:
+    """Their name of each of our modules that has a weight of its own."""
+    names = dict(OUTER)
+    for n in range(config.n_layers):
+        names |= {f"layers.{n}.{ours}": f"blk.{n}.{theirs}" for ours, theirs in LAYER.items()}
+    return names
+
+
+def add_config(writer: Any, config: LMConfig) -> None:
+    """Add what ``read_base`` needs to know, and the width of a head."""
+    for name, entry in SIZES.items():
+        writer.add_uint32(f"llama.{entry}", getattr(config, name))
+    for name, entry in REALS.items():
+        writer.add_float32(f"llama.{entry}", getattr(config, name))
+    for entry in HEAD_WIDTHS:
+        writer.add_uint32(f"llama.{entry}", config.dim // config.n_heads)
+
+
+def add_tensor(writer: Any, name: str, tensor: Tensor, dtype: str) -> None:
+    """Add ``tensor``, fp32, in the format ``dtype``."""
+    gguf = library()
+    kind = gguf.GGMLQuantizationType[FORMATS[dtype].partition("_")[2]]
+    writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
+
+
+def rounded(weight: Tensor, dtype: str, name: str) -> Tensor:
+    """What ``dtype`` keeps of a weight, fp32. Raises ``UserError`` if its rows make no blocks."""
+    if dtype not in ("q8_0", "q4_0"):
+        return weight.to(getattr(torch, dtype)).float()
+    width = weight.size(-1)
+    require(width % BLOCK == 0, f"{name} has rows of {width}, no multiple of {BLOCK}: use float16")
+    blocks = weight.reshape(-1, BLOCK)
+    extreme = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
+    step = extreme.abs() / 127 if dtype == "q8_0" else extreme / -8
+    steps = blocks * torch.where(step == 0, 0, 1 / step)
+    if dtype == "q8_0":
+        whole = (steps.abs() + 0.5).floor() * steps.sign()  # a half goes away from zero
+    else:
+        whole = (steps + 8.5).floor().clamp(0, 15) - 8
+    return (whole * step.half()).view_as(weight)
+
+
+def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Add vocabulary, merges and chat template. ``UserError`` if llama.cpp would read otherwise."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    split, bpe = backend["pre_tokenizer"] or {}, backend["model"]
+    wrong = [f"{key} {split.get(key)!r}" for key in SPLIT if split.get(key) != SPLIT[key]]
+    wrong += [f"{key} {bpe[key]!r}" for key in BPE if (bpe.get(key) or BPE[key]) != BPE[key]]
+    wrong += ["a normalizer"] * (backend["normalizer"] is not None)
+    added = {token["id"]: token for token in backend["added_tokens"]}
+    wrong += [f"{key} {t['content']!r}" for t in added.values() for key in SWALLOWS if t[key]]
+    reads = "so llama.cpp, which has no such, would read texts otherwise"
+    require(not wrong, f"the tokenizer has {', '.join(wrong[:3])}, {reads}")
+    several = "the tokenizer has several chat templates, of which a file can have one"
+    require(isinstance(tokenizer.chat_template, str), f"{several}; keep one")
+    ids = range(len(tokenizer))
+    kinds = library().TokenType
+    ours = {True: kinds.CONTROL, False: kinds.USER_DEFINED}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(ids))
+    writer.add_token_types([ours[added[n]["special"]] if n in added else kinds.NORMAL for n in ids])
+    writer.add_token_merges([" ".join(pair) for pair in bpe["merges"]])
+    for role in ("bos", "eos", "pad", "unk"):
+        if (token_id := getattr(tokenizer, f"{role}_token_id")) is not None:
+            getattr(writer, f"add_{role}_token_id")(token_id)
+    writer.add_add_bos_token(False)  # the chat template writes it
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
+    writer.add_chat_template(tokenizer.chat_template)
+
+
+def write(writer: Any, text: str) -> None:
+    """Write the file, and ``text`` as the Modelfile beside it."""
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+    writer.path.with_suffix(".Modelfile").write_bytes(text.encode())
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The entries of a file's header, and its tensors as fp32, both by name."""
+    gguf = library()
+    reader = gguf.GGUFReader(path)
+    entries = {name: field.contents() for name, field in reader.fields.items()}
+    # Copies: on Windows a file that is mapped into memory cannot be renamed.
+    dense = {t.name: gguf.quants.dequantize(t.data, t.tensor_type).copy() for t in reader.tensors}
+    return entries, {name: torch.from_numpy(array) for name, array in dense.items()}
+
+
+def read_base(path: Path) -> MiniMindLM:
+    """The model of a base that ``save_base`` wrote, by what the file alone says."""
+    entries, tensors = read_file(path)
+    config = LMConfig(**{name: entries[f"llama.{e}"] for name, e in (SIZES | REALS).items()})
+    ours = {f"{n}.weight": tensors[f"{theirs}.weight"] for n, theirs in modules(config).items()}
+    return assembled(config, ours | {"output.weight": ours["tok_embeddings.weight"]}, path)
+
+
+@torch.no_grad()
+def with_and_without(model: MiniMindLM, path: Path) -> tuple[MiniMindLM, MiniMindLM]:
+    """``model``, its LoRA taken off, with an adapter's updates in its weights, and without.
+
+    They are reckoned as llama.cpp does: alpha / rank * B A.
+    """
+    entries, tensors = read_file(path)
+    alone = copy.deepcopy(model)
+    exchange(alone, {})
+    merged = copy.deepcopy(alone)
+    for name, theirs in modules(model.config).items():
+        A, B = (tensors.pop(f"{theirs}.weight.lora_{end}", None) for end in "ab")
+        if A is not None:
+            scale = entries["adapter.lora.alpha"] / B.size(1)
+            merged.get_submodule(name).weight += scale * (B @ A)
+    require(not tensors, f"{path} holds {sorted(tensors)[:3]}, which fit nothing")
+    return merged, alone

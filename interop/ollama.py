@@ -1,0 +1,62 @@
+"""A Modelfile: what Ollama is told of a GGUF file, its chat template above all."""
+
+from transformers import PreTrainedTokenizerBase
+
+from core.errors import UserError, reason_of
+from core.options import require
+
+ROLES = {"s": "system", "u": "user", "a": "assistant"}
+CONTENT = " \n\ue000 \n"  # of private use, so that no template contains it; with blanks to trim
+# Chats that tell whether all that a template writes around a message depends on its role alone.
+TRIALS = ("u", "su", "uau", "suau", "uauau", "suauau")
+
+
+def modelfile(
+    tokenizer: PreTrainedTokenizerBase, context: int, base: str, adapter: str | None = None
+) -> str:
+    """The text of a Modelfile for the GGUF files ``base`` and ``adapter`` in the same folder.
+
+    Raises ``UserError`` if the chat template is none that Ollama could be told.
+    """
+    template = go_template(tokenizer)
+    control = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    lines = [f"FROM ./{base}", *([f"ADAPTER ./{adapter}"] if adapter else [])]
+    lines += [f'TEMPLATE """{template}"""', f"PARAMETER num_ctx {context}"]
+    lines += [f'PARAMETER stop "{token}"' for token in control if token in template]
+    return "\n".join(lines) + "\n"
+
+
+def go_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template in Ollama's language, Go's, that writes what the tokenizer's own does.
+
+    It always ends with the prompt for an answer. Raises ``UserError`` for a template that writes
+    more than a text before and one behind each message, at the end, and where no system message
+    is.
+    """
+
+    def shown(chat: str, prompt: bool = False) -> str:
+        turns = [{"role": ROLES[letter], "content": CONTENT} for letter in chat]
+        settings = {"tokenize": False, "add_generation_prompt": prompt}
+        return tokenizer.apply_chat_template(turns, **settings)
+
+    try:
+        system, user = shown("s"), shown("su").removeprefix(shown("s"))
+        pieces = {"s": system, "u": user, "a": shown("ua").removeprefix(shown("u"))}
+        default, end = shown("u").removesuffix(user), shown("u", True).removeprefix(shown("u"))
+        for chat in TRIALS:
+            wanted = default * ("s" not in chat) + "".join(pieces[x] for x in chat) + end
+            require(shown(chat, True) == wanted, f"it writes a chat {chat} otherwise")
+        whole = "".join([default, end, *pieces.values()])
+        require(whole.count(CONTENT) == 3, "it changes what a message says")
+        require("{{" not in whole and '"' not in whole, "it writes quotes or braces")
+    except Exception as error:  # templates raise many kinds
+        reason = f"the chat template has no equal in a Modelfile ({reason_of(error)})"
+        raise UserError(reason) from error
+    go = {role: pieces[x].replace(CONTENT, "{{ .Content }}") for x, role in ROLES.items()}
+    if all(text == go["user"].replace("user", role) for role, text in go.items()):
+        turn = go["user"].replace("user", "{{ .Role }}")
+    else:
+        first, second = (f'if eq .Role "{role}" }}}}{go[role]}' for role in ("system", "user"))
+        turn = f"{{{{ {first}{{{{ else {second}{{{{ else }}}}{go['assistant']}{{{{ end }}}}"
+    begin = f"{{{{ if not .System }}}}{default}{{{{ end }}}}" if default else ""
+    return f"{begin}{{{{ range .Messages }}}}{turn}{{{{ end }}}}{end}"
