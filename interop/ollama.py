@@ -29,9 +29,9 @@ def modelfile(
 def go_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The template in Ollama's language, Go's, that writes what the tokenizer's own does.
 
-    It always ends with the prompt for an answer. Raises ``UserError`` for a template that writes
-    more than a text before and one behind each message, at the end, and where no system message
-    is.
+    It always ends with the prompt for an answer. Raises ``UserError`` unless all that the
+    tokenizer's writes beside the messages is a text before and behind each, by its role, one at
+    the end, and one at the beginning of a chat without a system message.
     """
 
     def shown(chat: str, prompt: bool = False) -> str:
@@ -47,7 +47,8 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> str:
             wanted = default * ("s" not in chat) + "".join(pieces[x] for x in chat) + end
             require(shown(chat, True) == wanted, f"it writes a chat {chat} otherwise")
         whole = "".join([default, end, *pieces.values()])
-        require(whole.count(CONTENT) == 3, "it changes what a message says")
+        once = all(text.count(CONTENT) == 1 for text in pieces.values())
+        require(once and whole.count(CONTENT) == 3, "it changes what a message says")
         require("{{" not in whole and '"' not in whole, "it writes quotes or braces")
     except Exception as error:  # templates raise many kinds
         reason = f"the chat template has no equal in a Modelfile ({reason_of(error)})"
