@@ -20,19 +20,17 @@ from core.options import CheckedOptions, option, parse, require
 from core.paths import base_path, bundled_data, lora_path
 from scripts.quickstart_stages import DIM, LORA, SKILLS, flag_words
 
-LINEAR = {"target_modules": "all-linear"}
 # Options of each arm. "replay": the general chats' answers are learned by cross-entropy, without
 # strange texts; "others": the other skills' questions hold.
 ARMS = {
-    "plain": {"keep": 0, "keep_best": False, **LINEAR},
-    "replay": {"keep": 1, **LINEAR},
-    "keep 3": {"keep": 3, **LINEAR},
-    "keep 1, others": {"keep": 1, **LINEAR},
-    "keep 2, others": {"keep": 2, **LINEAR},
-    "keep 3, others": {"keep": 3, **LINEAR},
-    "keep 5, others": {"keep": 5, **LINEAR},
-    "keep 3, others, 8 rows": {"keep": 3, "keep_rows": 8, **LINEAR},
+    "plain": {"keep": 0, "keep_best": False},
+    "replay": {"keep": 1},
+    "keep 1, others": {"keep": 1},
+    "keep 3, others": {"keep": 3},
+    "keep 5, others": {"keep": 5},
+    "keep 3, others, 4 rows": {"keep": 3, "keep_rows": 4},
 }
+FIXED = ("batch_size", "max_seq_len", "val_interval", "loraplus_lr_ratio", "target_modules")
 PAIR, ALL = " ".join(SKILLS[:2]), " ".join(SKILLS)
 
 
@@ -60,7 +58,7 @@ class Options(CheckedOptions):
 def main(argv: list[str] | None = None) -> dict:
     options = parse(Options, argv)
     settings = {name: getattr(options, name) for name in ("max_steps", "learning_rate", "most")}
-    settings |= {"batch_size": 8, "seeds": list(options.seeds)}
+    settings |= {name: LORA[name] for name in FIXED} | {"seeds": list(options.seeds)}
     before = read_results(options.result)
     found = before.get("found", {}) if before.get("settings") == settings else {}
     for arm in (arm for arm in options.arms if arm not in found):
@@ -84,10 +82,9 @@ def figures_of(options: Options, arm: str, seed: int) -> dict[str, float]:
 
     folder = options.out_dir / "keeping" / f"{arm.replace(', ', '-').replace(' ', '_')}-{seed}"
     base = base_path(options.out_dir, "full_sft", options.dim)
-    shared = {"out_dir": folder, "base": base, "seed": seed, "max_seq_len": 256, "epochs": 1000}
+    shared = {"out_dir": folder, "base": base, "seed": seed, "epochs": 1000, **ARMS[arm]}
     shared |= {"max_steps": options.max_steps, "learning_rate": options.learning_rate}
-    shared |= {"batch_size": 8, "val_interval": LORA["val_interval"], "log_interval": 100}
-    shared |= {"save_interval": 10**6, **ARMS[arm]}
+    shared |= {"log_interval": 100, "save_interval": 10**6} | {name: LORA[name] for name in FIXED}
     figures, usual = {}, (keeping.read_general, keeping.skill_loss_sum)
     if arm == "replay":
         keeping.read_general = partial(real_chats_alone, keeping.read_general)

@@ -37,8 +37,8 @@ TOKENIZER = {"tokenizer_path": OUT / "tokenizer", "vocab_size": 3200}
 PRETRAIN = COMMON | {"dim": DIM, "n_layers": 4, "epochs": 3, "batch_size": 8, "learning_rate": 3e-3}
 PRETRAIN["tokenizer_path"] = TOKENIZER["tokenizer_path"]
 FULL_SFT = COMMON | {"epochs": 3, "batch_size": 32, "learning_rate": 2e-3}
-LORA = COMMON | {"epochs": 100, "batch_size": 8, "learning_rate": 3e-3, "max_steps": 500}
-LORA |= {"target_modules": "all-linear", "val_interval": 100}
+LORA = COMMON | {"epochs": 100, "batch_size": 8, "max_steps": 500, "val_interval": 100}
+LORA |= {"learning_rate": 1.5e-3, "loraplus_lr_ratio": 8, "target_modules": "all-linear"}
 LAST_LINES = 12  # of what a failed stage printed
 MOST = 20  # questions of a column in the exam at the end
 # The least shares that the base must answer right: less than it does, for few questions scatter.
