@@ -9,7 +9,10 @@ from core.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOKENIZER_DIR = REPOSITORY / "model" / "minimind_tokenizer"
-SKILL_FILE = re.compile(r"lora_(?!lora_)\w[\w.-]*_\d+\.pth")  # the names that lora_path gives
+# /lora off means: no skill; tables name what has none "base".
+RESERVED = ("off", "base")
+# The names that lora_path gives.
+SKILL_FILE = re.compile(rf"lora_(?!lora_|({'|'.join(RESERVED)})_\d+\.pth)\w[\w.-]*_\d+\.pth")
 STAGES = ("pretrain", "full_sft")  # in the order in which they are trained
 
 
@@ -57,9 +60,9 @@ def skill_name(name: str) -> str:
     """The bare name of a skill, without ``lora_`` in front. Raises ``UserError``."""
     bare = re.sub(r"^(lora_)+", "", name)
     too_long = len(os.fsencode(bare)) > 100  # of the 255 bytes that file systems give a name
-    reserved = bare == "off"  # /lora off means: no skill
-    if too_long or reserved or not re.fullmatch(r"\w[\w.-]*", bare):
-        allowed = "letters, digits, '_', '-', '.' (at most 100 bytes), not 'off'"
+    if too_long or bare in RESERVED or not re.fullmatch(r"\w[\w.-]*", bare):
+        taken = " or ".join(map(repr, RESERVED))
+        allowed = f"letters, digits, '_', '-', '.' (at most 100 bytes), not {taken}"
         raise UserError(f"{name[:99]!r} is not a skill name: use {allowed}")
     return bare
 

@@ -83,7 +83,7 @@ def place(trained, tmp_path_factory) -> Trained:
     lora = folder / "out" / "lora"
     (lora / "lora_truncated_64.pth").write_bytes(skill.read_bytes()[:3000])
     torch.save({"weights": Touch(folder / "canary")}, lora / "lora_hostile_64.pth")
-    torch.save(tensors, lora / "lora_base_64.pth")
+    torch.save(tensors, lora / "lora_whole_64.pth")
     (lora / "lora_wide_128.pth").write_bytes(skill.read_bytes())
     parts = torch.load(skill, weights_only=True)
     for name, text in (("deep", "[" * 100_000), ("huge", '{"alpha": 1' + "0" * 400 + "}")):
@@ -152,7 +152,7 @@ CASES = [
     (("chat",), "--lora_name wide --prompt x", "name its base"),
     (("chat",), "--lora_name truncated --prompt x", "lora_truncated_64.pth is not a readable"),
     (("chat",), "--lora_name hostile --prompt x", "lora_hostile_64.pth is not a readable"),
-    (("chat",), "--lora_name base --prompt x", "is no LoRA file"),
+    (("chat",), "--lora_name whole --prompt x", "is no LoRA file"),
     (("lora", "chat"), "--lora_name ../escape", "is not a skill name"),
     (("lora", "chat"), "--lora_name a/b", "is not a skill name"),
     (("lora", "chat"), f"--lora_name {'x' * 300}", "is not a skill name"),

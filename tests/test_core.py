@@ -422,12 +422,14 @@ def test_skill_names_and_files_name_each_other(tmp_path):
     assert len(lora_paths(tmp_path)) == 5
     assert lora_paths(tmp_path, "lora_two") == [lora_path(tmp_path, "two", 64)]
     (tmp_path / "lora" / "lora_folder_64.pth").mkdir()
+    for name in ("off", "base"):  # which the chat and the tables give another meaning
+        (tmp_path / "lora" / f"lora_{name}_64.pth").touch()
     assert len(lora_paths(tmp_path)) == 5
     assert skill_name("字" * 33) == "字" * 33
     with pytest.raises(UserError, match="is not a skill name"):
         skill_name(
             "字" * 34
         )  # 102 bytes: with a temporary file's additions more than some file systems take
-    for name in ("", "../x", "a/b", "a\\b", "/abs", ".hidden", "lora_", "a b", "a\0b", "*"):
+    for name in ("", "../x", "a/b", "a\\b", "/abs", ".hidden", "lora_", "a b", "a\0b", "*", "base"):
         with pytest.raises(UserError, match="is not a skill name"):
             lora_path(tmp_path, name, 64)
