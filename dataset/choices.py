@@ -6,7 +6,8 @@
     MedQA    {"question": "...", "options": {"A": "...", "B": "..."}, "answer": "B"}
 
 The names of a question, of its choices and of its answer may be mixed, in any case. An answer is a
-choice's number from 0 (as JSON number), its label, or its text.
+choice's label, its text, or, as a JSON number, its number from 0. Where a label is itself a number,
+a JSON number is a label, too, and never counts: of the labels 1 to 4, 1 is the first.
 """
 
 import re
@@ -97,16 +98,18 @@ def _labelled(row: dict) -> tuple[Sequence[str], Sequence[Any]]:
 
 def _chosen(answer: Any, labels: Sequence[str], choices: Sequence[str]) -> int:
     """Which choice ``answer`` names. Raises ``BadRow`` where it is none, or more than one."""
-    if isinstance(answer, int) and not isinstance(answer, bool):
+    said, is_number = str(answer).strip(), isinstance(answer, int) and not isinstance(answer, bool)
+    counts = is_number and not any(str(label).strip().isdecimal() for label in labels)
+    if counts:
         found = {answer} & set(range(len(choices)))
     else:
-        said = str(answer).strip()
-        found = {n for n, label in enumerate(labels) if str(label) == said}
+        found = {n for n, label in enumerate(labels) if str(label).strip() == said}
+    if not is_number:  # whose text may be another choice's number
         found |= {n for n, text in enumerate(choices) if text.strip() == said}
     if len(found) != 1:
         which = "more than one" if found else "none"
-        names = ", ".join(map(str, labels))
-        raise BadRow(f"the answer {answer!r} is {which} of the choices {names}, counted from 0")
+        names = ", ".join(map(str, labels)) + ", counted from 0" * counts
+        raise BadRow(f"the answer {answer!r} is {which} of the choices {names}")
     return found.pop()
 
 
