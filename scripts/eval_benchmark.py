@@ -10,6 +10,7 @@ Which of the three a file holds follows from its first row.
 
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Options(CheckedOptions):
     most: int = option(0, "most rows of a file, evenly spread over it; 0: all", at_least=0)
     max_seq_len: int = option(0, LENGTH_HELP, at_least=0)
     batch_size: int = option(16, "most rows computed together", at_least=1)
-    output: Path | None = option(None, "JSON file that gets the scores, too")
+    output: Path | None = option(None, "new JSON file that gets the scores, too")
     prompt_template: str | None = option(None, TEMPLATE_HELP)
     load_in_4bit: bool = option(False, "the base in 4 bits, as its QLoRA skills were trained")
     device: str = option("auto", "auto (cuda, then mps, then cpu), or a device such as cuda:1")
@@ -60,6 +61,8 @@ class Options(CheckedOptions):
         require(self.max_seq_len != 1, "--max_seq_len 1 is too short; give at least 2")
         is_json = self.output is None or self.output.suffix == ".json"
         require(is_json, f"--output {self.output} must end in .json")
+        there = self.output is not None and os.path.lexists(self.output)  # even a link to nothing
+        require(not there, f"--output: {self.output} exists; choose another or delete it")
 
 
 def main(argv: list[str] | None = None) -> dict:

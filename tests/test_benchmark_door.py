@@ -266,6 +266,30 @@ def test_each_style_is_asked_in_the_words_of_its_benchmark():
 
 
 @pytest.mark.parametrize(
+    ("labels", "answer", "wanted"),
+    [
+        ([1, 2, 3], 1, 0),
+        (["1", "2", "3"], 3, 2),
+        (["1", "2", "3"], "3", 2),
+        ([0, 1, 2], 1, 1),
+        (["1", "B", "C"], 1, 0),
+        (["A", "B", "C"], 1, 1),
+        ([1, 2, 3], 0, None),
+        (["1", "B", "C"], 2, None),
+        (["7", "7", "8"], 7, None),
+    ],
+)
+def test_a_number_is_a_label_where_labels_are_numbers(labels, answer, wanted):
+    texts = ["2", "1", "0"]  # no number means a text
+    row = {"question": "?", "choices": {"text": texts, "label": labels}, "answer": answer}
+    if wanted is None:
+        with pytest.raises(BadRow, match=f"the answer {answer}"):
+            clean_choices(row)
+    else:
+        assert clean_choices(row).answer == wanted
+
+
+@pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"answer": 3}, "the answer 3 is none of the choices A, B, C, counted from 0"),
@@ -302,11 +326,14 @@ def test_a_bad_question_is_named(change, said):
         ("{f}/texts.jsonl --max_seq_len 1", "--max_seq_len 1 is too short"),
         ("{f}/questions.jsonl --max_seq_len 2 --scored texts", "ids of its own"),
         ("{f}/texts.jsonl --output {f}/s.txt", "--output {f}/s.txt must end in .json"),
+        ("{f}/texts.jsonl --output {f}/full_sft_32.json", "full_sft_32.json exists"),
+        ("{f}/texts.jsonl --skills base", "'base' is not a skill name"),
     ],
 )
 def test_a_mistake_is_one_line(words, said, out, llama, tmp_path, capsys):
     shutil.copytree(out, tmp_path, dirs_exist_ok=True)
     shutil.copytree(llama, tmp_path / "llama")
+    record = (tmp_path / "full_sft_32.json").read_bytes()
     write_rows(tmp_path / "bad.jsonl", [MMLU, MMLU | {"answer": 9}])
     write_rows(tmp_path / "other.jsonl", [{"q1": "x"}])
     (tmp_path / "empty.jsonl").touch()
@@ -319,3 +346,4 @@ def test_a_mistake_is_one_line(words, said, out, llama, tmp_path, capsys):
     errors = [line for line in err.splitlines() if not line.startswith("scoring ")]
     assert len(errors) == 1 and errors[0].startswith("error: ")
     assert said.replace("{f}", str(tmp_path)) in errors[0]
+    assert (tmp_path / "full_sft_32.json").read_bytes() == record
