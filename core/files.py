@@ -9,7 +9,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -86,10 +86,12 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
 def unfinished(path: Path) -> Iterator[Path]:
     """An empty folder beside ``path`` to write into; what is left in it at the end is deleted.
 
-    So whatever fails inside leaves nothing, and touches nothing that was there. Raises
-    ``UserError`` when the disk refuses.
+    Missing parents of ``path`` are made, and those that are still empty at the end are deleted,
+    too. So whatever fails inside leaves nothing, and touches nothing that was there, but for the
+    same folder of a killed process. Raises ``UserError`` when the disk refuses.
     """
     folder = path.with_name(f".{path.name}.unfinished")
+    made = [parent for parent in folder.parents if not parent.exists()]
     try:
         shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
         folder.mkdir(parents=True)
@@ -105,16 +107,28 @@ def unfinished(path: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: {reason}; {way_out}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # one that holds something, or is not there
+            for parent in made:
+                parent.rmdir()
 
 
-def publish(written: Path, path: Path) -> None:
-    """Move what is ``written``, a file or folder, to ``path`` on the same disk, where nothing is.
+def publish(places: Mapping[Path, Path]) -> None:
+    """Move each file or folder to its place on the same disk, where nothing is: all, or none.
 
-    Raises ``UserError`` if something is there, be it a link to nothing.
+    Raises ``UserError`` if something is in a place, be it a link to nothing. A process that is
+    killed between two moves leaves the first.
     """
-    if os.path.lexists(path):
-        raise UserError(f"{path} exists; choose another place or delete it")
-    written.rename(path)
+    moved = []
+    try:
+        for written, path in places.items():
+            if os.path.lexists(path):
+                raise UserError(f"{path} exists; choose another place or delete it")
+            written.rename(path)
+            moved.append((path, written))
+    except BaseException:
+        for path, written in reversed(moved):
+            path.rename(written)
+        raise
 
 
 def _delete_dead(path: Path) -> None:

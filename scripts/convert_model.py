@@ -127,7 +127,7 @@ def write_base(options: Options) -> Path:
         save_llama(model, tokenizer, folder, dtype)
         ours = logits_of(rounded(model, dtype))
         found = require_same(ours, logits_in(folder), "the folder")
-        publish(folder, options.output)
+        publish({folder: options.output})
     return saved(options.output, found)
 
 
@@ -173,7 +173,7 @@ def write_adapter(options: Options) -> Path:
         save_peft(skill, model, shared_name(base), folder)
         theirs = logits_with(model, tokenizer, folder)
         found = require_same(ours, theirs, "the adapter", tolerance(ours, alone))
-        publish(folder, options.output)
+        publish({folder: options.output})
     return saved(options.output, found)
 
 
@@ -212,8 +212,7 @@ def write_gguf_adapter(options: Options) -> Path:
 
 def publish_both(draft: Path, path: Path) -> None:
     """``publish`` the Modelfile, then the GGUF file that it is for."""
-    for ending in (".Modelfile", ".gguf"):
-        publish(draft.with_suffix(ending), path.with_suffix(ending))
+    publish({draft.with_suffix(x): path.with_suffix(x) for x in (".Modelfile", ".gguf")})
 
 
 def read_base(options: Options) -> Path:
@@ -241,10 +240,9 @@ def read_base(options: Options) -> Path:
         require(same, f"the tokenizer in {options.source} changes when it is written")
         ours = logits_of(load_base(folder / output.name)[0])
         found = require_same(ours, logits_in(options.source), "the base")
-        if not is_there:
-            publish(own, beside)
-        for path in (output.with_suffix(".json"), output):  # a .pth alone would load as another
-            publish(folder / path.name, path)
+        written = (output.with_suffix(".json"), output)  # a .pth alone would load as another
+        places = {} if is_there else {own: beside}
+        publish(places | {folder / path.name: path for path in written})
     return saved(output, found)
 
 
@@ -274,7 +272,7 @@ def read_skill(options: Options) -> Path:
         attach_lora(model, folder / path.name)
         ours = logits_of(model)
         found = require_same(ours, theirs, "the skill", tolerance(theirs, alone))
-        publish(folder / path.name, path)
+        publish({folder / path.name: path})
     return saved(path, found)
 
 

@@ -1,5 +1,6 @@
 """Options become flags, mistakes become one line, and files are whole or as they were."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -274,9 +275,31 @@ def test_nothing_is_published_over_what_is_there_even_a_link_to_nothing(tmp_path
         link.write_text("Windows allows links to few")
     for path in (link, tmp_path / "folder"):
         with pytest.raises(UserError, match=f"{path.name} exists"):
-            publish(new, path)
-    publish(new, tmp_path / "free")
+            publish({new: path})
+    publish({new: tmp_path / "free"})
     assert {path.name for path in tmp_path.iterdir()} == {"folder", "free", "link"}
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_several_are_published_all_or_none_and_no_empty_folder_stays(tmp_path, there):
+    path = tmp_path / "new" / "deep" / "x"
+    with contextlib.suppress(UserError), unfinished(path) as folder:
+        places = {folder / name: path.with_name(name) for name in ("one", "two", "three")}
+        for written in places:
+            written.write_text("mine")
+        if there:
+            (tmp_path / "three").write_text("theirs")
+            places[folder / "three"] = tmp_path / "three"
+        publish(places)
+    found = {path.relative_to(tmp_path).as_posix(): path for path in tmp_path.rglob("*")}
+    if there:
+        assert found.keys() == {"three"} and found["three"].read_text() == "theirs"
+    else:
+        names = ("one", "two", "three")
+        assert found.keys() == {"new", "new/deep", *(f"new/deep/{name}" for name in names)}
+    with unfinished(tmp_path / "other" / "x"):
+        pass
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_killed_write_leaves_the_old_file(tmp_path):

@@ -237,7 +237,7 @@ def test_a_scale_that_is_not_peft_s_is_seen(trained, adapter, tmp_path, monkeypa
     argv = flags(**{"from": "peft"}, source=adapter, out_dir=tmp_path, lora_name="x")
     with pytest.raises(UserError, match="the skill computes something else"):
         convert_model.main([*argv, *flags(base=trained.out / BASE)])
-    assert not list((tmp_path / "lora").iterdir())
+    assert not (tmp_path / "lora").exists()
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj."
