@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from core.errors import UserError
 from core.options import require
 from interop.check import difference, logits_of, require_same, tolerance
-from interop.ollama import modelfile
-from interop.peft import portable
+from interop.llama import only_template
+from interop.peft import check_place, portable
 from model.LMConfig import LMConfig
 from model.lora.layer import exchange
-from model.lora.skill_file import KEYS, Skill
+from model.lora.skill_file import KEYS, Skill, base_fingerprint
 from model.model import MiniMindLM
 from model.weights import assembled
 
@@ -36,21 +36,24 @@ SIZES |= {"n_heads": "attention.head_count", "n_kv_heads": "attention.head_count
 SIZES |= {"hidden_dim": "feed_forward_length", "max_seq_len": "context_length"}
 REALS = {"norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base"}
 HEAD_WIDTHS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+FINGERPRINT = "minimind.fingerprint"  # an entry of ours: the base that a file was made from
 # What matrices are written in, and what a file of them is called.
 FORMATS = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
-FORMATS |= {"q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
-BLOCK = 32  # the weights of a row that share a scale in the last two
+BLOCKS = {"q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
+BLOCK = 32  # the weights of a row that share a scale in these two
+FORMATS |= BLOCKS
 # What a tokenizer must be for llama.cpp's "gpt-2" to read every text alike.
 SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 BPE = {"type": "BPE", "dropout": None, "ignore_merges": False}
 BPE |= {"continuing_subword_prefix": None, "end_of_word_suffix": None}
 SWALLOWS = ("single_word", "lstrip", "rstrip")  # what an added token may not do
+CONVERTER = "write the format huggingface and let llama.cpp's convert_hf_to_gguf.py convert that"
 
 
 def save_base(
     model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, path: Path, dtype: str
 ) -> tuple[float, float]:
-    """Write ``model``, which carries no LoRA, as ``path`` (.gguf), with a Modelfile beside it.
+    """Write ``model``, which carries no LoRA, as ``path`` (.gguf), with its fingerprint.
 
     ``dtype``, one of ``FORMATS``, is that of the matrices; norms stay fp32. Returns by what share
     of the largest logit the file, read again, differs from our own rounding of the same weights,
@@ -63,31 +66,29 @@ def save_base(
     writer.add_name(path.stem)
     writer.add_file_type(gguf.LlamaFileType[FORMATS[dtype]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_string(FINGERPRINT, base_fingerprint(model))
     add_config(writer, model.config)
     add_tokenizer(writer, tokenizer)
     for name, tensor in model.state_dict().items():
         tensor, module = tensor.detach().float().cpu(), name.removesuffix(".weight")
-        format = dtype if tensor.ndim == 2 else "float32"
-        ours[name] = rounded(tensor, format, name)
+        stored = dtype if tensor.ndim == 2 else "float32"
+        ours[name] = kept(tensor, stored, name)
         if module in names:
-            add_tensor(writer, f"{names[module]}.weight", tensor, format)
-    write(writer, modelfile(tokenizer, model.config.max_seq_len, path.name))
+            add_tensor(writer, f"{names[module]}.weight", tensor, stored)
+    write(writer)
     expected, found = (logits_of(m) for m in (assembled(model.config, ours, path), read_base(path)))
     return require_same(expected, found, path.name), difference(logits_of(model), found)
 
 
-def save_adapter(
-    skill: Skill, model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, path: Path, base: str
-) -> float:
-    """Write ``skill``, which ``model`` carries, as ``path`` (.gguf), with a Modelfile beside it.
+def save_adapter(skill: Skill, model: MiniMindLM, path: Path) -> float:
+    """Write ``skill``, which ``model`` carries, as ``path`` (.gguf).
 
-    The Modelfile expects the file ``base`` there, too. Returns by what share of the largest logit
-    the adapter, read again, differs. Raises ``UserError`` where that is too much, and for a skill
-    that is more than a LoRA of the blocks' Linears.
+    Returns by what share of the largest logit the adapter, read again, differs. Raises
+    ``UserError`` where that is too much, and for a skill that is more than a LoRA of the blocks'
+    Linears.
     """
     tensors, meta = skill
-    extra = [name for name in tensors if name.startswith("_")]
-    require(not extra, f"the skill holds {extra[:1]}, for which an adapter has no place")
+    check_place(tensors)
     is_dora = any(name.endswith(".magnitude") for name in tensors)
     way_out = "merge it into a base with skill instead of lora_name"
     require(not is_dora, f"a DoRA rescales weights, which no GGUF adapter can: {way_out}")
@@ -105,7 +106,7 @@ def save_adapter(
         parts = portable(parts, meta.scaling[target], rank)
         add_tensor(writer, f"{names[target]}.weight.lora_a", parts["A.weight"], "float32")
         add_tensor(writer, f"{names[target]}.weight.lora_b", parts["B.weight"], "float32")
-    write(writer, modelfile(tokenizer, model.config.max_seq_len, base, path.name))
+    write(writer)
     ours, theirs, alone = (logits_of(m) for m in (model, *with_and_without(model, path)))
     return require_same(ours, theirs, path.name, tolerance(ours, alone))
 
@@ -144,9 +145,9 @@ def add_tensor(writer: Any, name: str, tensor: Tensor, dtype: str) -> None:
     writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
 
 
-def rounded(weight: Tensor, dtype: str, name: str) -> Tensor:
+def kept(weight: Tensor, dtype: str, name: str) -> Tensor:
     """What ``dtype`` keeps of a weight, fp32. Raises ``UserError`` if its rows make no blocks."""
-    if dtype not in ("q8_0", "q4_0"):
+    if dtype not in BLOCKS:
         return weight.to(getattr(torch, dtype)).float()
     width = weight.size(-1)
     require(width % BLOCK == 0, f"{name} has rows of {width}, no multiple of {BLOCK}: use float16")
@@ -171,9 +172,8 @@ def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     added = {token["id"]: token for token in backend["added_tokens"]}
     wrong += [f"{key} {t['content']!r}" for t in added.values() for key in SWALLOWS if t[key]]
     reads = "so llama.cpp, which has no such, would read texts otherwise"
-    require(not wrong, f"the tokenizer has {', '.join(wrong[:3])}, {reads}")
-    several = "the tokenizer has several chat templates, of which a file can have one"
-    require(isinstance(tokenizer.chat_template, str), f"{several}; keep one")
+    require(not wrong, f"the tokenizer has {', '.join(wrong[:3])}, {reads}; {CONVERTER}")
+    template, begins = only_template(tokenizer), adds_bos(tokenizer)
     ids = range(len(tokenizer))
     kinds = library().TokenType
     ours = {True: kinds.CONTROL, False: kinds.USER_DEFINED}
@@ -185,21 +185,40 @@ def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     for role in ("bos", "eos", "pad", "unk"):
         if (token_id := getattr(tokenizer, f"{role}_token_id")) is not None:
             getattr(writer, f"add_{role}_token_id")(token_id)
-    writer.add_add_bos_token(False)  # the chat template writes it
+    writer.add_add_bos_token(begins)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
-    writer.add_chat_template(tokenizer.chat_template)
+    writer.add_chat_template(template)
 
 
-def write(writer: Any, text: str) -> None:
-    """Write the file, and ``text`` as the Modelfile beside it."""
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer begins every text with bos.
+
+    llama.cpp then begins chats with it, too, once. Raises ``UserError`` for a tokenizer that adds
+    anything else, and for one whose chats do not begin so.
+    """
+    plain, whole = (tokenizer("a", add_special_tokens=x).input_ids for x in (False, True))
+    if plain == whole:
+        return False
+    adds = f"the tokenizer makes {tokenizer.convert_ids_to_tokens(whole)} of the text 'a'"
+    reads = "so llama.cpp, which can only put bos before it, would read texts otherwise"
+    require([tokenizer.bos_token_id, *plain] == whole, f"{adds}, {reads}; {CONVERTER}")
+    chat = [{"role": "user", "content": "a"}]
+    written = tokenizer.apply_chat_template(chat, tokenize=False)
+    reads = "but no chat, so llama.cpp, which has one rule for both, would read chats otherwise"
+    begins = written.startswith(tokenizer.bos_token)
+    require(begins, f"the tokenizer begins every text with bos, {reads}; {CONVERTER}")
+    return True
+
+
+def write(writer: Any) -> None:
+    """Write the file of all that was added."""
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     finally:
         writer.close()
-    writer.path.with_suffix(".Modelfile").write_bytes(text.encode())
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -210,6 +229,20 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     # Copies: on Windows a file that is mapped into memory cannot be renamed.
     dense = {t.name: gguf.quants.dequantize(t.data, t.tensor_type).copy() for t in reader.tensors}
     return entries, {name: torch.from_numpy(array) for name, array in dense.items()}
+
+
+def doubts(path: Path, model: MiniMindLM) -> str:
+    """Why the file ``path`` may be no base for skills of ``model``; empty if it is one."""
+    gguf = library()
+    if not path.exists():
+        return "does not exist yet"
+    try:
+        field = gguf.GGUFReader(path).get_field(FINGERPRINT)
+    except Exception:  # any file may be there
+        return "is no GGUF file"
+    if field is None:
+        return "does not say which base it is"
+    return "" if field.contents() == base_fingerprint(model) else "is another base"
 
 
 def read_base(path: Path) -> MiniMindLM:

@@ -148,9 +148,7 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_seq_le
 
     Version 5 itself writes them otherwise. Raises ``UserError`` for several chat templates.
     """
-    template = tokenizer.chat_template
-    several = "the tokenizer has several chat templates, of which a base can have one"
-    require(isinstance(template, str), f"{several}; keep one in its tokenizer_config.json")
+    template = only_template(tokenizer)
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     tokens = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token")}
     settings = {name: token for name, token in tokens.items() if token is not None}
@@ -160,6 +158,14 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_seq_le
     settings |= {"clean_up_tokenization_spaces": False, "chat_template": template}
     _write_json(folder / "tokenizer_config.json", settings)
     (folder / "chat_template.jinja").write_bytes(template.encode())
+
+
+def only_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Its chat template. Raises ``UserError`` for several."""
+    several = f"the tokenizer in {tokenizer.name_or_path} has several chat templates"
+    way_out = "of which a base can have one; keep one in its tokenizer_config.json"
+    require(isinstance(tokenizer.chat_template, str), f"{several}, {way_out}")
+    return tokenizer.chat_template
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -1,5 +1,7 @@
 """A Modelfile: what Ollama is told of a GGUF file, its chat template above all."""
 
+from pathlib import Path
+
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError, reason_of
@@ -9,6 +11,22 @@ ROLES = {"s": "system", "u": "user", "a": "assistant"}
 CONTENT = " \n\ue000 \n"  # of private use, so that no template contains it; with blanks to trim
 # Chats that tell whether all that a template writes around a message depends on its role alone.
 TRIALS = ("u", "su", "uau", "suau", "uauau", "suauau")
+
+
+def write_modelfile(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    base: str,
+    adapter: str | None = None,
+) -> None:
+    """Write ``modelfile`` as ``path``; where none can tell the chat template, print so instead."""
+    try:
+        text = modelfile(tokenizer, context, base, adapter)
+    except UserError as error:
+        print(f"note: no {path.name}, without which Ollama cannot chat: {error}")
+    else:
+        path.write_bytes(text.encode())
 
 
 def modelfile(
@@ -31,7 +49,7 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
     It always ends with the prompt for an answer. Raises ``UserError`` unless all that the
     tokenizer's writes beside the messages is a text before and behind each, by its role, one at
-    the end, and one at the beginning of a chat without a system message.
+    the end, and one at the beginning of a chat without a system message, the same every day.
     """
 
     def shown(chat: str, prompt: bool = False) -> str:
@@ -40,6 +58,8 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> str:
         return tokenizer.apply_chat_template(turns, **settings)
 
     try:
+        dated = "strftime_now" in str(tokenizer.chat_template)
+        require(not dated, "it writes the date of each day")
         system, user = shown("s"), shown("su").removeprefix(shown("s"))
         pieces = {"s": system, "u": user, "a": shown("ua").removeprefix(shown("u"))}
         default, end = shown("u").removesuffix(user), shown("u", True).removeprefix(shown("u"))

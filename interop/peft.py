@@ -52,8 +52,7 @@ def save_peft(skill: Skill, base: nn.Module, base_name: str | None, folder: Path
     than a LoRA, and for one whose targets are only in part DoRA's.
     """
     tensors, meta = skill
-    extra = [name for name in tensors if name.startswith("_")]
-    require(not extra, f"the skill holds {extra[:1]}, for which an adapter has no place")
+    check_place(tensors)
     dora = {f"{target}.lora.magnitude" in tensors for target in meta.targets}
     partly = "the skill is a DoRA on some of its targets only, which an adapter cannot say"
     require(len(dora) == 1, f"{partly}; merge it into the base instead")
@@ -85,6 +84,12 @@ def save_peft(skill: Skill, base: nn.Module, base_name: str | None, folder: Path
     }
     save_file(found, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / SETTINGS).write_bytes((json.dumps(settings, indent=2) + "\n").encode())
+
+
+def check_place(tensors: Parts) -> None:
+    """Raise ``UserError`` for tensors of a skill that are no updates of Linears."""
+    extra = [name for name in tensors if name.startswith("_")]
+    require(not extra, f"the skill holds {extra[:1]}, for which an adapter has no place")
 
 
 def portable(parts: Parts, scaling: float, rank: int) -> Parts:

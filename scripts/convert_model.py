@@ -89,7 +89,7 @@ class Options(CheckedOptions):
             skill_name(self.lora_name)
         if self.output is not None:
             self._check_output()
-        fits = self.to == "gguf" or self.dtype not in ("q8_0", "q4_0")
+        fits = self.to == "gguf" or "float" in self.dtype
         require(fits, f"--dtype {self.dtype} is for --to gguf only")
 
     def _check_output(self) -> None:
@@ -161,13 +161,8 @@ def write_adapter(options: Options) -> Path:
     """A skill as an adapter folder of PEFT."""
     from interop.check import logits_of, require_same, tolerance
     from interop.peft import save_peft
-    from model.lora.skill_file import attach_lora, read_lora
 
-    first = read_lora(find_skill(options.out_dir, options.lora_name))[1]
-    base, model, tokenizer = opened(options, first)
-    path = find_skill(options.out_dir, options.lora_name, model.config.hidden_size)
-    skill, alone = read_lora(path), logits_of(model)
-    attach_lora(model, path, skill, allow_base_mismatch=options.allow_base_mismatch)
+    skill, base, model, tokenizer, alone = skilled(options)
     ours = logits_of(model)
     with unfinished(options.output) as folder:
         save_peft(skill, model, shared_name(base), folder)
@@ -175,6 +170,19 @@ def write_adapter(options: Options) -> Path:
         found = require_same(ours, theirs, "the adapter", tolerance(ours, alone))
         publish({folder: options.output})
     return saved(options.output, found)
+
+
+def skilled(options: Options) -> tuple:
+    """The skill, its base's path and model, which carries it, tokenizer and logits without it."""
+    from interop.check import logits_of
+    from model.lora.skill_file import attach_lora, read_lora
+
+    first = read_lora(find_skill(options.out_dir, options.lora_name))[1]
+    base, model, tokenizer = opened(options, first)
+    path = find_skill(options.out_dir, options.lora_name, model.config.hidden_size)
+    skill, alone = read_lora(path), logits_of(model)
+    attach_lora(model, path, skill, allow_base_mismatch=options.allow_base_mismatch)
+    return skill, base, model, tokenizer, alone
 
 
 def write_gguf(options: Options) -> Path:
@@ -185,7 +193,7 @@ def write_gguf(options: Options) -> Path:
     with unfinished(options.output) as folder:
         draft = folder / options.output.name
         found, change = save_base(model, tokenizer, draft, options.dtype)
-        publish_both(draft, options.output)
+        publish_both(draft, options.output, tokenizer, model.config.max_seq_len, draft.name)
     if options.dtype != "float32":
         print(f"{options.dtype} changes the logits by {change:.1e} of the largest")
     return saved(options.output, found)
@@ -193,26 +201,28 @@ def write_gguf(options: Options) -> Path:
 
 def write_gguf_adapter(options: Options) -> Path:
     """A skill as a LoRA adapter in a GGUF file."""
-    from interop.gguf import save_adapter
-    from model.lora.skill_file import attach_lora, read_lora
+    from interop.gguf import doubts, save_adapter
 
-    first = read_lora(find_skill(options.out_dir, options.lora_name))[1]
-    base, model, tokenizer = opened(options, first)
-    path = find_skill(options.out_dir, options.lora_name, model.config.dim)
-    skill, file = read_lora(path), base.with_suffix(".gguf").name
-    attach_lora(model, path, skill, allow_base_mismatch=options.allow_base_mismatch)
+    skill, base, model, tokenizer, _ = skilled(options)
+    expected = options.output.with_name(base.with_suffix(".gguf").name)
     with unfinished(options.output) as folder:
         draft = folder / options.output.name
-        found = save_adapter(skill, model, tokenizer, draft, file)
-        publish_both(draft, options.output)
-    if not options.output.with_name(file).exists():
-        print(f"note: the Modelfile expects the base beside it, as {file}")
+        found = save_adapter(skill, model, draft)
+        names = expected.name, draft.name
+        publish_both(draft, options.output, tokenizer, model.config.max_seq_len, *names)
+    print(f"the adapter is for {base}, and expects its GGUF file as {expected}")
+    if doubt := doubts(expected, model):
+        print(f"note: {expected} {doubt}; write it with --to gguf --base {base}")
     return saved(options.output, found)
 
 
-def publish_both(draft: Path, path: Path) -> None:
-    """``publish`` the Modelfile, then the GGUF file that it is for."""
-    publish({draft.with_suffix(x): path.with_suffix(x) for x in (".Modelfile", ".gguf")})
+def publish_both(draft: Path, path: Path, *told) -> None:
+    """``publish`` a GGUF file, with the Modelfile of what is ``told`` if there can be one."""
+    from interop.ollama import write_modelfile
+
+    drafts = draft.with_suffix(".Modelfile"), draft
+    write_modelfile(drafts[0], *told)
+    publish({x: path.with_suffix(x.suffix) for x in drafts if x.exists()})
 
 
 def read_base(options: Options) -> Path:

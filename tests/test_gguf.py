@@ -4,6 +4,7 @@ import contextlib
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -11,7 +12,7 @@ import urllib.request
 import pytest
 import torch
 from conftest import flags, strengthen
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.seeded_model import seeded_model
@@ -337,6 +338,86 @@ def test_a_modelfile_names_its_files_the_context_and_where_to_stop(out, base, tm
     adapter = convert(out, tmp_path / "square.gguf", lora_name="square")
     text = adapter.with_suffix(".Modelfile").read_text(encoding="utf-8")
     assert text.startswith("FROM ./full_sft_64.gguf\nADAPTER ./square.gguf\n")
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        ("same", None),
+        (None, "does not exist yet"),
+        ("other", "is another base"),
+        ("noise", "is no GGUF file"),
+    ],
+)
+def test_the_base_beside_an_adapter_is_the_one_that_it_is_for(
+    out, base, tmp_path, capsys, there, said
+):
+    expected = tmp_path / base.name
+    if there == "same":
+        shutil.copy(base, expected)
+    elif there == "other":
+        convert(out, expected, skill="square")
+    elif there == "noise":
+        expected.write_text("mine")
+    capsys.readouterr()
+    convert(out, tmp_path / "x.gguf", lora_name="square")
+    printed = capsys.readouterr().out
+    assert f"the adapter is for {out / 'full_sft_64.pth'}, and expects" in printed
+    notes = [line for line in printed.splitlines() if line.startswith("note: ")]
+    assert len(notes) == (said is not None) and all(said in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("begins", "text", "named"),
+    [
+        (True, "<|im_start|> $0", None),
+        (False, "<|im_start|> $0", "begins every text with bos, but no chat"),
+        (True, "$0 <|im_end|>", r"makes \['a', '<\|im_end\|>'\] of the text 'a'"),
+        (True, "<|im_end|> $0", "can only put bos before it"),
+    ],
+)
+def test_what_a_tokenizer_adds_to_a_text_is_added_there_or_refused(tmp_path, begins, text, named):
+    """The shipped template begins every chat with bos; the other does not."""
+    tokenizer, path = load_tokenizer(TOKENIZER_DIR), tmp_path / "x.gguf"
+    ends = [(token, n) for n, token in ((1, "<|im_start|>"), (2, "<|im_end|>")) if token in text]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(text, None, ends)
+    tokenizer.chat_template = tokenizer.chat_template if begins else "{{ messages[0].content }}"
+    if named:
+        with pytest.raises(UserError, match=f"{named}.*convert_hf_to_gguf.py"):
+            gguf.save_base(seeded_model(SHAPE)[0], tokenizer, path, "float32")
+        return
+    gguf.save_base(seeded_model(SHAPE)[0], tokenizer, path, "float32")
+    assert gguf.read_file(path)[0]["tokenizer.ggml.add_bos_token"] is True
+    with llama_cpp(path) as ask:
+        theirs = ask("/tokenize", content="a b", add_special=True)["tokens"]
+        assert theirs == tokenizer("a b").input_ids and theirs[0] == 1
+        chat = ask("/apply-template", messages=turns("su"))["prompt"]
+        theirs = ask("/tokenize", content=chat, parse_special=True, add_special=True)["tokens"]
+    ours = tokenizer.apply_chat_template(turns("su"), add_generation_prompt=True)
+    assert theirs == ours["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("jinja", "said"),
+    [
+        ("{% for m in messages %}{{ loop.index ~ m.role + m.content }}{% endfor %}", "otherwise"),
+        ("{{ strftime_now('%d') }}{% for m in messages %}{{ m.content }}{% endfor %}", "the date"),
+    ],
+)
+def test_a_template_without_words_in_ollama_costs_only_the_modelfile(
+    out, tmp_path, capsys, jinja, said
+):
+    shutil.copytree(out, tmp_path / "out")
+    tokenizer = load_tokenizer(TOKENIZER_DIR)
+    tokenizer.chat_template = jinja
+    tokenizer.save_pretrained(tmp_path / "out" / "tokenizer")
+    record = tmp_path / "out" / "full_sft_64.json"
+    known = json.loads(record.read_text()) | {"tokenizer": tokenizer_fingerprint(tokenizer)}
+    record.write_text(json.dumps(known))
+    path = convert(tmp_path / "out", tmp_path / "x.gguf")
+    assert path.is_file() and not path.with_suffix(".Modelfile").exists()
+    printed = capsys.readouterr().out
+    assert "note: no x.Modelfile" in printed and said in printed
 
 
 @pytest.mark.parametrize("more", [{}, {"lora_name": "all"}, {"dtype": "q4_0"}])
