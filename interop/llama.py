@@ -131,6 +131,8 @@ def save_llama(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", llama_config(model.config, tokenizer, dtype))
     _write_json(folder / "generation_config.json", special_ids(tokenizer))
+    mode = (folder / "config.json").stat().st_mode
+    (folder / "model.safetensors").chmod(mode)  # safetensors: 0600
     write_tokenizer(tokenizer, folder, model.config.max_seq_len)
 
 
@@ -189,10 +191,13 @@ def load_llama(folder: Path) -> MiniMindLM:
 def read_config(folder: Path) -> LMConfig:
     """The config of a Llama folder as ours. Raises ``UserError`` for one that has no equal."""
     path = folder / "config.json"
+    require(path.is_file(), f"{path} does not exist; name the folder of a model")
     try:
         content = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is no model's config ({reason_of(error)})") from error
+    quantised = f"{path}: the weights are quantised (quantization_config), and cannot be converted"
+    require(not content.get("quantization_config"), f"{quantised}; name the full weights")
     kind = content.get("model_type")
     require(kind == "llama", f"{path}: model_type {kind!r} is not llama, and cannot be converted")
     rope = content.get("rope_scaling") or content.get("rope_parameters")
@@ -223,6 +228,10 @@ def read_shards(folder: Path) -> dict[str, Tensor]:
             files = sorted(set(shards.values()))
         outside = [name for name in files if Path(name).name != name]
         require(not outside, f"{index} names {outside[:1]}, which lies outside the folder")
+        has_any = any((folder / name).is_file() for name in files)
+        others = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+        way_out = "save it as safetensors, by save_pretrained of transformers"
+        require(has_any or not others, f"{folder} holds its weights as {others[:1]}; {way_out}")
         tensors = {}
         for name in files:
             tensors |= load_file(folder / name)

@@ -5,6 +5,7 @@ initialisation that reads the base's weights. Each scale is folded into B, and a
 padded with zeros.
 """
 
+import copy
 import json
 import re
 from collections import defaultdict
@@ -15,16 +16,19 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from core.errors import UserError, reason_of
 from core.options import require
-from interop.llama import LAYER, our_modules, rotary_heads, their_module, to_halves, to_pairs
+from interop.check import logits_of
+from interop.llama import LAYER, our_modules, rotary_heads, their_module, to_halves, to_pairs, twin
 from model.LMConfig import LMConfig
 from model.lora.config import LoRAConfig
-from model.lora.layer import features
+from model.lora.layer import exchange, features
 from model.lora.skill_file import KEYS, Skill, SkillMeta
 from model.lora.targets import linears
+from model.model import MiniMindLM
 from model.weights import check_tensors, read_tensors
 
 Parts = dict[str, Tensor]  # the tensors of one target, by their key in a skill file
@@ -82,8 +86,10 @@ def save_peft(skill: Skill, base: nn.Module, base_name: str | None, folder: Path
         "modules_to_save": None,
         "inference_mode": True,
     }
-    save_file(found, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    weights = folder / "adapter_model.safetensors"
+    save_file(found, weights, metadata={"format": "pt"})
     (folder / SETTINGS).write_bytes((json.dumps(settings, indent=2) + "\n").encode())
+    weights.chmod((folder / SETTINGS).stat().st_mode)  # safetensors: 0600
 
 
 def check_place(tensors: Parts) -> None:
@@ -153,6 +159,7 @@ def load_peft(folder: Path, base: nn.Module) -> tuple[dict[str, Parts], SkillMet
 def read_settings(folder: Path) -> Mapping:
     """An adapter's settings. Raises ``UserError`` unless a LoRA in a skill file can do the same."""
     path = folder / SETTINGS
+    require(path.is_file(), f"{path} does not exist; name the folder of an adapter")
     try:
         settings = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -171,6 +178,13 @@ def read_settings(folder: Path) -> Mapping:
     changed = f"{path}: its initialisation, {begun}, changed the base; {way_out}"
     require(not begun.startswith(CHANGES_BASE), changed)
     return settings
+
+
+def foreign_name(folder: Path, base: Path) -> str | None:
+    """What an adapter's settings call its base, unless that is the name of ``base`` or nothing."""
+    named = read_settings(folder).get("base_model_name_or_path")
+    own = {base.name, base.stem, base.resolve().name}
+    return str(named) if named and Path(str(named)).name not in own else None
 
 
 def ranks_and_alphas(settings: Mapping, folder: Path) -> LoRAConfig:
@@ -248,6 +262,15 @@ def merged_raw(model: nn.Module, folder: Path) -> nn.Module:
             total = total * (parts["magnitude"] / total.norm(dim=1))[:, None]
         weight.copy_(total.T if transposed else total)
     return model
+
+
+def logits_with(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Tensor:
+    """What Hugging Face's model of the base computes with an adapter folder in its weights."""
+    if isinstance(model, MiniMindLM):
+        return logits_of(merged_raw(twin(model, tokenizer), folder))
+    alone = copy.deepcopy(model)
+    exchange(alone, {})
+    return logits_of(merged_raw(alone, folder))
 
 
 def raw_scale(settings: Mapping, module: str, rank: int) -> float:

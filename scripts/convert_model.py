@@ -160,7 +160,7 @@ def merged(options: Options) -> tuple:
 def write_adapter(options: Options) -> Path:
     """A skill as an adapter folder of PEFT."""
     from interop.check import logits_of, require_same, tolerance
-    from interop.peft import save_peft
+    from interop.peft import logits_with, save_peft
 
     skill, base, model, tokenizer, alone = skilled(options)
     ours = logits_of(model)
@@ -260,7 +260,7 @@ def read_skill(options: Options) -> Path:
     """An adapter folder of PEFT as a skill file."""
     from dataset.tokenizer import tokenizer_fingerprint
     from interop.check import logits_of, require_same, tolerance
-    from interop.peft import load_peft
+    from interop.peft import foreign_name, load_peft, logits_with
     from model.lora.layer import exchange
     from model.lora.skill_file import attach_lora, save_lora
     from model.lora.targets import linears
@@ -271,6 +271,8 @@ def read_skill(options: Options) -> Path:
     there = os.path.lexists(path)
     require(not there, f"{path} exists; choose another --lora_name or delete it")
     updates, meta = load_peft(options.source, model)
+    if named := foreign_name(options.source, base):
+        print(f"note: the adapter says it is for {named}; only that its shapes fit {base} is known")
     meta.tokenizer, meta.base = tokenizer_fingerprint(tokenizer), {"file": base.name}
     meta.prompt_template = options.prompt_template
     alone, theirs = logits_of(model), logits_with(model, tokenizer, options.source)
@@ -317,23 +319,6 @@ def logits_in(folder: Path):
     logits = logits_of(open_causal(folder))
     gc.collect()  # Windows renames no folder while a model still maps a file in it
     return logits
-
-
-def logits_with(model, tokenizer, adapter: Path):
-    """What Hugging Face's model of the base computes with the adapter in its weights."""
-    import copy
-
-    from interop.check import logits_of
-    from interop.llama import twin
-    from interop.peft import merged_raw
-    from model.lora.layer import exchange
-    from model.model import MiniMindLM
-
-    if isinstance(model, MiniMindLM):
-        return logits_of(merged_raw(twin(model, tokenizer), adapter))
-    alone = copy.deepcopy(model)
-    exchange(alone, {})
-    return logits_of(merged_raw(alone, adapter))
 
 
 def saved(path: Path, found: float) -> Path:

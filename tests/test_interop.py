@@ -191,6 +191,9 @@ def test_peft_computes_what_a_skill_does_and_it_comes_back(trained, converted, t
     shared = flags(base=base, out_dir=tmp_path)
     folder = tmp_path / "adapter"
     convert_model.main([*shared, *flags(to="peft", lora_name=kind, output=folder)])
+    for written in (folder, converted):
+        modes = {path.stat().st_mode for path in written.iterdir()}
+        assert len(modes) == 1, "who may read one file may read all"
     assert (wanted - logits_of(load_base(base)[0])).abs().max() > 1e-3
     assert (peft_logits(converted, folder) - wanted).abs().max() < 2e-5
     settings = json.loads((folder / "adapter_config.json").read_text())
@@ -229,6 +232,44 @@ def test_adapters_of_others_come_in(trained, converted, tmp_path, kind):
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     path = convert_model.main([*argv, *flags(base=converted)])  # of a foreign base, from a .bin
     assert path.is_file()
+
+
+@pytest.mark.parametrize(
+    ("named", "is_noted"),
+    [
+        ("someone/another", True),
+        ("/home/else/full_sft_64.pth", False),
+        ("out/full_sft_64", False),
+        (None, False),
+    ],
+)
+def test_an_adapter_that_names_another_base_is_noted(
+    trained, adapter, tmp_path, capsys, named, is_noted
+):
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    rewrite(folder, "adapter_config.json", {"base_model_name_or_path": named})
+    argv = flags(**{"from": "peft"}, source=folder, out_dir=tmp_path, lora_name="x")
+    assert convert_model.main([*argv, *flags(base=trained.out / BASE)]).is_file()
+    assert (f"note: the adapter says it is for {named};" in capsys.readouterr().out) is is_noted
+
+
+@pytest.mark.parametrize(
+    ("words", "file"),
+    [
+        ({"from": "huggingface", "output": "x.pth"}, "config.json"),
+        ({"from": "peft", "lora_name": "x"}, "adapter_config.json"),
+    ],
+)
+def test_a_missing_folder_is_named_once(trained, tmp_path, words, file):
+    missing = tmp_path / "missing"
+    if "output" in words:
+        words = words | {"output": tmp_path / "x.pth"}
+    else:
+        words = words | {"base": trained.out / BASE, "out_dir": tmp_path}
+    with pytest.raises(UserError) as refused:
+        convert_model.main(flags(**words, source=missing))
+    assert str(refused.value).startswith(f"{missing / file} does not exist; name")
+    assert str(refused.value).count(str(missing)) == 1
 
 
 def test_a_scale_that_is_not_peft_s_is_seen(trained, adapter, tmp_path, monkeypatch):
@@ -375,7 +416,9 @@ def test_a_skill_of_a_base_without_template_goes_out_and_comes_back(converted, t
         ({"vocab_size": 6464}, "pad", "6464 rows, the tokenizer 6400"),
         ({}, "odd", r"attention\.wq.* is \(63, 64\)"),
         ({}, "names", r"missing norm\.weight.*unexpected extra\.weight"),
-        ({}, "templates", "several chat templates"),
+        ({}, "templates", r"tokenizer in .*llama has several chat templates"),
+        ({"quantization_config": {"quant_method": "gptq"}}, None, "quantization_config"),
+        ({}, "bin", r"'pytorch_model.bin'.*safetensors, by save_pretrained"),
     ],
 )
 def test_a_llama_without_an_equal_is_refused(converted, tmp_path, settings, change, named):
@@ -391,6 +434,8 @@ def test_a_llama_without_an_equal_is_refused(converted, tmp_path, settings, chan
             tensors["extra.weight"] = tensors.pop("model.norm.weight")
 
     rewrite(folder, settings=settings, change=harm)
+    if change == "bin":
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     if change == "templates":
         (folder / "chat_template.jinja").unlink()
         several = [{"name": name, "template": "x"} for name in ("default", "tool_use")]
