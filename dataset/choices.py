@@ -114,17 +114,18 @@ def _chosen(answer: Any, labels: Sequence[str], choices: Sequence[str]) -> int:
 
 
 def language_of(questions: Sequence[ChoiceQuestion]) -> str:
-    """The key of ``WORDS`` for a file: "zh" if any question or choice has a Chinese character."""
-    texts = (text for each in questions for text in (each.question, *each.choices))
-    return "zh" if any(map(HAN.search, texts)) else "en"
+    """The key of ``WORDS`` for a file: "zh" if at least half its rows have a Chinese character."""
+    chinese = sum(any(map(HAN.search, (each.question, *each.choices))) for each in questions)
+    return "zh" if 2 * chinese >= len(questions) else "en"
 
 
 def asked(each: ChoiceQuestion, scored: str, language: str) -> tuple[str, list[str]]:
     """The words before an answer, and the answers of which a model has to find one likeliest.
 
     ``scored`` "letters" lists the choices and asks for a letter, as lm-evaluation-harness does with
-    CMMLU and C-Eval ("zh") and MMLU ("en"); "texts" asks for a choice's own words, as it does with
-    ARC ("en"; "zh" is the same in Chinese).
+    CMMLU and C-Eval ("zh") and MMLU ("en"), behind their description of the subject, which is not
+    in here; "texts" asks for a choice's own words, as it does with ARC ("en", without description;
+    "zh" is the same in Chinese).
     """
     before, after = WORDS[language]
     if scored == "texts":

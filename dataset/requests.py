@@ -41,7 +41,7 @@ def pair_requests(
 
     An answer's ids are those of both together behind the ids of the context alone; blanks that end
     the context belong to the answers. Raises ``UserError`` for an answer that has no ids of its
-    own or more than ``max_seq_len``.
+    own or more than ``max_seq_len``, or a context of blanks only.
     """
     kept = context.rstrip()
     before, *whole = text_ids(tokenizer, [kept, *(context + DELIMITER + a for a in answers)])
@@ -50,7 +50,8 @@ def pair_requests(
         continuation = ids[len(before) :]
         if not before or not 0 < len(continuation) <= max_seq_len:
             ids_of = f"{len(continuation)} ids of its own after {len(before)} of the question"
-            raise UserError(f"the answer {answer[:40]!r} has {ids_of}; shorten or lengthen it")
+            limit = f"max_seq_len is {max_seq_len}; shorten or lengthen it, or raise max_seq_len"
+            raise UserError(f"the answer {answer[:40]!r} has {ids_of}, and {limit}")
         room = max_seq_len + 1 - len(continuation)  # the last id is only predicted
         requests.append(Request(before[-room:], continuation))
     return requests

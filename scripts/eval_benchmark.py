@@ -5,6 +5,7 @@
     questions  with choices, as CMMLU, C-Eval, MMLU or ARC write them: acc, acc_norm, acc_bytes
 
 The scores of texts and questions are lm-evaluation-harness's, zero-shot and without chat template.
+Its tasks MMLU, CMMLU and C-Eval put a sentence on the subject before every question: --description.
 Which of the three a file holds follows from its first row.
 """
 
@@ -12,7 +13,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import eval_model
 from core.errors import UserError, run
-from core.files import atomic_write, sha256_file
+from core.files import atomic_write, sha256_file, unfinished
 from core.options import CheckedOptions, option, parse, require
 from core.paths import cache_dir, skill_weights, weights_text
 
@@ -29,6 +30,8 @@ SKILLS_HELP = "skills, or mixes such as 'a=0.7 b', to score beside the base"
 SCORED_HELP = "an answer is its letter, as in CMMLU and MMLU, or its own text, as in ARC"
 LENGTH_HELP = "most tokens that the model reads at once; 0: its whole context"
 TEMPLATE_HELP = r"writes chats for a base without chat template: 'Q: {user}\nA: '"
+DESCRIPTION_HELP = r"text before every question, such as MMLU's 'The following are ...\n\n'"
+Score = Callable[..., dict[str, float]]
 UNBOUNDED = 2048  # of models whose config names no context, as in lm-evaluation-harness
 
 
@@ -45,6 +48,7 @@ class Options(CheckedOptions):
     base: Path | None = option(None, eval_model.BASE_HELP)
     scored: Literal["letters", "texts"] = option("letters", SCORED_HELP)
     language: Literal["auto", "en", "zh"] = option("auto", "of the words that ask for an answer")
+    description: str = option("", DESCRIPTION_HELP)
     most: int = option(0, "most rows of a file, evenly spread over it; 0: all", at_least=0)
     max_seq_len: int = option(0, LENGTH_HELP, at_least=0)
     batch_size: int = option(16, "most rows computed together", at_least=1)
@@ -58,6 +62,9 @@ class Options(CheckedOptions):
     def __post_init__(self):
         super().__post_init__()
         self.skills = tuple(weights_text(skill_weights(word.split())) for word in self.skills)
+        is_text = self.description == self.description.encode(errors="replace").decode()
+        require(is_text, "--description holds bytes that are no text in the terminal's encoding")
+        self.description = self.description.replace("\\n", "\n")
         require(self.max_seq_len != 1, "--max_seq_len 1 is too short; give at least 2")
         is_json = self.output is None or self.output.suffix == ".json"
         require(is_json, f"--output {self.output} must end in .json")
@@ -73,23 +80,26 @@ def main(argv: list[str] | None = None) -> dict:
     from trainer.metrics import strict
     from trainer.runtime import Runtime
 
-    scorers = {path: scorer_of(path) for path in data_files(options.files)}
+    if options.output:  # where it cannot be written, all scores would be lost: try before
+        with unfinished(options.output):
+            pass
+    readers = {path: reader_of(path) for path in data_files(options.files)}
     # Where no file holds chats, the base needs no template.
-    otherwise = options.prompt_template or (None if score_chats in scorers.values() else "{user}")
+    otherwise = options.prompt_template or (None if read_chats in readers.values() else "{user}")
     session, facts = opened(options, 1, otherwise)
     runtime, length = Runtime.start(options.device, "float32"), window(session.model, options)
     everyone, data = dict.fromkeys(["", *options.skills]), []
-    for who in everyone:  # what cannot be used is refused before anything is scored
+    # What cannot be used, skills or rows, is refused before anything is scored.
+    for who in everyone:
         session.use_skill(who)
-    for path, score in scorers.items():
+    contents = {path: read(path, session, length, options) for path, read in readers.items()}
+    for path, (rows, score) in contents.items():
         entry = {"file": path.name, "sha256": sha256_file(path, cache_dir(options.out_dir))}
-        data.append(entry | {"scores": {}})
+        data.append(entry | rows | {"scores": {}})
         for who in everyone:
             print(f"scoring {path.name}: {who or 'base'}", file=sys.stderr)
             session.use_skill(who)
-            rows, scores = score(path, session, runtime, length, options)
-            data[-1] |= rows
-            data[-1]["scores"][who or "base"] = scores
+            data[-1]["scores"][who or "base"] = score(runtime)
     print(f"\n{table(data)}")
     found = {"base": facts["base"], "max_seq_len": length}
     found["data"] = [entry | {"scores": strict(entry["scores"])} for entry in data]
@@ -100,17 +110,17 @@ def main(argv: list[str] | None = None) -> dict:
     return found
 
 
-def scorer_of(path: Path):
-    """Which of the three functions below scores a file. Raises ``UserError`` if none can."""
+def reader_of(path: Path):
+    """Which of the three functions below reads a file. Raises ``UserError`` if none can."""
     from dataset.cache import TEXT, kind_of
     from dataset.choices import has_choices
     from dataset.files import usable_rows
     from dataset.rows import clean_any
 
     if has_choices(path):
-        return score_questions
+        return read_questions
     if kind := kind_of(path):
-        return score_texts if kind is TEXT else score_chats
+        return read_texts if kind is TEXT else read_chats
     usable_rows([path], clean_any, "refuse")  # it says why
     raise UserError(f"{path} holds no rows")
 
@@ -124,8 +134,10 @@ def window(model, options: Options) -> int:
     return options.max_seq_len or (UNBOUNDED if context == sys.maxsize else context)
 
 
-def score_texts(path: Path, session, runtime, length: int, options: Options) -> tuple[dict, dict]:
-    """What a file of texts holds, and the model's scores on it."""
+# Each of these three reads a whole file. It returns what the file holds, and a function of the
+# runtime that computes the scores of the session's model as it then is, with its skills.
+def read_texts(path: Path, session, length: int, options: Options) -> tuple[dict, Score]:
+    """Texts in windows of ``length`` tokens."""
     from dataset.files import usable_rows
     from dataset.questions import spread
     from dataset.requests import prefix_of, rolling_requests, text_ids
@@ -136,12 +148,16 @@ def score_texts(path: Path, session, runtime, length: int, options: Options) -> 
     texts = [row["text"] for row in spread(rows, options.most or len(rows))]
     prefix, ids = prefix_of(session.tokenizer), text_ids(session.tokenizer, texts)
     requests = [each for text in ids for each in rolling_requests(text, prefix, length)]
-    found = loglikelihoods(session.model, requests, runtime, options.batch_size)
-    return {"kind": "texts", "rows": len(texts)}, text_scores(texts, found.tolist())
+
+    def score(runtime) -> dict:
+        found = loglikelihoods(session.model, requests, runtime, options.batch_size)
+        return text_scores(texts, found.tolist())
+
+    return {"kind": "texts", "rows": len(texts)}, score
 
 
-def score_chats(path: Path, session, runtime, length: int, options: Options) -> tuple[dict, dict]:
-    """What a file of chats holds, cut after ``length`` tokens, and the scores on its answers."""
+def read_chats(path: Path, session, length: int, options: Options) -> tuple[dict, Score]:
+    """Chats, cut after ``length`` tokens, of which the answers are scored."""
     import numpy as np
 
     from dataset.batches import SFTDataset, micro_batches
@@ -154,38 +170,47 @@ def score_chats(path: Path, session, runtime, length: int, options: Options) -> 
     total = len(chats.lengths)
     chosen = np.array(spread(range(total), options.most or total))
     parts = micro_batches(chats.lengths, chosen, options.batch_size)
-    batches, control = map(chats.collate, parts), control_ids(session.tokenizer)
-    found = evaluate(session.model, batches, runtime, control)
-    scores = {"loss": found.loss, "perplexity": math.exp(found.loss)}
-    scores["bits_per_byte"] = found.bits_per_byte
-    return {"kind": "chats", "rows": len(chosen)}, scores
+
+    def score(runtime) -> dict:
+        batches, control = map(chats.collate, parts), control_ids(session.tokenizer)
+        found = evaluate(session.model, batches, runtime, control)
+        scores = {"loss": found.loss, "perplexity": math.exp(found.loss)}
+        return scores | {"bits_per_byte": found.bits_per_byte}
+
+    return {"kind": "chats", "rows": len(chosen)}, score
 
 
-def score_questions(
-    path: Path, session, runtime, length: int, options: Options
-) -> tuple[dict, dict]:
-    """What a file of questions with choices holds, and the shares that are answered right."""
+def read_questions(path: Path, session, length: int, options: Options) -> tuple[dict, Score]:
+    """Questions with choices; the scores are the shares that are answered right."""
     from dataset.choices import asked, clean_choices, language_of
-    from dataset.files import usable_rows
+    from dataset.files import place_of, read_rows, usable_rows
     from dataset.questions import spread
     from dataset.requests import pair_requests
     from trainer.likelihood import choice_scores, loglikelihoods
 
     rows = usable_rows([path], clean_choices, "refuse")
     language = language_of(rows) if options.language == "auto" else options.language
-    questions, contexts, answers = spread(rows, options.most or len(rows)), [], []
-    for each in questions:
+    placed = list(read_rows(path, clean_choices))
+    questions, answers, requests = [], [], []
+    for place, each in spread(placed, options.most or len(placed)):
         context, texts = asked(each, options.scored, language)
-        contexts.append(context)
+        try:
+            whole = options.description + context
+            requests.append(pair_requests(session.tokenizer, whole, texts, length))
+        except UserError as error:
+            raise UserError(f"{place_of(path, place)}: {error}") from error
+        questions.append(each)
         answers.append(texts)
-    pairs = zip(contexts, answers, strict=True)
-    requests = [pair_requests(session.tokenizer, *pair, length) for pair in pairs]
     flat = [request for each in requests for request in each]
-    found = iter(loglikelihoods(session.model, flat, runtime, options.batch_size).tolist())
-    likelihoods = [[next(found) for _ in texts] for texts in answers]
+
+    def score(runtime) -> dict:
+        found = iter(loglikelihoods(session.model, flat, runtime, options.batch_size).tolist())
+        likelihoods = [[next(found) for _ in texts] for texts in answers]
+        return choice_scores(questions, answers, likelihoods)
+
     facts = {"kind": "questions", "rows": len(questions), "language": language}
     facts["chance"] = sum(1 / len(texts) for texts in answers) / len(answers)
-    return facts | {"scored": options.scored}, choice_scores(questions, answers, likelihoods)
+    return facts | {"scored": options.scored, "description": options.description}, score
 
 
 def table(data: Sequence[dict]) -> str:
@@ -195,7 +220,7 @@ def table(data: Sequence[dict]) -> str:
     for entry in data:
         label = f"{entry['file']}: {entry['rows']} {entry['kind']}"
         if "chance" in entry:
-            label += f", chance {100 * entry['chance']:.3g} %"
+            label += f" ({entry['language']}), chance {100 * entry['chance']:.3g} %"
         for name in entry["scores"]["base"]:
             if not name.endswith("_stderr"):
                 cells = [cell(entry["scores"][who], name) for who in everyone]

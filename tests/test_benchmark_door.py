@@ -19,7 +19,7 @@ from benchmarks.seeded_model import fill
 from core.errors import run
 from core.paths import TOKENIZER_DIR, lora_path
 from dataset.chat import encode_chat
-from dataset.choices import ChoiceQuestion, asked, clean_choices
+from dataset.choices import ChoiceQuestion, asked, clean_choices, language_of
 from dataset.requests import Request, pair_requests, rolling_requests, text_ids
 from dataset.rows import BadRow
 from dataset.tokenizer import control_ids, load_tokenizer, tokenizer_fingerprint
@@ -181,7 +181,7 @@ def test_every_score_of_the_base_and_of_a_mix_is_that_of_plain_float64(out, tmp_
     printed = capsys.readouterr().out
     table = [line.split(" | ") for line in printed.splitlines() if line.startswith("|")]
     assert table[0][1:] == ["score", "base", "a=0.7 b=-0.5 |"] and len(table) == 2 + 3 + 3 + 3
-    assert table[8][0] == "| questions.jsonl: 4 questions, chance 41.7 %"
+    assert table[8][0] == "| questions.jsonl: 4 questions (zh), chance 41.7 %"
     assert {len(line) for line in table} == {4}
 
 
@@ -196,6 +196,28 @@ def test_a_hugging_face_folder_is_scored_as_its_library_computes(llama, out, tmp
     texts, questions = (entry["scores"]["base"] for entry in found["data"])
     check(texts, naive_texts(model, tokenizer, 64))
     check(questions, naive_questions(model, tokenizer, 64, "texts", "en"))
+
+
+def test_a_description_comes_before_every_question(out, tmp_path, monkeypatch):
+    said = []
+
+    def recorded(tokenizer, context, *rest):
+        said.append(context)
+        return pair_requests(tokenizer, context, *rest)
+
+    monkeypatch.setattr("dataset.requests.pair_requests", recorded)
+    argv = [str(out / "questions.jsonl"), *flags(out_dir=out, device="cpu", most=2)]
+    plain = main(argv)["data"][0]
+    before = "以下是关于农学的单项选择题，请直接给出正确答案的选项。"
+    told = main([*argv, "--description", before + r"\n\n"])["data"][0]
+    assert said[2:] == [f"{before}\n\n{context}" for context in said[:2]]
+    assert (plain["description"], told["description"]) == ("", f"{before}\n\n")
+
+
+def test_a_file_is_asked_in_the_language_of_most_of_its_rows():
+    chinese, english = clean_choices(CMMLU), clean_choices(ARC)
+    assert language_of([english, chinese, english]) == "en"
+    assert language_of([chinese, english, chinese]) == "zh"
 
 
 def test_neither_batch_nor_padding_changes_a_likelihood(sharp_model):
@@ -324,7 +346,12 @@ def test_a_bad_question_is_named(change, said):
         ("{f}/texts.jsonl --skills nobody", "there is no skill file"),
         ("{f}/texts.jsonl --max_seq_len 257", "exceeds the model's context of 256"),
         ("{f}/texts.jsonl --max_seq_len 1", "--max_seq_len 1 is too short"),
-        ("{f}/questions.jsonl --max_seq_len 2 --scored texts", "ids of its own"),
+        (
+            "{f}/questions.jsonl --max_seq_len 2 --scored texts",
+            "questions.jsonl:1: the answer '巴黎' has",
+        ),
+        ("{f}/texts.jsonl {f}/bad.jsonl", "{f}/bad.jsonl:2: the answer 9 is none"),
+        ("{f}/texts.jsonl --output {f}/empty.jsonl/s.json", "cannot write {f}/empty.jsonl/s.json"),
         ("{f}/texts.jsonl --output {f}/s.txt", "--output {f}/s.txt must end in .json"),
         ("{f}/texts.jsonl --output {f}/full_sft_32.json", "full_sft_32.json exists"),
         ("{f}/texts.jsonl --skills base", "'base' is not a skill name"),
@@ -343,7 +370,7 @@ def test_a_mistake_is_one_line(words, said, out, llama, tmp_path, capsys):
         run(lambda: main(argv))
     err = capsys.readouterr().err
     assert stopped.value.code == 2
-    errors = [line for line in err.splitlines() if not line.startswith("scoring ")]
+    errors = err.splitlines()  # nothing was scored before
     assert len(errors) == 1 and errors[0].startswith("error: ")
     assert said.replace("{f}", str(tmp_path)) in errors[0]
     assert (tmp_path / "full_sft_32.json").read_bytes() == record
