@@ -40,7 +40,6 @@ class MiniMindForCausalLM(MiniMindLM, GenerationMixin):
         there causal attention hides it from every id, so that it changes nothing. Raises
         ``UserError`` for any other mask or cache, and as ``MiniMindLM.forward`` does.
         """
-        check_right_padded(attention_mask)
         past = cache if past_key_values is None else past_key_values
         theirs = past if isinstance(past, DynamicCache) else None
         if theirs is not None:
@@ -48,6 +47,8 @@ class MiniMindForCausalLM(MiniMindLM, GenerationMixin):
         elif past is not None and not isinstance(past, list):
             kind = type(past).__name__
             raise UserError(f"a {kind} cannot hold this model's keys: generate with a DynamicCache")
+        before = past[0][0].size(2) if past else 0
+        check_right_padded(attention_mask, before + input_ids.size(1))
         settings = {"labels": labels, "num_items_in_batch": num_items_in_batch}
         settings |= {"use_cache": use_cache or theirs is not None, CACHE: past or None}
         output = super().forward(input_ids, logits_to_keep=logits_to_keep, **settings)
@@ -68,12 +69,15 @@ class MiniMindForCausalLM(MiniMindLM, GenerationMixin):
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
 
-def check_right_padded(mask: Tensor | None) -> None:
-    """Raise ``UserError`` unless ``mask`` is None or (B, T) with nothing but zeros after a zero."""
+def check_right_padded(mask: Tensor | None, width: int) -> None:
+    """Raise ``UserError`` unless ``mask`` is None or (B, ``width``), all zeros after a zero."""
     if mask is None:
         return
     if mask.dim() != 2:
         raise UserError(f"attention_mask has {mask.dim()} dimensions, not 2: one row for each text")
+    if mask.size(1) != width:
+        ids = f"{width} ids, those in the cache included"
+        raise UserError(f"attention_mask has {mask.size(1)} columns for {ids}: give one for each")
     kept = mask.bool()
     if torch.any(kept[:, 1:] & ~kept[:, :-1]):
         left = "attention_mask has padding before an id (left padding)"

@@ -9,7 +9,7 @@ import interop.auto
 from core.errors import UserError
 from model.generation import Sampling, generate
 from model.LMConfig import LMConfig
-from model.model import MiniMindLM
+from model.model import CACHE, MiniMindLM
 
 
 @pytest.fixture
@@ -55,6 +55,9 @@ def test_beams_share_a_cache_with_what_was_said_before(opened):
         parts = [opened(input_ids=ids, cache=cache).logits for ids in IDS.split([5, 1, 14], dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), logits_of(opened), atol=1e-5, rtol=0)
     assert cache.get_seq_length() == IDS.size(1)
+    for settings in ({"cache": cache}, {"past_key_values": opened(IDS, use_cache=True)[CACHE]}):
+        with pytest.raises(UserError, match="1 columns for 21 ids"):
+            opened(input_ids=IDS[:, :1], attention_mask=torch.ones(2, 1), **settings)
 
 
 def test_padding_on_the_right_changes_nothing(opened):
@@ -84,6 +87,8 @@ def test_padding_on_the_right_changes_nothing(opened):
         ({"attention_mask": torch.tensor([[0, 1, 1]])}, "padding before an id (left padding)"),
         ({"attention_mask": torch.tensor([[1, 0, 1]])}, "padding before an id (left padding)"),
         ({"attention_mask": torch.ones(1, 1, 3, 3)}, "4 dimensions, not 2"),
+        ({"attention_mask": torch.ones(1, 2)}, "2 columns for 3 ids"),
+        ({"attention_mask": torch.ones(1, 4)}, "4 columns for 3 ids"),
         ({"cache": ()}, "a tuple cannot hold this model's keys"),
         ({"cache": DynamicCache(offloading=True)}, "an offloaded cache cannot hold"),
     ],
