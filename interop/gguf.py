@@ -17,7 +17,7 @@ from core.errors import UserError
 from core.options import require
 from interop.check import difference, logits_of, require_same, tolerance
 from interop.llama import only_template
-from interop.peft import check_place, portable
+from interop.peft import check_updates_only, portable
 from model.LMConfig import LMConfig
 from model.lora.layer import exchange
 from model.lora.skill_file import KEYS, Skill, base_fingerprint
@@ -88,7 +88,7 @@ def save_adapter(skill: Skill, model: MiniMindLM, path: Path) -> float:
     Linears.
     """
     tensors, meta = skill
-    check_place(tensors)
+    check_updates_only(tensors)
     is_dora = any(name.endswith(".magnitude") for name in tensors)
     way_out = "merge it into a base with skill instead of lora_name"
     require(not is_dora, f"a DoRA rescales weights, which no GGUF adapter can: {way_out}")

@@ -56,7 +56,7 @@ def save_peft(skill: Skill, base: nn.Module, base_name: str | None, folder: Path
     than a LoRA, and for one whose targets are only in part DoRA's.
     """
     tensors, meta = skill
-    check_place(tensors)
+    check_updates_only(tensors)
     dora = {f"{target}.lora.magnitude" in tensors for target in meta.targets}
     partly = "the skill is a DoRA on some of its targets only, which an adapter cannot say"
     require(len(dora) == 1, f"{partly}; merge it into the base instead")
@@ -92,7 +92,7 @@ def save_peft(skill: Skill, base: nn.Module, base_name: str | None, folder: Path
     weights.chmod((folder / SETTINGS).stat().st_mode)  # safetensors: 0600
 
 
-def check_place(tensors: Parts) -> None:
+def check_updates_only(tensors: Parts) -> None:
     """Raise ``UserError`` for tensors of a skill that are no updates of Linears."""
     extra = [name for name in tensors if name.startswith("_")]
     require(not extra, f"the skill holds {extra[:1]}, for which an adapter has no place")

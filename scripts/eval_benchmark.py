@@ -84,6 +84,8 @@ def main(argv: list[str] | None = None) -> dict:
         with unfinished(options.output):
             pass
     readers = {path: reader_of(path) for path in data_files(options.files)}
+    asks = not options.description or read_questions in readers.values()
+    require(asks, "--description is for questions with choices, which none of the files holds")
     # Where no file holds chats, the base needs no template.
     otherwise = options.prompt_template or (None if read_chats in readers.values() else "{user}")
     session, facts = opened(options, 1, otherwise)

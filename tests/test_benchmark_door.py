@@ -350,6 +350,7 @@ def test_a_bad_question_is_named(change, said):
             "{f}/questions.jsonl --max_seq_len 2 --scored texts",
             "questions.jsonl:1: the answer '巴黎' has",
         ),
+        ("{f}/texts.jsonl --description x", "which none of the files holds"),
         ("{f}/texts.jsonl {f}/bad.jsonl", "{f}/bad.jsonl:2: the answer 9 is none"),
         ("{f}/texts.jsonl --output {f}/empty.jsonl/s.json", "cannot write {f}/empty.jsonl/s.json"),
         ("{f}/texts.jsonl --output {f}/s.txt", "--output {f}/s.txt must end in .json"),
