@@ -47,7 +47,7 @@ SHORT |= {"log_interval": 3, "save_interval": 4}  # so that saves come between t
 SHORT["val_interval"] = 3  # and other weights than the saved ones may be the best
 SHORT["micro_tokens"] = 10**6  # so large that no micro-batch is split: the tests count passes
 SHAPE = {"dim": 64, "n_layers": 2, "n_heads": 4, "dropout": 0.1}
-IMPATIENT = "--patience 2 --learning_rate 10"  # so fast that it soon finds no better weights
+IMPATIENT = "--patience 2 --learning_rate 1e-30"  # which finds no better weights on any data
 
 
 class Crash(Exception):
@@ -157,10 +157,7 @@ def test_a_resumed_run_leaves_the_same_bits(
     door.main([*argv, "--out_dir", str(cut), "--resume"])
     assert left_in(cut) == left_in(whole)
     if IMPATIENT in words:  # it is finished, though steps are left
-        scored = [one for one in metrics_of(cut) if "val_score" in one and one["step"]]
-        scores = {one["step"]: one["val_score"] for one in scored}
-        best = min(scores, key=scores.get)
-        assert max(states_in(cut)) == best + 2 * SHORT["val_interval"] < 16
+        assert max(states_in(cut)) == 9
         (cut / "lora" / "lora_x_64.pth").unlink()
         door.main([*argv, "--out_dir", str(cut), "--resume"])
         assert left_in(cut) == left_in(whole)
