@@ -240,7 +240,8 @@ def failure(exam: Mapping[str, Any]) -> str:
     if missed:
         return f"the base answers too little of {', '.join(missed)}"
     if any(row["failures"] for row in skills if row["who"] in SKILLS):
-        return "a skill missed its marks: see the verdicts below the table"
+        told = "a skill missed its marks, as the verdicts below the table say"
+        return f"{told}; base and skills can be used all the same"
     return ""
 
 
