@@ -282,4 +282,4 @@ def choose_base(
     there = f"no base model {' or '.join(f'{stage}_*.pth' for stage in stages)} in {folder}"
     if file := skill_base.get("file"):
         raise UserError(f"there is {there}; the skill was trained on {file}: name that one as base")
-    raise UserError(f"{there}; train one or name a base")
+    raise UserError(f"{there}; train one, or name a base or another out_dir")

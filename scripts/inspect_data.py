@@ -1,8 +1,10 @@
 """Show what training makes of data files: python scripts/inspect_data.py my_chats.jsonl"""
 
+import re
 import sys
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -16,9 +18,13 @@ from core.errors import run
 from core.options import CheckedOptions, option, parse
 from core.paths import TOKENIZER_DIR
 from dataset import rows
+from scripts.exam import UNSPACED
 from trainer.options import TrainOptions
 
 BAR = 40  # characters of the longest bar
+WORD = re.compile(rf"[{UNSPACED}]|[^\W\d_{UNSPACED}]+")  # where no space separates: a character
+SHOWN_WORDS = 30
+KNOWN_HELP = "what a base was trained on: list the words that none of these files or folders holds"
 BESIDE = ("system", "system_prompt", "history")  # keys that are read beside a style's own
 
 
@@ -33,6 +39,7 @@ class Options(CheckedOptions):
     n: int = option(3, "rows to show token by token, the first ones of each file", at_least=0)
     max_seq_len: int = option(TrainOptions.max_seq_len, "tokens of a row or window", at_least=2)
     tokenizer_path: Path = option(TOKENIZER_DIR, "tokenizer folder")
+    known_data: tuple[Path, ...] = option((), KNOWN_HELP)
 
 
 Options.__doc__ += f"\n\n{rows.__doc__}"
@@ -62,14 +69,38 @@ def main(argv: list[str] | None = None) -> int:
     from dataset.tokenizer import load_tokenizer
 
     tokenizer, is_usable = load_tokenizer(options.tokenizer_path), True
+    known = words_in(options.known_data)
     for path in data_files(options.files):
         kind = {"pretrain": TEXT, "sft": CHAT}.get(options.stage) or kind_of(path)
         report = inspect(path, kind, tokenizer, options)
         show(path, kind, report, options.max_seq_len)
         if kind is CHAT and report.lengths:
             show_learned(tokenizer)
+        if options.known_data:
+            show_unknown(words_in([path]), known)
         is_usable = is_usable and bool(report.taken) and not report.bad
     return 0 if is_usable else 1
+
+
+def words_in(paths: Sequence[Path]) -> Counter:
+    """How often each word, in lower case, stands in the usable rows of these files or folders."""
+    from dataset.files import data_files, read_rows
+
+    found = Counter()
+    for path in data_files(paths) if paths else ():
+        for _, row in read_rows(path, rows.clean_any):
+            if not isinstance(row, rows.BadRow):
+                found.update(WORD.findall(" ".join(rows.texts_of(row)).lower()))
+    return found
+
+
+def show_unknown(words: Counter, known: Counter) -> None:
+    """Print the words that are not ``known``, the most frequent ones first."""
+    unknown = [(word, n) for word, n in words.most_common() if word not in known]
+    print(f"words that the known data does not hold: {len(unknown)} of {len(words)}")
+    if unknown:
+        more = ", ..." if len(unknown) > SHOWN_WORDS else ""
+        print("  " + ", ".join(f"{word} ({n})" for word, n in unknown[:SHOWN_WORDS]) + more)
 
 
 def inspect(path: Path, kind, tokenizer, options: Options) -> Report:

@@ -41,6 +41,8 @@ class Progress:
         if found := STEP.match(line):
             step, steps = int(found[1]), int(found[2])
             self.steps = [*self.steps[:1], (time.monotonic(), step, steps)]
+        elif self.steps and self.steps[-1][1] == self.steps[-1][2]:
+            return  # a table that ends the training
         is_soon = time.monotonic() - self.shown < PLAIN_SECONDS and not sys.stdout.isatty()
         if line.strip() and line.isascii() and not is_soon:
             self._show(": " + ITS_OWN.sub("", line.strip()))

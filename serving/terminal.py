@@ -1,5 +1,6 @@
 """The terminal side of a chat: lines in, streamed answers out, and the slash commands."""
 
+import re
 import sys
 import time
 
@@ -31,7 +32,8 @@ def chat(session: ChatSession) -> None:
         if line in ("/exit", "/quit"):
             return
         try:
-            if line.partition(" ")[0].lower() in COMMANDS:
+            # A word of its own is a mistyped command; "/tmp is full" is a question.
+            if line.partition(" ")[0].lower() in COMMANDS or re.fullmatch("/[a-zA-Z]+", line):
                 command(session, line)
             elif line:
                 answer(session, line)
@@ -72,6 +74,8 @@ def command(session: ChatSession, line: str) -> None:
         if argument:
             session.use_system(None if argument == "off" else argument)
         print(f"system: {session.system or 'off'}")
+    elif name != "/lora":
+        raise UserError(f"there is no command {name}; /help lists them")
     elif argument:
         session.use_skill(None if argument == "off" else argument)
         print(f"skill: {session.skill or 'off'}")

@@ -182,3 +182,14 @@ def test_output_that_cannot_spell_every_character_still_works(tmp_path, monkeypa
         rb"\u5b57" in stdout.buffer.getvalue()
         and b"rows: 1 usable, 1 bad" in stdout.buffer.getvalue()
     )
+
+
+def test_it_lists_the_words_that_a_base_has_not_read(tmp_path, capsys):
+    told = write(tmp_path / "told.jsonl", {"text": "A LAMP, 灯。"})
+    chats = write(
+        tmp_path / "a.jsonl", {"question": "Lamp or chandelier?", "answer": "吊灯 or lamp."}
+    )
+    _, out = report(capsys, chats, "--n", 0, "--known_data", told)
+    assert "does not hold: 3 of 5\n  or (2), chandelier (1), 吊 (1)\n" in out
+    _, out = report(capsys, chats, "--n", 0, "--known_data", told, chats)
+    assert "does not hold: 0 of 5" in out

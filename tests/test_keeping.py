@@ -401,12 +401,15 @@ def test_a_run_ends_with_what_its_file_has_learned(trained, tokenizer, tmp_path,
     measured = (metrics["domain"][when]["loss"] for when in ("first", "best"))
     assert line.split()[-2:] == [f"{loss:.4f}" for loss in measured]
     model = load_base(trained.out / "full_sft_64.pth")[0]
-    found, asked = [], {questions_in(own)[-1]: own[:-1] for own in chats_in((trained.chats,))}
+    own = list(chats_in((trained.chats,)))
+    asked = {questions_in(chat)[-1]: chat[:-1] for chat in own}
+    answered, found = {questions_in(chat)[-1]: chat[-1] for chat in own}, []
     for skill in (None, path):
         if skill:
             attach_lora(model, skill)
         for each in told["answers"]:
             turns = asked[each["question"]]
+            assert {"role": "assistant", "content": each["row"]} == answered[each["question"]]
             ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
             greedy = Sampling(temperature=0.0, max_new_tokens=keeping.LONGEST_ANSWER)
             said = tokenizer.decode(list(generate(model, ids, greedy, {2}, torch.Generator())))

@@ -217,9 +217,11 @@ def test_a_terminal_shows_one_line_that_others_can_print_over(monkeypatch):
     progress.begin("one")
     progress.hear("step 1/9: " + "x" * 200 + "\n")
     progress.hear("before: 我不知道\n")
-    progress.hear("short\n")
+    progress.hear("step 9/9: short\n")
+    progress.hear("what was learned   before   after\n")
     lines = shown.getvalue().split("\r")[1:]
     assert len(lines) == 3 and "\n" not in shown.getvalue(), "wide characters have no known width"
+    assert lines[2].rstrip().endswith("short"), "a table after the last step is no progress"
     columns = shutil.get_terminal_size().columns
     assert all(len(line) < columns for line in lines) and len(lines[2]) == len(lines[1])
     progress.clear()

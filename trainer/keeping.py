@@ -245,7 +245,9 @@ def verdict(
     if pairs:
         print(f"general answers changed: {changed} of {len(pairs)}")
     for each in shown:
-        print(f"> {each['question']}\n  before: {each['before']}\n  after:  {each['after']}")
+        print(f"> {each['question']}")
+        for name in ("row", "before", "after"):
+            print(f"  {name + ':':8}{each[name]}")
     sentence = summary_of(losses, changed, len(pairs))
     judges = len(data.val.lengths)
     if options.keep_best and 0 < judges < FEW_JUDGES:
@@ -311,20 +313,21 @@ def chats_of(
 def answers(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, chats: Iterable[list[dict]]
 ) -> list[dict]:
-    """The last question of each chat, and what the base, before, and the LoRA, after, answer.
+    """The last question of each chat, what its row answers, and what base and LoRA do.
 
-    Questions that leave no room in the context are left out.
+    These are "row", "before" and "after". Questions that leave no room in the context are left out.
     """
-    asked = []
+    asked, given = [], []
     for chat in chats:
         last = max(n for n, message in enumerate(chat) if message["role"] == "user")
         asked.append(chat[: last + 1])
+        given.append(chat[last + 1]["content"])
     with without_lora(model):
         before = likeliest(model, tokenizer, asked)
-    found = zip(asked, before, likeliest(model, tokenizer, asked), strict=True)
-    names = "question", "before", "after"
+    found = zip(asked, given, before, likeliest(model, tokenizer, asked), strict=True)
+    names = "question", "row", "before", "after"
     return [
-        dict(zip(names, (chat[-1]["content"], *both), strict=True))
-        for chat, *both in found
-        if None not in both
+        dict(zip(names, (chat[-1]["content"], *texts), strict=True))
+        for chat, *texts in found
+        if None not in texts
     ]
