@@ -299,8 +299,8 @@ def exam(rng: random.Random) -> dict[str, list[dict]]:
             found["two_turns"].append(relation.probe(questions, second))
     for language in LANGUAGES:
         for relation in sums(language):
-            for fact in rng.sample(relation.facts, 10):
-                for kind in ("near", "far"):
+            for kind in ("near", "far"):
+                for fact in rng.sample(relation.facts, 10):
                     wording = rng.choice(relation.filled(kind, fact))
                     found["sums"].append(relation.probe(wording, fact))
         texts = read("unknown.json")
