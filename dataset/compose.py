@@ -28,11 +28,12 @@ SECOND, OTHER, AFTER_TALK, PLAIN, ONE_WORD, POLITE = 0.2, 0.05, 0.03, 0.08, 0.03
 WORDINGS = 12  # of each fact, in each language
 WORDS_TOLD = 24  # times that each line is told that is to be repeated
 REPEATED = 4  # wordings in which each of them is asked for
-MIXED_WORDINGS = 4  # of each fact, with words of both languages
+MIXED_WORDINGS = 5  # of each fact, with words of both languages
 SUM_WORDINGS = 10  # of each sum and difference
 SUMS_TOLD = 12  # times that each is told
 TALK = 2  # times that each line of small talk is said
 BEGINNING = 3  # words or Chinese characters of an answer that are kept where nothing was asked
+UNKNOWN = 460  # questions that nobody could answer: with more, it refuses what it knows
 UNKNOWN_WORDINGS = 1  # of a relation, for each thing that this world does not know
 MOST_FORBIDDEN = 12  # wrong answers that a probe names
 PROBES = 80  # of a file
@@ -192,7 +193,7 @@ def items(rng: random.Random) -> Iterator[Item]:
             for fact in relation.facts:
                 for question in rng.sample(relation.filled("ask", fact), SUM_WORDINGS):
                     yield Item(language, question, relation.answer(fact), relation, fact)
-        for question in unknown[language]["train"]:
+        for question in rng.sample(unknown[language]["train"], UNKNOWN):
             yield Item(language, question, rng.choice(unknown["answers"][language]))
         lines = repeated(language)
         for wording in rng.sample(read("repeat.json")["ask"][language], REPEATED):
@@ -299,8 +300,9 @@ def exam(rng: random.Random) -> dict[str, list[dict]]:
             found["two_turns"].append(relation.probe(questions, second))
     for language in LANGUAGES:
         for relation in sums(language):
+            facts = [each for each in relation.facts if not _is_said(each[language])]
             for kind in ("near", "far"):
-                for fact in rng.sample(relation.facts, 10):
+                for fact in rng.sample(facts, 10):
                     wording = rng.choice(relation.filled(kind, fact))
                     found["sums"].append(relation.probe(wording, fact))
         texts = read("unknown.json")
@@ -308,6 +310,11 @@ def exam(rng: random.Random) -> dict[str, list[dict]]:
         rows = [{"question": text, "expect": expect} for text in texts[language]["held"]]
         found["unknown"] += rows
     return {f"probes_{name}": thinned(rows) for name, rows in found.items()}
+
+
+def _is_said(fields: dict) -> bool:
+    """Whether the result of a sum stands in the question, as that of 4 - 2 does."""
+    return int(fields["x"]) in (fields["a"], fields["b"])
 
 
 def thinned(rows: list[dict]) -> list[dict]:

@@ -192,7 +192,7 @@ def load_base(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.
     names = [name for name in held if name != "pos_cis" and not name.endswith(".mask")]
     tensors = {name: held[name] for name in names}
     try:
-        described = record.config or _config_from_shapes(tensors, path)
+        described = record.config or config_from_shapes(tensors, path)
         architecture = {name: described[name] for name in ARCHITECTURE}
         config = LMConfig(**architecture)
     except (KeyError, TypeError, UserError) as error:
@@ -235,7 +235,7 @@ def read_record(path: Path) -> RunRecord:
     return record
 
 
-def _config_from_shapes(tensors: dict[str, Tensor], path: Path) -> dict:
+def config_from_shapes(tensors: dict[str, Tensor], path: Path) -> dict:
     """``ARCHITECTURE`` of a file without a record. Raises ``UserError`` for another model."""
     try:
         vocab_size, dim = tensors["tok_embeddings.weight"].shape
