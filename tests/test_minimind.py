@@ -87,7 +87,7 @@ def test_a_forgotten_rotation_is_caught_and_leaves_nothing(later, tmp_path, monk
 
 
 def test_a_later_lora_computes_what_a_llama_does_with_it(later, converted, tmp_path, monkeypatch):
-    path, model = later
+    _, model = later
     torch.manual_seed(1)
     names = [f"model.layers.{n}.self_attn.{x}_proj" for n in (0, 1) for x in "qo"]
     parts = {f"{name}.lora.{x}.weight": torch.randn(64, 64) / 9 for name in names for x in "AB"}
@@ -115,7 +115,7 @@ def test_a_later_lora_computes_what_a_llama_does_with_it(later, converted, tmp_p
 
 def test_a_skill_goes_out_for_square_linears_with_its_scale_folded(trained, tmp_path):
     settings = {"rank": 4, "alpha": 16, "target_modules": ["wq"]}
-    path, expected = square_skill(trained, tmp_path, **settings)
+    _, expected = square_skill(trained, tmp_path, **settings)
     there = tmp_path / "theirs.pth"
     flag = {"lora_name": "square", "base": trained.out / BASE, "out_dir": tmp_path}
     convert_model.main(flags(to="minimind", **flag, output=there))
