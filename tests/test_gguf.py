@@ -5,9 +5,7 @@ import json
 import random
 import re
 import shutil
-import subprocess
 import sys
-import urllib.request
 
 import pytest
 import torch
@@ -15,12 +13,12 @@ from conftest import flags, strengthen
 from tokenizers import Tokenizer, processors
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.llama_cpp import apart, llama_cpp
 from benchmarks.seeded_model import seeded_model
 from core.errors import UserError, run
 from core.paths import TOKENIZER_DIR
 from dataset.tokenizer import load_tokenizer, tokenizer_fingerprint
 from interop import gguf, ollama
-from interop.check import probe
 from interop.llama import to_halves
 from model.generation import Sampling, generate
 from model.lora.library import SkillLibrary
@@ -41,21 +39,6 @@ SKILLS = {
     "dora": {"rank": 2, "use_dora": True},
 }
 PLAIN = [name for name in SKILLS if name != "dora"]
-# llama.cpp in a process of its own, which may abort where a file is wrong. It ends with our pipe.
-SERVER = """
-import sys, xllamacpp as llama
-path, *adapters = sys.argv[1:]
-params = llama.CommonParams()
-params.model.path, params.n_ctx, params.n_parallel, params.warmup = path, 256, 1, False
-params.n_gpu_layers, params.fit_params, params.verbosity = 0, False, 1
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
-params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-params.lora_adapters = [llama.CommonAdapterLoraInfo(name, 1.0) for name in adapters]
-server = llama.Server(params)
-print(server.listening_address, flush=True)
-sys.stdin.read()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -84,52 +67,10 @@ def base(out, tmp_path_factory):
     return convert(out, tmp_path_factory.mktemp("base") / "full_sft_64.gguf")
 
 
-@contextlib.contextmanager
-def llama_cpp(*files):
-    """``ask(path, **fields)`` of a llama.cpp server with these files, a base and adapters."""
-    command = [sys.executable, "-c", SERVER, *map(str, files)]
-    child = subprocess.Popen(command, stdin=-1, stdout=-1, text=True, encoding="utf-8")
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with child:
-        address = child.stdout.readline().strip()
-        assert address.startswith("http"), "llama.cpp does not take the files"
-
-        def ask(path, **fields):
-            header = {"Content-Type": "application/json"}
-            request = urllib.request.Request(address + path, json.dumps(fields).encode(), header)
-            with direct.open(request, timeout=60) as answer:
-                return json.load(answer)
-
-        yield ask
-        child.stdin.close()
-        assert child.wait(60) == 0
-
-
 @pytest.fixture(scope="module")
 def ask(base):
     with llama_cpp(base) as ask:
         yield ask
-
-
-def log_probabilities(ask, ids, **fields):
-    """llama.cpp's of the likeliest tokens after ``ids``, by token, without its cache."""
-    fields |= {"n_predict": 1, "n_probs": 256, "cache_prompt": False}
-    # It shows them only beside whole characters: it is made to say an "a", afterwards.
-    fields |= {"temperature": 0, "logit_bias": [["a", 1000]]}
-    (found,) = ask("/completion", prompt=ids, **fields)["completion_probabilities"]
-    assert len(found["top_logprobs"]) == 256
-    return {entry["id"]: entry["logprob"] for entry in found["top_logprobs"]}
-
-
-def apart(ask, model, **fields):
-    """The largest difference of log probabilities, llama.cpp's and ours, over 16 positions."""
-    ids, differences = probe(SHAPE["vocab_size"])[0, :16].tolist(), []
-    with torch.no_grad():
-        ours = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-    for n in range(16):
-        theirs = log_probabilities(ask, ids[: n + 1], **fields)
-        differences += [abs(found - float(ours[n, token])) for token, found in theirs.items()]
-    return max(differences)
 
 
 def said(ask, model, ids, **fields):

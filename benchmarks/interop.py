@@ -1,0 +1,295 @@
+"""Bases and skills in other tools' hands: python benchmarks/interop.py --minimind DIR
+
+Writes each kind of file that scripts/convert_model.py can, and lets the tools themselves compute
+with it: transformers, PEFT, llama.cpp, mlx-lm, lm-evaluation-harness and MiniMind's own code.
+
+    pip install "mlx[cpu]" mlx-lm lm-eval
+
+A tool that is not installed is left out, and says so. Exit code 1: one computes something else.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from benchmarks.llama_cpp import apart, llama_cpp
+from benchmarks.result_file import measured_on, write_results
+from benchmarks.seeded_model import fill, seeded_model
+from core.errors import UserError, run
+from core.options import CheckedOptions, option, parse, require
+from core.paths import REPOSITORY, TOKENIZER_DIR, bundled_data, lora_path
+from dataset.requests import pair_requests
+from dataset.tokenizer import load_tokenizer, tokenizer_fingerprint
+from interop.check import difference, logits_of, probe
+from model.lora.library import SkillLibrary
+from model.lora.skill_file import SkillMeta, attach_lora, save_lora
+from model.model_lora import apply_lora, remove_lora
+from model.weights import RunRecord, load_base, read_tensors, save_base
+from scripts import convert_model
+from scripts.exam import read_questions
+from scripts.quickstart_stages import flag_words
+from trainer.likelihood import loglikelihoods
+from trainer.runtime import Runtime
+
+SHAPE = {"dim": 64, "n_layers": 2, "vocab_size": 6400, "max_seq_len": 256}
+SKILLS = {
+    "skill": {"rank": 16, "alpha": 32.0},
+    "all": {"rank": 4, "target_modules": "all-linear"},
+    "dora": {"rank": 16, "use_dora": True},
+    "pissa": {"rank": 8, "init_lora_weights": "pissa"},
+}
+MIX = ("skill=0.7", "all")
+PAIRS = 24  # questions whose answers the harness scores
+# The largest difference: of logits, by the largest logit, or of log-probabilities.
+ALLOWED = {"llama.cpp": 2e-3, "lm-eval": 2e-3} | dict.fromkeys(
+    ("transformers", "PEFT", "mlx-lm", "MiniMind"), 1e-4
+)
+PACKAGES = {"PEFT": "peft", "llama.cpp": "xllamacpp", "mlx-lm": "mlx_lm", "lm-eval": "lm_eval"}
+MINIMIND = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from model.LMConfig import LMConfig
+from model.model import MiniMindLM
+from model.model_lora import apply_lora, load_lora
+job = json.loads(sys.argv[2])
+model = MiniMindLM(LMConfig(**job["config"])).eval()
+model.load_state_dict(torch.load(job["base"], weights_only=True), strict=True)
+if job["lora"]:
+    apply_lora(model)
+    load_lora(model, job["lora"])
+with torch.no_grad():
+    torch.save({"logits": model(torch.tensor(job["ids"])).logits[0]}, job["logits"])
+"""
+
+
+@dataclass
+class Options(CheckedOptions):
+    """Print a matrix of tools and files: the largest difference, or why a cell is empty."""
+
+    minimind: Path | None = option(None, "the folder of MiniMind's code of April 2025")
+    result: Path | None = option(
+        REPOSITORY / "benchmarks/results/interop.json", "file of the figures"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        model = self.minimind and self.minimind / "model" / "model.py"
+        require(not model or model.is_file(), f"--minimind {self.minimind} holds no model/model.py")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    options = parse(Options, argv)
+    with tempfile.TemporaryDirectory() as folder:
+        files = Files(Path(folder), options.minimind)
+        cells = {file: files.row(file) for file in ("base", *SKILLS, "merged", "mix", "hf skill")}
+    figures = {"allowed": ALLOWED, "cells": cells}
+    installed = [name for name in PACKAGES.values() if find_spec(name)]
+    packages = ["torch", "transformers", *(name.replace("_", "-") for name in installed)]
+    write_results(options.result, figures | measured_on(tuple(packages)))
+    print(table(cells))
+    wrong = [f"{tool} on {file}" for file, row in cells.items() for tool in row if bad(row, tool)]
+    if wrong:
+        sys.exit(f"computed otherwise: {', '.join(wrong)}")
+    return cells
+
+
+def bad(row: dict, tool: str) -> bool:
+    return isinstance(row[tool], float) and not row[tool] <= ALLOWED[tool]
+
+
+def table(cells: dict[str, dict]) -> str:
+    lines = [["file", *ALLOWED], ["---"] * (1 + len(ALLOWED))]
+    for file, row in cells.items():
+        shown = (row.get(tool, "") for tool in ALLOWED)
+        lines.append([file, *(f"{x:.1e}" if isinstance(x, float) else x for x in shown)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+class Files:
+    """A base and skills in ``folder``, and what every tool makes of their conversions."""
+
+    def __init__(self, folder: Path, minimind: Path | None):
+        self.folder, self.minimind = folder, minimind
+        self.tokenizer = load_tokenizer(TOKENIZER_DIR)
+        self.base = folder / "full_sft_64.pth"
+        model, _ = seeded_model(SHAPE)
+        known = tokenizer_fingerprint(self.tokenizer)
+        save_base(self.base, model, RunRecord(stage="full_sft", tokenizer=known))
+        (folder / "lora").mkdir()
+        for name, settings in SKILLS.items():
+            apply_lora(model, **settings)
+            move(model)
+            save_lora(model, lora_path(folder, name, SHAPE["dim"]), SkillMeta(stage="lora"))
+            remove_lora(model)
+        self.hf = folder / "hf"
+        convert_model.main(flag_words({"to": "huggingface", "base": self.base, "output": self.hf}))
+
+    def row(self, file: str) -> dict[str, float | str]:
+        """For each tool the largest difference on ``file``, or the reason why there is none."""
+        found = {}
+        judges = {"transformers": self.llama, "PEFT": self.peft, "llama.cpp": self.gguf}
+        judges |= {"mlx-lm": self.mlx, "lm-eval": self.lm_eval, "MiniMind": self.original}
+        for tool, judge in judges.items():
+            package = PACKAGES.get(tool)
+            if package and not find_spec(package):
+                found[tool] = f"not installed: {package}"
+                continue
+            try:
+                found[tool] = judge(file)
+            except UserError as error:
+                found[tool] = f"refused: {error}"
+            print(f"{file}, {tool}: {found[tool]}", flush=True)
+        return found
+
+    def converted(self, to: str, ending: str, **flags) -> Path:
+        """A file in the format ``to``."""
+        output = self.folder / f"{to}{len(list(self.folder.iterdir()))}{ending}"
+        where = {"out_dir": self.folder, "base": self.base, "output": output}
+        return convert_model.main(flag_words({"to": to} | where | flags))
+
+    def merged(self, file: str) -> dict:
+        """The flags that put ``file`` into a base."""
+        return {"base": {}, "merged": {"skill": "all"}, "mix": {"skill": MIX}}[file]
+
+    def ours(self, file: str):
+        """Our own model of ``file``."""
+        model, _ = load_base(self.base)
+        weights = {"base": {}, "merged": {"all": 1.0}, "mix": {"skill": 0.7, "all": 1.0}}
+        weights = weights.get(file, {file: 1.0})
+        library = SkillLibrary(model)
+        for name in weights:
+            library.add(name, lora_path(self.folder, name, SHAPE["dim"]))
+        library.use(weights)
+        return model
+
+    def llama(self, file: str) -> float | str:
+        """transformers on a Llama folder."""
+        if file in SKILLS or file == "hf skill":
+            return "takes no adapter without PEFT"
+        folder = self.converted("huggingface", "", **self.merged(file))
+        return difference(logits_of(self.ours(file)), logits_of(opened(folder)))
+
+    def peft(self, file: str) -> float | str:
+        """PEFT on an adapter folder."""
+        if file == "hf skill":
+            return self.foreign_skill()
+        if file not in SKILLS:
+            return "no adapter"
+        adapter = self.converted("peft", "", lora_name=file)
+        return difference(logits_of(self.ours(file)), logits_of(opened(self.hf, adapter)))
+
+    def foreign_skill(self) -> float:
+        """PEFT on a skill that was made on a Hugging Face model."""
+        model, _ = load_base(self.hf)
+        apply_lora(model, rank=4, target_modules=["q_proj", "down_proj"])
+        move(model)
+        path = lora_path(self.folder, "foreign", SHAPE["dim"])
+        save_lora(model, path)
+        adapter = self.converted("peft", "", lora_name="foreign", base=self.hf)
+        ours, _ = load_base(self.hf)
+        attach_lora(ours, path)
+        return difference(logits_of(ours), logits_of(opened(self.hf, adapter)))
+
+    def gguf(self, file: str) -> float | str:
+        """llama.cpp on GGUF files."""
+        if file == "hf skill":
+            return "its own converter is for these"
+        base = self.converted("gguf", ".gguf", **({} if file in SKILLS else self.merged(file)))
+        adapters = [self.converted("gguf", ".gguf", lora_name=file)] if file in SKILLS else []
+        with llama_cpp(base, *adapters) as ask:
+            return apart(ask, self.ours(file))
+
+    def mlx(self, file: str) -> float | str:
+        """mlx-lm on a Llama folder."""
+        if file in SKILLS or file == "hf skill":
+            return "adapters have a format of their own"
+        import mlx.core as mx
+        from mlx_lm import load
+
+        folder = self.converted("huggingface", "", **self.merged(file))
+        model, _ = load(str(folder))
+        logits = model(mx.array(probe(SHAPE["vocab_size"]).tolist()))[0].astype(mx.float32)
+        return difference(logits_of(self.ours(file)), torch.tensor(logits.tolist()))
+
+    def lm_eval(self, file: str) -> float | str:
+        """lm-evaluation-harness's log-likelihoods, with ``peft=`` for a skill."""
+        if file == "hf skill":
+            return "as the skills"
+        adapter = self.converted("peft", "", lora_name=file) if file in SKILLS else None
+        folder = self.hf if adapter else self.converted("huggingface", "", **self.merged(file))
+        theirs = harness(folder, adapter)
+        return float((likelihoods(self.ours(file), self.tokenizer) - theirs).abs().max())
+
+    def original(self, file: str) -> float | str:
+        """MiniMind's own code on its files."""
+        if self.minimind is None:
+            return "not run: --minimind DIR"
+        if file == "hf skill":
+            return "opens no Hugging Face model"
+        base = self.converted("minimind", ".pth", **({} if file in SKILLS else self.merged(file)))
+        lora = self.converted("minimind", ".pth", lora_name=file) if file in SKILLS else None
+        logits = self.folder / "logits.pth"
+        ids = probe(SHAPE["vocab_size"])
+        job = {"config": SHAPE, "base": str(base), "lora": lora and str(lora)}
+        job |= {"ids": ids.tolist(), "logits": str(logits)}
+        command = [sys.executable, "-I", "-X", "utf8", "-c", MINIMIND]
+        command += [str(self.minimind.resolve()), json.dumps(job)]
+        subprocess.run(command, cwd=self.minimind, check=True)
+        return difference(logits_of(self.ours(file)), read_tensors(logits)["logits"])
+
+
+def move(model) -> None:
+    """Give the LoRA of ``model`` weights that matter."""
+    fill((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def opened(folder: Path, adapter: Path | None = None):
+    """What transformers opens, under PEFT's adapter if one is given."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if adapter is None:
+        return model
+    import peft
+
+    return peft.PeftModel.from_pretrained(model, adapter)
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Questions and an answer to each, as a benchmark would ask them."""
+    questions = read_questions(bundled_data("probes_general.jsonl"))[:PAIRS]
+    return [(each.turns[-1], each.expect[0]) for each in questions]
+
+
+def likelihoods(model, tokenizer) -> Tensor:
+    """Our log-likelihoods of the answers in ``pairs``."""
+    length = SHAPE["max_seq_len"]
+    requests = [pair_requests(tokenizer, asked, [said], length)[0] for asked, said in pairs()]
+    return loglikelihoods(model, requests, Runtime.start("cpu", "float32"), 8)
+
+
+def harness(folder: Path, adapter: Path | None) -> Tensor:
+    """lm-evaluation-harness's, by its ``hf`` model."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    settings = {"device": "cpu", "dtype": "float32", "batch_size": 8}
+    model = HFLM(pretrained=str(folder), peft=adapter and str(adapter), **settings)
+    arguments = [(asked, f" {said}") for asked, said in pairs()]
+    requests = [Instance("loglikelihood", {}, pair, 0) for pair in arguments]
+    found = model.loglikelihood(requests, disable_tqdm=True)
+    return torch.tensor([likelihood for likelihood, _ in found], dtype=torch.float64)
+
+
+if __name__ == "__main__":
+    run(main)
