@@ -4,7 +4,7 @@ A tool's verdict is ``WORKS`` where that tool itself has judged such files, in t
 benchmarks/interop.py.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from interop.minimind import RANK
 from model.lora.skill_file import Skill
@@ -17,17 +17,17 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a tool does with a form of the skill, and convert_model.py's flags that write it."""
+    """What a tool does with a form of the skill; ``written`` is the format to write it in."""
 
     tool: str
     form: str
     verdict: str
     why: str
-    command: str = ""
+    written: str = ""
 
 
-def verdicts(name: str, skill: Skill, is_ours: bool, square: set[str]) -> list[Verdict]:
-    """All tools on the skill ``name``; ``is_ours``: its base is a MiniMindLM, not another model.
+def verdicts(skill: Skill, is_ours: bool, square: set[str]) -> list[Verdict]:
+    """All tools on a skill; ``is_ours``: its base is a MiniMindLM, not another model.
 
     ``square``: the names of the base's square Linears.
     """
@@ -35,7 +35,7 @@ def verdicts(name: str, skill: Skill, is_ours: bool, square: set[str]) -> list[V
     rank = max(skill[1].ranks.values())
     fitting = next((each for each in VLLM_RANKS if each >= rank), None)
     lacks["rank"] = "" if fitting else f"its rank {rank} is above {VLLM_RANKS[-1]}"
-    vllm = f"start it with --enable-lora --max-lora-rank {fitting}"
+    vllm = f"start it with enable_lora and max_lora_rank {fitting}"
     plain = ("extra", "foreign", "dora")
     rows = [
         ("transformers", MERGED, "huggingface", ("extra",), WORKS, ""),
@@ -52,15 +52,10 @@ def verdicts(name: str, skill: Skill, is_ours: bool, square: set[str]) -> list[V
         ("MiniMind", MERGED, "minimind", ("extra", "foreign"), WORKS, ""),
     ]
     found = []
-    for tool, form, file_format, needs, verdict, note in rows:
-        reason = next((lacks[need] for need in needs if lacks[need]), "")
-        flag = "--lora_name" if form == ADAPTER else "--skill"
-        command = f"--to {file_format} {flag} {name}"
-        if not is_ours and form == MERGED:
-            command = f"scripts/merge_lora.py --lora_name {name}"
-        if reason:
-            verdict, note, command = REFUSED, reason, ""
-        found.append(Verdict(tool, form, verdict, note, command))
+    for tool, form, written, needs, verdict, note in rows:
+        if reason := next((lacks[need] for need in needs if lacks[need]), ""):
+            verdict, note, written = REFUSED, reason, ""
+        found.append(Verdict(tool, form, verdict, note, written))
     if not lacks["extra"] and not lacks["foreign"]:
         reason = next((lacks[need] for need in ("odd", "dora", "scaled") if lacks[need]), "")
         found.append(Verdict("MiniMind", FILE, WRONG if reason else WORKS, reason))
@@ -83,12 +78,3 @@ def obstacles(skill: Skill, is_ours: bool, square: set[str]) -> dict[str, str]:
         "scaled": "" if plain else f"its scales are not 1 or its ranks not {RANK}",
         "mlx": "its adapters have another format; merge it",
     }
-
-
-def as_table(found: list[Verdict]) -> str:
-    """Markdown, a row for each verdict."""
-    rows = [
-        "| tool | form | verdict | why, or what to mind | written by |",
-        "|---|---|---|---|---|",
-    ]
-    return "\n".join([*rows, *(f"| {' | '.join(asdict(each).values())} |" for each in found)])
