@@ -23,7 +23,7 @@ from model.lora.skill_file import SkillMeta, attach_lora, read_lora, save_lora
 from model.lora.variants import DoRA
 from model.model_lora import apply_lora
 from model.weights import load_base
-from scripts import convert_model
+from scripts import conversions, convert_model
 
 BASE = "full_sft_64.pth"
 PLAIN = {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 4, "lora_alpha": 8}
@@ -145,7 +145,7 @@ def test_a_folder_with_skills_computes_what_they_do(trained, tmp_path, dtype, mo
     assert off < (1e-5 if dtype == "float32" else 0.05)
     assert "mine was trained on 4 bits" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "x")
-    monkeypatch.setattr("model.lora.library.merge_lora", lambda model: exchange(model, {}))
+    monkeypatch.setattr("scripts.conversions.merge_lora", lambda model: exchange(model, {}))
     with pytest.raises(UserError, match="merged computes something else"):
         convert_model.main(argv)
     assert {path.name for path in tmp_path.iterdir()} == {"lora"}
@@ -464,13 +464,13 @@ def test_nothing_is_overwritten(trained, converted, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=named):
             convert_model.main(argv)
     assert (converted / "config.json").read_bytes() == before and TOKENIZER_DIR.is_dir()
-    made, own = tmp_path / "y", convert_model.logits_in
+    made, own = tmp_path / "y", conversions.logits_in
 
     def meanwhile(folder):
         made.mkdir()
         return own(folder)
 
-    monkeypatch.setattr(convert_model, "logits_in", meanwhile)  # a y.json is no folder's business
+    monkeypatch.setattr(conversions, "logits_in", meanwhile)  # a y.json is no folder's business
     with pytest.raises(UserError, match="y exists"):
         convert_model.main(flags(to="huggingface", base=trained.out / BASE, output=made))
     assert sorted(tmp_path.rglob("*")) == sorted([*there, made])
@@ -496,6 +496,6 @@ def test_nothing_is_overwritten(trained, converted, tmp_path, monkeypatch):
     ],
 )
 def test_flags_that_would_do_nothing_are_refused(words, named, monkeypatch):
-    monkeypatch.setattr(convert_model, "unfinished", None)
+    monkeypatch.setattr(conversions, "unfinished", None)
     with pytest.raises(UserError, match=named):
         convert_model.main(words.split())
