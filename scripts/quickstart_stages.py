@@ -28,7 +28,7 @@ SKILLS = ("identity", "medical", "verse")
 ROOMS = ("core", "dataset", "model", "trainer")  # their code decides what a stage makes
 EXAM_ROOMS = ("serving", "scripts")
 
-# Small enough for nine minutes on two CPU cores: a larger model learns less in them. Every other
+# Small enough for ten minutes on two CPU cores: a larger model learns less in them. Every other
 # option is the door's own default.
 DIM = 192
 COMMON = {"out_dir": OUT, "max_seq_len": 256}
