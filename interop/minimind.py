@@ -51,6 +51,7 @@ def load_minimind(path: Path) -> MiniMindLM:
 
 def read_minimind(path: Path) -> dict[str, Tensor]:
     """A file's tensors under bare names, without buffers. Raises ``UserError``."""
+    require(not path.is_dir(), f"{path} is a folder; name a .pth file of MiniMind")
     found = {}
     for name, tensor in read_tensors(path).items():
         parts = [part for part in name.split(".") if part not in WRAPPERS]

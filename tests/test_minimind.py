@@ -163,4 +163,5 @@ def test_other_models_are_refused_by_name(later, tmp_path, change, reason):
     path, output = tmp_path / "theirs.pth", tmp_path / "out" / BASE
     torch.save(change(torch.load(later[0], weights_only=True)), path)
     refused(reason, **{"from": "minimind"}, source=path, output=output)
+    refused("is a folder", **{"from": "minimind"}, source=tmp_path, output=output)
     assert not output.parent.exists()
