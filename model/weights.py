@@ -244,6 +244,8 @@ def config_from_shapes(tensors: dict[str, Tensor], path: Path) -> dict:
         kv_width = tensors["layers.0.attention.wk.weight"].shape[0]
         if not dim:
             raise ValueError("its embedding is empty")
+        if max(layers) >= len(tensors):  # or a wrong number would keep us busy for long
+            raise ValueError(f"there is a layer {max(layers)}, but only {len(tensors)} tensors")
     except (KeyError, ValueError, IndexError) as error:
         lacks = f"it lacks the embedding or the layers ({error})"
         raise UserError(f"{path} is no MiniMindLM: {lacks}") from error

@@ -9,6 +9,8 @@ import pytest
 
 from core.paths import bundled_data
 from dataset import compose
+from dataset.questions import spread
+from scripts.exam import read_questions
 
 QUESTIONS = ("ask", "near", "far", "and")
 Facts = list[tuple[compose.Relation, dict]]
@@ -112,6 +114,17 @@ def test_no_question_of_the_exam_is_asked_in_training():
     firsts = [each[0] if isinstance(each, list) else each for each in probes]
     assert len(firsts) > 500 and len(trained) > 10_000
     assert not [question for question in firsts if bare(question) in trained]
+
+
+def test_every_question_of_the_exam_can_be_asked():
+    files = sorted(bundled_data("x").parent.glob("probes_*.jsonl"))
+    asked = {path.stem: spread(read_questions(path), 40) for path in files}
+    assert len(asked) == 9 and min(map(len, asked.values())) >= 40
+    said = {question.turns[-1] for question in asked["probes_sums"]}
+    for kind in ("near", "far"):  # both, although only 40 of 80 are asked
+        sums = [relation for name in compose.LANGUAGES for relation in compose.sums(name)]
+        wordings = {text for each in sums for x in each.facts for text in each.filled(kind, x)}
+        assert len(said & wordings) == 20
 
 
 def test_the_name_of_a_skill_is_its_own_to_teach(composed):

@@ -156,6 +156,7 @@ def test_what_minimind_cannot_compute_is_refused(trained, tmp_path, settings, re
         (lambda t: {**t, "module.model.norm.weight": torch.ones(64)}, "two names"),
         (lambda t: {n: x for n, x in t.items() if "layers.1.mlp.up" not in n}, "missing layers.1"),
         (lambda t: {"model.norm.weight": t["model.norm.weight"]}, "no MiniMindLM"),
+        (lambda t: {**t, "layers.900000.x": torch.ones(1)}, "a layer 900000, but only"),
         (lambda t: {**t, "lm_head.weight": t["lm_head.weight"] * 2}, "ties"),
     ],
 )
