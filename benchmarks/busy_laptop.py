@@ -19,9 +19,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.result_file import measured_on, read_results, write_results
-from core.errors import SPINNING, UserError, run
+from core.errors import UserError, run
 from core.options import CheckedOptions, option, parse
 from core.paths import REPOSITORY, metrics_path
+from core.threads import NAMES
 
 SIZES = {  # flags of train_pretrain.py; None: its defaults
     "quick start": {"dim": 256, "n_layers": 6, "max_seq_len": 256, "batch_size": 8},
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 def tokens_per_second(flags: dict[str, int], variables: dict[str, str]) -> float:
     """Pretrain in a child process with these OpenMP settings; its speed, from its metrics file."""
-    chosen = {*SPINNING, "OMP_WAIT_POLICY"}
+    chosen = set(NAMES)
     environment = {name: value for name, value in os.environ.items() if name not in chosen}
     with tempfile.TemporaryDirectory() as folder:
         flags = {**flags, "out_dir": folder, "val_ratio": 0, "log_interval": 1, "device": "cpu"}

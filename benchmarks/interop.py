@@ -1,7 +1,8 @@
-"""Bases and skills in other tools' hands: python benchmarks/interop.py --minimind DIR
+"""Bases and skills in other tools' hands: python benchmarks/interop.py --minimind DIR --vllm DIR
 
 Writes each kind of file that scripts/convert_model.py can, and lets the tools themselves compute
-with it: transformers, PEFT, llama.cpp, mlx-lm, lm-evaluation-harness and MiniMind's own code.
+with it: transformers, PEFT, llama.cpp, mlx-lm, lm-evaluation-harness, MiniMind's own code and the
+files of vLLM that read adapters.
 
     pip install "mlx[cpu]" mlx-lm lm-eval
 
@@ -19,26 +20,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch import Tensor
 
+from benchmarks.harness import apart as apart_by_task
+from benchmarks.harness import harness, likelihoods, write_task
 from benchmarks.llama_cpp import apart, llama_cpp
 from benchmarks.result_file import measured_on, write_results
 from benchmarks.seeded_model import fill, seeded_model
 from core.errors import UserError, run
 from core.options import CheckedOptions, option, parse, require
-from core.paths import REPOSITORY, TOKENIZER_DIR, bundled_data, lora_path
-from dataset.requests import pair_requests
+from core.paths import REPOSITORY, TOKENIZER_DIR, lora_path
 from dataset.tokenizer import load_tokenizer, tokenizer_fingerprint
 from interop.check import difference, logits_of, probe
 from model.lora.library import SkillLibrary
 from model.lora.skill_file import SkillMeta, attach_lora, save_lora
 from model.model_lora import apply_lora, remove_lora
 from model.weights import RunRecord, load_base, read_tensors, save_base
-from scripts import convert_model
-from scripts.exam import read_questions
+from scripts import convert_model, eval_benchmark
 from scripts.quickstart_stages import flag_words
-from trainer.likelihood import loglikelihoods
-from trainer.runtime import Runtime
 
 SHAPE = {"dim": 64, "n_layers": 2, "vocab_size": 6400, "max_seq_len": 256}
 SKILLS = {
@@ -48,10 +46,9 @@ SKILLS = {
     "pissa": {"rank": 8, "init_lora_weights": "pissa"},
 }
 MIX = ("skill=0.7", "all")
-PAIRS = 24  # questions whose answers the harness scores
 # The largest difference: of logits, by the largest logit, or of log-probabilities.
 ALLOWED = {"transformers": 1e-4, "PEFT": 1e-4, "llama.cpp": 2e-3, "mlx-lm": 1e-4}
-ALLOWED |= {"lm-eval": 2e-3, "MiniMind": 1e-4}
+ALLOWED |= {"lm-eval": 2e-3, "vLLM": 1e-4, "MiniMind": 1e-4}
 PACKAGES = {"PEFT": "peft", "llama.cpp": "xllamacpp", "mlx-lm": "mlx_lm", "lm-eval": "lm_eval"}
 MINIMIND = """
 import json, sys
@@ -76,20 +73,23 @@ class Options(CheckedOptions):
     """Print a matrix of tools and files: the largest difference, or why a cell is empty."""
 
     minimind: Path | None = option(None, "the folder of MiniMind's code of April 2025")
+    vllm: Path | None = option(None, "a folder with vLLM's source, which is not installed")
     result: Path | None = option(
         REPOSITORY / "benchmarks/results/interop.json", "file of the figures"
     )
 
     def __post_init__(self):
         super().__post_init__()
-        model = self.minimind and self.minimind / "model" / "model.py"
-        require(not model or model.is_file(), f"--minimind {self.minimind} holds no model/model.py")
+        for name, wanted in (("minimind", "model/model.py"), ("vllm", "vllm/lora/lora_model.py")):
+            folder = getattr(self, name)
+            is_it = folder is None or (folder / wanted).is_file()
+            require(is_it, f"--{name} {folder} holds no {wanted}")
 
 
 def main(argv: list[str] | None = None) -> dict:
     options = parse(Options, argv)
     with tempfile.TemporaryDirectory() as folder:
-        files = Files(Path(folder), options.minimind)
+        files = Files(Path(folder), options.minimind, options.vllm)
         cells = {file: files.row(file) for file in ("base", *SKILLS, "merged", "mix", "hf skill")}
     figures = {"allowed": ALLOWED, "cells": cells}
     installed = [name for name in PACKAGES.values() if find_spec(name)]
@@ -118,8 +118,8 @@ def table(cells: dict[str, dict]) -> str:
 class Files:
     """A base and skills in ``folder``, and what every tool makes of their conversions."""
 
-    def __init__(self, folder: Path, minimind: Path | None):
-        self.folder, self.minimind = folder, minimind
+    def __init__(self, folder: Path, minimind: Path | None, vllm: Path | None):
+        self.folder, self.minimind, self.source = folder, minimind, vllm
         self.tokenizer = load_tokenizer(TOKENIZER_DIR)
         self.base = folder / "full_sft_64.pth"
         model, _ = seeded_model(SHAPE)
@@ -141,7 +141,8 @@ class Files:
             alone = logits_of(self.ours("base"))
             found["change"] = difference(alone, logits_of(self.ours(file)))
         judges = {"transformers": self.llama, "PEFT": self.peft, "llama.cpp": self.gguf}
-        judges |= {"mlx-lm": self.mlx, "lm-eval": self.lm_eval, "MiniMind": self.original}
+        judges |= {"mlx-lm": self.mlx, "lm-eval": self.lm_eval, "vLLM": self.vllm}
+        judges |= {"MiniMind": self.original}
         for tool, judge in judges.items():
             package = PACKAGES.get(tool)
             if package and not find_spec(package):
@@ -227,13 +228,38 @@ class Files:
         return difference(logits_of(self.ours(file)), torch.tensor(logits.tolist()))
 
     def lm_eval(self, file: str) -> float | str:
-        """lm-evaluation-harness's log-likelihoods, with ``peft=`` for a skill."""
+        """lm-evaluation-harness on a local task, with ``peft=`` for a skill."""
         if file == "hf skill":
             return "as the skills"
         adapter = self.converted("peft", "", lora_name=file) if file in SKILLS else None
         folder = self.hf if adapter else self.converted("huggingface", "", **self.merged(file))
-        theirs = harness(folder, adapter)
-        return float((likelihoods(self.ours(file), self.tokenizer) - theirs).abs().max())
+        task = self.folder / f"task {file}"
+        task.mkdir()
+        data = write_task(task)
+        known = likelihoods(self.ours(file), self.tokenizer, data, SHAPE["max_seq_len"])
+        mix = {"base": (), "merged": ("all",), "mix": (" ".join(MIX),)}.get(file, (file,))
+        flags = {"base": self.base, "out_dir": self.folder, "skills": mix, "scored": "texts"}
+        words = [str(data), "--language", "en", *flag_words({k: v for k, v in flags.items() if v})]
+        scores = eval_benchmark.main(words)["data"][0]["scores"][mix[0] if mix else "base"]
+        return apart_by_task((known, scores), harness(task, folder, adapter))
+
+    def vllm(self, file: str) -> float | str:
+        """The update that vLLM's own code reads in an adapter folder, in the weights of a Llama."""
+        if self.source is None:
+            return "not run: --vllm DIR"
+        if file not in SKILLS:
+            return "its engine was not run"
+        adapter, output = self.converted("peft", "", lora_name=file), self.folder / "updates.pth"
+        child = Path(__file__).with_name("vllm_child.py")
+        command = [sys.executable, str(child), *map(str, (self.source, adapter, output))]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
+        if done.returncode:
+            raise UserError(done.stderr.strip().splitlines()[-1])
+        model = opened(self.hf)
+        with torch.no_grad():
+            for name, update in read_tensors(output).items():
+                model.get_submodule(name).weight += update
+        return difference(logits_of(self.ours(file)), logits_of(model))
 
     def original(self, file: str) -> float | str:
         """MiniMind's own code on its files."""
@@ -268,32 +294,6 @@ def opened(folder: Path, adapter: Path | None = None):
     import peft
 
     return peft.PeftModel.from_pretrained(model, adapter)
-
-
-def pairs() -> list[tuple[str, str]]:
-    """Questions and an answer to each, as a benchmark would ask them."""
-    questions = read_questions(bundled_data("probes_general.jsonl"))[:PAIRS]
-    return [(each.turns[-1], each.expect[0]) for each in questions]
-
-
-def likelihoods(model, tokenizer) -> Tensor:
-    """Our log-likelihoods of the answers in ``pairs``."""
-    length = SHAPE["max_seq_len"]
-    requests = [pair_requests(tokenizer, asked, [said], length)[0] for asked, said in pairs()]
-    return loglikelihoods(model, requests, Runtime.start("cpu", "float32"), 8)
-
-
-def harness(folder: Path, adapter: Path | None) -> Tensor:
-    """lm-evaluation-harness's, by its ``hf`` model."""
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-
-    settings = {"device": "cpu", "dtype": "float32", "batch_size": 8}
-    model = HFLM(pretrained=str(folder), peft=adapter and str(adapter), **settings)
-    arguments = [(asked, f" {said}") for asked, said in pairs()]
-    requests = [Instance("loglikelihood", {}, pair, 0) for pair in arguments]
-    found = model.loglikelihood(requests, disable_tqdm=True)
-    return torch.tensor([likelihood for likelihood, _ in found], dtype=torch.float64)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+from core.threads import limit_spinning
+
 NEEDED = {"torch", "transformers", "datasets", "tokenizers", "tqdm", "wandb", "matplotlib", "numpy"}
 INSTALL_HINT = "run `python scripts/quickstart.py` once, then use the Python in .venv"
 # The signals that ask work to stop. SIGHUP says that the terminal is gone; Windows has none.
@@ -19,8 +21,6 @@ STOPPING = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGT
 ECHO_SECONDS = 3.0  # torchrun repeats a Ctrl-C that the terminal has already sent to every process
 # PyTorch's words on a GPU, on POSIX and on Windows.
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-# How long an OpenMP thread that waits keeps its core busy: GNU's turns, Intel's and LLVM's ms.
-SPINNING = {"GOMP_SPINCOUNT": "1500", "KMP_BLOCKTIME": "1"}
 
 
 class UserError(Exception):
@@ -70,13 +70,6 @@ def run(main: Callable[[], object], *, keep_working: bool = False) -> None:
         if not _is_said(message):
             print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
-
-
-def limit_spinning() -> None:
-    """Let waiting OpenMP threads sleep soon, unless the user decided. Call before torch loads."""
-    # Beside another busy program, spinning takes the cores from the very threads they wait for.
-    if os.environ.keys().isdisjoint({*SPINNING, "OMP_WAIT_POLICY"}):
-        os.environ.update(SPINNING)
 
 
 def reason_of(error: BaseException, limit: int = 200) -> str:

@@ -50,11 +50,3 @@ def require_same(ours: Tensor, theirs: Tensor, what: str, allowed: float = EXACT
             f"and {allowed:.0e} is allowed; nothing was kept"
         )
     return found
-
-
-def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """``model`` itself, its fp32 weights rounded to ``dtype`` and back."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(dtype))
-    return model

@@ -17,7 +17,8 @@ from core.errors import UserError
 from core.options import require
 from interop.check import difference, logits_of, require_same, tolerance
 from interop.llama import only_template
-from interop.peft import check_updates_only, portable
+from interop.rounding import kept
+from interop.updates import check_updates_only, portable
 from model.LMConfig import LMConfig
 from model.lora.layer import exchange
 from model.lora.skill_file import KEYS, Skill, base_fingerprint
@@ -28,20 +29,16 @@ from model.weights import assembled
 OUTER = {"tok_embeddings": "token_embd", "norm": "output_norm"}
 LAYER = {"attention_norm": "attn_norm", "ffn_norm": "ffn_norm", "attention.wo": "attn_output"}
 LAYER |= {f"attention.w{x}": f"attn_{x}" for x in "qkv"}
-LAYER |= {"feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down"}
-LAYER |= {"feed_forward.w3": "ffn_up"}
+LAYER |= {f"feed_forward.w{n}": f"ffn_{x}" for n, x in enumerate(("gate", "down", "up"), 1)}
 # Config entries of both: whole numbers, and others.
 SIZES = {"dim": "embedding_length", "n_layers": "block_count", "vocab_size": "vocab_size"}
 SIZES |= {"n_heads": "attention.head_count", "n_kv_heads": "attention.head_count_kv"}
 SIZES |= {"hidden_dim": "feed_forward_length", "max_seq_len": "context_length"}
 REALS = {"norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base"}
-HEAD_WIDTHS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 FINGERPRINT = "minimind.fingerprint"  # an entry of ours: the base that a file was made from
 # What matrices are written in, and what a file of them is called.
 FORMATS = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
-BLOCKS = {"q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
-BLOCK = 32  # the weights of a row that share a scale in these two
-FORMATS |= BLOCKS
+FORMATS |= {"q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
 # What a tokenizer must be for llama.cpp's "gpt-2" to read every text alike.
 SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 BPE = {"type": "BPE", "dropout": None, "ignore_merges": False}
@@ -134,7 +131,7 @@ def add_config(writer: Any, config: LMConfig) -> None:
         writer.add_uint32(f"llama.{entry}", getattr(config, name))
     for name, entry in REALS.items():
         writer.add_float32(f"llama.{entry}", getattr(config, name))
-    for entry in HEAD_WIDTHS:
+    for entry in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
         writer.add_uint32(f"llama.{entry}", config.dim // config.n_heads)
 
 
@@ -143,23 +140,6 @@ def add_tensor(writer: Any, name: str, tensor: Tensor, dtype: str) -> None:
     gguf = library()
     kind = gguf.GGMLQuantizationType[FORMATS[dtype].partition("_")[2]]
     writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
-
-
-def kept(weight: Tensor, dtype: str, name: str) -> Tensor:
-    """What ``dtype`` keeps of a weight, fp32. Raises ``UserError`` if its rows make no blocks."""
-    if dtype not in BLOCKS:
-        return weight.to(getattr(torch, dtype)).float()
-    width = weight.size(-1)
-    require(width % BLOCK == 0, f"{name} has rows of {width}, no multiple of {BLOCK}: use float16")
-    blocks = weight.reshape(-1, BLOCK)
-    extreme = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
-    step = extreme.abs() / 127 if dtype == "q8_0" else extreme / -8
-    steps = blocks * torch.where(step == 0, 0, 1 / step)
-    if dtype == "q8_0":
-        whole = (steps.abs() + 0.5).floor() * steps.sign()  # a half goes away from zero
-    else:
-        whole = (steps + 8.5).floor().clamp(0, 15) - 8
-    return (whole * step.half()).view_as(weight)
 
 
 def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -233,11 +213,10 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def doubts(path: Path, model: MiniMindLM) -> str:
     """Why the file ``path`` may be no base for skills of ``model``; empty if it is one."""
-    gguf = library()
     if not path.exists():
         return "does not exist yet"
     try:
-        field = gguf.GGUFReader(path).get_field(FINGERPRINT)
+        field = library().GGUFReader(path).get_field(FINGERPRINT)
     except Exception:  # any file may be there
         return "is no GGUF file"
     if field is None:
@@ -255,10 +234,7 @@ def read_base(path: Path) -> MiniMindLM:
 
 @torch.no_grad()
 def with_and_without(model: MiniMindLM, path: Path) -> tuple[MiniMindLM, MiniMindLM]:
-    """``model``, its LoRA taken off, with an adapter's updates in its weights, and without.
-
-    They are reckoned as llama.cpp does: alpha / rank * B A.
-    """
+    """``model`` with an adapter's alpha / rank * B A in place of its LoRA, and with neither."""
     entries, tensors = read_file(path)
     alone = copy.deepcopy(model)
     exchange(alone, {})

@@ -15,8 +15,9 @@ from core.errors import UserError
 from core.options import require
 from interop.check import logits_of
 from interop.llama import from_llama, our_modules, rotary_heads, to_pairs, twin
-from interop.peft import Parts, portable
+from interop.updates import Parts, is_update, portable, shapes_of
 from model.LMConfig import LMConfig
+from model.lora.layer import features
 from model.lora.skill_file import KEYS, Skill, SkillMeta
 from model.lora.targets import linears
 from model.model import MiniMindLM
@@ -95,12 +96,10 @@ def load_skill(path: Path, base: MiniMindLM) -> tuple[dict[str, Parts], SkillMet
         fits = heads and len(tensor) == own[target].out_features
         modules[target][key] = to_pairs(tensor, heads) if fits else tensor
     for target, parts in modules.items():
-        shapes = {key: tuple(tensor.shape) for key, tensor in parts.items()}
-        A, B = (shapes.get(key, (0, 0)) for key in KEYS[:2])
-        linear = own[target]
-        fits = len(A) == len(B) == 2 and A[0] == B[1] >= 1
-        fits = fits and (B[0], A[1]) == (linear.out_features, linear.in_features)
-        require(fits, f"{path}: {target} has {shapes}, which do not fit; name its own base")
+        sizes = features(own[target])
+        fits = is_update(parts) and sizes == (len(parts["B.weight"]), parts["A.weight"].size(1))
+        wrong = f"{path}: {target} has {shapes_of(parts)}, which do not fit"
+        require(fits, f"{wrong}; name its own base")
     require(bool(modules), f"{path} holds no LoRA")
     return modules, SkillMeta(stage="lora", scaling=dict.fromkeys(modules, 1.0))
 

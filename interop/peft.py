@@ -23,6 +23,7 @@ from core.errors import UserError, reason_of
 from core.options import require
 from interop.check import logits_of
 from interop.llama import LAYER, our_modules, rotary_heads, their_module, to_halves, to_pairs, twin
+from interop.updates import Parts, check_updates_only, is_update, portable, shapes_of
 from model.LMConfig import LMConfig
 from model.lora.config import LoRAConfig
 from model.lora.layer import exchange, features
@@ -31,11 +32,9 @@ from model.lora.targets import linears
 from model.model import MiniMindLM
 from model.weights import check_tensors, read_tensors
 
-Parts = dict[str, Tensor]  # the tensors of one target, by their key in a skill file
 SETTINGS = "adapter_config.json"
 PREFIX = "base_model.model."
-ENDS = {"A.weight": "lora_A.weight", "B.weight": "lora_B.weight"}
-ENDS["magnitude"] = "lora_magnitude_vector"
+ENDS = dict(zip(KEYS, ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"), strict=True))
 # A tensor's name without the prefix; a state dict taken in training names the adapter, "default".
 NAME = r"(.+)\.lora_(?:([AB])(?:\.default)?\.weight|magnitude_vector(?:\.default)?(?:\.weight)?)"
 # Entries of adapter_config.json that a skill file cannot hold, and what each stands for.
@@ -70,40 +69,16 @@ def save_peft(skill: Skill, base: nn.Module, base_name: str | None, folder: Path
         targets.append(module)
         found |= {f"{PREFIX}{module}.{ENDS[key]}": tensor for key, tensor in parts.items()}
     is_transposed = any(isinstance(module, Conv1D) for module in base.modules())
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "r": rank,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "target_modules": short_names(targets, base, config),
-        "bias": "none",
-        "fan_in_fan_out": is_transposed,
-        "use_rslora": False,
-        "use_dora": dora == {True},
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "inference_mode": True,
-    }
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
+    settings |= {"base_model_name_or_path": base_name, "r": rank, "lora_alpha": rank}
+    settings |= {"target_modules": short_names(targets, base, config)}
+    settings |= {"fan_in_fan_out": is_transposed, "use_dora": dora == {True}}
+    settings |= {"lora_dropout": 0.0, "bias": "none", "use_rslora": False}
+    settings |= {"init_lora_weights": True, "modules_to_save": None, "inference_mode": True}
     weights = folder / "adapter_model.safetensors"
     save_file(found, weights, metadata={"format": "pt"})
     (folder / SETTINGS).write_bytes((json.dumps(settings, indent=2) + "\n").encode())
     weights.chmod((folder / SETTINGS).stat().st_mode)  # safetensors: 0600
-
-
-def check_updates_only(tensors: Parts) -> None:
-    """Raise ``UserError`` for tensors of a skill that are no updates of Linears."""
-    extra = [name for name in tensors if name.startswith("_")]
-    require(not extra, f"the skill holds {extra[:1]}, for which an adapter has no place")
-
-
-def portable(parts: Parts, scaling: float, rank: int) -> Parts:
-    """The same update with scale 1 and this rank, at least its own: zeros pad A and B."""
-    A, B = parts["A.weight"].float(), parts["B.weight"].float() * scaling
-    missing = rank - A.size(0)
-    A = torch.cat((A, A.new_zeros(missing, A.size(1))))
-    return {**parts, "A.weight": A, "B.weight": torch.cat((B, B.new_zeros(B.size(0), missing)), 1)}
 
 
 def theirs(target: str, parts: Parts, config: LMConfig) -> tuple[str, Parts]:
@@ -205,10 +180,8 @@ def ranks_and_alphas(settings: Mapping, folder: Path) -> LoRAConfig:
 
 
 def is_quick(expression: str) -> bool:
-    """Whether a regular expression can be tried on a name in no time: it repeats little.
-
-    A repeated group may take exponentially long, and every other repetition adds a power.
-    """
+    """Whether a regular expression can be tried on a name in no time."""
+    # A repeated group may take exponentially long, and every other repetition adds a power.
     few = len(re.findall("[*+?{]", expression)) <= 3 and expression.count("(") <= 3
     return few and not re.search(r"\)[*+{]", expression)
 
@@ -236,12 +209,8 @@ def read_updates(folder: Path) -> dict[str, Parts]:
         require(key not in modules[module], f"{folder} holds {name} under two names; save it again")
         modules[module][key] = tensor
     for module, parts in modules.items():
-        shapes = {key: tuple(tensor.shape) for key, tensor in parts.items()}
-        A, B = shapes.get("A.weight", ()), shapes.get("B.weight", ())
-        fits = len(A) == len(B) == 2 and A[0] == B[1] >= 1
-        fits = fits and shapes.get("magnitude") in (None, B[:1])
-        fits = fits and all(tensor.is_floating_point() for tensor in parts.values())
-        require(fits, f"{folder}: {module} has {shapes}, which make no update; copy it again")
+        wrong = f"{folder}: {module} has {shapes_of(parts)}, which make no update"
+        require(is_update(parts), f"{wrong}; copy it again")
     return modules
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import pickletools
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
@@ -22,6 +23,11 @@ from model.model import MiniMindLM
 FORMAT = 1
 PRETRAINED = "pretrained elsewhere"  # the stage in the record of a Hugging Face base
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what a file may hold
+# All that the pickle of a state dict may name, beside torch's storages and dtypes.
+REBUILT = {"collections OrderedDict", "torch.storage UntypedStorage"}
+REBUILT |= {f"torch._utils _rebuild_{end}" for end in ("tensor_v2", "tensor_v3", "parameter")}
+REBUILT.add("torch._utils _rebuild_meta_tensor_no_storage")
+MOST_PICKLED = 16 << 20  # bytes; 100,000 tensors need less
 # The config values that change the arithmetic but no shape: ours, else Hugging Face's.
 ARITHMETIC = ("n_heads", "n_kv_heads", "norm_eps", "rope_theta")
 HEADS = ("num_attention_heads", "num_key_value_heads")
@@ -91,30 +97,69 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     try:
-        with zipfile.ZipFile(path) as archive:
-            # torch.load does not look at the checksums: a flipped bit would load silently.
-            damaged = archive.testzip()
-        tensors = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        check_container(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # zipfile and the unpickler raise many kinds: the file is unusable
-        reason = reason_of(error, 120)
-        if type(error).__name__ == "UnpicklingError":  # torch's sentence is about its own flag
-            reason = "it holds more than tensors"
-        unreadable = f"{path} is not a readable weights file ({reason})"
+        unreadable = f"{path} is not a readable weights file ({reason_of(error, 120)})"
         raise UserError(f"{unreadable}; copy or train it again") from error
-    if damaged:
-        raise UserError(f"{path} is damaged (checksum of {damaged}); copy or train it again")
     if not isinstance(tensors, dict) or not tensors:
         raise UserError(f"{path} holds a {type(tensors).__name__}, not a state dict of weights")
     check_tensors(tensors, path)
     return tensors
 
 
+def check_container(path: Path) -> None:
+    """Raise ``UserError`` unless ``torch.save`` could have written the archive ``path`` of tensors.
+
+    This asks nothing of torch: its unpickler need not be trusted alone. Other errors are zipfile's
+    and pickletools', on what they cannot read.
+    """
+    unlike = f"{path} is not a readable weights file"
+    with path.open("rb") as file:
+        is_bare = file.read(4) == b"PK\3\4"
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        names = {entry.filename for entry in entries}
+        odd = [name for name in names if name.startswith("/") or ".." in name or "\\" in name]
+        grown = sum(entry.file_size for entry in entries) > path.stat().st_size
+        if not is_bare or odd or grown or len(names) < len(entries):
+            made = "its archive has compressed, doubled or misplaced entries"
+            raise UserError(f"{unlike} ({made}); get it from another source")
+        # torch.load does not look at the checksums: a flipped bit would load silently.
+        if damaged := archive.testzip():
+            raise UserError(f"{path} is damaged (checksum of {damaged}); copy or train it again")
+        pickled = [e for e in entries if e.filename.endswith("/data.pkl")]
+        if len(pickled) != 1 or pickled[0].file_size > MOST_PICKLED:
+            raise UserError(f"{unlike} (it has no table of tensors); copy or train it again")
+        for code, named, _ in pickletools.genops(archive.read(pickled[0])):
+            # Only these four fetch what a pickle can call.
+            fetches = code.name in ("GLOBAL", "STACK_GLOBAL", "INST") or code.name.startswith("EXT")
+            if fetches and not (code.name == "GLOBAL" and is_rebuilt(named)):
+                raise UserError(f"{unlike} (it holds more than tensors: {named}); do not open it")
+
+
+def is_rebuilt(named: str) -> bool:
+    """Whether tensors are made of it: one of ``REBUILT``, or a storage or dtype of torch."""
+    room, _, name = named.partition(" ")
+    is_dtype = isinstance(getattr(torch, name, None), torch.dtype)
+    return named in REBUILT or (room == "torch" and (is_dtype or name.endswith("Storage")))
+
+
 def check_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:
     """Raise ``UserError`` unless these are dense tensors, of ``FLOATS`` and finite or whole."""
+    stored = {}
     for name, tensor in tensors.items():
         is_tensor = isinstance(name, str) and isinstance(tensor, Tensor)
         if not is_tensor or tensor.layout != torch.strided or tensor.is_meta:
             raise UserError(f"{path} holds {name!r}, which is no dense tensor of a state dict")
+        storage = tensor.untyped_storage()
+        stored[storage.data_ptr()] = storage.nbytes()
+    # Tied tensors share what is stored; a stride of 0 makes a few bytes as large as one likes.
+    if sum(tensor.nbytes for tensor in tensors.values()) > 2 * sum(stored.values()):
+        raise UserError(f"{path} holds tensors that are larger than the file; do not open it")
+    for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.numel():
             continue
         if tensor.dtype not in FLOATS:
@@ -191,12 +236,12 @@ def load_base(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.
     # Older MiniMind versions saved the rotary table and the causal mask, which we compute.
     names = [name for name in held if name != "pos_cis" and not name.endswith(".mask")]
     tensors = {name: held[name] for name in names}
+    described = record.config or config_from_shapes(tensors, path)
     try:
-        described = record.config or config_from_shapes(tensors, path)
         architecture = {name: described[name] for name in ARCHITECTURE}
         config = LMConfig(**architecture)
     except (KeyError, TypeError, UserError) as error:
-        wrong = f"{beside if record.config else path} describes no possible model ({error})"
+        wrong = f"{beside} describes no possible model ({error})"
         raise UserError(f"{wrong}; correct it or retrain the base") from error
     model = assembled(config, tensors, path)
     found = fingerprint(model.named_parameters(), config)
@@ -208,6 +253,9 @@ def load_base(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.
 
 def assembled(config: LMConfig, tensors: dict[str, Tensor], source: str | Path) -> MiniMindLM:
     """The fp32 model of these weights, in eval mode. Raises ``UserError`` if they do not fit."""
+    if config.n_layers > len(tensors):  # building so many would keep us busy for long
+        layers = f"there are {config.n_layers} layers, but only {len(tensors)} tensors"
+        raise UserError(f"{source} does not fit the model: {layers}")
     with torch.device("meta"):
         model = MiniMindLM(config)
     check_keys(model.state_dict(), tensors, source)
@@ -244,16 +292,19 @@ def config_from_shapes(tensors: dict[str, Tensor], path: Path) -> dict:
         kv_width = tensors["layers.0.attention.wk.weight"].shape[0]
         if not dim:
             raise ValueError("its embedding is empty")
-        if max(layers) >= len(tensors):  # or a wrong number would keep us busy for long
+        if max(layers) >= len(tensors):
             raise ValueError(f"there is a layer {max(layers)}, but only {len(tensors)} tensors")
+        defaults = LMConfig()
+        config = {"dim": dim, "n_layers": 1 + max(layers), "hidden_dim": hidden_dim}
+        config |= {"vocab_size": vocab_size, "n_heads": defaults.n_heads}
+        config["n_kv_heads"] = max(1, kv_width * defaults.n_heads // dim)
+        assumed = {name: getattr(defaults, name) for name in ARCHITECTURE if name not in config}
+        LMConfig(**config, **assumed)
+    except UserError as error:
+        raise UserError(f"{path} describes no possible model ({error})") from error
     except (KeyError, ValueError, IndexError) as error:
         lacks = f"it lacks the embedding or the layers ({error})"
         raise UserError(f"{path} is no MiniMindLM: {lacks}") from error
-    defaults = LMConfig()
-    config = {"dim": dim, "n_layers": 1 + max(layers), "hidden_dim": hidden_dim}
-    config |= {"vocab_size": vocab_size, "n_heads": defaults.n_heads}
-    config["n_kv_heads"] = max(1, kv_width * defaults.n_heads // dim)
-    assumed = {name: getattr(defaults, name) for name in ARCHITECTURE if name not in config}
     print(f"{path} has no .json beside it: from its shapes {config}, assumed {assumed}")
     return config | assumed
 

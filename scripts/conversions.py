@@ -12,9 +12,10 @@ from core.options import require
 from core.paths import TOKENIZER_DIR, find_skill, is_pretrained, lora_path, skill_weights
 from dataset.tokenizer import load_tokenizer, tokenizer_fingerprint, tokenizer_of
 from interop import gguf, minimind, peft
-from interop.check import logits_of, require_same, rounded, tolerance
+from interop.check import logits_of, require_same, tolerance
 from interop.llama import load_llama, save_llama, write_tokenizer
 from interop.ollama import write_modelfile
+from interop.rounding import rounded
 from model.huggingface import open_causal
 from model.lora.layer import exchange
 from model.lora.library import SkillLibrary, merge_lora

@@ -35,8 +35,8 @@ COMMON = {"out_dir": OUT, "max_seq_len": 256}
 # A vocabulary of its own: of the shipped tokenizer's, half the entries would never be trained.
 TOKENIZER = {"tokenizer_path": OUT / "tokenizer", "vocab_size": 3200}
 PRETRAIN = COMMON | {"dim": DIM, "n_layers": 4, "epochs": 3, "batch_size": 8, "learning_rate": 3e-3}
-PRETRAIN["tokenizer_path"] = TOKENIZER["tokenizer_path"]
-FULL_SFT = COMMON | {"epochs": 3, "batch_size": 32, "learning_rate": 2e-3}
+PRETRAIN |= {"tokenizer_path": TOKENIZER["tokenizer_path"], "val_interval": 120}
+FULL_SFT = COMMON | {"epochs": 3, "batch_size": 32, "learning_rate": 2e-3, "val_interval": 800}
 LORA = COMMON | {"epochs": 100, "batch_size": 8, "max_steps": 500, "val_interval": 100}
 LORA |= {"learning_rate": 1.5e-3, "loraplus_lr_ratio": 8, "target_modules": "all-linear"}
 LORA["keep"] = 5

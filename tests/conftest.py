@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import limit_spinning
+from core.threads import limit_spinning
 
 limit_spinning()  # before torch is imported
 

@@ -34,16 +34,6 @@ OUR_BASE = ("pretrain", "sft")
 SKILL = "--skill {f}/out/lora/lora_a_64.pth --lora_name x"
 
 
-class Touch:
-    """Unpickling this would make a file."""
-
-    def __init__(self, canary: Path):
-        self.canary = canary
-
-    def __reduce__(self):
-        return (open, (str(self.canary), "w"))
-
-
 def long_question(n: int) -> str:
     """A chat whose question is longer than --max_seq_len, so no answer is left after the cut."""
     user = {"role": "user", "content": f"{n} " * 300}
@@ -75,14 +65,12 @@ def place(trained, tmp_path_factory) -> Trained:
     (folder / "truncated.pth").write_bytes(good[: len(good) // 2])
     (folder / "flipped.pth").write_bytes(good[:20000] + bytes([good[20000] ^ 1]) + good[20001:])
     (folder / "noise.pth").write_bytes(b"this is no archive")
-    torch.save({"weights": Touch(folder / "canary")}, folder / "hostile.pth")
     torch.save({"layers.0.attention.wq.weight": torch.ones(2, 2)}, folder / "not_a_model.pth")
     tensors = torch.load(folder / "out" / "full_sft_64.pth", weights_only=True)
     torch.save({**tensors, "norm.weight": tensors["norm.weight"] * torch.nan}, folder / "nan.pth")
     torch.save(tensors, folder / "bare.pth")  # MiniMind's: no .json beside it
     lora = folder / "out" / "lora"
     (lora / "lora_truncated_64.pth").write_bytes(skill.read_bytes()[:3000])
-    torch.save({"weights": Touch(folder / "canary")}, lora / "lora_hostile_64.pth")
     torch.save(tensors, lora / "lora_whole_64.pth")
     (lora / "lora_wide_128.pth").write_bytes(skill.read_bytes())
     parts = torch.load(skill, weights_only=True)
@@ -116,7 +104,6 @@ CASES = [
     (BASED, "--base {f}/truncated.pth", "truncated.pth is not a readable"),
     (BASED, "--base {f}/flipped.pth", "flipped.pth is damaged"),
     (BASED, "--base {f}/noise.pth", "noise.pth is not a readable"),
-    (BASED, "--base {f}/hostile.pth", "hostile.pth is not a readable"),
     (BASED, "--base {f}/not_a_model.pth", "is no MiniMindLM"),
     (BASED, "--base {f}/nan.pth", "NaN or infinity in norm.weight"),
     (BASED, "--base {f}/bare.pth", "name its tokenizer_path"),
@@ -151,7 +138,6 @@ CASES = [
     (("chat",), "--lora_name nobody --prompt x", "there is no skill file"),
     (("chat",), "--lora_name wide --prompt x", "name its base"),
     (("chat",), "--lora_name truncated --prompt x", "lora_truncated_64.pth is not a readable"),
-    (("chat",), "--lora_name hostile --prompt x", "lora_hostile_64.pth is not a readable"),
     (("chat",), "--lora_name whole --prompt x", "is no LoRA file"),
     (("lora", "chat"), "--lora_name ../escape", "is not a skill name"),
     (("lora", "chat"), "--lora_name a/b", "is not a skill name"),
@@ -264,7 +250,6 @@ def test_a_mistake_is_one_line_and_harms_nothing(door, flags, said, place, capsy
     assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
     assert said.replace("{f}", str(folder)) in err
     assert results(folder) == before
-    assert not (folder / "canary").exists()
 
 
 def run_bare(door: str, argv: list[str], cwd: Path) -> subprocess.CompletedProcess:

@@ -20,10 +20,11 @@ import pytest
 import torch
 
 from core import files
-from core.errors import SPINNING, Stopped, UserError, run
+from core.errors import Stopped, UserError, run
 from core.files import atomic_write, publish, sha256_file, unfinished
 from core.options import RETIRED_FLAGS, CheckedOptions, option, parse
 from core.paths import REPOSITORY, lora_path, lora_paths, skill_name, skill_of
+from core.threads import LONG, NAMES, SHORT, is_quiet
 
 
 @dataclass
@@ -174,15 +175,42 @@ def test_nobody_need_be_there_to_read(monkeypatch):
     assert (codes, done) == ([2, 141, 2], ["work", "work"])
 
 
-@pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
-def test_threads_that_wait_sleep_soon_unless_the_user_decided(chosen, monkeypatch):
-    for name in (*SPINNING, "OMP_WAIT_POLICY"):
+@pytest.mark.parametrize("quiet", [True, False])
+@pytest.mark.parametrize(
+    "chosen", [{}, SHORT, LONG, {"OMP_WAIT_POLICY": "active"}, {NAMES[0]: "7"}]
+)
+def test_threads_that_wait_spin_as_the_user_decided_or_the_machine_allows(
+    quiet, chosen, monkeypatch
+):
+    monkeypatch.setattr("core.threads.is_quiet", lambda: quiet)
+    for name in NAMES:
         monkeypatch.delenv(name, raising=False)
     for name, value in chosen.items():
         monkeypatch.setenv(name, value)
     found = []
-    run(lambda: found.append({name: os.environ.get(name) for name in (*SPINNING, *chosen)}))
-    assert found == [dict.fromkeys(SPINNING) | chosen if chosen else SPINNING]
+    run(lambda: found.append({name: os.environ[name] for name in NAMES if name in os.environ}))
+    decided = chosen in ({}, SHORT, LONG)
+    assert found == [(LONG if quiet else SHORT) if decided else chosen]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this is about Linux")
+def test_a_machine_is_quiet_while_its_cores_idle(tmp_path, monkeypatch):
+    stat, cores = tmp_path / "stat", sorted(os.sched_getaffinity(0))
+    other = max(cores) + 1  # a core that belongs to others, and is busy
+
+    def written(worked: int, idle: int) -> None:
+        lines = [f"cpu{n} {worked} 0 0 {idle} 0 0 0 0 0 0" for n in cores]
+        stat.write_text(
+            "\n".join(["cpu 9 9 9 9", *lines, f"cpu{other} {10 * worked} 0 0 0 0 0 0 0"])
+        )
+
+    answers = []
+    for share in (0, 100):
+        written(100, 100)
+        monkeypatch.setattr("time.sleep", lambda _, s=share: written(100 + s, 300 - s))
+        answers.append(is_quiet(stat))
+    assert answers == [True, False]
+    assert not is_quiet(tmp_path / "missing")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a POSIX shell closes the streams")

@@ -8,7 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from core.errors import UserError
 from core.paths import TOKENIZER_DIR, lora_path
 from interop import minimind
-from interop.check import EXACT, difference, logits_of, rounded
+from interop.check import EXACT, difference, logits_of
+from interop.rounding import rounded
 from model.lora.skill_file import attach_lora, read_lora, save_lora
 from model.lora.targets import linears
 from model.model_lora import apply_lora, load_lora

@@ -136,8 +136,8 @@ def general_files(
     if not options.general_data and is_pretrained(base.path):
         judges = (own_answers(base, BUNDLED, options, runtime),)
     holds = (STRANGE,) if options.keep else ()
-    if options.keep_questions:
-        holds += (own_answers(base, options.keep_questions, options, runtime),)
+    for path in options.keep_questions:
+        holds += (own_answers(base, (path,), options, runtime),)
     return judges, holds
 
 

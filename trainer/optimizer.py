@@ -1,6 +1,7 @@
 """Muon and AdamW as one optimizer, what each of them updates, and the learning-rate schedule."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -78,39 +79,49 @@ class MuonAdamW(torch.optim.AdamW):
     def step(self) -> None:
         groups = self.param_groups
         for group in groups:
-            for parameter in group["params"] if group["muon"] else ():
-                if parameter.grad is not None:
-                    self._muon(parameter, group["lr"], group["weight_decay"])
+            if group["muon"]:
+                self._muon(group)
         self.param_groups = [group for group in groups if not group["muon"]]
         super().step()
         self.param_groups = groups
 
-    def _muon(self, parameter: nn.Parameter, rate: float, weight_decay: float) -> None:
+    def _muon(self, group: dict) -> None:
+        """Update the matrices of a group, all of one shape at once: few large products are fast."""
+        alike, rate = defaultdict(list), group["lr"]
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                alike[parameter.shape].append(parameter)
+        for shape, several in alike.items():
+            # Either precision is enough.
+            dtype = torch.bfloat16 if multiplies_bf16(several[0].device) else torch.float32
+            updates = orthogonalized(torch.stack([self._nesterov(p) for p in several]), dtype)
+            for parameter, update in zip(several, updates, strict=True):
+                parameter.mul_(1 - rate * group["weight_decay"])
+                parameter.add_(update, alpha=-rate * ADAMW_RMS * math.sqrt(max(shape)))
+
+    def _nesterov(self, parameter: nn.Parameter) -> Tensor:
+        """Count a step; the gradient with Nesterov's momentum."""
         state, gradient = self.state[parameter], parameter.grad
         if not state:
             state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(parameter)
         state["step"] += 1
         momentum = state["exp_avg"].lerp_(gradient, 1 - MOMENTUM)
-        # Either precision is enough.
-        dtype = torch.bfloat16 if multiplies_bf16(parameter.device) else torch.float32
-        update = orthogonalized(gradient.lerp(momentum, MOMENTUM), dtype)  # Nesterov's
-        parameter.mul_(1 - rate * weight_decay)
-        parameter.add_(update, alpha=-rate * ADAMW_RMS * math.sqrt(max(parameter.shape)))
+        return gradient.lerp(momentum, MOMENTUM)
 
 
-def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """``matrix`` (N, M) with its singular values brought to about 1, by Newton-Schulz.
+def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """``matrices`` (K, N, M), each with its singular values brought to about 1 by Newton-Schulz.
 
     The smallest singular values do not get all the way there.
     """
-    x = matrix.to(dtype)
-    if tall := x.size(0) > x.size(1):
+    x = matrices.to(dtype)
+    if tall := x.size(1) > x.size(2):
         x = x.mT
-    x = x / x.norm().clamp(min=1e-7)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     a, b, c = QUINTIC
     for _ in range(ITERATIONS):
         gram = x @ x.mT
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
