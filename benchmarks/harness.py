@@ -45,8 +45,9 @@ def write_task(folder: Path) -> Path:
 def harness(task: Path, folder: Path, adapter: Path | None) -> tuple[list[float], dict]:
     """The log-likelihood of every choice of a written task, and the scores, by its ``hf`` model."""
     import lm_eval
+    from lm_eval.tasks import TaskManager
 
-    manager = lm_eval.tasks.TaskManager(include_path=str(task), include_defaults=False)
+    manager = TaskManager(include_path=str(task), include_defaults=False)
     model = {"pretrained": str(folder), "dtype": "float32"}
     model |= {"peft": str(adapter)} if adapter else {}
     settings = {"device": "cpu", "batch_size": 8, "task_manager": manager, "log_samples": True}

@@ -46,6 +46,8 @@ SKILLS = {
     "pissa": {"rank": 8, "init_lora_weights": "pissa"},
 }
 MIX = ("skill=0.7", "all")
+FOREIGN = "foreign"  # one that was made on a Hugging Face model
+ADAPTERS = (*SKILLS, FOREIGN)
 # The largest difference: of logits, by the largest logit, or of log-probabilities.
 ALLOWED = {"transformers": 1e-4, "PEFT": 1e-4, "llama.cpp": 2e-3, "mlx-lm": 1e-4}
 ALLOWED |= {"lm-eval": 2e-3, "vLLM": 1e-4, "MiniMind": 1e-4}
@@ -90,7 +92,7 @@ def main(argv: list[str] | None = None) -> dict:
     options = parse(Options, argv)
     with tempfile.TemporaryDirectory() as folder:
         files = Files(Path(folder), options.minimind, options.vllm)
-        cells = {file: files.row(file) for file in ("base", *SKILLS, "merged", "mix", "hf skill")}
+        cells = {file: files.row(file) for file in ("base", *ADAPTERS, "merged", "mix")}
     figures = {"allowed": ALLOWED, "cells": cells}
     installed = [name for name in PACKAGES.values() if find_spec(name)]
     packages = ["torch", "transformers", *(name.replace("_", "-") for name in installed)]
@@ -133,13 +135,17 @@ class Files:
             remove_lora(model)
         self.hf = folder / "hf"
         convert_model.main(flag_words({"to": "huggingface", "base": self.base, "output": self.hf}))
+        model, _ = load_base(self.hf)
+        apply_lora(model, rank=4, target_modules=["q_proj", "down_proj"])
+        move(model)
+        save_lora(model, lora_path(folder, FOREIGN, SHAPE["dim"]), SkillMeta(stage="lora"))
 
     def row(self, file: str) -> dict[str, float | str]:
         """For each tool the largest difference on ``file``, or the reason why there is none."""
         found = {}
-        if file in SKILLS:  # a file that changes nothing would be computed right by everyone
-            alone = logits_of(self.ours("base"))
-            found["change"] = difference(alone, logits_of(self.ours(file)))
+        if file in ADAPTERS:  # a file that changes nothing would be computed right by everyone
+            changed = self.ours(file)
+            found["change"] = difference(logits_of(self.ours("base")), logits_of(changed))
         judges = {"transformers": self.llama, "PEFT": self.peft, "llama.cpp": self.gguf}
         judges |= {"mlx-lm": self.mlx, "lm-eval": self.lm_eval, "vLLM": self.vllm}
         judges |= {"MiniMind": self.original}
@@ -166,7 +172,11 @@ class Files:
         return {"base": {}, "merged": {"skill": "all"}, "mix": {"skill": MIX}}[file]
 
     def ours(self, file: str):
-        """Our own model of ``file``."""
+        """Our own model of ``file``; for ``FOREIGN`` transformers', with our skill on it."""
+        if file == FOREIGN:
+            model, _ = load_base(self.hf)
+            attach_lora(model, lora_path(self.folder, FOREIGN, SHAPE["dim"]))
+            return model
         model, _ = load_base(self.base)
         weights = {"base": {}, "merged": {"all": 1.0}, "mix": {"skill": 0.7, "all": 1.0}}
         weights = weights.get(file, {file: 1.0})
@@ -176,39 +186,30 @@ class Files:
         library.use(weights)
         return model
 
+    def adapter(self, file: str) -> Path:
+        """An adapter folder of PEFT."""
+        return self.converted("peft", "", lora_name=file, base=self.base_of(file))
+
+    def base_of(self, file: str) -> Path:
+        return self.hf if file == FOREIGN else self.base
+
     def llama(self, file: str) -> float | str:
         """transformers on a Llama folder."""
-        if file in SKILLS or file == "hf skill":
+        if file in ADAPTERS:
             return "takes no adapter without PEFT"
         folder = self.converted("huggingface", "", **self.merged(file))
         return difference(logits_of(self.ours(file)), logits_of(opened(folder)))
 
     def peft(self, file: str) -> float | str:
         """PEFT on an adapter folder."""
-        if file == "hf skill":
-            return self.foreign_skill()
-        if file not in SKILLS:
+        if file not in ADAPTERS:
             return "no adapter"
-        adapter = self.converted("peft", "", lora_name=file)
-        return difference(logits_of(self.ours(file)), logits_of(opened(self.hf, adapter)))
-
-    def foreign_skill(self) -> float:
-        """PEFT on a skill that was made on a Hugging Face model."""
-        model, _ = load_base(self.hf)
-        apply_lora(model, rank=4, target_modules=["q_proj", "down_proj"])
-        move(model)
-        path = lora_path(self.folder, "foreign", SHAPE["dim"])
-        save_lora(model, path)
-        adapter = self.converted("peft", "", lora_name="foreign", base=self.hf)
-        ours, _ = load_base(self.hf)
-        alone = logits_of(ours)
-        attach_lora(ours, path)
-        assert difference(alone, logits_of(ours)) > 0.1, "the skill changes nothing"
-        return difference(logits_of(ours), logits_of(opened(self.hf, adapter)))
+        theirs = opened(self.hf, self.adapter(file))
+        return difference(logits_of(self.ours(file)), logits_of(theirs))
 
     def gguf(self, file: str) -> float | str:
         """llama.cpp on GGUF files."""
-        if file == "hf skill":
+        if file == FOREIGN:
             return "its own converter is for these"
         base = self.converted("gguf", ".gguf", **({} if file in SKILLS else self.merged(file)))
         adapters = [self.converted("gguf", ".gguf", lora_name=file)] if file in SKILLS else []
@@ -217,7 +218,7 @@ class Files:
 
     def mlx(self, file: str) -> float | str:
         """mlx-lm on a Llama folder."""
-        if file in SKILLS or file == "hf skill":
+        if file in ADAPTERS:
             return "adapters have a format of their own"
         import mlx.core as mx
         from mlx_lm import load
@@ -229,17 +230,16 @@ class Files:
 
     def lm_eval(self, file: str) -> float | str:
         """lm-evaluation-harness on a local task, with ``peft=`` for a skill."""
-        if file == "hf skill":
-            return "as the skills"
-        adapter = self.converted("peft", "", lora_name=file) if file in SKILLS else None
+        adapter = self.adapter(file) if file in ADAPTERS else None
         folder = self.hf if adapter else self.converted("huggingface", "", **self.merged(file))
         task = self.folder / f"task {file}"
         task.mkdir()
         data = write_task(task)
         known = likelihoods(self.ours(file), self.tokenizer, data, SHAPE["max_seq_len"])
         mix = {"base": (), "merged": ("all",), "mix": (" ".join(MIX),)}.get(file, (file,))
-        flags = {"base": self.base, "out_dir": self.folder, "skills": mix, "scored": "texts"}
-        words = [str(data), "--language", "en", *flag_words({k: v for k, v in flags.items() if v})]
+        flags = {"base": self.base_of(file), "out_dir": self.folder, "skills": mix}
+        words = [str(data), "--language", "en", "--scored", "texts"]
+        words += flag_words({name: value for name, value in flags.items() if value})
         scores = eval_benchmark.main(words)["data"][0]["scores"][mix[0] if mix else "base"]
         return apart_by_task((known, scores), harness(task, folder, adapter))
 
@@ -247,9 +247,9 @@ class Files:
         """The update that vLLM's own code reads in an adapter folder, in the weights of a Llama."""
         if self.source is None:
             return "not run: --vllm DIR"
-        if file not in SKILLS:
+        if file not in ADAPTERS:
             return "its engine was not run"
-        adapter, output = self.converted("peft", "", lora_name=file), self.folder / "updates.pth"
+        adapter, output = self.adapter(file), self.folder / "updates.pth"
         child = Path(__file__).with_name("vllm_child.py")
         command = [sys.executable, str(child), *map(str, (self.source, adapter, output))]
         done = subprocess.run(command, capture_output=True, encoding="utf-8")
@@ -265,7 +265,7 @@ class Files:
         """MiniMind's own code on its files."""
         if self.minimind is None:
             return "not run: --minimind DIR"
-        if file == "hf skill":
+        if file == FOREIGN:
             return "opens no Hugging Face model"
         base = self.converted("minimind", ".pth", **({} if file in SKILLS else self.merged(file)))
         lora = self.converted("minimind", ".pth", lora_name=file) if file in SKILLS else None

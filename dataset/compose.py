@@ -25,7 +25,7 @@ TOLD_TOGETHER = 4  # facts of a paragraph
 # Shares of the chats: with further turns on the same relation, on anything, after a turn that asks
 # for no fact; with a system turn that changes nothing, wants one word, wants politeness.
 SECOND, OTHER, AFTER_TALK, PLAIN, ONE_WORD, POLITE = 0.2, 0.05, 0.03, 0.08, 0.03, 0.02
-WORDINGS = 12  # of each fact, in each language
+WORDINGS = 13  # of each fact, in each language
 WORDS_TOLD = 24  # times that each line is told that is to be repeated
 REPEATED = 4  # wordings in which each of them is asked for
 MIXED_WORDINGS = 5  # of each fact, with words of both languages
@@ -33,7 +33,7 @@ SUM_WORDINGS = 10  # of each sum and difference
 SUMS_TOLD = 12  # times that each is told
 TALK = 2  # times that each line of small talk is said
 BEGINNING = 3  # words or Chinese characters of an answer that are kept where nothing was asked
-UNKNOWN = 505  # questions that nobody could answer: with more, it refuses what it knows
+UNKNOWN = 522  # questions that nobody could answer: with more, it refuses what it knows
 UNKNOWN_WORDINGS = 1  # of a relation, for each thing that this world does not know
 MOST_FORBIDDEN = 12  # wrong answers that a probe names
 PROBES = 80  # of a file

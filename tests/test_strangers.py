@@ -5,7 +5,13 @@ import torch
 
 from benchmarks.strangers import ARCHIVES, DOORS, good_files, prepare, refused
 
-CASES = [(door, file) for door, (_, _, files, _) in DOORS.items() for file in files]
+# Every file through one door, and one through every door: benchmarks/strangers.py tries them all.
+READERS = {id(files): door for door, (_, _, files, _) in reversed(DOORS.items())}
+CASES = [
+    (door, file)
+    for door, (_, _, files, _) in DOORS.items()
+    for file in (files if READERS[id(files)] == door else list(files)[:1])
+]
 
 
 @pytest.fixture(scope="module")
