@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import eval_model
+import train_full_sft
 import train_lora
 from benchmarks.result_file import measured_on, write_results
 from benchmarks.seeded_model import add_seeded_lora, seeded_model
@@ -33,7 +34,7 @@ from core.paths import REPOSITORY, TOKENIZER_DIR, bundled_data, lora_path
 from dataset.tokenizer import load_tokenizer, tokenizer_fingerprint
 from model.lora.skill_file import SkillMeta, save_lora
 from model.weights import RunRecord, save_base
-from scripts import compatibility, convert_model, merge_lora
+from scripts import compatibility, convert_model, eval_benchmark, merge_lora, report
 from scripts.quickstart_stages import flag_words
 
 MEMORY = "megabytes"
@@ -42,6 +43,7 @@ SHAPE = {"dim": 64, "n_layers": 2, "vocab_size": 6400, "max_seq_len": 256}
 NAME = "layers.0.attention.wq.lora.A.weight"  # of a tensor that every reader would look at
 EVENTS = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect")
 HUGE = 1 << 40
+ZEROS = [bytes(1 << 20)] * 64
 DEEP = "[" * 100_000
 MANY = 1 << 20  # layers, the most that a config may say
 
@@ -61,10 +63,10 @@ def plain(path: Path, tensor: torch.Tensor | None = None) -> None:
     torch.save({NAME: torch.ones(3) if tensor is None else tensor}, path)
 
 
-def added(path: Path, name: str, parts: Iterable[bytes]) -> None:
-    """A plain archive with one more entry, which is compressed."""
+def added(path: Path, name: str, parts: Iterable[bytes], method=zipfile.ZIP_STORED) -> None:
+    """A plain archive with one more entry."""
     plain(path)
-    settings = {"compression": zipfile.ZIP_DEFLATED, "compresslevel": 1}
+    settings = {"compression": method, "compresslevel": 1}
     with zipfile.ZipFile(path, "a", **settings) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on a name that is there
         with file.open(name, "w") as opened:
@@ -72,14 +74,20 @@ def added(path: Path, name: str, parts: Iterable[bytes]) -> None:
                 opened.write(part)
 
 
-def shortened(path: Path) -> None:
-    """An archive whose table says more numbers than it stores."""
+def replaced(path: Path, name: str, data: bytes) -> None:
+    """The archive of a thousand numbers, with other data in the entry ``name``."""
     plain(path, torch.ones(1000))
     with zipfile.ZipFile(path) as file:
-        entries = {entry.filename: file.read(entry)[:4000] for entry in file.infolist()}
+        entries = {entry.filename: file.read(entry) for entry in file.infolist()}
     with zipfile.ZipFile(path, "w") as file:
-        for name, data in entries.items():
-            file.writestr(name, data[:12] if name.endswith("/data/0") else data)
+        for each, content in entries.items():
+            file.writestr(each, data if each.endswith(f"/{name}") else content)
+
+
+def nested() -> bytes:
+    """A pickle of a tuple of the same tuple twice, and so on: hashing it would take for ever."""
+    steps = b"".join(b"h%ch%c\x86q%c0" % (n, n, n + 1) for n in range(60))
+    return b"\x80\x02)q\x000" + steps + b"}h\x3cK\x01s."
 
 
 def header(path: Path, content: str, length: int | None = None) -> None:
@@ -109,8 +117,11 @@ ARCHIVES: Files = {
     "code instead of them": (lambda p, c: torch.save(Touch(c), p), CODE),
     "code, protocol 4": (lambda p, c: torch.save(Touch(c), p, pickle_protocol=4), CODE),
     "torch's own loader": (lambda p, c: torch.save({NAME: torch.load}, p), CODE),
-    "zip bomb": (lambda p, c: added(p, f"{p.stem}/data/1", [bytes(1 << 20)] * 64), ODD),
+    "zip bomb": (lambda p, c: added(p, f"{p.stem}/data/1", ZEROS, zipfile.ZIP_DEFLATED), ODD),
+    "bzip2 bomb": (lambda p, c: added(p, f"{p.stem}/data/1", ZEROS, zipfile.ZIP_BZIP2), ODD),
     "path names": (lambda p, c: added(p, "../../evil", [b"x"]), ODD),
+    "two tables": (lambda p, c: added(p, f"{p.stem}/DATA.PKL", [b"x"]), ODD),
+    "nested tuples": (lambda p, c: replaced(p, "data.pkl", nested()), CODE),
     "doubled entries": (lambda p, c: added(p, f"{p.stem}/data.pkl", [b"x"]), ODD),
     "polyglot": (lambda p, c: (plain(p), p.write_bytes(b"GIF89a" + p.read_bytes())), ODD),
     "huge table": (lambda p, c: torch.save({"x" * (17 << 20): torch.ones(1)}, p), TABLE),
@@ -120,7 +131,7 @@ ARCHIVES: Files = {
     ),
     "sparse tensor": (lambda p, c: plain(p, torch.eye(4).to_sparse()), CODE),
     "huge by strides": (lambda p, c: plain(p, torch.ones(1).expand(HUGE)), "larger than"),
-    "huge by its table": (lambda p, c: shortened(p), READ),
+    "huge by its table": (lambda p, c: replaced(p, "data/0", bytes(12)), READ),
     "NaN": (lambda p, c: plain(p, torch.full((4, 4), torch.nan)), "NaN or infinity"),
     "eight bits": (lambda p, c: plain(p, torch.eye(4).to(torch.float8_e4m3fn)), "as torch.float8"),
     "no storage": (lambda p, c: plain(p, torch.eye(4).to("meta")), "no dense tensor"),
@@ -151,7 +162,7 @@ SETTINGS: Files = {
     "rank": (lambda p, c: change(p, r=HUGE), "does not fit"),
     "expression": (lambda p, c: change(p, alpha_pattern={"(.*)*(.*)*x$": 1}), "may never end"),
 }
-CHATS = bundled_data("my_skill_example.jsonl")
+CHATS = str(bundled_data("my_skill_example.jsonl"))
 BASE = "--base {f}/full_sft_64.pth --out_dir {f}"
 # What reads the file, where it is, which there are, and with which flags it is read.
 DOORS: dict[str, tuple[Callable, str, Files, str]] = {
@@ -178,7 +189,25 @@ DOORS: dict[str, tuple[Callable, str, Files, str]] = {
         train_lora.main,
         "x.pth",
         ARCHIVES,
-        f"--base {{f}}/x.pth --out_dir {{f}} --lora_name y --data_path {CHATS}",
+        "--base {f}/x.pth --out_dir {f} --lora_name y --data_path {chats}",
+    ),
+    "train_full_sft --base": (
+        train_full_sft.main,
+        "x.pth",
+        ARCHIVES,
+        "--base {f}/x.pth --out_dir {f} --data_path {chats}",
+    ),
+    "eval_benchmark": (
+        eval_benchmark.main,
+        "x.pth",
+        ARCHIVES,
+        "{chats} --base {f}/x.pth --out_dir {f}",
+    ),
+    "report --skills": (
+        report.main,
+        "lora/lora_x_64.pth",
+        ARCHIVES,
+        f"{BASE} --skills x",
     ),
     "merge_lora": (
         merge_lora.main,
@@ -237,6 +266,7 @@ def main(argv: list[str] | None = None) -> None:
         for door, (_, _, files, _) in DOORS.items():
             for file, (_, reason) in files.items():
                 canary = prepare(door, file, good, Path(folder) / "at")
+                heard.clear()
                 cell = measured(door, Path(folder) / "at")
                 ran = canary.exists() or heard
                 dear = cell["seconds"] > SECONDS or cell.get("megabytes", 0) > MEGABYTES
@@ -286,7 +316,7 @@ def refused(door: str, at: Path) -> str:
     main, _, _, flags = DOORS[door]
     try:
         with redirect_stdout(io.StringIO()):
-            main(flags.format(f=at).split())
+            main([word.format(f=at, chats=CHATS) for word in flags.split()])
     except UserError as error:
         return str(error)
     return ""

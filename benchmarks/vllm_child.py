@@ -15,6 +15,7 @@ import torch
 
 REAL = {f"vllm.lora.{name}" for name in ("peft_helper", "lora_model", "lora_weights", "utils")}
 LARGEST_RANK = 512
+REFUSED = 3  # the exit code where vLLM says why it does not take the adapter
 # The Linears of a Llama, as its engine expects them.
 EXPECTED = {f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")}
 
@@ -67,4 +68,5 @@ if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     except (ValueError, NotImplementedError) as error:
-        sys.exit(str(error))
+        print(error)
+        sys.exit(REFUSED)

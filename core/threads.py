@@ -23,18 +23,20 @@ def limit_spinning() -> None:
 
 
 def is_quiet(stat: Path = Path("/proc/stat")) -> bool:
-    """Whether the cores that this process may use are free; False where no system tells."""
-    if not stat.exists():
+    """Whether the cores that this process may use are free; False where the system does not say."""
+    try:
+        before = ticks(stat.read_text())
+        time.sleep(LOOKED)
+        after = ticks(stat.read_text())
+        cores = len(os.sched_getaffinity(0))
+    except (OSError, AttributeError, ValueError, IndexError):  # not Linux, or one that hides it
         return False
-    before = ticks(stat.read_text())
-    time.sleep(LOOKED)
-    after = ticks(stat.read_text())
     work, total = (now - then for now, then in zip(after, before, strict=True))
-    return work * len(os.sched_getaffinity(0)) < BUSY * total
+    return work * cores < BUSY * total
 
 
 def ticks(stat: str) -> tuple[int, int]:
-    """From Linux's /proc/stat: ticks in which this process' cores worked, and all their ticks."""
+    """From Linux's /proc/stat: ticks in which this process's cores worked, and all of them."""
     cores = {f"cpu{n}" for n in os.sched_getaffinity(0)}
     lines = [line.split() for line in stat.splitlines()]
     counts = [list(map(int, line[1:9])) for line in lines if line and line[0] in cores]

@@ -213,10 +213,11 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def doubts(path: Path, model: MiniMindLM) -> str:
     """Why the file ``path`` may be no base for skills of ``model``; empty if it is one."""
+    gguf = library()
     if not path.exists():
         return "does not exist yet"
     try:
-        field = library().GGUFReader(path).get_field(FINGERPRINT)
+        field = gguf.GGUFReader(path).get_field(FINGERPRINT)
     except Exception:  # any file may be there
         return "is no GGUF file"
     if field is None:

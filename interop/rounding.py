@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from core.options import require
 
-BLOCKS = ("q8_0", "q4_0")  # formats of llama.cpp's in which
-BLOCK = 32  # weights of a row share a scale
+BLOCKS = ("q8_0", "q4_0")  # llama.cpp's formats with a scale for each block
+BLOCK = 32  # the weights of a row that make a block
 
 
 def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -3,8 +3,7 @@
 import contextlib
 import hashlib
 import json
-import pickletools
-import zipfile
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -16,18 +15,15 @@ from torch import Tensor, nn
 from core.errors import UserError, reason_of
 from core.files import atomic_write
 from core.paths import STAGES, is_pretrained
+from model.archive import check_archive
 from model.huggingface import open_causal
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 
 FORMAT = 1
+LAYER_TENSORS = 9  # of seven Linears and two norms
 PRETRAINED = "pretrained elsewhere"  # the stage in the record of a Hugging Face base
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what a file may hold
-# All that the pickle of a state dict may name, beside torch's storages and dtypes.
-REBUILT = {"collections OrderedDict", "torch.storage UntypedStorage"}
-REBUILT |= {f"torch._utils _rebuild_{end}" for end in ("tensor_v2", "tensor_v3", "parameter")}
-REBUILT.add("torch._utils _rebuild_meta_tensor_no_storage")
-MOST_PICKLED = 16 << 20  # bytes; 100,000 tensors need less
 # The config values that change the arithmetic but no shape: ours, else Hugging Face's.
 ARITHMETIC = ("n_heads", "n_kv_heads", "norm_eps", "rope_theta")
 HEADS = ("num_attention_heads", "num_key_value_heads")
@@ -97,7 +93,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     try:
-        check_container(path)
+        check_archive(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
@@ -106,49 +102,15 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{unreadable}; copy or train it again") from error
     if not isinstance(tensors, dict) or not tensors:
         raise UserError(f"{path} holds a {type(tensors).__name__}, not a state dict of weights")
-    check_tensors(tensors, path)
+    check_tensors(tensors, path, path.stat().st_size)
     return tensors
 
 
-def check_container(path: Path) -> None:
-    """Raise ``UserError`` unless ``torch.save`` could have written the archive ``path`` of tensors.
+def check_tensors(tensors: dict[str, Tensor], path: str | Path, size: float = math.inf) -> None:
+    """Raise ``UserError`` unless these are dense tensors, of ``FLOATS`` and finite or whole.
 
-    This asks nothing of torch: its unpickler need not be trusted alone. Other errors are zipfile's
-    and pickletools', on what they cannot read.
+    They must not be larger than the file, whose ``size`` is in bytes.
     """
-    unlike = f"{path} is not a readable weights file"
-    with path.open("rb") as file:
-        is_bare = file.read(4) == b"PK\3\4"
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        names = {entry.filename for entry in entries}
-        odd = [name for name in names if name.startswith("/") or ".." in name or "\\" in name]
-        grown = sum(entry.file_size for entry in entries) > path.stat().st_size
-        if not is_bare or odd or grown or len(names) < len(entries):
-            made = "its archive has compressed, doubled or misplaced entries"
-            raise UserError(f"{unlike} ({made}); get it from another source")
-        # torch.load does not look at the checksums: a flipped bit would load silently.
-        if damaged := archive.testzip():
-            raise UserError(f"{path} is damaged (checksum of {damaged}); copy or train it again")
-        pickled = [e for e in entries if e.filename.endswith("/data.pkl")]
-        if len(pickled) != 1 or pickled[0].file_size > MOST_PICKLED:
-            raise UserError(f"{unlike} (it has no table of tensors); copy or train it again")
-        for code, named, _ in pickletools.genops(archive.read(pickled[0])):
-            # Only these four fetch what a pickle can call.
-            fetches = code.name in ("GLOBAL", "STACK_GLOBAL", "INST") or code.name.startswith("EXT")
-            if fetches and not (code.name == "GLOBAL" and is_rebuilt(named)):
-                raise UserError(f"{unlike} (it holds more than tensors: {named}); do not open it")
-
-
-def is_rebuilt(named: str) -> bool:
-    """Whether tensors are made of it: one of ``REBUILT``, or a storage or dtype of torch."""
-    room, _, name = named.partition(" ")
-    is_dtype = isinstance(getattr(torch, name, None), torch.dtype)
-    return named in REBUILT or (room == "torch" and (is_dtype or name.endswith("Storage")))
-
-
-def check_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:
-    """Raise ``UserError`` unless these are dense tensors, of ``FLOATS`` and finite or whole."""
     stored = {}
     for name, tensor in tensors.items():
         is_tensor = isinstance(name, str) and isinstance(tensor, Tensor)
@@ -156,8 +118,9 @@ def check_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:
             raise UserError(f"{path} holds {name!r}, which is no dense tensor of a state dict")
         storage = tensor.untyped_storage()
         stored[storage.data_ptr()] = storage.nbytes()
-    # Tied tensors share what is stored; a stride of 0 makes a few bytes as large as one likes.
-    if sum(tensor.nbytes for tensor in tensors.values()) > 2 * sum(stored.values()):
+    # A stride of 0 makes a few bytes as large as one likes. Tied tensors share what is stored.
+    held = sum(tensor.nbytes for tensor in tensors.values())
+    if held > 3 * sum(stored.values()) or sum(stored.values()) > size:
         raise UserError(f"{path} holds tensors that are larger than the file; do not open it")
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.numel():
@@ -253,7 +216,7 @@ def load_base(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.
 
 def assembled(config: LMConfig, tensors: dict[str, Tensor], source: str | Path) -> MiniMindLM:
     """The fp32 model of these weights, in eval mode. Raises ``UserError`` if they do not fit."""
-    if config.n_layers > len(tensors):  # building so many would keep us busy for long
+    if LAYER_TENSORS * config.n_layers > len(tensors):  # to build so many would take for ever
         layers = f"there are {config.n_layers} layers, but only {len(tensors)} tensors"
         raise UserError(f"{source} does not fit the model: {layers}")
     with torch.device("meta"):

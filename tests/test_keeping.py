@@ -372,9 +372,9 @@ def test_a_base_of_other_makers_answers_for_itself_and_once(tmp_path, monkeypatc
     own_file = cache_dir(tmp_path) / "own_questions.jsonl"
     write_rows(own_file, rows([chat(f"Is {n} odd?", "No.") for n in range(9)]))
     known = set(files(seed=1, keep_questions=(more,)))
-    (both,) = set(files(seed=1, keep_questions=(more, own_file))) - known
-    odd = [each for each in chats_in((both,)) if "odd" in each[0]["content"]]
-    assert len(odd) == keeping.ASKED == len(list(chats_in((both,)))) - len(found), "of each file"
+    (of_own,) = set(files(seed=1, keep_questions=(more, own_file))) - known
+    odd = [each for each in chats_in((of_own,)) if "odd" in each[0]["content"]]
+    assert len(odd) == keeping.ASKED == len(list(chats_in((of_own,)))), "of each file"
     count = len(asked)
     theirs.lm_head.weight.data.neg_()
     theirs.save_pretrained(folder)

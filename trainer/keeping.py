@@ -136,7 +136,7 @@ def general_files(
     if not options.general_data and is_pretrained(base.path):
         judges = (own_answers(base, BUNDLED, options, runtime),)
     holds = (STRANGE,) if options.keep else ()
-    for path in options.keep_questions:
+    for path in dict.fromkeys(options.keep_questions):
         holds += (own_answers(base, (path,), options, runtime),)
     return judges, holds
 

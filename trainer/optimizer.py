@@ -16,6 +16,7 @@ BETAS = (0.8, 0.95)
 MOMENTUM = 0.95  # Muon's (Jordan 2024), as are the coefficients and the number of iterations
 QUINTIC = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
+MOST_TOGETHER = 1 << 23  # numbers of the matrices that are computed at once
 # The RMS of AdamW's updates. Muon's are given the same, so they need no rate of their own (Liu et
 # al. 2025).
 ADAMW_RMS = 0.2
@@ -86,18 +87,20 @@ class MuonAdamW(torch.optim.AdamW):
         self.param_groups = groups
 
     def _muon(self, group: dict) -> None:
-        """Update the matrices of a group, all of one shape at once: few large products are fast."""
+        """Update the matrices of a group, those of a shape together: that makes products large."""
         alike, rate = defaultdict(list), group["lr"]
         for parameter in group["params"]:
             if parameter.grad is not None:
-                alike[parameter.shape].append(parameter)
-        for shape, several in alike.items():
+                alike[parameter.shape, parameter.device].append(parameter)
+        for (shape, device), several in alike.items():
             # Either precision is enough.
-            dtype = torch.bfloat16 if multiplies_bf16(several[0].device) else torch.float32
-            updates = orthogonalized(torch.stack([self._nesterov(p) for p in several]), dtype)
-            for parameter, update in zip(several, updates, strict=True):
-                parameter.mul_(1 - rate * group["weight_decay"])
-                parameter.add_(update, alpha=-rate * ADAMW_RMS * math.sqrt(max(shape)))
+            dtype = torch.bfloat16 if multiplies_bf16(device) else torch.float32
+            together = max(1, MOST_TOGETHER // shape.numel())
+            for part in (several[n : n + together] for n in range(0, len(several), together)):
+                updates = orthogonalized(torch.stack([self._nesterov(p) for p in part]), dtype)
+                for parameter, update in zip(part, updates, strict=True):
+                    parameter.mul_(1 - rate * group["weight_decay"])
+                    parameter.add_(update, alpha=-rate * ADAMW_RMS * math.sqrt(max(shape)))
 
     def _nesterov(self, parameter: nn.Parameter) -> Tensor:
         """Count a step; the gradient with Nesterov's momentum."""
