@@ -29,9 +29,11 @@ from benchmarks.seeded_model import fill, seeded_model
 from benchmarks.vllm_child import REFUSED
 from core.errors import UserError, run
 from core.options import CheckedOptions, option, parse, require
-from core.paths import REPOSITORY, TOKENIZER_DIR, lora_path
+from core.paths import REPOSITORY, TOKENIZER_DIR, bundled_data, lora_path
 from dataset.tokenizer import load_tokenizer, tokenizer_fingerprint
 from interop.check import difference, logits_of, probe
+from interop.gguf import FORMATS
+from interop.rounding import kept
 from model.lora.library import SkillLibrary
 from model.lora.skill_file import SkillMeta, attach_lora, save_lora
 from model.model_lora import apply_lora, remove_lora
@@ -47,6 +49,8 @@ SKILLS = {
     "pissa": {"rank": 8, "init_lora_weights": "pissa"},
 }
 MIX = ("skill=0.7", "all")
+UNLEARNED, CHATS = bundled_data("lora_medical.jsonl"), 400  # rows that no bundled base learns
+MOST_RISE = 0.002  # nats, in q8_0
 FOREIGN = "foreign"  # one that was made on a Hugging Face model
 ADAPTERS = (*SKILLS, FOREIGN)
 # The largest difference: of logits, by the largest logit, or of log-probabilities.
@@ -78,6 +82,7 @@ class Options(CheckedOptions):
 
     minimind: Path | None = option(None, "the folder of MiniMind's code of April 2025")
     vllm: Path | None = option(None, "a folder with vLLM's source, which is not installed")
+    base: Path | None = option(None, "a chat base, whose loss in every GGUF format is measured")
     result: Path | None = option(
         REPOSITORY / "benchmarks/results/interop.json", "file of the figures"
     )
@@ -95,16 +100,40 @@ def main(argv: list[str] | None = None) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         files = Files(Path(folder), options.minimind, options.vllm)
         cells = {file: files.row(file) for file in ("base", *ADAPTERS, "merged", "mix")}
-    figures = {"allowed": ALLOWED, "cells": cells}
+        rises = loss_rises(options.base, Path(folder)) if options.base else {}
+    figures = {"allowed": ALLOWED, "cells": cells, "loss rises": rises}
     installed = [name for name in PACKAGES.values() if find_spec(name)]
     packages = ["torch", "transformers", *(name.replace("_", "-") for name in installed)]
     write_results(options.result, figures | measured_on(tuple(packages)))
     print(table(cells))
     tools = [(file, tool) for file, row in cells.items() for tool in row]
     wrong = [f"{tool} on {file}" for file, tool in tools if bad(file, cells[file], tool)]
+    if rises.get("q8_0", 0) > MOST_RISE:
+        wrong.append(f"the loss in q8_0 rises by {rises['q8_0']:.4f}")
     if wrong:
         sys.exit(f"computed otherwise: {', '.join(wrong)}")
     return cells
+
+
+def loss_rises(base: Path, folder: Path) -> dict[str, float]:
+    """By how many nats the loss of ``UNLEARNED`` chats rises with matrices in each GGUF format.
+
+    They are rounded by us: ``save_base`` has checked that its files hold the same.
+    """
+    losses, tokenizer = {}, base.parent / "tokenizer"
+    for dtype in FORMATS:
+        model, record = load_base(base)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(kept(parameter, dtype if parameter.ndim == 2 else "float32", name))
+        path = folder / f"full_sft_{dtype}.pth"
+        save_base(path, model, record)
+        flags = {"base": path, "out_dir": folder, "tokenizer_path": tokenizer, "most": CHATS}
+        scored = eval_benchmark.main([str(UNLEARNED), *flag_words(flags)])
+        losses[dtype] = scored["data"][0]["scores"]["base"]["loss"]
+    rises = {dtype: loss - losses["float32"] for dtype, loss in losses.items()}
+    print("the loss rises by", ", ".join(f"{rise:.4f} ({dtype})" for dtype, rise in rises.items()))
+    return rises
 
 
 def bad(file: str, row: dict, tool: str) -> bool:
