@@ -130,7 +130,8 @@ def test_a_run_waits_for_another_that_prepares_the_environment(made):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 7)])
 def test_a_signal_reaches_the_child_which_may_still_save(number, code):
     saving = "import os, signal, sys, time\n"
-    saving += "saves = lambda *_: (time.sleep(0.3), print('saved', flush=True), sys.exit(7))\n"
+    # The signal may come while print is at work, which cannot be interrupted by another print.
+    saving += "saves = lambda *_: (time.sleep(0.3), os.write(1, b'saved' + b'\\n'), sys.exit(7))\n"
     saving += f"signal.signal({int(number)}, saves); print(os.environ['X'], flush=True)\n"
     saving += "time.sleep(60)"
     program = "import sys; from core.environment import run\n"
