@@ -119,6 +119,7 @@ ARCHIVES: Files = {
     "torch's own loader": (lambda p, c: torch.save({NAME: torch.load}, p), CODE),
     "zip bomb": (lambda p, c: added(p, f"{p.stem}/data/1", ZEROS, zipfile.ZIP_DEFLATED), ODD),
     "bzip2 bomb": (lambda p, c: added(p, f"{p.stem}/data/1", ZEROS, zipfile.ZIP_BZIP2), ODD),
+    "compressed": (lambda p, c: added(p, f"{p.stem}/data/1", [bytes(99)], zipfile.ZIP_LZMA), ODD),
     "path names": (lambda p, c: added(p, "../../evil", [b"x"]), ODD),
     "two tables": (lambda p, c: added(p, f"{p.stem}/DATA.PKL", [b"x"]), ODD),
     "nested tuples": (lambda p, c: replaced(p, "data.pkl", nested()), CODE),
