@@ -34,8 +34,10 @@ from dataset.tokenizer import load_tokenizer, tokenizer_fingerprint
 from interop.check import difference, logits_of, probe
 from interop.gguf import FORMATS
 from interop.rounding import kept
+from model.LMConfig import LMConfig
 from model.lora.library import SkillLibrary
 from model.lora.skill_file import SkillMeta, attach_lora, save_lora
+from model.model import MiniMindLM
 from model.model_lora import apply_lora, remove_lora
 from model.weights import RunRecord, load_base, read_tensors, save_base
 from scripts import convert_model, eval_benchmark
@@ -51,6 +53,7 @@ SKILLS = {
 MIX = ("skill=0.7", "all")
 UNLEARNED, CHATS = bundled_data("lora_medical.jsonl"), 400  # rows that no bundled base learns
 MOST_RISE = 0.002  # nats, in q8_0
+MOST_UNTRAINED = 5e-7  # of the largest logit, for mlx-lm
 FOREIGN = "foreign"  # one that was made on a Hugging Face model
 ADAPTERS = (*SKILLS, FOREIGN)
 # The largest difference: of logits, by the largest logit, or of log-probabilities.
@@ -101,7 +104,9 @@ def main(argv: list[str] | None = None) -> dict:
         files = Files(Path(folder), options.minimind, options.vllm)
         cells = {file: files.row(file) for file in ("base", *ADAPTERS, "merged", "mix")}
         rises = loss_rises(options.base, Path(folder)) if options.base else {}
+        untrained = mlx_untrained(Path(folder)) if find_spec("mlx_lm") else None
     figures = {"allowed": ALLOWED, "cells": cells, "loss rises": rises}
+    figures["mlx-lm, untrained"] = untrained
     installed = [name for name in PACKAGES.values() if find_spec(name)]
     packages = ["torch", "transformers", *(name.replace("_", "-") for name in installed)]
     write_results(options.result, figures | measured_on(tuple(packages)))
@@ -110,6 +115,8 @@ def main(argv: list[str] | None = None) -> dict:
     wrong = [f"{tool} on {file}" for file, tool in tools if bad(file, cells[file], tool)]
     if rises.get("q8_0", 0) > MOST_RISE:
         wrong.append(f"the loss in q8_0 rises by {rises['q8_0']:.4f}")
+    if untrained and untrained > MOST_UNTRAINED:
+        wrong.append(f"mlx-lm on an untrained base, by {untrained:.1e}")
     if wrong:
         sys.exit(f"computed otherwise: {', '.join(wrong)}")
     return cells
@@ -134,6 +141,26 @@ def loss_rises(base: Path, folder: Path) -> dict[str, float]:
     rises = {dtype: loss - losses["float32"] for dtype, loss in losses.items()}
     print("the loss rises by", ", ".join(f"{rise:.4f} ({dtype})" for dtype, rise in rises.items()))
     return rises
+
+
+def mlx_untrained(folder: Path) -> float:
+    """mlx-lm on an untrained base: its logits are small, so that both round less."""
+    torch.manual_seed(0)
+    model = MiniMindLM(LMConfig(**SHAPE))
+    base, llama = folder / "untrained_64.pth", folder / "untrained"
+    known = tokenizer_fingerprint(load_tokenizer(TOKENIZER_DIR))
+    save_base(base, model, RunRecord(stage="full_sft", tokenizer=known))
+    convert_model.main(flag_words({"to": "huggingface", "base": base, "output": llama}))
+    return difference(logits_of(model), mlx_logits(llama))
+
+
+def mlx_logits(llama: Path) -> torch.Tensor:
+    import mlx.core as mx
+    from mlx_lm import load
+
+    model, _ = load(str(llama))
+    logits = model(mx.array(probe(SHAPE["vocab_size"]).tolist()))[0].astype(mx.float32)
+    return torch.tensor(logits.tolist())
 
 
 def bad(file: str, row: dict, tool: str) -> bool:
@@ -256,13 +283,8 @@ class Files:
         """mlx-lm on a Llama folder."""
         if file in ADAPTERS:
             return "adapters have a format of their own"
-        import mlx.core as mx
-        from mlx_lm import load
-
         folder = self.converted("huggingface", "", **self.merged(file))
-        model, _ = load(str(folder))
-        logits = model(mx.array(probe(SHAPE["vocab_size"]).tolist()))[0].astype(mx.float32)
-        return difference(logits_of(self.ours(file)), torch.tensor(logits.tolist()))
+        return difference(logits_of(self.ours(file)), mlx_logits(folder))
 
     def lm_eval(self, file: str) -> float | str:
         """lm-evaluation-harness on a local task, with ``peft=`` for a skill."""
