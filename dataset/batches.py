@@ -41,6 +41,7 @@ class Batch:
     n_tokens: int  # ids that are not padding
     kind: str = OWN  # one of ``KINDS``
     weight: float = 1.0
+    reference: Tensor | None = None  # of pairs: (B,) fp64, see ``PairSamples``
 
 
 class Samples(Protocol):
@@ -96,7 +97,10 @@ class TokenSamples:
 
     def collate(self, indices: np.ndarray) -> Batch:
         """Right-pad the chosen samples to the longest of them."""
-        chosen = [self[int(index)] for index in indices]
+        return self.padded([self[int(index)] for index in indices])
+
+    def padded(self, chosen: list[np.ndarray]) -> Batch:
+        """A batch of these samples."""
         tokens = np.full((len(chosen), max(map(len, chosen))), 2 * self.pad_id, np.int64)
         for n, row in enumerate(chosen):
             tokens[n, : len(row)] = row

@@ -1,6 +1,9 @@
-"""What holds a skill to its base: the divergence of their next tokens on general chats."""
+"""Losses beside cross-entropy: what holds a model to its base, and what prefers an answer."""
+
+from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.kernels import IGNORED
@@ -13,11 +16,13 @@ def keep_sum(
     """KL(p_base || p_model) in nats, over the learned ``labels`` (B, T) int64; 0 without any.
 
     ``base`` is the model itself, or what ``model`` wraps: with its LoRA switched off and in
-    evaluation mode, uncompiled, it is the teacher. No gradient flows into it. The sum over the
-    vocabulary is in fp32, or fp64 for such logits. Raises ``UserError`` for a ``base`` without
-    LoRA.
+    evaluation mode, uncompiled, it is the teacher. A frozen model is the teacher as it is. No
+    gradient flows into it. The sum over the vocabulary is in fp32, or fp64 for such logits. Raises
+    ``UserError`` for a ``base`` that trains without a LoRA.
     """
     learned = labels[:, 1:] != IGNORED  # (B, T - 1): the logits at t predict t + 1
+    is_frozen = not any(p.requires_grad for p in base.parameters())
+    off = nullcontext() if is_frozen else without_lora(base)
 
     def log_p(module: nn.Module) -> Tensor:  # (learned, V)
         logits = module(**inputs).logits[:, :-1][learned]
@@ -25,9 +30,33 @@ def keep_sum(
         return logits.log_softmax(-1, wide)
 
     was_training = base.training
-    with torch.no_grad(), without_lora(base), torch.compiler.set_stance("force_eager"):
+    with torch.no_grad(), off, torch.compiler.set_stance("force_eager"):
         try:
             wanted = log_p(base.eval())
         finally:
             base.train(was_training)
     return nn.functional.kl_div(log_p(model), wanted, reduction="sum", log_target=True)
+
+
+def preference_sum(
+    model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, reference: Tensor, beta: float
+) -> Tensor:
+    """Direct preference optimisation's loss (Rafailov et al. 2023), summed over pairs.
+
+    ``-log sigmoid(beta * (moved(chosen) - moved(rejected)))``, where a chat has moved by its
+    ``answer_log_probs`` minus ``reference`` (B,), what these were before. The first half of
+    ``labels`` (B, T) belongs to chosen chats. Pairs without learned labels count 0.
+    """
+    moved = answer_log_probs(model, inputs, labels)
+    chosen, rejected = (moved - reference.to(moved)).chunk(2)
+    counts = (labels != IGNORED).any(1).chunk(2)[0]
+    return -(F.logsigmoid(beta * (chosen - rejected)) * counts).sum()
+
+
+def answer_log_probs(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """``log p`` in nats of all learned ``labels`` (B, T) of each row, (B,); fp32, or else fp64."""
+    learned, targets = labels[:, 1:] != IGNORED, labels[:, 1:]
+    logits = model(**inputs).logits[:, :-1][learned]
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    nats = F.cross_entropy(logits.to(wide), targets[learned], reduction="none")
+    return nats.new_zeros(len(labels)).index_add(0, learned.nonzero()[:, 0], -nats)
