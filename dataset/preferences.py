@@ -124,10 +124,11 @@ PAIR = Kind("pair", "pair", clean_pair, encode_pairs)
 class PairSamples(ChatSamples):
     """Pairs, each chat cut after ``max_seq_len`` tokens; those whose answers are cut off are out.
 
-    ``reference`` (pairs, 2) fp64, where it is known: log-probabilities of the two answers.
+    ``reference`` (pairs, 2) fp64, where it is known: log-probabilities of the two answers, as the
+    model that training starts from has them.
     """
 
-    reference: np.ndarray | None = None
+    reference: torch.Tensor | None = None
 
     def __post_init__(self):
         ends = np.array([first_run_ends(self.rows[n]) for n in range(len(self.rows.lengths))], int)
@@ -146,9 +147,10 @@ class PairSamples(ChatSamples):
         """The chosen chats, then the rejected ones, with the pairs as targets."""
         pairs = [self.sides(int(index)) for index in indices]
         batch = self.padded([chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs])
-        known = None if self.reference is None else self.reference[indices].T.flatten()
-        reference = None if known is None else torch.from_numpy(known)
-        return replace(batch, n_targets=len(pairs), reference=reference)
+        batch = replace(batch, n_targets=len(pairs))
+        if self.reference is None:
+            return batch
+        return replace(batch, reference=self.reference[torch.from_numpy(indices)].T.flatten())
 
 
 def first_run_ends(row: np.ndarray) -> int:

@@ -302,10 +302,21 @@ def _without(row: dict, spelling: re.Pattern) -> dict | BadRow:
         return BadRow("it holds nothing but control tokens in a text")
     if "text" in row:
         return {"text": texts[0]}
-    turns = zip(row["conversations"], texts, strict=True)
-    return {"conversations": [{**turn, "content": text} for turn, text in turns]}
+    left = iter(texts)
+    chats = {
+        side: [{**turn, "content": next(left)} for turn in chat]
+        for side, chat in _chats_of(row).items()
+    }
+    return {"pair": chats} if "pair" in row else chats
 
 
 def texts_of(row: dict) -> list[str]:
     """The text of a clean row, or the contents of its messages."""
-    return [row["text"]] if "text" in row else [turn["content"] for turn in row["conversations"]]
+    if "text" in row:
+        return [row["text"]]
+    return [turn["content"] for chat in _chats_of(row).values() for turn in chat]
+
+
+def _chats_of(row: dict) -> dict[str, list[dict]]:
+    """The two chats of a clean pair, or the one of any other clean row."""
+    return row.get("pair") or {"conversations": row["conversations"]}
