@@ -8,14 +8,14 @@
 Turns, roles and system prompts are written as in chat rows. Only the last answers are compared.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dataset.batches import Batch, ChatSamples, PretrainDataset
+from dataset.batches import Batch, ChatSamples, PretrainDataset, micro_batches
 from dataset.cache import Kind
 from dataset.chat import Encoded, encode_chats
 from dataset.rows import (
@@ -142,6 +142,11 @@ class PairSamples(ChatSamples):
         n = int(self._kept[index])
         row, end = self.rows[n], int(self._ends[n])
         return row[:end][: self.max_seq_len], row[end:][: self.max_seq_len]
+
+    def in_order(self, batch_size: int) -> Iterator[tuple[torch.Tensor, Batch]]:
+        """All pairs in batches of like length, with the numbers of each batch's pairs."""
+        for part in micro_batches(self.lengths, np.arange(len(self.lengths)), batch_size):
+            yield torch.from_numpy(part), self.collate(part)
 
     def collate(self, indices: np.ndarray) -> Batch:
         """The chosen chats, then the rejected ones, with the pairs as targets."""

@@ -50,7 +50,12 @@ def preference_sum(
     moved = answer_log_probs(model, inputs, labels)
     chosen, rejected = (moved - reference.to(moved)).chunk(2)
     counts = (labels != IGNORED).any(1).chunk(2)[0]
-    return -(F.logsigmoid(beta * (chosen - rejected)) * counts).sum()
+    return (preference_loss(chosen - rejected, beta) * counts).sum()
+
+
+def preference_loss(margins: Tensor, beta: float) -> Tensor:
+    """``-log sigmoid(beta * margin)`` of each of ``margins``, in nats."""
+    return -F.logsigmoid(beta * margins)
 
 
 def answer_log_probs(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
