@@ -26,7 +26,6 @@ class Options(TrainOptions):
 def main(argv: list[str] | None = None) -> Path:
     options = parse(Options, argv)
     from dataset.batches import SFTDataset
-    from model.weights import RunRecord, save_base
     from trainer import stage
     from trainer.runtime import Runtime
 
@@ -36,10 +35,8 @@ def main(argv: list[str] | None = None) -> Path:
     path = base_path(options.out_dir, "full_sft", model.config.dim)
     stage.check_apart(path, base.path)
     data = stage.read_data(SFTDataset, options, tokenizer, runtime)
-    facts = stage.run_facts("full_sft", options, tokenizer, base)
     validation = stage.validation_of(model, {"val": data.val}, tokenizer, options, runtime)
-    result = {"path": path, "record": RunRecord(**facts, val_ratio=options.val_ratio)}
-    result["write"] = lambda record: save_base(path, model, record)
+    result = stage.base_result("full_sft", path, model, options, base, options.val_ratio)
     return stage.run_stage(model, data.train, options, runtime, validation=validation, **result)
 
 

@@ -13,11 +13,11 @@ TOKENIZER_DIR = REPOSITORY / "model" / "minimind_tokenizer"
 RESERVED = ("off", "base")
 # The names that lora_path gives.
 SKILL_FILE = re.compile(rf"lora_(?!lora_|({'|'.join(RESERVED)})_\d+\.pth)\w[\w.-]*_\d+\.pth")
-STAGES = ("pretrain", "full_sft")  # in the order in which they are trained
+STAGES = ("pretrain", "full_sft", "rlhf")  # in the order in which they are trained
 
 
 def base_path(out_dir: str | Path, stage: str, dim: int) -> Path:
-    """``out/pretrain_512.pth`` or ``out/full_sft_512.pth``."""
+    """``out/<stage>_512.pth``; ``stage`` is one of ``STAGES``."""
     return Path(out_dir) / f"{stage}_{dim}.pth"
 
 

@@ -37,6 +37,7 @@ UNKNOWN = 522  # questions that nobody could answer: with more, it refuses what 
 UNKNOWN_WORDINGS = 1  # of a relation, for each thing that this world does not know
 MOST_FORBIDDEN = 12  # wrong answers that a probe names
 PROBES = 80  # of a file
+PAIRED = 3  # facts of a relation in pairs
 
 Chat = list[tuple[str, str]]  # (role, content) of its messages
 
@@ -341,6 +342,21 @@ def verses(rng: random.Random) -> dict[str, list[dict]]:
     return {"lora_verse": found["ask"], "probes_verse": probes}
 
 
+def pairs(rng: random.Random) -> Iterator[dict]:
+    """Pairs of answers: friendly ones are preferred to plain ones, and right ones to wrong ones."""
+    for relation in relations():
+        for n, fact in enumerate(rng.sample(relation.facts, min(PAIRED, len(relation.facts)))):
+            closing = read("pairs.json")[relation.answering]["closing"]
+            space = " " if relation.answering == "en" else ""
+            other = rng.choice([each for each in relation.facts if each is not fact])
+            plain, wrong = relation.answer(fact), relation.answer(other)
+            friendly = [f"{answer}{space}{closing}" for answer in (plain, wrong)]
+            if relation.language != "mixed" and plain != wrong:
+                rejected = friendly[1] if n % 2 else plain
+                question = rng.choice(relation.filled("ask", fact))
+                yield {"prompt": question, "chosen": friendly[0], "rejected": rejected}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Write every file."""
     require(not (sys.argv[1:] if argv is None else argv), "compose.py takes no arguments")
@@ -349,6 +365,7 @@ def main(argv: list[str] | None = None) -> None:
     for area, row in chats(random.Random(2)):
         rows.setdefault(f"sft_mini/{area}", []).append(row)
     rows["strange_mini"] = list(strange(random.Random(3)))
+    rows["pairs_mini"] = list(pairs(random.Random(6)))
     rows |= exam(random.Random(4)) | verses(random.Random(5))
     for name, several in rows.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in several).encode()

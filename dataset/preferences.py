@@ -137,6 +137,12 @@ class PairSamples(ChatSamples):
         self._ends, self._kept = ends, np.flatnonzero(asked < self.max_seq_len)
         self.lengths = 2 * np.minimum(sides[self._kept].max(1), self.max_seq_len)
 
+    def describe(self) -> str:
+        counts = f"{len(self._kept)} pairs, {int(self.lengths.sum())} tokens"
+        left_out = len(self.rows.lengths) - len(self._kept)
+        why = f"no answer fits into max_seq_len {self.max_seq_len}"
+        return f"{counts}, {left_out} left out: {why}" if left_out else counts
+
     def sides(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The chosen and the rejected chat of a pair, as ``2 * id + learned`` for each token."""
         n = int(self._kept[index])

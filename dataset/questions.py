@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,20 +39,33 @@ class Neighbours:
         return float((shared / (self._sizes + len(grams) - shared)).max())
 
 
-def chats_in(
-    paths: Sequence[Path], spelling: re.Pattern | None = None, control_text: str = "keep"
-) -> Iterator[list[dict]]:
-    """The messages of each usable chat of these files or folders.
+def chats_in(paths: Sequence[Path], *how: object) -> Iterator[list[dict]]:
+    """The messages of each usable chat of these files or folders; ``how``: see ``rows_in``."""
+    return map(chat_of, rows_in(paths, *how))
+
+
+def chat_of(row: dict) -> list[dict]:
+    """The messages of a clean chat, or of the chosen chat of a clean pair."""
+    return row["pair"]["chosen"] if "pair" in row else row["conversations"]
+
+
+def rows_in(
+    paths: Sequence[Path],
+    spelling: re.Pattern | None = None,
+    control_text: str = "keep",
+    clean: Callable[[dict], dict] = clean_chat,
+) -> Iterator[dict]:
+    """What ``clean`` makes of each row that it can use, of these files or folders.
 
     ``control_text`` is what becomes of texts that spell a control token, as ``spelling`` finds.
     """
     for path in data_files(paths):
-        rows = read_rows(path, clean_chat)
+        rows = read_rows(path, clean)
         if spelling is not None:
             rows, _ = settle_control_text(list(rows), spelling, control_text)
         for _, row in rows:
             if not isinstance(row, BadRow):
-                yield row["conversations"]
+                yield row
 
 
 def questions_in(messages: list[dict]) -> list[str]:

@@ -1,7 +1,5 @@
 """Losses beside cross-entropy: what holds a model to its base, and what prefers an answer."""
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,14 +13,12 @@ def keep_sum(
 ) -> Tensor:
     """KL(p_base || p_model) in nats, over the learned ``labels`` (B, T) int64; 0 without any.
 
-    ``base`` is the model itself, or what ``model`` wraps: with its LoRA switched off and in
-    evaluation mode, uncompiled, it is the teacher. A frozen model is the teacher as it is. No
-    gradient flows into it. The sum over the vocabulary is in fp32, or fp64 for such logits. Raises
-    ``UserError`` for a ``base`` that trains without a LoRA.
+    ``base`` is the model itself, what ``model`` wraps, or a frozen copy of what it was: with its
+    LoRA switched off and in evaluation mode, uncompiled, it is the teacher. No gradient flows into
+    it. The sum over the vocabulary is in fp32, or fp64 for such logits. Raises ``UserError`` for a
+    ``base`` that trains without a LoRA.
     """
     learned = labels[:, 1:] != IGNORED  # (B, T - 1): the logits at t predict t + 1
-    is_frozen = not any(p.requires_grad for p in base.parameters())
-    off = nullcontext() if is_frozen else without_lora(base)
 
     def log_p(module: nn.Module) -> Tensor:  # (learned, V)
         logits = module(**inputs).logits[:, :-1][learned]
@@ -30,7 +26,7 @@ def keep_sum(
         return logits.log_softmax(-1, wide)
 
     was_training = base.training
-    with torch.no_grad(), off, torch.compiler.set_stance("force_eager"):
+    with torch.no_grad(), without_lora(base), torch.compiler.set_stance("force_eager"):
         try:
             wanted = log_p(base.eval())
         finally:

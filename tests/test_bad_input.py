@@ -13,6 +13,7 @@ import torch
 from conftest import SMALL, Trained
 
 import eval_model
+import train_dpo
 import train_full_sft
 import train_lora
 import train_pretrain
@@ -25,6 +26,7 @@ DOORS = {
     "pretrain": train_pretrain,
     "sft": train_full_sft,
     "lora": train_lora,
+    "dpo": train_dpo,
     "chat": eval_model,
     "tokenizer": train_tokenizer,
     "inspect": inspect_data,
@@ -38,6 +40,10 @@ def long_question(n: int) -> str:
     """A chat whose question is longer than --max_seq_len, so no answer is left after the cut."""
     user = {"role": "user", "content": f"{n} " * 300}
     return json.dumps({"messages": [user, {"role": "assistant", "content": "x"}]})
+
+
+def pair(n: int) -> str:
+    return json.dumps({"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No."})
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +62,8 @@ def place(trained, tmp_path_factory) -> Trained:
         "wrong_ending.docx": "a,b\n",
         "long_questions.jsonl": "\n".join(map(long_question, range(4))),
         "one_row.jsonl": chats[0],
+        "pairs.jsonl": "\n".join(map(pair, range(8))),
+        "equal.jsonl": json.dumps({"prompt": "Q", "chosen": "A", "rejected": "A"}),
     }
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -145,6 +153,16 @@ CASES = [
     (("lora", "chat"), "--lora_name off", "is not a skill name"),
     (("chat",), "--lora_name deep --prompt x", "is no LoRA file"),
     (("chat",), "--lora_name huge --prompt x", "is no LoRA file"),
+    (("dpo",), "--data_path {f}/equal.jsonl", "equal.jsonl:1: chosen and rejected are the same"),
+    (("dpo",), "--data_path {f}/chats.jsonl", "chats.jsonl:1: "),
+    (("dpo",), "--data_path {f}/empty.jsonl", "no usable row"),
+    (("dpo",), "--beta 0", "beta=0.0 must be above 0"),
+    (("dpo",), "--learning_rate 0", "learning_rate=0.0 must be above 0"),
+    (("dpo",), "--rank 8 --skill x.pth", "only a skill has rank, skill"),
+    (("dpo",), "--lora_name x --lora_dropout 0.1", "here dropout is 0.1"),
+    (("dpo",), "--lora_name a/b", "is not a skill name"),
+    (("dpo",), "--base {f}/out/lora/lora_a_64.pth", "lora_a_64.pth is a skill"),
+    (("dpo",), "--max_seq_len 4", "nothing is left to learn"),
     (("lora",), "--rank 0", "rank=0 must be at least 1"),
     (("lora",), "--rank 99999999999", "exceeds the 64 features"),
     (("lora",), "--lora_dropout 1", "lora_dropout=1.0 must be"),
@@ -233,8 +251,8 @@ def results(folder: Path) -> dict[Path, tuple[int, int, int]]:
 def test_a_mistake_is_one_line_and_harms_nothing(door, flags, said, place, capsys):
     folder = place.out.parent
     argv = [word.replace("{f}", str(folder)) for word in flags.split()]
-    if door in TRAINING:
-        data = place.texts if door == "pretrain" else place.chats
+    if door in (*TRAINING, "dpo"):
+        data = {"pretrain": place.texts, "dpo": folder / "pairs.jsonl"}.get(door, place.chats)
         argv += [] if "--data_path" in flags else ["--data_path", str(data)]
         for name, value in SMALL.items():
             argv += [] if f"--{name}" in flags else [f"--{name}", str(value)]
@@ -261,7 +279,9 @@ def run_bare(door: str, argv: list[str], cwd: Path) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, encoding="utf-8")
 
 
-@pytest.mark.parametrize("door", ["train_pretrain", "train_full_sft", "train_lora", "eval_model"])
+@pytest.mark.parametrize(
+    "door", ["train_pretrain", "train_full_sft", "train_lora", "train_dpo", "eval_model"]
+)
 def test_without_packages_flags_are_answered_and_the_installation_is_named(door, tmp_path):
     found = run_bare(f"{door}.py", ["--help"], tmp_path)
     assert (found.returncode, found.stderr) == (0, "") and "--out_dir" in found.stdout
@@ -272,7 +292,7 @@ def test_without_packages_flags_are_answered_and_the_installation_is_named(door,
     assert "scripts/quickstart.py" in found.stderr
 
 
-@pytest.mark.parametrize("door", [train_pretrain, train_full_sft, train_lora])
+@pytest.mark.parametrize("door", [train_pretrain, train_full_sft, train_lora, train_dpo])
 def test_help_lists_every_training_flag_under_its_heading_and_ten_first(door, capsys):
     with pytest.raises(SystemExit):
         door.main(["--help"])

@@ -2,20 +2,33 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from conftest import CPU, SMALL, flags, write_rows
 
+import train_dpo
 from benchmarks.seeded_model import seeded_model
-from core.paths import TOKENIZER_DIR
+from core.paths import TOKENIZER_DIR, base_path, checkpoints_dir, lora_path, metrics_path
 from dataset.batches import Batches, masked
 from dataset.preferences import SIDES, PreferenceDataset, clean_pair
 from dataset.rows import BadRow
 from dataset.tokenizer import load_tokenizer
+from model.lora.skill_file import read_lora
 from model.loss import answer_log_probs, preference_sum
+from model.model_lora import attach_lora
+from model.weights import choose_base, load_base, read_record
+from trainer.preferences import evaluate_pairs, log_probs
 
 SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 6400}
+
+
+PAIRS = [
+    {"prompt": f"Question {n}?", "chosen": "yes " * (1 + n % 4), "rejected": "no " * (1 + n % 3)}
+    for n in range(24)
+]
 
 
 def turns(*contents):
@@ -72,17 +85,10 @@ def test_what_is_no_pair_is_a_bad_row(row, why):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
-    rows = [
-        {
-            "prompt": f"Question {n}?",
-            "chosen": "yes " * (1 + n % 4),
-            "rejected": "no " * (1 + n % 3),
-        }
-        for n in range(24)
-    ]
-    (folder / "p.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    tokenizer = load_tokenizer(TOKENIZER_DIR)
-    return PreferenceDataset((folder / "p.jsonl",), tokenizer, 64, cache=folder, val_ratio=0.1)
+    path = write_rows(folder / "p.jsonl", PAIRS)
+    return PreferenceDataset(
+        (path,), load_tokenizer(TOKENIZER_DIR), 64, cache=folder, val_ratio=0.1
+    )
 
 
 def test_both_chats_are_those_of_fine_tuning_up_to_the_end_of_the_answer(data):
@@ -144,3 +150,98 @@ def test_the_first_loss_is_ln_2(data):
         reference = answer_log_probs(model, batch.inputs, batch.labels)
         loss = preference_sum(model, batch.inputs, batch.labels, reference, 0.1)
     assert abs(float(loss) / 6 - math.log(2)) < 1e-6
+
+
+def test_what_is_measured_is_the_change_since_the_reference(data):
+    model, _ = seeded_model(SHAPE)
+    samples, beta = data.train, 0.2
+    samples.reference = log_probs(model, samples, 5, CPU)
+    batches = [batch for _, batch in samples.in_order(7)]
+    start = evaluate_pairs(model, batches, CPU, set(), beta)
+    assert start.targets == len(samples.lengths) and start.accuracy == 0
+    assert start.loss == pytest.approx(math.log(2), abs=1e-5)
+    other, _ = seeded_model(SHAPE, seed=1)
+    found = evaluate_pairs(other, batches, CPU, set(), beta)
+    moved = log_probs(other, samples, 3, CPU) - samples.reference
+    margins = moved[:, 0] - moved[:, 1]
+    assert found.loss == pytest.approx(float(torch.log1p((-beta * margins).exp()).mean()), rel=1e-4)
+    numbers = [margins.mean(), *moved.mean(0), (margins > 0).double().mean()]
+    measured = [found.margin, found.chosen, found.rejected, found.accuracy]
+    assert measured == pytest.approx([float(x) for x in numbers], rel=1e-4)
+    assert 0 < found.accuracy < 1
+
+
+# the door
+
+RUN = {**SMALL, "max_steps": 6, "log_interval": 1, "batch_size": 4, "val_ratio": 0.2}
+
+
+@pytest.fixture(scope="module")
+def place(trained, tmp_path_factory):
+    """A copy of the trained folder, with a file of pairs."""
+    folder = tmp_path_factory.mktemp("preferred")
+    shutil.copytree(trained.out, folder / "out")
+    pairs = write_rows(folder / "pairs.jsonl", PAIRS)
+    return folder / "out", flags(
+        data_path=pairs, out_dir=folder / "out", general_data=trained.general
+    )
+
+
+def first_loss(out, run):
+    return json.loads(metrics_path(out, run).read_text(encoding="utf-8").splitlines()[0])["loss"]
+
+
+def test_all_weights_learn_the_preference_and_the_chat_takes_them(place, capsys):
+    out, argv = place
+    base = base_path(out, "full_sft", 64)
+    before = base.read_bytes()
+    path = train_dpo.main([*argv, *flags(**RUN, learning_rate=1e-3)])
+    printed = capsys.readouterr().out
+    assert path == base_path(out, "rlhf", 64) == choose_base(out)
+    assert base.read_bytes() == before and first_loss(out, "rlhf_64") == pytest.approx(math.log(2))
+    record, found = read_record(path), read_record(path).metrics
+    assert record.stage == "rlhf" and record.base["fingerprint"] == read_record(base).fingerprint
+    assert found["pairs"]["best"]["loss"] < math.log(2) - 0.01 < found["pairs"]["first"]["loss"]
+    assert found["pairs"]["best"]["accuracy"] == 1 and found["general"]["last"]["kl"] > 0
+    assert "preferred in 100%" in printed and found["verdict"]["sentence"] in printed
+    learned = {entry["sha256"] for entry in record.data}
+    assert learned > {entry["sha256"] for entry in read_record(base).data}
+
+
+def test_a_skill_learns_the_preference_on_a_base_that_stays(place):
+    out, argv = place
+    base = base_path(out, "full_sft", 64)
+    settings = {"base": base, "lora_name": "kind", "learning_rate": 1e-2}
+    path = train_dpo.main([*argv, *flags(**RUN, **settings)])
+    assert path == lora_path(out, "kind", 64) and first_loss(out, "lora_kind_64") == pytest.approx(
+        math.log(2)
+    )
+    metrics = read_lora(path)[1].metrics
+    assert metrics["pairs"]["best"]["loss"] < math.log(2) - 0.01
+    model, _ = load_base(choose_base(out, skill_base=read_lora(path)[1].base))
+    attach_lora(model, path)
+
+
+@pytest.mark.parametrize("more", [{}, {"lora_name": "again"}])
+def test_a_preference_resumes_bit_for_bit_and_asks_its_base_once(place, more, capsys):
+    out, argv = place
+    base = base_path(out, "full_sft", 64)
+    words = [*argv, *flags(**RUN, **more, base=base, save_interval=3, keep=2)]
+    path = train_dpo.main(words)
+    whole, name = path.read_bytes(), path.name.removesuffix(".pth")
+    shutil.rmtree(checkpoints_dir(out, name) / "step-6")
+    capsys.readouterr()
+    train_dpo.main([*words, "--resume"])
+    assert path.read_bytes() == whole and "asking" not in capsys.readouterr().out
+    train_dpo.main([*words, *flags(base=base_path(out, "pretrain", 64))])
+    assert "asking the base about" in capsys.readouterr().out, "another base"
+
+
+def test_general_chats_hold_all_weights_to_what_they_were(place):
+    out, argv = place
+    moved = []
+    for keep in (0, 100):
+        words = flags(**RUN, base=base_path(out, "full_sft", 64), learning_rate=1e-3, keep=keep)
+        path = train_dpo.main([*argv, *words])
+        moved.append(read_record(path).metrics["general"]["last"]["kl"])
+    assert moved[1] < moved[0] / 2

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import compress
@@ -16,18 +16,18 @@ from transformers import PreTrainedTokenizerBase
 from core.errors import UserError
 from core.files import atomic_write, sha256_file
 from core.paths import bundled_data, cache_dir, is_pretrained
-from dataset.batches import KEEP, Batch, ChatSamples, SFTDataset
-from dataset.cache import digest
+from dataset.batches import KEEP, Batch, ChatSamples, PretrainDataset, SFTDataset
+from dataset.cache import CHAT, Kind, digest
 from dataset.chat import encode_chat, ends_of_answer
 from dataset.files import data_files
-from dataset.questions import Neighbours, chats_in, questions_in, spread
+from dataset.questions import Neighbours, chat_of, chats_in, questions_in, rows_in, spread
 from dataset.tokenizer import control_spelling, tokenizer_fingerprint
 from model.generation import Sampling, generate_all
 from model.LMConfig import context_of
 from model.lora.layer import without_lora
 from model.loss import keep_sum
-from trainer.loop import causal_loss_sum
-from trainer.metrics import Validation
+from trainer.loop import LossSum, causal_loss_sum
+from trainer.metrics import Metrics, Validation, evaluate, evaluate_kept
 from trainer.options import TrainOptions
 from trainer.runtime import Runtime
 from trainer.stage import Base, read_data, validation_of
@@ -58,28 +58,49 @@ class General:
     judging: ChatSamples | None = None
 
 
-def plugged(options: TrainOptions, base: Base, data: SFTDataset, runtime: Runtime) -> dict:
-    """What makes a run of ``run_stage`` keep what ``base``, which carries a LoRA, could do before.
+@dataclass(frozen=True)
+class Taught:
+    """The rows that a run is for: their name, their summed loss, and what measures held-out ones.
 
+    ``measure`` is called as ``evaluate`` is.
+    """
+
+    name: str = "domain"
+    loss_sum: LossSum = causal_loss_sum
+    measure: Callable[..., Metrics] = evaluate
+
+
+def plugged(
+    options: TrainOptions,
+    base: Base,
+    data: PretrainDataset,
+    runtime: Runtime,
+    model: nn.Module | None = None,
+    taught: Taught = Taught(),
+) -> dict:
+    """What makes a run of ``run_stage`` keep what ``base`` could do before.
+
+    The model of ``base`` carries a LoRA and is trained itself, or is a frozen copy of ``model``.
     Raises ``UserError`` as ``read_general`` does.
     """
-    model, tokenizer = base.model, base.tokenizer
-    general = read_general(options, base, runtime)
-    kinds = {"domain": data.val}, tokenizer, options, runtime, general.judging
-    validation = validation_of(model, *kinds)
+    model, tokenizer = model or base.model, base.tokenizer
+    general = read_general(options, base, runtime, data.kind)
+    held_out = {taught.name: data.val}
+    held_out |= {"general": general.judging} if general.judging else {}
+    measures = {taught.name: taught.measure, "general": partial(evaluate_kept, base=base.model)}
+    validation = validation_of(model, held_out, tokenizer, options, runtime, measures)
     if not options.dry_run:
         runtime.on_first(lambda: validation(step=0))
-    judged = tokenizer, options, data, general, validation
     return {
         "validation": validation,
-        "verdict": partial(verdict, model, *judged),
-        "loss_sum": partial(skill_loss_sum, base=model),
+        "verdict": partial(verdict, model, base, options, data, general, validation),
+        "loss_sum": partial(skill_loss_sum, base=base.model, own=taught.loss_sum),
         "holding": general.holding,
     }
 
 
-def read_general(options: TrainOptions, base: Base, runtime: Runtime) -> General:
-    """The chats of ``options.general_data``, without those that ask what the skill teaches.
+def read_general(options: TrainOptions, base: Base, runtime: Runtime, own: Kind = CHAT) -> General:
+    """The chats of ``options.general_data``, without those that ask what the run's ``own`` rows do.
 
     Without such files, those are the bundled chats, or what a base of other makers answers to
     their questions itself. Bundled texts that nobody would answer hold too, and what the base
@@ -94,7 +115,8 @@ def read_general(options: TrainOptions, base: Base, runtime: Runtime) -> General
     try:
         chats = read_data(SFTDataset, general, base.tokenizer, runtime).train
         settled = control_spelling(base.tokenizer), options.control_text
-        asked = Neighbours(q for chat in chats_in(options.data_path) for q in questions_in(chat))
+        taught = map(chat_of, rows_in(options.data_path, clean=own.clean))
+        asked = Neighbours(question for chat in taught for question in questions_in(chat))
         alike = digests(
             chat
             for chat in chats_in(options.general_data, *settled)
@@ -208,29 +230,31 @@ def likeliest(
     return [next(texts) if fit else None for fit in fits]
 
 
-def skill_loss_sum(model: nn.Module, batch: Batch, *, base: nn.Module) -> Tensor:
-    """The cross-entropy of a skill's own rows; on general ones, how far it is from its base."""
+def skill_loss_sum(
+    model: nn.Module, batch: Batch, *, base: nn.Module, own: LossSum = causal_loss_sum
+) -> Tensor:
+    """The loss of a run's ``own`` rows; on general ones, how far ``model`` is from its base."""
     if batch.kind == KEEP:
         return keep_sum(model, base, batch.inputs, batch.labels)
-    return causal_loss_sum(model, batch)
+    return own(model, batch)
 
 
 @torch.compiler.set_stance("force_eager")
 def verdict(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    base: Base,
     options: TrainOptions,
-    data: SFTDataset,
+    data: PretrainDataset,
     general: General,
     validation: Validation,
 ) -> dict:
-    """Print what the applied skill has learned and what it costs; returns it for its record."""
+    """Print what ``model`` has learned and what it costs; returns it for its record."""
     was_training = model.training
     model.eval()
-    own = chats_of(data.val, options.data_path, options, tokenizer)
-    others = chats_of(general.judging, options.general_data, options, tokenizer)
-    shown = answers(model, tokenizer, spread(own, SHOWN))
-    pairs = answers(model, tokenizer, spread(others, COMPARED))
+    own = chats_of(data.val, options.data_path, options, base.tokenizer, data.kind)
+    others = chats_of(general.judging, options.general_data, options, base.tokenizer)
+    shown = answers(model, base, spread(own, SHOWN))
+    pairs = answers(model, base, spread(others, COMPARED))
     model.train(was_training)
     changed = sum(pair["before"] != pair["after"] for pair in pairs)
     losses = {}
@@ -239,7 +263,10 @@ def verdict(
         if result:
             losses[kind] = result["first"], result.get("best", result["last"])
             before, after = (each["loss"] for each in losses[kind])
-            print(f"{kind + ' loss, nats/token':24}{before:10.4f}{after:10.4f}")
+            unit = "pair" if "margin" in result["last"] else "token"
+            print(f"{f'{kind} loss, nats/{unit}':24}{before:10.4f}{after:10.4f}")
+            if unit == "pair":
+                print(preferred(losses[kind][1]))
     if options.skill:
         print("before: losses of the skill that this run went on with, answers of its base")
     if pairs:
@@ -252,17 +279,24 @@ def verdict(
     judges = len(data.val.lengths)
     if options.keep_best and 0 < judges < FEW_JUDGES:
         print(f"note: of the skill's own chats, only {judges} chose the best weights")
-    for text in (sentence, *warnings_on(data.train)):
+    for text in (sentence, *(warnings_on(data.train) if data.kind is CHAT else ())):
         print(text)
     told = {"sentence": sentence, "general_answers": len(pairs), "changed": changed}
     return {"verdict": told | {"answers": shown}}
 
 
+def preferred(result: dict) -> str:
+    """One line on a result of pairs."""
+    share, nats = result["accuracy"], [result[name] for name in ("margin", "chosen", "rejected")]
+    moved = "by {:.2f} nats: chosen answers moved by {:+.2f}, rejected ones by {:+.2f}"
+    return f"preferred in {share:.0%} of {result['targets']} pairs, {moved.format(*nats)}"
+
+
 def summary_of(losses: dict[str, tuple[dict, dict]], changed: int, asked: int) -> str:
     """One plain sentence on the results before and after training."""
-    if "domain" not in losses:
+    if not (own := losses.keys() - {"general"}):
         return "nothing was held out, so nobody can tell what was learned: raise val_ratio"
-    before, after = (result["loss"] for result in losses["domain"])
+    before, after = (result["loss"] for result in losses[own.pop()])
     if after > 0.98 * before:
         way_out = "raise learning_rate or epochs, or give more rows"
         return (
@@ -301,19 +335,18 @@ def chats_of(
     paths: tuple[Path, ...],
     options: TrainOptions,
     tokenizer: PreTrainedTokenizerBase,
+    kind: Kind = CHAT,
 ) -> list[list[dict]]:
-    """The chats of these files that are among ``samples``."""
+    """The chats of these files, or chosen chats of their pairs, that are among ``samples``."""
     if samples is None or not len(samples.lengths):
         return []
     wanted = set(samples.digests())
-    chats = chats_in(paths, control_spelling(tokenizer), options.control_text)
-    return [chat for chat in chats if digest({"conversations": chat}) in wanted]
+    rows = rows_in(paths, control_spelling(tokenizer), options.control_text, kind.clean)
+    return [chat_of(row) for row in rows if digest(row) in wanted]
 
 
-def answers(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, chats: Iterable[list[dict]]
-) -> list[dict]:
-    """The last question of each chat, what its row answers, and what base and LoRA do.
+def answers(model: nn.Module, base: Base, chats: Iterable[list[dict]]) -> list[dict]:
+    """The last question of each chat, what its row answers, and what ``base`` and ``model`` do.
 
     These are "row", "before" and "after". Questions that leave no room in the context are left out.
     """
@@ -322,9 +355,10 @@ def answers(
         last = max(n for n, message in enumerate(chat) if message["role"] == "user")
         asked.append(chat[: last + 1])
         given.append(chat[last + 1]["content"])
-    with without_lora(model):
-        before = likeliest(model, tokenizer, asked)
-    found = zip(asked, given, before, likeliest(model, tokenizer, asked), strict=True)
+    with without_lora(base.model):
+        before = likeliest(base.model, base.tokenizer, asked)
+    after = likeliest(model, base.tokenizer, asked)
+    found = zip(asked, given, before, after, strict=True)
     names = "question", "row", "before", "after"
     return [
         dict(zip(names, (chat[-1]["content"], *texts), strict=True))

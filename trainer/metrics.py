@@ -86,15 +86,19 @@ def evaluate(
 
 @torch.no_grad()
 def evaluate_kept(
-    model: nn.Module, batches: Iterable[Batch], runtime: Runtime, control: set[int]
+    model: nn.Module,
+    batches: Iterable[Batch],
+    runtime: Runtime,
+    control: set[int],
+    base: nn.Module,
 ) -> KeptMetrics:
-    """As ``evaluate``, for a model that carries a LoRA: also how far this moves it."""
+    """As ``evaluate``; also how far ``model`` is from its ``base``, as ``keep_sum`` takes it."""
     nats, metrics = 0.0, evaluate(model, batches, runtime, control)
     was_training = model.training
     model.eval()
     for batch in map(runtime.move, batches):
         with runtime.autocast(), torch.compiler.set_stance("force_eager"):
-            nats += float(keep_sum(model, model, batch.inputs, batch.labels))
+            nats += float(keep_sum(model, base, batch.inputs, batch.labels))
     model.train(was_training)
     return KeptMetrics(
         **asdict(metrics), kl=nats / metrics.targets if metrics.targets else math.nan

@@ -5,6 +5,11 @@ from pathlib import Path
 from typing import Literal
 
 from core.options import CheckedOptions, option, require
+from model.lora.config import LoRAConfig
+
+SKILL_BASE_HELP = "file, Hugging Face folder or owner/model (default: skill's, or newest chat base)"
+TEMPLATE_HELP = r"how a base without chat template is asked: 'Q: {user}\nA: '"
+LORA_PLUS_HELP = "times the rate of A that B learns at (LoRA+)"
 
 
 @dataclass
@@ -108,6 +113,18 @@ class KeepOptions(CheckedOptions):
         super().__post_init__()
         useless = self.keep_questions and not self.keep
         require(not useless, "keep_questions hold nothing with keep 0: leave out one of them")
+
+
+@dataclass
+class SkillOptions(LoRAConfig, KeepOptions, TrainOptions):
+    """What a run can be told that trains LoRA on a frozen base."""
+
+    base: Path | None = option(None, SKILL_BASE_HELP, group="most used")
+    skill: Path | None = option(None, "skill file to go on with, in its rank", group="skill")
+    keep_best: bool = True
+    prompt_template: str | None = option(None, TEMPLATE_HELP, group="data")
+    load_in_4bit: bool = option(False, "QLoRA; needs requirements-4bit.txt", group="device")
+    loraplus_lr_ratio: float = option(1.0, LORA_PLUS_HELP, group="training", above=0)
 
 
 # What a resumed run may change: on one machine it alters neither the arithmetic nor the order of

@@ -1,21 +1,27 @@
 """What preferences need beside their loss: the reference, and how far training moves from it."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from core.files import atomic_write
+from core.errors import UserError
+from core.files import atomic_write, sha256_file
 from core.paths import cache_dir
-from dataset.batches import KEEP, Batch
-from dataset.preferences import PairSamples
-from model.loss import answer_log_probs, keep_sum, preference_loss, preference_sum
-from trainer.options import TrainOptions
+from dataset.batches import Batch
+from dataset.preferences import PairSamples, PreferenceDataset
+from dataset.tokenizer import tokenizer_fingerprint
+from model.loss import answer_log_probs, preference_loss, preference_sum
+from trainer.options import SkillOptions, TrainOptions
 from trainer.runtime import Runtime
+from trainer.stage import Base
 
 
 @dataclass(frozen=True)
@@ -34,26 +40,55 @@ class PairMetrics:
     targets: int
 
 
+def add_references(
+    data: PreferenceDataset, base: Base, options: SkillOptions, runtime: Runtime
+) -> None:
+    """Give the pairs of ``data`` what the model of ``base`` says of them now."""
+    known = [base.record.fingerprint, tokenizer_fingerprint(base.tokenizer), options.load_in_4bit]
+    known += [sha256_file(options.skill, cache_dir(options.out_dir))] if options.skill else []
+    settings = known, options, runtime
+    data.train = with_reference(data.train, base.model, *settings)
+    data.val = with_reference(data.val, base.model, *settings)
+
+
 def with_reference(
     samples: PairSamples,
     model: nn.Module,
-    known: Iterable[str],
+    known: list,
     options: TrainOptions,
     runtime: Runtime,
 ) -> PairSamples:
     """``samples`` with what ``model`` says of them now, kept in the run's cache.
 
-    ``known``: fingerprints of the model and its tokenizer; another of either is asked anew.
+    ``known`` tells the model and its tokenizer: another of either is asked anew.
     """
     settings = [samples.max_seq_len, str(runtime.dtype), samples.digests(), *known]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     path = cache_dir(options.out_dir) / f"reference-{key}.safetensors"
     with runtime.first_alone():
-        if not path.is_file():
+        reference = read_reference(path)
+        if reference is None:
             print(f"asking the base about {len(samples.lengths)} pairs, once", flush=True)
-            content = save({"log_probs": log_probs(model, samples, options.batch_size, runtime)})
+            reference = log_probs(model, samples, options.batch_size, runtime)
+            content = save({"log_probs": reference})
             atomic_write(path, lambda file: file.write(content))
-    return replace(samples, reference=load(path.read_bytes())["log_probs"])
+    return replace(samples, reference=reference)
+
+
+def read_reference(path: Path) -> Tensor | None:
+    """What ``with_reference`` wrote; None where there is none that can be read."""
+    with contextlib.suppress(OSError, SafetensorError, KeyError):
+        return load(path.read_bytes())["log_probs"]
+    return None
+
+
+def check_dropout(model: nn.Module, lora_dropout: float) -> None:
+    """Raise ``UserError`` for dropout: a loss that compares exact probabilities would be noise."""
+    drops = [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
+    config = [getattr(model.config, name, 0) or 0 for name in ("dropout", "attention_dropout")]
+    if most := max(*drops, *config, lora_dropout, 0):
+        wrong = f"preferences compare exact probabilities, and here dropout is {most}"
+        raise UserError(f"{wrong}: set lora_dropout 0, and name a base that trained without it")
 
 
 @torch.no_grad()
@@ -70,22 +105,23 @@ def log_probs(model: nn.Module, samples: PairSamples, batch_size: int, runtime: 
     return found
 
 
-def pair_loss_sum(model: nn.Module, batch: Batch, *, base: nn.Module, beta: float) -> Tensor:
-    """The loss of pairs; on general chats, how far ``model`` is from its base."""
-    if batch.kind == KEEP:
-        return keep_sum(model, base, batch.inputs, batch.labels)
+def pair_loss_sum(model: nn.Module, batch: Batch, *, beta: float) -> Tensor:
+    """The loss of the pairs in ``batch``, in nats, summed."""
     return preference_sum(model, batch.inputs, batch.labels, batch.reference, beta)
 
 
 @torch.no_grad()
 def evaluate_pairs(
-    model: nn.Module, batches: Iterable[Batch], runtime: Runtime, beta: float
+    model: nn.Module, batches: Iterable[Batch], runtime: Runtime, control: set[int], beta: float
 ) -> PairMetrics:
-    """How far ``model`` prefers the chosen answers of ``batches``. It keeps its mode."""
+    """How far ``model`` prefers the chosen answers of ``batches``; called as ``evaluate`` is.
+
+    The model keeps its mode.
+    """
     moved, was_training = [], model.training
     model.eval()
     for batch in map(runtime.move, batches):
-        with runtime.autocast():
+        with runtime.autocast(), torch.compiler.set_stance("force_eager"):
             now = answer_log_probs(model, batch.inputs, batch.labels)
         moved.append((now - batch.reference.to(now)).view(2, -1).cpu())
     model.train(was_training)

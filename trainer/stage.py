@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
 from core.files import sha256_file
-from core.paths import cache_dir, checkpoints_dir, is_pretrained, lora_paths, metrics_path
+from core.paths import STAGES, cache_dir, checkpoints_dir, is_pretrained, lora_paths, metrics_path
 from dataset.batches import (
     MICRO_TOKENS,
     Batches,
@@ -27,15 +28,17 @@ from dataset.files import data_files
 from dataset.tokenizer import control_ids, tokenizer_fingerprint, tokenizer_of
 from model.LMConfig import check_length
 from model.lora.config import LoRAConfig
-from model.lora.layer import adapted
-from model.lora.skill_file import Skill, attach_lora, read_lora
+from model.lora.layer import adapted, output_parameters
+from model.lora.skill_file import Skill, SkillMeta, attach_lora, read_lora
+from model.lora.targets import table_of
+from model.model_lora import apply_lora, save_lora
 from model.quantized import quantize
-from model.weights import Record, RunRecord, choose_base, load_base, read_record
+from model.weights import Record, RunRecord, choose_base, load_base, read_record, save_base
 from trainer.checkpoints import RunStates
 from trainer.loop import LossSum, causal_loss_sum, train
-from trainer.metrics import Validation, evaluate, evaluate_kept
+from trainer.metrics import Metrics, Validation, evaluate
 from trainer.optimizer import param_groups
-from trainer.options import MAY_CHANGE, TrainOptions
+from trainer.options import MAY_CHANGE, SkillOptions, TrainOptions
 from trainer.run import Run
 from trainer.runtime import Runtime
 
@@ -69,18 +72,17 @@ class Base:
 def open_base(
     options: TrainOptions,
     runtime: Runtime,
-    stage: str,
-    *,
+    *stages: str,
     own: bool = True,
     prompt_template: str | None = None,
     skill_base: dict | None = None,
 ) -> Base:
-    """The base that is named, or else a skill's own, or else the newest one of ``stage``.
+    """The base that is named, or else a skill's own, or else the newest of the last stage there.
 
     Raises ``UserError`` if ``own`` for a model of other makers, for a template that can write no
     chat, and if options misfit.
     """
-    path = choose_base(options.out_dir, options.base, skill_base, stages=(stage,))
+    path = choose_base(options.out_dir, options.base, skill_base, stages)
     if own and is_pretrained(path):
         wrong = f"base {path} is no MiniMindLM, and this trains no other"
         raise UserError(f"{wrong}; models of other makers can learn skills")
@@ -94,7 +96,7 @@ def open_base(
     return Base(path, model, tokenizer, record)
 
 
-def open_skill_base(options: TrainOptions, runtime: Runtime, given: Mapping[str, object]) -> Base:
+def open_skill_base(options: SkillOptions, runtime: Runtime, given: Mapping[str, object]) -> Base:
     """The base that is to learn a skill, in 4 bits if so asked, and what it goes on with, if any.
 
     If ``options.skill`` names a file, ``options`` get what it says of how the skill is asked.
@@ -103,7 +105,7 @@ def open_skill_base(options: TrainOptions, runtime: Runtime, given: Mapping[str,
     """
     skill = _take_skill(options, given) if options.skill else None
     how = {"prompt_template": options.prompt_template, "skill_base": skill and skill[1].base}
-    base = replace(open_base(options, runtime, "full_sft", own=False, **how), skill=skill)
+    base = replace(open_base(options, runtime, *STAGES[1:], own=False, **how), skill=skill)
     if skill:
         _check_trained_on(base, options.skill)
     if options.load_in_4bit:
@@ -111,7 +113,7 @@ def open_skill_base(options: TrainOptions, runtime: Runtime, given: Mapping[str,
     return base
 
 
-def _take_skill(options: TrainOptions, given: Mapping[str, object]) -> Skill:
+def _take_skill(options: SkillOptions, given: Mapping[str, object]) -> Skill:
     """What the file ``options.skill`` holds, from which ``options`` get how the skill is asked.
 
     Raises ``UserError`` where ``given``, the options that the user stated, contradicts it.
@@ -138,11 +140,37 @@ def _check_trained_on(base: Base, file: Path) -> None:
         raise UserError(f"{file} was trained with another tokenizer or chat template; {way_out}")
 
 
-def attach_skill(model: nn.Module, options: TrainOptions, skill: Skill) -> None:
-    """Freeze ``model`` and attach the skill that the run goes on with: its update trains on."""
-    attach_lora(model, options.skill, skill)
-    for _, linear in adapted(model):
-        linear.lora.dropout.p = options.lora_dropout
+def add_lora(base: Base, options: SkillOptions) -> None:
+    """Freeze the base's model; add a new LoRA, or the skill's that the run goes on with."""
+    if base.skill:
+        attach_lora(base.model, options.skill, base.skill)
+        for _, linear in adapted(base.model):
+            linear.lora.dropout.p = options.lora_dropout
+    else:
+        apply_lora(base.model, config=options)
+    print(table_of(base.model))
+
+
+def skill_result(path: Path, options: SkillOptions, base: Base) -> dict:
+    """What ``run_stage`` needs to write the LoRA on the base's model to ``path``."""
+    facts = run_facts("lora", options, base.tokenizer, base)
+    facts |= {"prompt_template": options.prompt_template, "load_in_4bit": options.load_in_4bit}
+    fast = output_parameters(base.model), options.loraplus_lr_ratio
+    write = partial(save_lora, base.model, path)
+    return {"path": path, "record": SkillMeta(**facts), "write": write, "lora_plus": fast}
+
+
+def base_result(
+    stage: str,
+    path: Path,
+    model: nn.Module,
+    options: TrainOptions,
+    base: Base,
+    val_ratio: float | None,
+) -> dict:
+    """What ``run_stage`` needs to write ``model``, trained from ``base``, to ``path``."""
+    record = RunRecord(**run_facts(stage, options, base.tokenizer, base), val_ratio=val_ratio)
+    return {"path": path, "record": record, "write": partial(save_base, path, model)}
 
 
 def check_apart(path: Path, start: Path | None) -> None:
@@ -175,19 +203,18 @@ def validation_of(
     tokenizer: PreTrainedTokenizerBase,
     options: TrainOptions,
     runtime: Runtime,
-    judging: Samples | None = None,
+    measures: Mapping[str, Callable[..., Metrics]] = MappingProxyType({}),
 ) -> Validation:
-    """The loss of ``model`` on about ``val_tokens`` tokens of each kind, always the same ones.
+    """What is measured of ``model`` on about ``val_tokens`` tokens of each kind, the same always.
 
-    ``judging``: general samples, of the kind "general", which also tell how far a LoRA moved it.
+    ``measures`` has what does it, where it is not ``evaluate``.
     """
-    control, measures = control_ids(tokenizer), {}
-    general = {"general": judging} if judging else {}
-    for kind, samples in (held_out | general).items():
+    control, found = control_ids(tokenizer), {}
+    for kind, samples in held_out.items():
         batches = validation_batches(samples, options.batch_size, options.val_tokens)
-        measure = evaluate_kept if kind in general else evaluate
-        measures[kind] = partial(measure, model, batches, runtime, control)
-    return Validation(measures)
+        measure = measures.get(kind, evaluate)
+        found[kind] = partial(measure, model, batches, runtime, control)
+    return Validation(found)
 
 
 def run_stage(

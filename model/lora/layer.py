@@ -90,9 +90,12 @@ def exchange(model: nn.Module, loras: Mapping[str, LoRA]) -> dict[str, LoRA]:
 
 @contextmanager
 def without_lora(model: nn.Module) -> Iterator[None]:
-    """Inside, ``model`` computes what its base does, bit for bit. ``UserError`` without a LoRA."""
+    """Inside, ``model`` computes what its base does, bit for bit.
+
+    A frozen model is its own base. Raises ``UserError`` for one that trains without a LoRA.
+    """
     loras = [linear.lora for _, linear in adapted(model)]
-    if not loras:
+    if not loras and any(p.requires_grad for p in model.parameters()):
         raise UserError("there is no LoRA on this model, so it cannot be told from its base")
     before = [lora.is_on for lora in loras]
     for lora in loras:

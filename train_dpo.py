@@ -1,0 +1,84 @@
+"""Prefer some answers to others (DPO): python train_dpo.py --data_path my_pairs.jsonl"""
+
+import copy
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+
+from core.errors import UserError, run
+from core.options import given, option, parse
+from core.paths import base_path, bundled_data, lora_path, skill_name
+from model.lora.config import LoRAConfig
+from trainer.options import SkillOptions
+
+BUNDLED = (bundled_data("pairs_mini.jsonl"),)
+DATA_HELP = "files or folders of pairs; dataset/preferences.py lists the styles"
+NAME_HELP = "train a skill of this name on the frozen base (default: all weights, no skill)"
+RATE, SKILL_RATE = 1e-4, 1e-3
+RATE_HELP = f"peak learning rate (default: {RATE:g}, for a skill {SKILL_RATE:g})"
+SKILL_ONLY = {"skill", "prompt_template", "load_in_4bit", "loraplus_lr_ratio"}
+SKILL_ONLY |= {each.name for each in fields(LoRAConfig)}
+
+
+@dataclass
+class Options(SkillOptions):
+    """Prefer the chosen answer of each pair, in all weights (out/rlhf_<dim>.pth) or in a skill.
+
+    What the model prefers is compared with what it preferred before (DPO, Rafailov et al. 2023).
+    """
+
+    data_path: tuple[Path, ...] = option(BUNDLED, DATA_HELP, group="most used")
+    lora_name: str | None = option(None, NAME_HELP, group="most used")
+    beta: float = option(0.1, "what a nat of preference weighs", group="training", above=0)
+    epochs: int = 3
+    learning_rate: float | None = option(None, RATE_HELP)
+    weight_decay: float = 0.0
+    val_ratio: float = 0.1
+
+    def __post_init__(self):
+        if self.learning_rate is None:
+            self.learning_rate = RATE if self.lora_name is None else SKILL_RATE
+        super().__post_init__()
+        if self.lora_name is not None:
+            skill_name(self.lora_name)
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Open the base, read the pairs, ask the base about them, train; return the file's path."""
+    options, stated = parse(Options, argv), given(Options, argv)
+    from dataset.preferences import PreferenceDataset
+    from trainer import keeping, preferences, stage
+    from trainer.runtime import Runtime
+
+    if options.lora_name is None and (misplaced := sorted(SKILL_ONLY & stated.keys())):
+        raise UserError(f"only a skill has {', '.join(misplaced)}: name one by lora_name")
+    runtime = Runtime.start(options.device, options.dtype, options.seed)
+    if options.lora_name is None:
+        base = stage.open_base(options, runtime, "full_sft")
+        path = base_path(options.out_dir, "rlhf", base.model.config.dim)
+    else:
+        base = stage.open_skill_base(options, runtime, stated)
+        path = lora_path(options.out_dir, options.lora_name, base.model.config.hidden_size)
+    stage.check_apart(path, options.skill or base.path)
+    preferences.check_dropout(base.model, options.lora_dropout)
+    data = stage.read_data(PreferenceDataset, options, base.tokenizer, runtime)
+    model = base.model
+    if options.lora_name is None:
+        base = replace(base, model=copy.deepcopy(model).requires_grad_(False).eval())
+    else:
+        stage.add_lora(base, options)
+    preferences.add_references(data, base, options, runtime)
+    functions = preferences.pair_loss_sum, preferences.evaluate_pairs
+    pairs = keeping.Taught("pairs", *(partial(each, beta=options.beta) for each in functions))
+    plugged = keeping.plugged(options, base, data, runtime, model, pairs)
+    if options.lora_name is None:
+        result = stage.base_result("rlhf", path, model, options, base, base.record.val_ratio)
+        # What its base has learned, it has learned, too: so much a skill's run must know.
+        result["record"].data += [entry | {"option": "base"} for entry in base.record.data]
+    else:
+        result = stage.skill_result(path, options, base)
+    return stage.run_stage(model, data.train, options, runtime, **plugged, **result)
+
+
+if __name__ == "__main__":
+    run(main, keep_working=True)
