@@ -13,6 +13,7 @@ from trainer.options import SkillOptions
 
 BUNDLED = (bundled_data("pairs_mini.jsonl"),)
 DATA_HELP = "files or folders of pairs; dataset/preferences.py lists the styles"
+BASE_HELP = "file or folder (default: newest full_sft_*; of a skill, as train_lora.py chooses)"
 NAME_HELP = "train a skill of this name on the frozen base (default: all weights, no skill)"
 RATE, SKILL_RATE = 1e-4, 1e-3
 RATE_HELP = f"peak learning rate (default: {RATE:g}, for a skill {SKILL_RATE:g})"
@@ -28,6 +29,7 @@ class Options(SkillOptions):
     """
 
     data_path: tuple[Path, ...] = option(BUNDLED, DATA_HELP, group="most used")
+    base: Path | None = option(None, BASE_HELP)
     lora_name: str | None = option(None, NAME_HELP, group="most used")
     beta: float = option(0.1, "what a nat of preference weighs", group="training", above=0)
     epochs: int = 3
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> Path:
     else:
         base = stage.open_skill_base(options, runtime, stated)
         path = lora_path(options.out_dir, options.lora_name, base.model.config.hidden_size)
-    stage.check_apart(path, options.skill or base.path)
+    stage.check_apart(path, base.path if options.lora_name is None else options.skill)
     preferences.check_dropout(base.model, options.lora_dropout)
     data = stage.read_data(PreferenceDataset, options, base.tokenizer, runtime)
     model = base.model
@@ -74,7 +76,9 @@ def main(argv: list[str] | None = None) -> Path:
     if options.lora_name is None:
         result = stage.base_result("rlhf", path, model, options, base, base.record.val_ratio)
         # What its base has learned, it has learned, too: so much a skill's run must know.
-        result["record"].data += [entry | {"option": "base"} for entry in base.record.data]
+        record, learned = result["record"], base.record.data
+        record.data += [e | {"option": "base"} for e in learned if "sha256" in e]
+        record.options = {k: v for k, v in record.options.items() if k not in SKILL_ONLY}
     else:
         result = stage.skill_result(path, options, base)
     return stage.run_stage(model, data.train, options, runtime, **plugged, **result)

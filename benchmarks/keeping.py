@@ -88,7 +88,7 @@ def figures_of(options: Options, arm: str, seed: int) -> dict[str, float]:
     figures, usual = {}, (keeping.read_general, keeping.skill_loss_sum)
     if arm == "replay":
         keeping.read_general = partial(real_chats_alone, keeping.read_general)
-        keeping.skill_loss_sum = lambda model, batch, base: causal_loss_sum(model, batch)
+        keeping.skill_loss_sum = lambda model, batch, **_: causal_loss_sum(model, batch)
     try:
         for name in SKILLS:
             flags = {"data_path": skill_data(name), "lora_name": name}
@@ -113,11 +113,11 @@ def figures_of(options: Options, arm: str, seed: int) -> dict[str, float]:
     return figures | exam_figures(exam)
 
 
-def real_chats_alone(read_general, options, base, runtime):
+def real_chats_alone(read_general, *run):
     """``read_general`` without strange texts."""
     from trainer import keeping
 
-    general = read_general(options, base, runtime)
+    general = read_general(*run)
     strange = keeping.digests(keeping.chats_in((keeping.STRANGE,)))
     return replace(general, holding=general.holding.without(strange))
 

@@ -58,13 +58,17 @@ class Options(CheckedOptions):
 
 def main(argv: list[str] | None = None) -> dict:
     options = parse(Options, argv)
-    found = read_results(options.result).get("found", {})
+    from model.weights import read_record
+
+    before = read_results(options.result)
+    settings = {"asked": ASKED, "bases": [read_record(file).fingerprint for file in options.bases]}
+    found = before.get("found", {}) if settings.items() <= before.items() else {}
     for arm in (arm for arm in options.arms if arm not in found):
         runs = [figures_of(arm, base, seed) for seed, base in enumerate(options.bases, 1)]
         found[arm] = {name: mean(each[name] for each in runs) for name in runs[0]} | {"runs": runs}
         shown = {name: round(x, 3) for name, x in found[arm].items() if name != "runs"}
         print(f"== {arm}: {json.dumps(shown)}", flush=True)
-        figures = {"asked": ASKED, "arms": {name: ARMS[name] for name in found}, "found": found}
+        figures = settings | {"arms": {name: ARMS[name] for name in found}, "found": found}
         write_results(options.result, figures | measured_on(("torch",)))
     return found
 

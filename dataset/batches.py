@@ -41,7 +41,7 @@ class Batch:
     n_tokens: int  # ids that are not padding
     kind: str = OWN  # one of ``KINDS``
     weight: float = 1.0
-    reference: Tensor | None = None  # of pairs: (B,) fp64, see ``PairSamples``
+    reference: Tensor | None = None  # of pairs: (B,) fp64 on the CPU, see ``PairSamples``
 
 
 class Samples(Protocol):

@@ -343,18 +343,18 @@ def verses(rng: random.Random) -> dict[str, list[dict]]:
 
 
 def pairs(rng: random.Random) -> Iterator[dict]:
-    """Pairs of answers: friendly ones are preferred to plain ones, and right ones to wrong ones."""
-    for relation in relations():
+    """Pairs of answers: a friendly one is preferred to a plain one, and a right one to a wrong."""
+    closings = read("pairs.json")
+    for relation in [each for each in relations() if each.language != "mixed"]:
+        language, closing = relation.language, closings[relation.language]
         for n, fact in enumerate(rng.sample(relation.facts, min(PAIRED, len(relation.facts)))):
-            closing = read("pairs.json")[relation.answering]["closing"]
-            space = " " if relation.answering == "en" else ""
-            other = rng.choice([each for each in relation.facts if each is not fact])
-            plain, wrong = relation.answer(fact), relation.answer(other)
-            friendly = [f"{answer}{space}{closing}" for answer in (plain, wrong)]
-            if relation.language != "mixed" and plain != wrong:
-                rejected = friendly[1] if n % 2 else plain
-                question = rng.choice(relation.filled("ask", fact))
-                yield {"prompt": question, "chosen": friendly[0], "rejected": rejected}
+            plain, own = relation.answer(fact), fact[language]
+            others = [each[language]["x"] for each in relation.facts]
+            wrong = [relation.answer({language: own | {"x": x}}) for x in others if x not in plain]
+            wrong = [answer + closing for answer in wrong if answer != plain]
+            rejected = rng.choice(wrong) if n % 2 and wrong else plain
+            question = rng.choice(relation.filled("ask", fact))
+            yield {"prompt": question, "chosen": plain + closing, "rejected": rejected}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -56,24 +56,39 @@ def _side(row: dict, side: str) -> Chat:
     turns = [t if isinstance(t, dict) else {"role": "assistant", "content": t} for t in turns]
     system = {key: rest[key] for key in ("system", "system_prompt") if key in rest}
     asks = [key for key in (*CHATS, *QUESTIONS) if not is_blank(rest.get(key))]
-    is_whole = str(turns[0].get("role", turns[0].get("from"))).lower() not in ANSWERERS
+    asks = [key for key in asks if not _ends_in_answer(rest[key])]
     try:
         before = _conversation(_answered(rest, asks))[:-1] if asks else []
-        if not is_whole:
+        if _is_answer(turns[0]):
             if not asks:
                 raise BadRow("an answer without its question")
             return _conversation({"conversations": [*before, *turns]})
         chat = _conversation({"conversations": turns, **system})
-        if asks and chat[:-1] != before:
+        begun = chat[:-1] if before[:1] == chat[:1] else chat[_has_system(chat) : -1]
+        if asks and begun != before:
             raise BadRow(f"it does not begin as {asks[0]} does")
         return chat
     except BadRow as bad:
         raise BadRow(f"{side}: {bad}") from bad
 
 
+def _is_answer(turn: dict) -> bool:
+    return str(turn.get("role", turn.get("from"))).lower() in ANSWERERS
+
+
+def _ends_in_answer(value: object) -> bool:
+    """Whether this is a whole chat, as some sets have it beside the pair."""
+    return are_messages(value) and _is_answer(value[-1])
+
+
+def _has_system(chat: Chat) -> bool:
+    return chat[0]["role"] == "system"
+
+
 def _answered(rest: dict, asks: list[str]) -> dict:
     """A chat row of the question, with some answer."""
     answer, key = {"role": "assistant", "content": "?"}, asks[0]
+    rest = {k: v for k, v in rest.items() if not _ends_in_answer(v)}
     if key in CHATS or are_messages(rest[key]):
         begun = rest[key] if isinstance(rest[key], list) else [rest[key]]
         return {**{k: v for k, v in rest.items() if k != key}, "conversations": [*begun, answer]}
@@ -97,6 +112,8 @@ def encode_pairs(
     found = []
     for both in zip(encoded[::2], encoded[1::2], strict=True):
         bad = [each for each in both if isinstance(each, BadRow)]
+        if not bad and both[0] == both[1]:
+            bad = [BadRow("chosen and rejected become the same in this chat template")]
         found.append(bad[0] if bad else _joined(*both))
     return found
 
@@ -122,7 +139,7 @@ PAIR = Kind("pair", "pair", clean_pair, encode_pairs)
 
 @dataclass(eq=False)
 class PairSamples(ChatSamples):
-    """Pairs, each chat cut after ``max_seq_len`` tokens; those whose answers are cut off are out.
+    """Pairs, without those of which a chat is longer than ``max_seq_len`` tokens.
 
     ``reference`` (pairs, 2) fp64, where it is known: log-probabilities of the two answers, as the
     model that training starts from has them.
@@ -132,22 +149,21 @@ class PairSamples(ChatSamples):
 
     def __post_init__(self):
         ends = np.array([first_run_ends(self.rows[n]) for n in range(len(self.rows.lengths))], int)
-        sides = np.stack((ends, self.rows.lengths - ends), 1)  # (rows, 2): tokens of either chat
-        asked = self.rows.first_target  # tokens before either answer, which are the same
-        self._ends, self._kept = ends, np.flatnonzero(asked < self.max_seq_len)
-        self.lengths = 2 * np.minimum(sides[self._kept].max(1), self.max_seq_len)
+        longer = np.maximum(ends, self.rows.lengths - ends)
+        self._ends, self._kept = ends, np.flatnonzero(longer <= self.max_seq_len)
+        self.lengths = 2 * longer[self._kept]
 
     def describe(self) -> str:
         counts = f"{len(self._kept)} pairs, {int(self.lengths.sum())} tokens"
         left_out = len(self.rows.lengths) - len(self._kept)
-        why = f"no answer fits into max_seq_len {self.max_seq_len}"
+        why = f"longer than max_seq_len {self.max_seq_len}"
         return f"{counts}, {left_out} left out: {why}" if left_out else counts
 
     def sides(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The chosen and the rejected chat of a pair, as ``2 * id + learned`` for each token."""
         n = int(self._kept[index])
         row, end = self.rows[n], int(self._ends[n])
-        return row[:end][: self.max_seq_len], row[end:][: self.max_seq_len]
+        return row[:end], row[end:]
 
     def in_order(self, batch_size: int) -> Iterator[tuple[torch.Tensor, Batch]]:
         """All pairs in batches of like length, with the numbers of each batch's pairs."""

@@ -136,6 +136,8 @@ def style_of(row: dict, kind: str) -> tuple[str, ...]:
         raise BadRow("a preference row (chosen, rejected), which this training does not learn from")
     if kind == "chat" and isinstance(row.get("label"), bool):
         raise BadRow("a label that is true or false makes it a preference row; this learns answers")
+    if kind == "preference":
+        raise BadRow(f'no "chosen" and "rejected" among its keys {keys_of(row)}: it is no pair')
     chats = [key for key in CHATS if not is_blank(row.get(key))]
     if chats and row.get("history"):
         chats.append("history")

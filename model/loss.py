@@ -60,4 +60,6 @@ def answer_log_probs(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor
     logits = model(**inputs).logits[:, :-1][learned]
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     nats = F.cross_entropy(logits.to(wide), targets[learned], reduction="none")
-    return nats.new_zeros(len(labels)).index_add(0, learned.nonzero()[:, 0], -nats)
+    each = nats.new_zeros(learned.shape)  # not index_add, whose order of sums is a GPU's own
+    each[learned] = -nats
+    return each.sum(1)

@@ -24,7 +24,7 @@ import train_lora
 from core.errors import UserError
 from core.paths import TOKENIZER_DIR, bundled_data, cache_dir
 from dataset.batches import IGNORED, Batches, SFTDataset, masked
-from dataset.cache import digest
+from dataset.cache import CHAT, digest
 from dataset.questions import Neighbours, chats_in, questions_in
 from dataset.tokenizer import foreign_tokenizer
 from model.generation import Sampling, generate
@@ -147,7 +147,7 @@ def test_evaluation_tells_the_divergence_per_target_and_keeps_the_mode(sharp_mod
     strengthen(sharp_model, 12)
     batches = [ragged_batch(2, seed=13), ragged_batch(5, seed=14)]
     nats = sum(divergence_sum(sharp_model.eval(), batch).item() for batch in batches)
-    found = evaluate_kept(sharp_model.train(), batches, CPU, set())
+    found = evaluate_kept(sharp_model.train(), batches, CPU, set(), sharp_model)
     assert found.targets == sum(batch.n_targets for batch in batches)
     assert found.kl == pytest.approx(nats / found.targets, rel=1e-5) and sharp_model.training
 
@@ -429,12 +429,11 @@ def test_a_question_that_fills_the_context_does_not_cost_the_run_its_last_save(t
     path = write_rows(tmp_path / "own.jsonl", rows([long, long[:2]]))
     samples = SFTDataset((path,), tokenizer, 64, cache=tmp_path, val_ratio=0).train
     options = train_lora.Options(data_path=(path,), general_data=(path,))
-    data = SimpleNamespace(train=samples, val=samples)
-    told = verdict(model, tokenizer, options, data, General(judging=samples), Validation({}))
-    told = told["verdict"]
+    data = SimpleNamespace(train=samples, val=samples, kind=CHAT)
+    base = Base(path, model, tokenizer, None)
+    told = verdict(model, base, options, data, General(judging=samples), Validation({}))["verdict"]
     assert (told["general_answers"], told["changed"]) == (1, 0)
     assert [each["question"] for each in told["answers"]] == ["Hello."]
-    base = Base(path, model, tokenizer, None)
     assert keeping.answered(base, ["far away " * 99]) == [], "nor does it end a run at its start"
 
 

@@ -155,14 +155,14 @@ def test_the_first_loss_is_ln_2(data):
 def test_what_is_measured_is_the_change_since_the_reference(data):
     model, _ = seeded_model(SHAPE)
     samples, beta = data.train, 0.2
-    samples.reference = log_probs(model, samples, 5, CPU)
+    samples.reference = log_probs(model, samples, CPU)
     batches = [batch for _, batch in samples.in_order(7)]
     start = evaluate_pairs(model, batches, CPU, set(), beta)
     assert start.targets == len(samples.lengths) and start.accuracy == 0
     assert start.loss == pytest.approx(math.log(2), abs=1e-5)
     other, _ = seeded_model(SHAPE, seed=1)
     found = evaluate_pairs(other, batches, CPU, set(), beta)
-    moved = log_probs(other, samples, 3, CPU) - samples.reference
+    moved = log_probs(other, samples, CPU) - samples.reference
     margins = moved[:, 0] - moved[:, 1]
     assert found.loss == pytest.approx(float(torch.log1p((-beta * margins).exp()).mean()), rel=1e-4)
     numbers = [margins.mean(), *moved.mean(0), (margins > 0).double().mean()]

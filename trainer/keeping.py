@@ -174,7 +174,8 @@ def judging_share(base: Base, files: list[Path], options: TrainOptions) -> tuple
     It is the share that the base's own run held out, if it learned from one of the files.
     """
     cache = cache_dir(options.out_dir)
-    learned = {entry.get("sha256") for entry in base.record.data}
+    # Of what its run read, general chats are not learned: they only held it.
+    learned = {e.get("sha256") for e in base.record.data if e.get("option") != "general_data"}
     if not learned & {sha256_file(file, cache) for file in files}:
         return JUDGING_SHARE, False
     return base.held_out_share, base.record.val_ratio == 0
@@ -278,7 +279,7 @@ def verdict(
     sentence = summary_of(losses, changed, len(pairs))
     judges = len(data.val.lengths)
     if options.keep_best and 0 < judges < FEW_JUDGES:
-        print(f"note: of the skill's own chats, only {judges} chose the best weights")
+        print(f"note: of the run's own rows, only {judges} chose the best weights")
     for text in (sentence, *(warnings_on(data.train) if data.kind is CHAT else ())):
         print(text)
     told = {"sentence": sentence, "general_answers": len(pairs), "changed": changed}

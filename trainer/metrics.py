@@ -294,7 +294,7 @@ def plot_losses(records: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure  # not pyplot, which has global state and wants windows
 
     figure = Figure(figsize=(7, 4))
-    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss (nats)")
     for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
         found = [record for record in records if record.get(key) is not None]
         steps, losses = [r["step"] for r in found], [r[key] for r in found]

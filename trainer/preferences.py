@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,12 +16,15 @@ from core.errors import UserError
 from core.files import atomic_write, sha256_file
 from core.paths import cache_dir
 from dataset.batches import Batch
+from dataset.chat import ENCODING
 from dataset.preferences import PairSamples, PreferenceDataset
 from dataset.tokenizer import tokenizer_fingerprint
 from model.loss import answer_log_probs, preference_loss, preference_sum
-from trainer.options import SkillOptions, TrainOptions
+from trainer.options import SkillOptions
 from trainer.runtime import Runtime
 from trainer.stage import Base
+
+TOGETHER = 16  # pairs of a pass that asks the base: another number would change the last digits
 
 
 @dataclass(frozen=True)
@@ -43,42 +46,32 @@ class PairMetrics:
 def add_references(
     data: PreferenceDataset, base: Base, options: SkillOptions, runtime: Runtime
 ) -> None:
-    """Give the pairs of ``data`` what the model of ``base`` says of them now."""
-    known = [base.record.fingerprint, tokenizer_fingerprint(base.tokenizer), options.load_in_4bit]
-    known += [sha256_file(options.skill, cache_dir(options.out_dir))] if options.skill else []
-    settings = known, options, runtime
-    data.train = with_reference(data.train, base.model, *settings)
-    data.val = with_reference(data.val, base.model, *settings)
+    """Give the pairs of ``data`` what the model of ``base`` says of them now.
 
-
-def with_reference(
-    samples: PairSamples,
-    model: nn.Module,
-    known: list,
-    options: TrainOptions,
-    runtime: Runtime,
-) -> PairSamples:
-    """``samples`` with what ``model`` says of them now, kept in the run's cache.
-
-    ``known`` tells the model and its tokenizer: another of either is asked anew.
+    It is kept in the run's cache, and made anew for another base, skill, template or dtype.
     """
-    settings = [samples.max_seq_len, str(runtime.dtype), samples.digests(), *known]
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    path = cache_dir(options.out_dir) / f"reference-{key}.safetensors"
-    with runtime.first_alone():
-        reference = read_reference(path)
-        if reference is None:
-            print(f"asking the base about {len(samples.lengths)} pairs, once", flush=True)
-            reference = log_probs(model, samples, options.batch_size, runtime)
-            content = save({"log_probs": reference})
-            atomic_write(path, lambda file: file.write(content))
-    return replace(samples, reference=reference)
+    cache = cache_dir(options.out_dir)
+    known = [base.record.fingerprint, tokenizer_fingerprint(base.tokenizer), ENCODING]
+    known += [options.load_in_4bit, str(runtime.dtype), options.max_seq_len]
+    known += [sha256_file(options.skill, cache)] if options.skill else []
+    for samples in (data.train, data.val):
+        about = json.dumps([*known, samples.digests()]).encode()
+        path = cache / f"reference-{hashlib.sha256(about).hexdigest()[:16]}.safetensors"
+        with runtime.first_alone():
+            samples.reference = read_reference(path, len(samples.lengths))
+            if samples.reference is None:
+                print(f"asking the base about {len(samples.lengths)} pairs, once", flush=True)
+                samples.reference = log_probs(base.model, samples, runtime)
+                content = save({"log_probs": samples.reference})
+                atomic_write(path, lambda file, content=content: file.write(content))
 
 
-def read_reference(path: Path) -> Tensor | None:
-    """What ``with_reference`` wrote; None where there is none that can be read."""
+def read_reference(path: Path, pairs: int) -> Tensor | None:
+    """What was written to ``path``; None where that is missing or damaged."""
     with contextlib.suppress(OSError, SafetensorError, KeyError):
-        return load(path.read_bytes())["log_probs"]
+        found = load(path.read_bytes())["log_probs"]
+        if found.shape == (pairs, 2) and found.isfinite().all():
+            return found
     return None
 
 
@@ -88,19 +81,21 @@ def check_dropout(model: nn.Module, lora_dropout: float) -> None:
     config = [getattr(model.config, name, 0) or 0 for name in ("dropout", "attention_dropout")]
     if most := max(*drops, *config, lora_dropout, 0):
         wrong = f"preferences compare exact probabilities, and here dropout is {most}"
-        raise UserError(f"{wrong}: set lora_dropout 0, and name a base that trained without it")
+        raise UserError(
+            f"{wrong}: set it to 0, in the configuration of the base if it stands there"
+        )
 
 
 @torch.no_grad()
-def log_probs(model: nn.Module, samples: PairSamples, batch_size: int, runtime: Runtime) -> Tensor:
+def log_probs(model: nn.Module, samples: PairSamples, runtime: Runtime) -> Tensor:
     """What ``model`` says of both answers of each pair, (pairs, 2) fp64 on the CPU."""
     found, was_training = torch.zeros(len(samples.lengths), 2, dtype=torch.float64), model.training
     model.eval()
-    for indices, batch in samples.in_order(batch_size):
+    for indices, batch in samples.in_order(TOGETHER):
         batch = runtime.move(batch)
         with runtime.autocast():
             both = answer_log_probs(model, batch.inputs, batch.labels)
-        found[indices] = both.double().cpu().view(2, -1).T
+        found[indices] = both.cpu().double().view(2, -1).T
     model.train(was_training)
     return found
 

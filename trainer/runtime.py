@@ -67,11 +67,8 @@ class Runtime:
 
     def move(self, batch: Batch) -> Batch:
         """A copy of ``batch`` whose tensors are on the device."""
-        tensors = batch.inputs | {"labels": batch.labels, "reference": batch.reference}
-        there = {name: x for name, x in tensors.items() if x is not None}
-        there = {name: x.to(self.device, non_blocking=True) for name, x in there.items()}
-        beside = {name: there.pop(name, None) for name in ("labels", "reference")}
-        return replace(batch, inputs=there, **beside)
+        inputs = {name: x.to(self.device, non_blocking=True) for name, x in batch.inputs.items()}
+        return replace(batch, inputs=inputs, labels=batch.labels.to(self.device, non_blocking=True))
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock can be read."""
