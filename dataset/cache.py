@@ -174,7 +174,7 @@ def drop_old_tables(table: Path) -> None:
     with contextlib.suppress(OSError):
         os.utime(table)
     for path in table.parent.glob("*-*"):
-        if path.suffix in (".json", ".tokens", ".rows"):
+        if path.suffix in (".json", ".tokens", ".rows", ".safetensors"):
             found[path.stem].append((path.stat(), path))
     used = {stem: max(status.st_mtime for status, _ in found[stem]) for stem in found}
     total = dropped = 0

@@ -7,9 +7,7 @@ from typing import Literal
 from core.options import CheckedOptions, option, require
 from model.lora.config import LoRAConfig
 
-SKILL_BASE_HELP = (
-    "file, Hugging Face folder or owner/model (default: skill's; newest rlhf_*, full_sft_*)"
-)
+SKILL_BASE_HELP = "file, Hugging Face folder or owner/model (default: skill's, or newest chat base)"
 TEMPLATE_HELP = r"how a base without chat template is asked: 'Q: {user}\nA: '"
 LORA_PLUS_HELP = "times the rate of A that B learns at (LoRA+)"
 

@@ -54,7 +54,7 @@ def add_references(
     known = [base.record.fingerprint, tokenizer_fingerprint(base.tokenizer), ENCODING]
     known += [options.load_in_4bit, str(runtime.dtype), options.max_seq_len]
     known += [sha256_file(options.skill, cache)] if options.skill else []
-    for samples in (data.train, data.val):
+    for samples in [each for each in (data.train, data.val) if len(each.lengths)]:
         about = json.dumps([*known, samples.digests()]).encode()
         path = cache / f"reference-{hashlib.sha256(about).hexdigest()[:16]}.safetensors"
         with runtime.first_alone():
@@ -81,9 +81,7 @@ def check_dropout(model: nn.Module, lora_dropout: float) -> None:
     config = [getattr(model.config, name, 0) or 0 for name in ("dropout", "attention_dropout")]
     if most := max(*drops, *config, lora_dropout, 0):
         wrong = f"preferences compare exact probabilities, and here dropout is {most}"
-        raise UserError(
-            f"{wrong}: set it to 0, in the configuration of the base if it stands there"
-        )
+        raise UserError(f"{wrong}: set it to 0, in the base's configuration if it stands there")
 
 
 @torch.no_grad()
