@@ -11,7 +11,7 @@ from conftest import CPU, SMALL, flags, write_rows
 
 import train_dpo
 from benchmarks.seeded_model import seeded_model
-from core.paths import TOKENIZER_DIR, base_path, checkpoints_dir, lora_path, metrics_path
+from core.paths import TOKENIZER_DIR, base_path, cache_dir, checkpoints_dir, lora_path, metrics_path
 from dataset.batches import Batches, masked
 from dataset.preferences import SIDES, PreferenceDataset, clean_pair
 from dataset.rows import BadRow
@@ -74,7 +74,7 @@ def test_what_stands_before_the_answers_stays():
         ({**WANTED, "rejected": turns("R", "bad")}, "in more than their last answers"),
         ({"prompt": "Q", "chosen": "", "rejected": "b"}, "chosen: "),
         ({"prompt": "Q", "chosen": "a", "rejected": 3}, "rejected: "),
-        ({"prompt": "Q", "chosen": "a"}, ""),
+        ({"prompt": "Q", "chosen": "a"}, 'no "chosen" and "rejected"'),
     ],
 )
 def test_what_is_no_pair_is_a_bad_row(row, why):
@@ -137,8 +137,8 @@ def test_loss_and_gradient_are_those_of_the_formula_however_they_are_cut(data):
         for batch in (*parts, masked(parts[0])):
             loss = preference_sum(model, batch.inputs, batch.labels, batch.reference, 0.3)
             loss.backward()
-            found += float(loss)
-        assert abs(found - float(wanted)) <= 1e-10 * abs(float(wanted))
+            found += loss.item()
+        assert abs(found - wanted.item()) <= 1e-10 * abs(wanted.item())
         for name, parameter in model.named_parameters():
             assert (parameter.grad - gradients[name]).abs().max() <= 1e-10
 
@@ -158,9 +158,11 @@ def test_what_is_measured_is_the_change_since_the_reference(data):
     samples.reference = log_probs(model, samples, CPU)
     batches = [batch for _, batch in samples.in_order(7)]
     start = evaluate_pairs(model, batches, CPU, set(), beta)
-    assert start.targets == len(samples.lengths) and start.accuracy == 0
+    assert start.targets == len(samples.lengths) and abs(start.margin) < 1e-4
     assert start.loss == pytest.approx(math.log(2), abs=1e-5)
-    other, _ = seeded_model(SHAPE, seed=1)
+    other, rng = seeded_model(SHAPE)[0], torch.Generator().manual_seed(1)
+    for parameter in other.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=rng)
     found = evaluate_pairs(other, batches, CPU, set(), beta)
     moved = log_probs(other, samples, CPU) - samples.reference
     margins = moved[:, 0] - moved[:, 1]
@@ -223,7 +225,7 @@ def test_a_skill_learns_the_preference_on_a_base_that_stays(place):
 
 
 @pytest.mark.parametrize("more", [{}, {"lora_name": "again"}])
-def test_a_preference_resumes_bit_for_bit_and_asks_its_base_once(place, more, capsys):
+def test_a_preference_resumes_bit_for_bit_from_the_same_reference(place, more, capsys):
     out, argv = place
     base = base_path(out, "full_sft", 64)
     words = [*argv, *flags(**RUN, **more, base=base, save_interval=3, keep=2)]
@@ -233,8 +235,24 @@ def test_a_preference_resumes_bit_for_bit_and_asks_its_base_once(place, more, ca
     capsys.readouterr()
     train_dpo.main([*words, "--resume"])
     assert path.read_bytes() == whole and "asking" not in capsys.readouterr().out
-    train_dpo.main([*words, *flags(base=base_path(out, "pretrain", 64))])
-    assert "asking the base about" in capsys.readouterr().out, "another base"
+
+
+def test_a_reference_is_of_one_base_and_whole(place, tmp_path, capsys):
+    out, argv = place
+
+    def references(stage):
+        words = {**RUN, "max_steps": 1, "out_dir": tmp_path, "base": base_path(out, stage, 64)}
+        train_dpo.main([*argv, *flags(**words)])
+        asked = capsys.readouterr().out.count("asking the base about")
+        return asked, {path: path.read_bytes() for path in cache_dir(tmp_path).glob("reference-*")}
+
+    asked, first = references("full_sft")
+    assert asked == len(first) == 2, "one of the pairs to train on, one of those held out"
+    asked, both = references("pretrain")
+    assert asked == 2 and len(both) == 4 and len(set(both.values())) == 4
+    for path, content in first.items():
+        path.write_bytes(content[:-8])
+    assert references("full_sft") == (2, both), "what is damaged is asked again"
 
 
 def test_general_chats_hold_all_weights_to_what_they_were(place):
