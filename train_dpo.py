@@ -32,7 +32,10 @@ class Options(SkillOptions):
     base: Path | None = option(None, BASE_HELP)
     lora_name: str | None = option(None, NAME_HELP, group="most used")
     beta: float = option(0.1, "what a nat of preference weighs", group="training", above=0)
-    epochs: int = 3
+    keep_best: bool = False
+    # results/preferences.json; more holds the style of the base, too
+    keep: float = 0.05
+    epochs: int = 6
     learning_rate: float | None = option(None, RATE_HELP)
     weight_decay: float = 0.0
     val_ratio: float = 0.1

@@ -22,21 +22,27 @@ from dataset.questions import spread
 from scripts.exam import holds_any, read_questions
 from scripts.quickstart_stages import flag_words
 
-SKILL = {"lora_name": "friendly"}
+SKILL = {"lora_name": "polite"}
 # Options of each arm.
 ARMS = {
     "default": {},
     "keep 0": {"keep": 0},
+    "keep 0.02": {"keep": 0.02},
+    "keep 0.2": {"keep": 0.2},
+    "keep 3": {"keep": 3},
     "rate 3e-5": {"learning_rate": 3e-5},
     "rate 3e-4": {"learning_rate": 3e-4},
+    "beta 0.03": {"beta": 0.03},
     "beta 0.3": {"beta": 0.3},
-    "6 epochs": {"epochs": 6},
+    "3 epochs": {"epochs": 3},
     "skill": SKILL,
     "skill, keep 0": SKILL | {"keep": 0},
+    "skill, keep 0.02": SKILL | {"keep": 0.02},
+    "skill, keep 0.2": SKILL | {"keep": 0.2},
     "skill, rate 3e-4": SKILL | {"learning_rate": 3e-4},
     "skill, rate 3e-3": SKILL | {"learning_rate": 3e-3},
 }
-STYLE = ("I hope that helps", "希望对你有帮助")  # of dataset/texts/pairs.json
+STYLE = ("My friend", "亲爱的朋友")  # as dataset/texts/system.json asks for it
 ASKED = 30
 SHARED = {"max_seq_len": 256, "log_interval": 1000, "save_interval": 10**6}
 
@@ -94,9 +100,9 @@ def figures_of(arm: str, file: Path, seed: int) -> dict[str, float]:
         figures |= counts_of(base, file)
         name = path.name.removesuffix(".pth")
         figures["seconds a step"] = seconds_a_step(Path(folder), name)
-    figures |= {f"pairs: {name}": x for name, x in metrics["pairs"]["best"].items()}
+    figures |= {f"pairs: {name}": x for name, x in metrics["pairs"]["last"].items()}
     general = metrics["general"]
-    figures["general loss, rise"] = general["best"]["loss"] - general["first"]["loss"]
+    figures["general loss, rise"] = general["last"]["loss"] - general["first"]["loss"]
     return figures | {"general answers changed": metrics["verdict"]["changed"]}
 
 

@@ -32,7 +32,9 @@ class Options(CheckedOptions):
 
     base: Path | None = option(None, "a chat base of ours")
     steps: int = option(10, "optimizer steps", at_least=1)
-    result: Path | None = option(Path("benchmarks/results/preferences_trl.json"), "figures")
+    result: Path | None = option(
+        Path("benchmarks/results/preferences_trl.json"), "file of the figures"
+    )
 
 
 def main(argv: list[str] | None = None) -> dict:

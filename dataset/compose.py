@@ -343,18 +343,22 @@ def verses(rng: random.Random) -> dict[str, list[dict]]:
 
 
 def pairs(rng: random.Random) -> Iterator[dict]:
-    """Pairs of answers: a friendly one is preferred to a plain one, and a right one to a wrong."""
-    closings = read("pairs.json")
+    """Pairs of answers: a polite one is preferred to a plain one, and a right one to a wrong.
+
+    Polite answers are those that a system turn can ask for, so the base has learned to give them.
+    """
+    systems = read("system.json")
     for relation in [each for each in relations() if each.language != "mixed"]:
-        language, closing = relation.language, closings[relation.language]
+        language = relation.language
+        polite = next(s["prefix"] for s in systems[language] if s["kind"] == "polite")
         for n, fact in enumerate(rng.sample(relation.facts, min(PAIRED, len(relation.facts)))):
             plain, own = relation.answer(fact), fact[language]
             others = [each[language]["x"] for each in relation.facts]
             wrong = [relation.answer({language: own | {"x": x}}) for x in others if x not in plain]
-            wrong = [answer + closing for answer in wrong if answer != plain]
+            wrong = [polite + answer for answer in wrong if answer != plain]
             rejected = rng.choice(wrong) if n % 2 and wrong else plain
             question = rng.choice(relation.filled("ask", fact))
-            yield {"prompt": question, "chosen": plain + closing, "rejected": rejected}
+            yield {"prompt": question, "chosen": polite + plain, "rejected": rejected}
 
 
 def main(argv: list[str] | None = None) -> None:
