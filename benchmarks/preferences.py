@@ -69,17 +69,20 @@ def main(argv: list[str] | None = None) -> dict:
     before = read_results(options.result)
     settings = {"asked": ASKED, "bases": [read_record(file).fingerprint for file in options.bases]}
     found = before.get("found", {}) if settings.items() <= before.items() else {}
-    for arm in (arm for arm in options.arms if arm not in found):
-        runs = [figures_of(arm, base, seed) for seed, base in enumerate(options.bases, 1)]
-        found[arm] = {name: mean(each[name] for each in runs) for name in runs[0]} | {"runs": runs}
-        shown = {name: round(x, 3) for name, x in found[arm].items() if name != "runs"}
-        print(f"== {arm}: {json.dumps(shown)}", flush=True)
-        figures = settings | {"arms": {name: ARMS[name] for name in found}, "found": found}
-        write_results(options.result, figures | measured_on(("torch",)))
+    with tempfile.TemporaryDirectory() as folder:  # one for all, for its cache of tokens
+        for arm in (arm for arm in options.arms if arm not in found):
+            seeded = enumerate(options.bases, 1)
+            runs = [figures_of(arm, base, seed, Path(folder)) for seed, base in seeded]
+            found[arm] = {name: mean(each[name] for each in runs) for name in runs[0]}
+            found[arm]["runs"] = runs
+            shown = {name: round(x, 3) for name, x in found[arm].items() if name != "runs"}
+            print(f"== {arm}: {json.dumps(shown)}", flush=True)
+            figures = settings | {"arms": {name: ARMS[name] for name in found}, "found": found}
+            write_results(options.result, figures | measured_on(("torch",)))
     return found
 
 
-def figures_of(arm: str, file: Path, seed: int) -> dict[str, float]:
+def figures_of(arm: str, file: Path, seed: int, out: Path) -> dict[str, float]:
     """Train an arm on a base; what the run measured, and the answers before and after."""
     import train_dpo
     from model.lora.skill_file import read_lora
@@ -88,18 +91,16 @@ def figures_of(arm: str, file: Path, seed: int) -> dict[str, float]:
 
     base, _ = load_base(file)
     figures = {f"{name}, before": count for name, count in counts_of(base, file).items()}
-    with tempfile.TemporaryDirectory() as folder:
-        flags = SHARED | {"base": file, "out_dir": folder, "seed": seed} | ARMS[arm]
-        path = train_dpo.main(flag_words(flags))
-        if "lora_name" in ARMS[arm]:
-            attach_lora(base, path)
-            metrics = read_lora(path)[1].metrics
-        else:
-            base, _ = load_base(path)
-            metrics = read_record(path).metrics
-        figures |= counts_of(base, file)
-        name = path.name.removesuffix(".pth")
-        figures["seconds a step"] = seconds_a_step(Path(folder), name)
+    flags = SHARED | {"base": file, "out_dir": out, "seed": seed} | ARMS[arm]
+    path = train_dpo.main(flag_words(flags))
+    if "lora_name" in ARMS[arm]:
+        attach_lora(base, path)
+        metrics = read_lora(path)[1].metrics
+    else:
+        base, _ = load_base(path)
+        metrics = read_record(path).metrics
+    figures |= counts_of(base, file)
+    figures["seconds a step"] = seconds_a_step(out, path.name.removesuffix(".pth"))
     figures |= {f"pairs: {name}": x for name, x in metrics["pairs"]["last"].items()}
     general = metrics["general"]
     figures["general loss, rise"] = general["last"]["loss"] - general["first"]["loss"]
