@@ -13,7 +13,7 @@ import train_dpo
 from benchmarks.seeded_model import seeded_model
 from core.paths import TOKENIZER_DIR, base_path, cache_dir, checkpoints_dir, lora_path, metrics_path
 from dataset.batches import Batches, masked
-from dataset.preferences import SIDES, PreferenceDataset, clean_pair
+from dataset.preferences import SIDES, PreferenceDataset, clean_pair, encode_pairs
 from dataset.rows import BadRow
 from dataset.tokenizer import load_tokenizer
 from model.lora.skill_file import read_lora
@@ -102,6 +102,14 @@ def test_both_chats_are_those_of_fine_tuning_up_to_the_end_of_the_answer(data):
         learned = [tokenizer.decode((side >> 1)[side % 2 == 1]) for side in data.train.sides(n)]
         assert learned == said
         assert data.train.lengths[n] == 2 * max(map(len, data.train.sides(n)))
+
+
+def test_only_the_last_answers_are_compared():
+    tokenizer = load_tokenizer(TOKENIZER_DIR)
+    pair = clean_pair({"prompt": turns("a", "b", "Q"), "chosen": "good", "rejected": "bad"})["pair"]
+    ids, learned = encode_pairs(tokenizer, [pair])[0]
+    compared = [token for token, is_learned in zip(ids, learned, strict=True) if is_learned]
+    assert tokenizer.decode(compared) == "good<|im_end|>bad<|im_end|>"
 
 
 def naive(model, samples, beta, reference):

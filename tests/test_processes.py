@@ -60,7 +60,7 @@ def rows(*runs: list) -> Counter:
 
 def test_ranks_together_have_the_gradient_of_one_process(both):
     for rank in both["ranks"]:
-        assert len(rank["gradients"]) == 6
+        assert len(rank["gradients"]) == 8
         assert max(rank["gradients"].values()) <= 1e-10
 
 

@@ -24,13 +24,14 @@ import train_lora
 import train_pretrain
 import trainer.loop
 from core.errors import Stopped, UserError
-from dataset.batches import KEEP, OWN, masked
+from dataset.batches import KEEP, OWN, Batch, masked
 from model.LMConfig import LMConfig
 from model.lora.layer import lora_parameters
 from model.model import MiniMindLM
 from model.model_lora import apply_lora
 from trainer.keeping import skill_loss_sum
 from trainer.loop import accumulate_gradients, causal_loss_sum
+from trainer.preferences import pair_loss_sum
 from trainer.runtime import Runtime
 
 RAGGED = ragged_batch(8, seed=0)
@@ -112,6 +113,29 @@ def kept_gradients(runtime: Runtime) -> dict:
     return found
 
 
+def paired(rows: tuple[int, int]) -> Batch:
+    """These pairs of RAGGED, whose first half is preferred to the second."""
+    half = len(RAGGED.labels) // 2
+    chosen = [*range(*rows), *(n + half for n in range(*rows))]
+    ids, labels = RAGGED.inputs["input_ids"][chosen], RAGGED.labels[chosen]
+    batch = replace(RAGGED, inputs={"input_ids": ids}, labels=labels, n_targets=len(chosen) // 2)
+    return replace(batch, reference=-torch.arange(40.0, 48.0, dtype=torch.float64)[chosen])
+
+
+def pair_gradients(runtime: Runtime) -> dict:
+    """As ``gradients``, of the loss of pairs."""
+    expected, whole, loss_sum = double_model(), paired((0, 4)), partial(pair_loss_sum, beta=0.3)
+    loss_sum(expected, whole).div(4).backward()
+    found = {}
+    for name, shares in {"pairs": ([(0, 2), (2, 3)], [(3, 4)]), "no pair": ([(0, 4)], [])}.items():
+        model = double_model()
+        batches = [paired(rows) for rows in shares[runtime.rank]] or [masked(whole)]
+        replica = runtime.replicate(model, has_idle=False)
+        accumulate_gradients(replica, batches, runtime.scaler(), runtime, loss_sum)
+        found[name] = difference(model.parameters(), expected.parameters())
+    return found
+
+
 def bypassed(runtime: Runtime) -> list[str]:
     """The parameters without a gradient after two steps of a model that has such."""
     model = double_model()
@@ -164,7 +188,7 @@ def run_door(door, out: Path, *words: str, crash_at: int = 0, poison_at: int = 0
 def scenarios(folder: Path, texts: Path, chats: Path, general: Path, base: Path):
     runtime = Runtime.start("cpu", seed=3)
     yield "seed", torch.initial_seed()
-    yield "gradients", gradients(runtime) | kept_gradients(runtime)
+    yield "gradients", gradients(runtime) | kept_gradients(runtime) | pair_gradients(runtime)
     yield "bypassed", bypassed(runtime)
     pretrain = PRETRAIN | {"data_path": texts}
     yield "whole", run_door(train_pretrain, folder / "whole" / "out", **pretrain)
