@@ -13,7 +13,7 @@ from trainer.options import SkillOptions
 
 BUNDLED = (bundled_data("pairs_mini.jsonl"),)
 DATA_HELP = "files or folders of pairs; dataset/preferences.py lists the styles"
-BASE_HELP = "file or folder (default: newest full_sft_*; of a skill, as train_lora.py chooses)"
+BASE_HELP = "file, of a skill any base (default: newest full_sft_*, of a skill newest rlhf_*, too)"
 NAME_HELP = "train a skill of this name on the frozen base (default: all weights, no skill)"
 RATE, SKILL_RATE = 1e-4, 1e-3
 RATE_HELP = f"peak learning rate (default: {RATE:g}, for a skill {SKILL_RATE:g})"
@@ -23,7 +23,7 @@ SKILL_ONLY |= {each.name for each in fields(LoRAConfig)}
 
 @dataclass
 class Options(SkillOptions):
-    """Prefer the chosen answer of each pair, in all weights (out/rlhf_<dim>.pth) or in a skill.
+    """Train a model to prefer the chosen answers: all weights (out/rlhf_<dim>.pth), or a skill.
 
     What the model prefers is compared with what it preferred before (DPO, Rafailov et al. 2023).
     """
@@ -31,7 +31,9 @@ class Options(SkillOptions):
     data_path: tuple[Path, ...] = option(BUNDLED, DATA_HELP, group="most used")
     base: Path | None = option(None, BASE_HELP)
     lora_name: str | None = option(None, NAME_HELP, group="most used")
-    beta: float = option(0.1, "what a nat of preference weighs", group="training", above=0)
+    beta: float = option(
+        0.1, "factor of the preference, in nats, in the loss", group="training", above=0
+    )
     keep_best: bool = False
     # results/preferences.json; more holds the style of the base, too
     keep: float = 0.05

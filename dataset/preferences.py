@@ -134,7 +134,7 @@ def _joined(chosen: Encoded, rejected: Encoded) -> Encoded | BadRow:
     return ids, learned
 
 
-PAIR = Kind("pair", "pair", clean_pair, encode_pairs)
+PAIR = Kind("preference", "pair", clean_pair, encode_pairs)
 
 
 @dataclass(eq=False)

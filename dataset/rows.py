@@ -133,7 +133,7 @@ def style_of(row: dict, kind: str) -> tuple[str, ...]:
     if {"chosen", "rejected"} <= row.keys():
         if kind == "preference":
             return ("chosen", "rejected")
-        raise BadRow("a preference row (chosen, rejected), which this training does not learn from")
+        raise BadRow("a preference row (chosen, rejected), from which only train_dpo.py learns")
     if kind == "chat" and isinstance(row.get("label"), bool):
         raise BadRow("a label that is true or false makes it a preference row; this learns answers")
     if kind == "preference":
@@ -307,7 +307,7 @@ def _without(row: dict, spelling: re.Pattern) -> dict | BadRow:
     left = iter(texts)
     chats = {
         side: [{**turn, "content": next(left)} for turn in chat]
-        for side, chat in _chats_of(row).items()
+        for side, chat in chats_of(row).items()
     }
     return {"pair": chats} if "pair" in row else chats
 
@@ -316,9 +316,9 @@ def texts_of(row: dict) -> list[str]:
     """The text of a clean row, or the contents of its messages."""
     if "text" in row:
         return [row["text"]]
-    return [turn["content"] for chat in _chats_of(row).values() for turn in chat]
+    return [turn["content"] for chat in chats_of(row).values() for turn in chat]
 
 
-def _chats_of(row: dict) -> dict[str, list[dict]]:
+def chats_of(row: dict) -> dict[str, list[dict]]:
     """The two chats of a clean pair, or the one of any other clean row."""
     return row.get("pair") or {"conversations": row["conversations"]}

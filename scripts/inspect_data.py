@@ -33,8 +33,8 @@ class Options(CheckedOptions):
     """Show samples, styles, lengths and every bad row. Exit code 1: not all rows are usable."""
 
     files: tuple[Path, ...] = option((), "data files or folders of them", positional=True)
-    stage: Literal["auto", "pretrain", "sft"] = option(
-        "auto", "read a row's text, or its chat; auto: as the first usable row"
+    stage: Literal["auto", "pretrain", "sft", "dpo"] = option(
+        "auto", "read a row's text, chat, or pair; auto: text or chat, as the first usable row"
     )
     n: int = option(3, "rows to show token by token, the first ones of each file", at_least=0)
     max_seq_len: int = option(TrainOptions.max_seq_len, "tokens of a row or window", at_least=2)
@@ -55,7 +55,7 @@ class Report:
     answers: int = 0  # of the usable rows
     learned: int = 0  # of the answers
     spelled: int = 0  # rows that spell control tokens as text
-    lengths: list[int] = field(default_factory=list)  # of all usable rows
+    lengths: list[int] = field(default_factory=list)  # of all usable rows; of pairs, both chats
     taken: list[int] = field(default_factory=list)  # of the rows that training uses, truncated
     characters: int = 0
     bytes: int = 0
@@ -66,12 +66,14 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(Options, argv)
     from dataset.cache import CHAT, TEXT, kind_of
     from dataset.files import data_files
+    from dataset.preferences import PAIR
     from dataset.tokenizer import load_tokenizer
 
     tokenizer, is_usable = load_tokenizer(options.tokenizer_path), True
     known = words_in(options.known_data)
     for path in data_files(options.files):
-        kind = {"pretrain": TEXT, "sft": CHAT}.get(options.stage) or kind_of(path)
+        kinds = {"pretrain": TEXT, "sft": CHAT, "dpo": PAIR}
+        kind = kinds.get(options.stage) or kind_of(path)
         report = inspect(path, kind, tokenizer, options)
         show(path, kind, report, options.max_seq_len)
         if kind is CHAT and report.lengths:
@@ -143,9 +145,11 @@ def count(report: Report, given: bytes, row: dict, learned: list[bool], kind) ->
     keys = parsed(given)
     style = style_of(keys, kind.name)
     report.styles[" + ".join(style)] += 1
-    used = {*style, *(BESIDE if kind.name == "chat" else ())}
+    used = {*style, *(BESIDE if kind.name != "text" else ())}
+    used |= {*rows.CHATS, *rows.QUESTIONS} if kind.name == "preference" else set()
     report.unused.update(key for key in keys if key not in used and not is_blank(keys[key]))
-    report.answers += sum(turn["role"] == "assistant" for turn in row.get("conversations", ()))
+    chats = rows.chats_of(row).values() if kind.name != "text" else ()
+    report.answers += sum(turn["role"] == "assistant" for chat in chats for turn in chat)
     report.learned += sum(now and not before for before, now in pairwise([False, *learned]))
 
 
@@ -184,7 +188,7 @@ def show(path: Path, kind, report: Report, max_seq_len: int) -> None:
 
     from dataset.batches import Batches
 
-    names = {"text": "pretraining rows", "chat": "chat rows"}
+    names = {"text": "pretraining rows", "chat": "chat rows", "preference": "pairs"}
     found = names[kind.name] if kind else "neither pretraining nor chat rows"
     rows, tokens = len(report.lengths), sum(report.lengths)
     print("", *report.bad, f"{path}: {found}", sep="\n")
@@ -203,7 +207,7 @@ def show(path: Path, kind, report: Report, max_seq_len: int) -> None:
     print(f"tokens: {tokens}, median {median(report.lengths):.0f}, longest {max(report.lengths)}")
     if kind.name == "text":
         print(f"longer than a window of {max_seq_len}: {long}; they are split, 0 % is truncated")
-    else:
+    elif kind.name == "chat":
         print(f"truncated at {max_seq_len}: {long}")
         print(f"without targets after truncation, left out in training: {left_out}")
         if report.taken:  # on a CPU, with the doors' defaults

@@ -21,8 +21,8 @@ class Options(CheckedOptions):
     """Tokenise rows into out/cache, where training with the same --out_dir finds them."""
 
     files: tuple[Path, ...] = option((), "data files of one run, texts or chats", positional=True)
-    stage: Literal["auto", "pretrain", "sft"] = option(
-        "auto", "tokenise the texts of rows, or their chats; auto: as the first usable row"
+    stage: Literal["auto", "pretrain", "sft", "dpo"] = option(
+        "auto", "tokenise rows' texts, chats, or pairs; auto: texts or chats, as the first one"
     )
     out_dir: Path = option(TrainOptions.out_dir, "folder of all results, made if missing")
     tokenizer_path: Path = option(TOKENIZER_DIR, "tokenizer folder")
@@ -36,10 +36,12 @@ class Options(CheckedOptions):
 def main(argv: list[str] | None = None) -> None:
     options = parse(Options, argv)
     from dataset.cache import CHAT, TEXT, kind_of, tokenize_files
+    from dataset.preferences import PAIR
     from dataset.tokenizer import load_tokenizer
 
     first = options.files[0]
-    kind = {"pretrain": TEXT, "sft": CHAT}.get(options.stage) or kind_of(first)
+    kinds = {"pretrain": TEXT, "sft": CHAT, "dpo": PAIR}
+    kind = kinds.get(options.stage) or kind_of(first)
     if kind is None:
         raise UserError(f"no usable row in {first}; look at it with scripts/inspect_data.py")
     tokenizer, cache = load_tokenizer(options.tokenizer_path), cache_dir(options.out_dir)

@@ -20,6 +20,7 @@ from model.lora.skill_file import read_lora
 from model.loss import answer_log_probs, preference_sum
 from model.model_lora import attach_lora
 from model.weights import choose_base, load_base, read_record
+from scripts import inspect_data, prepare_data
 from trainer.preferences import evaluate_pairs, log_probs
 
 SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 6400}
@@ -271,3 +272,16 @@ def test_general_chats_hold_all_weights_to_what_they_were(place):
         path = train_dpo.main([*argv, *words])
         moved.append(read_record(path).metrics["general"]["last"]["kl"])
     assert moved[1] < moved[0] / 2
+
+
+@pytest.mark.parametrize("stage, code", [("dpo", 0), ("auto", 1)])
+def test_pairs_are_inspected_and_prepared(place, tmp_path, capsys, stage, code):
+    _, argv = place
+    pairs = argv[1]
+    assert inspect_data.main([pairs, "--stage", stage]) == code
+    printed = capsys.readouterr().out
+    assert ("answers: 48, of which 48 are learned" in printed) == (code == 0)
+    assert ("set aside" in printed) is False
+    if code == 0:
+        prepare_data.main([pairs, *flags(stage=stage, out_dir=tmp_path)])
+        assert "24 preference rows" in capsys.readouterr().out

@@ -127,13 +127,13 @@ def read_general(options: TrainOptions, base: Base, runtime: Runtime, own: Kind 
         if not len(chats.without(strange + answers).lengths):
             raise UserError(f"no chat fits into max_seq_len {options.max_seq_len}")
         if not len((real := chats.without(strange + answers + alike)).lengths):
-            raise UserError("every chat asks what the skill teaches")
+            raise UserError("every chat asks what this run teaches")
         real, judging = real.split(share)
     except UserError as error:
         if options.keep:
             way_out = "name other chats, or train without them by keep=0"
             raise UserError(f"general_data: {error}; {way_out}") from error
-        print(f"note: what the skill costs in general is not measured: {error}")
+        print(f"note: what training costs in general is not measured: {error}")
         return General()
     if is_learned:
         print(f"note: {base.path} was trained without held-out rows: no general chat can judge")
@@ -146,7 +146,7 @@ def read_general(options: TrainOptions, base: Base, runtime: Runtime, own: Kind 
         len(set(each.digests())) if each else 0 for each in (options.keep and holding, judging)
     ]
     said = f"{counts[0]} of them hold, {counts[1]} judge"
-    print(f"  {said}; {len(set(alike))} are left out, which ask what the skill teaches")
+    print(f"  {said}; {len(set(alike))} are left out, which ask what this run teaches")
     return General(holding if options.keep else None, judging)
 
 
