@@ -32,15 +32,8 @@ ARMS = {
     "keep 3": {"keep": 3},
     "rate 3e-5": {"learning_rate": 3e-5},
     "rate 3e-4": {"learning_rate": 3e-4},
-    "beta 0.03": {"beta": 0.03},
-    "beta 0.3": {"beta": 0.3},
-    "3 epochs": {"epochs": 3},
     "skill": SKILL,
     "skill, keep 0": SKILL | {"keep": 0},
-    "skill, keep 0.02": SKILL | {"keep": 0.02},
-    "skill, keep 0.2": SKILL | {"keep": 0.2},
-    "skill, rate 3e-4": SKILL | {"learning_rate": 3e-4},
-    "skill, rate 3e-3": SKILL | {"learning_rate": 3e-3},
 }
 STYLE = ("My friend", "亲爱的朋友")  # as dataset/texts/system.json asks for it
 ASKED = 30
