@@ -133,7 +133,7 @@ def style_of(row: dict, kind: str) -> tuple[str, ...]:
     if {"chosen", "rejected"} <= row.keys():
         if kind == "preference":
             return ("chosen", "rejected")
-        raise BadRow("a preference row (chosen, rejected), from which only train_dpo.py learns")
+        raise BadRow("a preference row (chosen, rejected), which this training does not learn from")
     if kind == "chat" and isinstance(row.get("label"), bool):
         raise BadRow("a label that is true or false makes it a preference row; this learns answers")
     if kind == "preference":

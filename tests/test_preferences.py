@@ -212,8 +212,8 @@ def test_all_weights_learn_the_preference_and_the_chat_takes_them(place, capsys)
     assert base.read_bytes() == before and first_loss(out, "rlhf_64") == pytest.approx(math.log(2))
     record, found = read_record(path), read_record(path).metrics
     assert record.stage == "rlhf" and record.base["fingerprint"] == read_record(base).fingerprint
-    assert found["pairs"]["best"]["loss"] < math.log(2) - 0.01 < found["pairs"]["first"]["loss"]
-    assert found["pairs"]["best"]["accuracy"] == 1 and found["general"]["last"]["kl"] > 0
+    assert found["pairs"]["last"]["loss"] < math.log(2) - 0.01 < found["pairs"]["first"]["loss"]
+    assert found["pairs"]["last"]["accuracy"] == 1 and found["general"]["last"]["kl"] > 0
     assert "preferred in 100%" in printed and found["verdict"]["sentence"] in printed
     learned = {entry["sha256"] for entry in record.data}
     assert learned > {entry["sha256"] for entry in read_record(base).data}
@@ -228,7 +228,7 @@ def test_a_skill_learns_the_preference_on_a_base_that_stays(place):
         math.log(2)
     )
     metrics = read_lora(path)[1].metrics
-    assert metrics["pairs"]["best"]["loss"] < math.log(2) - 0.01
+    assert metrics["pairs"]["last"]["loss"] < math.log(2) - 0.01
     model, _ = load_base(choose_base(out, skill_base=read_lora(path)[1].base))
     attach_lora(model, path)
 

@@ -36,7 +36,7 @@ from trainer.checkpoints import (
     saved_states,
     write_state,
 )
-from trainer.metrics import evaluate
+from trainer.metrics import Validation
 from trainer.optimizer import MuonAdamW, lr_at, param_groups
 from trainer.options import MAY_CHANGE
 from trainer.runtime import Runtime
@@ -296,15 +296,17 @@ def test_a_stop_validates_nothing_and_a_skill_goes_on_with_its_base_and_general_
 ):
     settings = {"batch_size": 8, "out_dir": tmp_path / "out"}
     door, argv = door_and_flags("lora", trained, **settings)
-    validations = []
-    monkeypatch.setattr(
-        "trainer.stage.evaluate", lambda *a: validations.append(None) or evaluate(*a)
-    )
+    steps, validate = [], Validation.__call__
+
+    def watched(validation, step):
+        steps.append(step)
+        return validate(validation, step)
+
+    monkeypatch.setattr(Validation, "__call__", watched)
     cut_short(monkeypatch, 7, signal.SIGTERM)
     with pytest.raises(Stopped):
         door.main(argv)
-    # Before the first step, at step 3 and at step 6.
-    assert max(states_in(tmp_path / "out")) == 7 and len(validations) == 3
+    assert max(states_in(tmp_path / "out")) == 7 and steps == [0, 3, 6]
     metrics = read_lora(tmp_path / "out" / "lora" / "lora_x_64.pth")[1].metrics
     assert metrics["step"] == metrics["domain"]["best"]["step"] == 6
     assert [metrics["domain"][when]["step"] for when in ("first", "last")] == [0, 6]
