@@ -57,35 +57,36 @@ def main(argv: list[str] | None = None) -> Path:
     from trainer import keeping, preferences, stage
     from trainer.runtime import Runtime
 
-    if options.lora_name is None and (misplaced := sorted(SKILL_ONLY & stated.keys())):
+    is_skill = options.lora_name is not None
+    if not is_skill and (misplaced := sorted(SKILL_ONLY & stated.keys())):
         raise UserError(f"only a skill has {', '.join(misplaced)}: name one by lora_name")
     runtime = Runtime.start(options.device, options.dtype, options.seed)
-    if options.lora_name is None:
-        base = stage.open_base(options, runtime, "full_sft")
-        path = base_path(options.out_dir, "rlhf", base.model.config.dim)
-    else:
+    if is_skill:
         base = stage.open_skill_base(options, runtime, stated)
         path = lora_path(options.out_dir, options.lora_name, base.model.config.hidden_size)
-    stage.check_apart(path, base.path if options.lora_name is None else options.skill)
+    else:
+        base = stage.open_base(options, runtime, "full_sft")
+        path = base_path(options.out_dir, "rlhf", base.model.config.dim)
+    stage.check_apart(path, options.skill if is_skill else base.path)
     preferences.check_dropout(base.model, options.lora_dropout)
     data = stage.read_data(PreferenceDataset, options, base.tokenizer, runtime)
     model = base.model
-    if options.lora_name is None:
-        base = replace(base, model=copy.deepcopy(model).requires_grad_(False).eval())
-    else:
+    if is_skill:
         stage.add_lora(base, options)
+    else:
+        base = replace(base, model=copy.deepcopy(model).requires_grad_(False).eval())
     preferences.add_references(data, base, options, runtime)
     functions = preferences.pair_loss_sum, preferences.evaluate_pairs
     pairs = keeping.Taught("pairs", *(partial(each, beta=options.beta) for each in functions))
     plugged = keeping.plugged(options, base, data, runtime, model, pairs)
-    if options.lora_name is None:
+    if is_skill:
+        result = stage.skill_result(path, options, base)
+    else:
         result = stage.base_result("rlhf", path, model, options, base, base.record.val_ratio)
         # What its base has learned, it has learned, too: so much a skill's run must know.
         record, learned = result["record"], base.record.data
         record.data += [e | {"option": "base"} for e in learned if "sha256" in e]
         record.options = {k: v for k, v in record.options.items() if k not in SKILL_ONLY}
-    else:
-        result = stage.skill_result(path, options, base)
     return stage.run_stage(model, data.train, options, runtime, **plugged, **result)
 
 
