@@ -1,5 +1,6 @@
 """Files of measured figures: where and when they were measured."""
 
+import hashlib
 import json
 import os
 import platform
@@ -8,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from core.files import atomic_write
+from core.paths import bundled_data
 
 
 def read_results(path: Path | None) -> dict:
@@ -23,8 +25,8 @@ def write_results(path: Path | None, figures: dict) -> None:
 
 
 def measured_on(packages: tuple[str, ...]) -> dict:
-    """The entries ``date``, ``machine`` and ``versions`` (Python's and the named packages') of a
-    results file.
+    """The entries ``date``, ``machine``, ``versions`` (Python's and the named packages') and
+    ``bundled_data`` of a results file.
     """
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
@@ -33,7 +35,17 @@ def measured_on(packages: tuple[str, ...]) -> dict:
             "python": platform.python_version(),
             **{package: version(package) for package in packages},
         },
+        "bundled_data": data_version(),
     }
+
+
+def data_version() -> str:
+    """The first digits of a SHA-256 over the names and contents of the bundled data files."""
+    folder, found = bundled_data(""), hashlib.sha256()
+    for path in sorted(folder.rglob("*.jsonl")):
+        if path.parent.name != "texts":  # what the others are composed from
+            found.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def cpu_model() -> str:

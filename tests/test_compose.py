@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.result_file import data_version
 from core.paths import bundled_data
 from dataset import compose
 from dataset.questions import spread
@@ -153,3 +154,8 @@ def test_the_answer_that_is_taught_passes_the_exam(facts, sums):
             if not holds(answer, row["expect"]) or holds(answer, row.get("forbid", ())):
                 refused.append((answer, row))
     assert not refused
+
+
+def test_the_page_names_the_version_of_the_data():
+    page = bundled_data("README.md").read_text(encoding="utf-8")
+    assert f"The version of this data is `{data_version()}`" in page
