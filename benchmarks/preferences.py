@@ -35,6 +35,7 @@ ARMS = {
     "skill": SKILL,
     "skill, keep 0": SKILL | {"keep": 0},
 }
+SYSTEM = {True: "Please be very polite to me.", False: "请对我客气一点。"}
 STYLE = ("My friend", "亲爱的朋友")  # as dataset/texts/system.json asks for it
 ASKED = 30
 SHARED = {"max_seq_len": 256, "log_interval": 1000, "save_interval": 10**6}
@@ -57,11 +58,14 @@ class Options(CheckedOptions):
 
 def main(argv: list[str] | None = None) -> dict:
     options = parse(Options, argv)
-    from model.weights import read_record
+    from model.weights import load_base, read_record
 
     before = read_results(options.result)
     settings = {"asked": ASKED, "bases": [read_record(file).fingerprint for file in options.bases]}
     found = before.get("found", {}) if settings.items() <= before.items() else {}
+    told = [counts_of(load_base(file)[0], file, SYSTEM) for file in options.bases]
+    settings |= {"told by a system turn": told, **measured_on(("torch",))}
+    print(f"told by a system turn: {told}")
     with tempfile.TemporaryDirectory() as folder:  # one for all, for its cache of tokens
         for arm in (arm for arm in options.arms if arm not in found):
             seeded = enumerate(options.bases, 1)
@@ -70,8 +74,8 @@ def main(argv: list[str] | None = None) -> dict:
             found[arm]["runs"] = runs
             shown = {name: round(x, 3) for name, x in found[arm].items() if name != "runs"}
             print(f"== {arm}: {json.dumps(shown)}", flush=True)
-            figures = settings | {"arms": {name: ARMS[name] for name in found}, "found": found}
-            write_results(options.result, figures | measured_on(("torch",)))
+            write_results(options.result, settings | {"arms": ARMS, "found": found})
+    write_results(options.result, settings | {"arms": ARMS, "found": found})
     return found
 
 
@@ -100,8 +104,11 @@ def figures_of(arm: str, file: Path, seed: int, out: Path) -> dict[str, float]:
     return figures | {"general answers changed": metrics["verdict"]["changed"]}
 
 
-def counts_of(model, file: Path) -> dict[str, int]:
-    """Of ``ASKED`` general questions, how many are answered in the style, and how many right."""
+def counts_of(model, file: Path, system: dict[bool, str] | None = None) -> dict[str, int]:
+    """Of ``ASKED`` general questions, how many are answered in the style, and how many right.
+
+    ``system``: the system turns before English questions (True) and Chinese ones.
+    """
     from dataset.tokenizer import tokenizer_of
     from model.weights import read_record
     from trainer.keeping import likeliest
@@ -109,6 +116,9 @@ def counts_of(model, file: Path) -> dict[str, int]:
     tokenizer = tokenizer_of(read_record(file), file, None, file.parent)
     asked = spread(read_questions(bundled_data("probes_general.jsonl")), ASKED)
     chats = [[{"role": "user", "content": question.turns[-1]}] for question in asked]
+    if system:
+        first = [system[chat[0]["content"].isascii()] for chat in chats]
+        chats = [[{"role": "system", "content": t}, *c] for t, c in zip(first, chats, strict=True)]
     answers = likeliest(model.eval(), tokenizer, chats)
     right = sum(q.is_hit(answer) for q, answer in zip(asked, answers, strict=True))
     return {"style": sum(holds_any(answer, STYLE) for answer in answers), "right": right}
