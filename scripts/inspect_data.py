@@ -23,8 +23,10 @@ from trainer.options import TrainOptions
 
 BAR = 40  # characters of the longest bar
 WORD = re.compile(rf"[{UNSPACED}]|[^\W\d_{UNSPACED}]+")  # where no space separates: a character
-SHOWN_WORDS = 30
-KNOWN_HELP = "what a base was trained on: list the words that none of these files or folders holds"
+SHOWN_WORDS, KINDS = 30, ("words", "tokens")
+KNOWN_HELP = (
+    "what a base was trained on: list the words and tokens that no file or folder of these holds"
+)
 BESIDE = ("system", "system_prompt", "history")  # keys that are read beside a style's own
 
 
@@ -70,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     from dataset.tokenizer import load_tokenizer
 
     tokenizer, is_usable = load_tokenizer(options.tokenizer_path), True
-    known = words_in(options.known_data)
+    known = words_and_tokens(options.known_data, tokenizer)
     for path in data_files(options.files):
         kinds = {"pretrain": TEXT, "sft": CHAT, "dpo": PAIR}
         kind = kinds.get(options.stage) or kind_of(path)
@@ -79,27 +81,38 @@ def main(argv: list[str] | None = None) -> int:
         if kind is CHAT and report.lengths:
             show_learned(tokenizer)
         if options.known_data:
-            show_unknown(words_in([path]), known)
+            for name, own, read in zip(
+                KINDS, words_and_tokens([path], tokenizer), known, strict=True
+            ):
+                show_unknown(name, own, read)
         is_usable = is_usable and bool(report.taken) and not report.bad
     return 0 if is_usable else 1
 
 
-def words_in(paths: Sequence[Path]) -> Counter:
-    """How often each word, in lower case, stands in the usable rows of these files or folders."""
+def words_and_tokens(paths: Sequence[Path], tokenizer) -> tuple[Counter, Counter]:
+    """How often each word, in lower case, and each token stand in the usable rows of these files.
+
+    A word that is known in lower case may be cut into other tokens where it has a capital.
+    """
     from dataset.files import data_files, read_rows
+    from dataset.tokenizer import spelled_bytes
 
-    found = Counter()
+    words, ids = Counter(), Counter()
     for path in data_files(paths) if paths else ():
-        for _, row in read_rows(path, rows.clean_any):
-            if not isinstance(row, rows.BadRow):
-                found.update(WORD.findall(" ".join(rows.texts_of(row)).lower()))
-    return found
+        found = [row for _, row in read_rows(path, rows.clean_any)]
+        texts = [t for row in found if not isinstance(row, rows.BadRow) for t in rows.texts_of(row)]
+        for text in texts:
+            words.update(WORD.findall(text.lower()))
+        for encoded in tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ():
+            ids.update(encoded)
+    names = (repr(each.decode(errors="replace")) for each in spelled_bytes(tokenizer, list(ids)))
+    return words, Counter(dict(zip(names, ids.values(), strict=True)))
 
 
-def show_unknown(words: Counter, known: Counter) -> None:
-    """Print the words that are not ``known``, the most frequent ones first."""
-    unknown = [(word, n) for word, n in words.most_common() if word not in known]
-    print(f"words that the known data does not hold: {len(unknown)} of {len(words)}")
+def show_unknown(name: str, own: Counter, known: Counter) -> None:
+    """Print what is in ``own`` and not ``known``, the most frequent first."""
+    unknown = [(each, n) for each, n in own.most_common() if each not in known]
+    print(f"{name} that the known data does not hold: {len(unknown)} of {len(own)}")
     if unknown:
         more = ", ..." if len(unknown) > SHOWN_WORDS else ""
         print("  " + ", ".join(f"{word} ({n})" for word, n in unknown[:SHOWN_WORDS]) + more)

@@ -190,6 +190,10 @@ def test_it_lists_the_words_that_a_base_has_not_read(tmp_path, capsys):
         tmp_path / "a.jsonl", {"question": "Lamp or chandelier?", "answer": "吊灯 or lamp."}
     )
     _, out = report(capsys, chats, "--n", 0, "--known_data", told)
-    assert "does not hold: 3 of 5\n  or (2), chandelier (1), 吊 (1)\n" in out
+    assert (
+        "words that the known data does not hold: 3 of 5\n  or (2), chandelier (1), 吊 (1)\n" in out
+    )
+    assert "'?' (1)" in out.partition("tokens that the known data does not hold")[2]
     _, out = report(capsys, chats, "--n", 0, "--known_data", told, chats)
-    assert "does not hold: 0 of 5" in out
+    assert "words that the known data does not hold: 0 of 5" in out
+    assert "tokens that the known data does not hold: 0 of" in out
