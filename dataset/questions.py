@@ -39,9 +39,9 @@ class Neighbours:
         return float((shared / (self._sizes + len(grams) - shared)).max())
 
 
-def chats_in(paths: Sequence[Path], *how: object) -> Iterator[list[dict]]:
-    """The messages of each usable chat of these files or folders; ``how``: see ``rows_in``."""
-    return map(chat_of, rows_in(paths, *how))
+def chats_in(paths: Sequence[Path], *how: object, **more: object) -> Iterator[list[dict]]:
+    """The messages of each usable chat of these files or folders, read as by ``rows_in``."""
+    return map(chat_of, rows_in(paths, *how, **more))
 
 
 def chat_of(row: dict) -> list[dict]:

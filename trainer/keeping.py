@@ -85,10 +85,11 @@ def plugged(
     """
     model, tokenizer = model or base.model, base.tokenizer
     general = read_general(options, base, runtime, data.kind)
-    held_out = {taught.name: data.val}
-    held_out |= {"general": general.judging} if general.judging else {}
+    judging = {"general": general.judging} if general.judging else {}
     measures = {taught.name: taught.measure, "general": partial(evaluate_kept, base=base.model)}
-    validation = validation_of(model, held_out, tokenizer, options, runtime, measures)
+    validation = validation_of(
+        model, {taught.name: data.val} | judging, tokenizer, options, runtime, measures
+    )
     if not options.dry_run:
         runtime.on_first(lambda: validation(step=0))
     return {
@@ -115,7 +116,7 @@ def read_general(options: TrainOptions, base: Base, runtime: Runtime, own: Kind 
     try:
         chats = read_data(SFTDataset, general, base.tokenizer, runtime).train
         settled = control_spelling(base.tokenizer), options.control_text
-        taught = map(chat_of, rows_in(options.data_path, clean=own.clean))
+        taught = chats_in(options.data_path, clean=own.clean)
         asked = Neighbours(question for chat in taught for question in questions_in(chat))
         alike = digests(
             chat
@@ -358,8 +359,7 @@ def answers(model: nn.Module, base: Base, chats: Iterable[list[dict]]) -> list[d
         given.append(chat[last + 1]["content"])
     with without_lora(base.model):
         before = likeliest(base.model, base.tokenizer, asked)
-    after = likeliest(model, base.tokenizer, asked)
-    found = zip(asked, given, before, after, strict=True)
+    found = zip(asked, given, before, likeliest(model, base.tokenizer, asked), strict=True)
     names = "question", "row", "before", "after"
     return [
         dict(zip(names, (chat[-1]["content"], *texts), strict=True))
