@@ -1,15 +1,14 @@
 """Prefer some answers to others (DPO): python train_dpo.py --data_path my_pairs.jsonl"""
 
 import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from core.errors import UserError, run
 from core.options import given, option, parse
 from core.paths import base_path, bundled_data, lora_path, skill_name
-from model.lora.config import LoRAConfig
-from trainer.options import SkillOptions
+from trainer.options import SKILL_ONLY, SkillOptions
 
 BUNDLED = (bundled_data("pairs_mini.jsonl"),)
 DATA_HELP = "files or folders of pairs; dataset/preferences.py lists the styles"
@@ -17,8 +16,6 @@ BASE_HELP = "file, of a skill any base (default: newest full_sft_*, of a skill n
 NAME_HELP = "train a skill of this name on the frozen base (default: all weights, no skill)"
 RATE, SKILL_RATE = 1e-4, 1e-3
 RATE_HELP = f"peak learning rate (default: {RATE:g}, for a skill {SKILL_RATE:g})"
-SKILL_ONLY = {"skill", "prompt_template", "load_in_4bit", "loraplus_lr_ratio"}
-SKILL_ONLY |= {each.name for each in fields(LoRAConfig)}
 
 
 @dataclass
@@ -82,11 +79,7 @@ def main(argv: list[str] | None = None) -> Path:
     if is_skill:
         result = stage.skill_result(path, options, base)
     else:
-        result = stage.base_result("rlhf", path, model, options, base, base.record.val_ratio)
-        # What its base has learned, it has learned, too: so much a skill's run must know.
-        record, learned = result["record"], base.record.data
-        record.data += [e | {"option": "base"} for e in learned if "sha256" in e]
-        record.options = {k: v for k, v in record.options.items() if k not in SKILL_ONLY}
+        result = preferences.whole_result(path, model, options, base)
     return stage.run_stage(model, data.train, options, runtime, **plugged, **result)
 
 

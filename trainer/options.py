@@ -1,6 +1,6 @@
 """The options of every training run. Standard library only, so that help is shown at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -126,6 +126,11 @@ class SkillOptions(LoRAConfig, KeepOptions, TrainOptions):
     load_in_4bit: bool = option(False, "QLoRA; needs requirements-4bit.txt", group="device")
     loraplus_lr_ratio: float = option(1.0, LORA_PLUS_HELP, group="training", above=0)
 
+
+# The options of a LoRA, which a run that trains all weights has no use for.
+SKILL_ONLY = {each.name for each in fields(SkillOptions)}
+SKILL_ONLY -= {each.name for kind in (TrainOptions, KeepOptions) for each in fields(kind)}
+SKILL_ONLY -= {"base"}
 
 # What a resumed run may change: on one machine it alters neither the arithmetic nor the order of
 # the rows. The base, the tokenizer and data files are compared by their content instead.

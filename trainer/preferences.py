@@ -20,9 +20,9 @@ from dataset.chat import ENCODING
 from dataset.preferences import PairSamples, PreferenceDataset
 from dataset.tokenizer import tokenizer_fingerprint
 from model.loss import answer_log_probs, preference_loss, preference_sum
-from trainer.options import SkillOptions
+from trainer.options import SKILL_ONLY, SkillOptions
 from trainer.runtime import Runtime
-from trainer.stage import Base
+from trainer.stage import Base, base_result
 
 TOGETHER = 16  # pairs of a pass that asks the base: another number would change the last digits
 
@@ -82,6 +82,16 @@ def check_dropout(model: nn.Module, lora_dropout: float) -> None:
     if most := max(*drops, *config, lora_dropout, 0):
         wrong = f"preferences compare exact probabilities, and here dropout is {most}"
         raise UserError(f"{wrong}: set it to 0, in the base's configuration if it stands there")
+
+
+def whole_result(path: Path, model: nn.Module, options: SkillOptions, base: Base) -> dict:
+    """What ``run_stage`` needs to write all weights to ``path``."""
+    result = base_result("rlhf", path, model, options, base, base.record.val_ratio)
+    # What its base has learned, it has learned, too: the run of a skill on it must know that.
+    record, learned = result["record"], base.record.data
+    record.data += [entry | {"option": "base"} for entry in learned if "sha256" in entry]
+    record.options = {k: v for k, v in record.options.items() if k not in SKILL_ONLY}
+    return result
 
 
 @torch.no_grad()
