@@ -136,8 +136,6 @@ def style_of(row: dict, kind: str) -> tuple[str, ...]:
         raise BadRow("a preference row (chosen, rejected), which this training does not learn from")
     if kind == "chat" and isinstance(row.get("label"), bool):
         raise BadRow("a label that is true or false makes it a preference row; this learns answers")
-    if kind == "preference":
-        raise BadRow(f'no "chosen" and "rejected" among its keys {keys_of(row)}: it is no pair')
     chats = [key for key in CHATS if not is_blank(row.get(key))]
     if chats and row.get("history"):
         chats.append("history")
@@ -162,6 +160,8 @@ def _named(row: dict, keys: tuple[str, ...]) -> list[str]:
 
 def _not_understood(row: dict, kind: str) -> str:
     """The keys of a row without a reading, and the style of chats that they are most like."""
+    if kind == "preference":
+        return f'no "chosen" and "rejected" among its keys {keys_of(row)}: it is no pair'
     if kind == "text":
         return f'no "text" among its keys {keys_of(row)}, and pretraining reads nothing else'
     if "text" in row:

@@ -85,11 +85,9 @@ def plugged(
     """
     model, tokenizer = model or base.model, base.tokenizer
     general = read_general(options, base, runtime, data.kind)
-    judging = {"general": general.judging} if general.judging else {}
+    held_out = {taught.name: data.val} | ({"general": general.judging} if general.judging else {})
     measures = {taught.name: taught.measure, "general": partial(evaluate_kept, base=base.model)}
-    validation = validation_of(
-        model, {taught.name: data.val} | judging, tokenizer, options, runtime, measures
-    )
+    validation = validation_of(model, held_out, tokenizer, options, runtime, measures)
     if not options.dry_run:
         runtime.on_first(lambda: validation(step=0))
     return {
