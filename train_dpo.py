@@ -76,6 +76,8 @@ def main(argv: list[str] | None = None) -> Path:
     functions = preferences.pair_loss_sum, preferences.evaluate_pairs
     pairs = keeping.Taught("pairs", *(partial(each, beta=options.beta) for each in functions))
     plugged = keeping.plugged(options, base, data, runtime, model, pairs)
+    told = plugged["validation"], plugged["verdict"]
+    plugged["verdict"] = partial(preferences.verdict, *told)
     if is_skill:
         result = stage.skill_result(path, options, base)
     else:

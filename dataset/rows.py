@@ -307,7 +307,7 @@ def _without(row: dict, spelling: re.Pattern) -> dict | BadRow:
     left = iter(texts)
     chats = {
         side: [{**turn, "content": next(left)} for turn in chat]
-        for side, chat in chats_of(row).items()
+        for side, chat in row.get("pair", row).items()
     }
     return {"pair": chats} if "pair" in row else chats
 
@@ -316,9 +316,4 @@ def texts_of(row: dict) -> list[str]:
     """The text of a clean row, or the contents of its messages."""
     if "text" in row:
         return [row["text"]]
-    return [turn["content"] for chat in chats_of(row).values() for turn in chat]
-
-
-def chats_of(row: dict) -> dict[str, list[dict]]:
-    """The two chats of a clean pair, or the one of any other clean row."""
-    return row.get("pair") or {"conversations": row["conversations"]}
+    return [turn["content"] for chat in row.get("pair", row).values() for turn in chat]

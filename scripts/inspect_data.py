@@ -161,7 +161,7 @@ def count(report: Report, given: bytes, row: dict, learned: list[bool], kind) ->
     used = {*style, *(BESIDE if kind.name != "text" else ())}
     used |= {*rows.CHATS, *rows.QUESTIONS} if kind.name == "preference" else set()
     report.unused.update(key for key in keys if key not in used and not is_blank(keys[key]))
-    chats = rows.chats_of(row).values() if kind.name != "text" else ()
+    chats = row.get("pair", row).values() if kind.name != "text" else ()
     report.answers += sum(turn["role"] == "assistant" for chat in chats for turn in chat)
     report.learned += sum(now and not before for before, now in pairwise([False, *learned]))
 

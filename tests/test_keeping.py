@@ -46,6 +46,10 @@ from trainer.stage import Base
 VARIANTS = [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}]
 
 
+def taught_by(options):
+    return chats_in(options.data_path)
+
+
 def kept(model, batch, base=None) -> torch.Tensor:
     return keep_sum(model, base or model, batch.inputs, batch.labels)
 
@@ -214,7 +218,9 @@ def read(trained, tokenizer, tmp_path, monkeypatch):
         record = record if val_ratio is None else replace(record, val_ratio=val_ratio)
         settings = {"out_dir": tmp_path, "max_seq_len": 64, "device": "cpu"} | more
         options = train_lora.Options(data_path=(own,), general_data=(general,), **settings)
-        return keeping.read_general(options, Base(path, None, tokenizer, record), CPU)
+        return keeping.read_general(
+            options, Base(path, None, tokenizer, record), CPU, taught_by(options)
+        )
 
     return read
 
@@ -342,7 +348,7 @@ def test_a_base_of_other_makers_answers_for_itself_and_once(tmp_path, monkeypatc
         settings |= {"data_path": (own,), "out_dir": tmp_path, "max_seq_len": 64}
         options = train_lora.Options(**settings)
         base = Base(folder, model, foreign_tokenizer(folder), record)
-        general = keeping.read_general(options, base, CPU)
+        general = keeping.read_general(options, base, CPU, taught_by(options))
         chosen.append([held_by(general.holding), held_by(general.judging)])
         return [path for path in options.general_data if path.parent == cache_dir(tmp_path)]
 

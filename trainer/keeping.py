@@ -43,6 +43,7 @@ FEW_ROWS = 20  # so few chats are learned by heart
 MOST_JUDGES = 128  # general chats of a validation, which a run makes about ten times
 FEW_JUDGES = 30  # held-out chats on which the choice of the best weights is shaky
 SMALL_RISE = 0.05  # of the general loss, nats per token: below it nobody would notice
+LABELS = {"pairs": "pairs loss, nats/pair"}
 FEW_CHANGED = 0.25  # of the general answers: that of a tiny base may have been a toss-up
 
 
@@ -83,11 +84,11 @@ def plugged(
     The model of ``base`` carries a LoRA and is trained itself, or is a frozen copy of ``model``.
     Raises ``UserError`` as ``read_general`` does.
     """
-    model, tokenizer = model or base.model, base.tokenizer
-    general = read_general(options, base, runtime, data.kind)
+    model, own = model or base.model, chats_in(options.data_path, clean=data.kind.clean)
+    general = read_general(options, base, runtime, own)
     held_out = {taught.name: data.val} | ({"general": general.judging} if general.judging else {})
     measures = {taught.name: taught.measure, "general": partial(evaluate_kept, base=base.model)}
-    validation = validation_of(model, held_out, tokenizer, options, runtime, measures)
+    validation = validation_of(model, held_out, base.tokenizer, options, runtime, measures)
     if not options.dry_run:
         runtime.on_first(lambda: validation(step=0))
     return {
@@ -98,8 +99,10 @@ def plugged(
     }
 
 
-def read_general(options: TrainOptions, base: Base, runtime: Runtime, own: Kind = CHAT) -> General:
-    """The chats of ``options.general_data``, without those that ask what the run's ``own`` rows do.
+def read_general(
+    options: TrainOptions, base: Base, runtime: Runtime, own: Iterable[list[dict]]
+) -> General:
+    """The chats of ``options.general_data``, without those that ask what the ``own`` chats do.
 
     Without such files, those are the bundled chats, or what a base of other makers answers to
     their questions itself. Bundled texts that nobody would answer hold too, and what the base
@@ -114,8 +117,7 @@ def read_general(options: TrainOptions, base: Base, runtime: Runtime, own: Kind 
     try:
         chats = read_data(SFTDataset, general, base.tokenizer, runtime).train
         settled = control_spelling(base.tokenizer), options.control_text
-        taught = chats_in(options.data_path, clean=own.clean)
-        asked = Neighbours(question for chat in taught for question in questions_in(chat))
+        asked = Neighbours(question for chat in own for question in questions_in(chat))
         alike = digests(
             chat
             for chat in chats_in(options.general_data, *settled)
@@ -263,10 +265,7 @@ def verdict(
         if result:
             losses[kind] = result["first"], result.get("best", result["last"])
             before, after = (each["loss"] for each in losses[kind])
-            unit = "pair" if "margin" in result["last"] else "token"
-            print(f"{f'{kind} loss, nats/{unit}':24}{before:10.4f}{after:10.4f}")
-            if unit == "pair":
-                print(preferred(losses[kind][1]))
+            print(f"{LABELS.get(kind, kind + ' loss, nats/token'):24}{before:10.4f}{after:10.4f}")
     if options.skill:
         print("before: losses of the skill that this run went on with, answers of its base")
     if pairs:
@@ -283,13 +282,6 @@ def verdict(
         print(text)
     told = {"sentence": sentence, "general_answers": len(pairs), "changed": changed}
     return {"verdict": told | {"answers": shown}}
-
-
-def preferred(result: dict) -> str:
-    """One line on a result of pairs."""
-    share, nats = result["accuracy"], [result[name] for name in ("margin", "chosen", "rejected")]
-    moved = "by {:.2f} nats: chosen answers moved by {:+.2f}, rejected ones by {:+.2f}"
-    return f"preferred in {share:.0%} of {result['targets']} pairs, {moved.format(*nats)}"
 
 
 def summary_of(losses: dict[str, tuple[dict, dict]], changed: int, asked: int) -> str:

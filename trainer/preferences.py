@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from dataset.chat import ENCODING
 from dataset.preferences import PairSamples, PreferenceDataset
 from dataset.tokenizer import tokenizer_fingerprint
 from model.loss import answer_log_probs, preference_loss, preference_sum
+from trainer.metrics import Validation
 from trainer.options import SKILL_ONLY, SkillOptions
 from trainer.runtime import Runtime
 from trainer.stage import Base, base_result
@@ -82,6 +83,20 @@ def check_dropout(model: nn.Module, lora_dropout: float) -> None:
     if most := max(*drops, *config, lora_dropout, 0):
         wrong = f"preferences compare exact probabilities, and here dropout is {most}"
         raise UserError(f"{wrong}: set it to 0, in the base's configuration if it stands there")
+
+
+def verdict(validation: Validation, told: Callable[[], dict]) -> dict:
+    """Print what the last held-out pairs say, before and beside what ``told`` says of any run."""
+    if last := validation.results["pairs"].get("last"):
+        print(preferred(last))
+    return told()
+
+
+def preferred(result: dict) -> str:
+    """One line on a result of pairs."""
+    share, nats = result["accuracy"], [result[name] for name in ("margin", "chosen", "rejected")]
+    moved = "by {:.2f} nats: chosen answers moved by {:+.2f}, rejected ones by {:+.2f}"
+    return f"preferred in {share:.0%} of {result['targets']} pairs, {moved.format(*nats)}"
 
 
 def whole_result(path: Path, model: nn.Module, options: SkillOptions, base: Base) -> dict:
