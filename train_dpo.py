@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from core.errors import UserError, run
@@ -14,8 +13,8 @@ BUNDLED = (bundled_data("pairs_mini.jsonl"),)
 DATA_HELP = "files or folders of pairs; dataset/preferences.py lists the styles"
 BASE_HELP = "file, of a skill any base (default: newest full_sft_*, of a skill newest rlhf_*, too)"
 NAME_HELP = "train a skill of this name on the frozen base (default: all weights, no skill)"
-RATE, SKILL_RATE = 1e-4, 1e-3
-RATE_HELP = f"peak learning rate (default: {RATE:g}, for a skill {SKILL_RATE:g})"
+RATES = {False: 1e-4, True: 1e-3}  # of all weights, of a skill
+RATE_HELP = "peak learning rate (default: {:g}, for a skill {:g})".format(*RATES.values())
 
 
 @dataclass
@@ -28,12 +27,9 @@ class Options(SkillOptions):
     data_path: tuple[Path, ...] = option(BUNDLED, DATA_HELP, group="most used")
     base: Path | None = option(None, BASE_HELP)
     lora_name: str | None = option(None, NAME_HELP, group="most used")
-    beta: float = option(
-        0.1, "factor of the preference, in nats, in the loss", group="training", above=0
-    )
+    beta: float = option(0.1, "factor of the preference in the loss", group="training", above=0)
     keep_best: bool = False
-    # results/preferences.json; more holds the style of the base, too
-    keep: float = 0.05
+    keep: float = 0.05  # results/preferences.json; more holds the style of the base, too
     epochs: int = 6
     learning_rate: float | None = option(None, RATE_HELP)
     weight_decay: float = 0.0
@@ -41,7 +37,7 @@ class Options(SkillOptions):
 
     def __post_init__(self):
         if self.learning_rate is None:
-            self.learning_rate = RATE if self.lora_name is None else SKILL_RATE
+            self.learning_rate = RATES[self.lora_name is not None]
         super().__post_init__()
         if self.lora_name is not None:
             skill_name(self.lora_name)
@@ -51,7 +47,7 @@ def main(argv: list[str] | None = None) -> Path:
     """Open the base, read the pairs, ask the base about them, train; return the file's path."""
     options, stated = parse(Options, argv), given(Options, argv)
     from dataset.preferences import PreferenceDataset
-    from trainer import keeping, preferences, stage
+    from trainer import preferences, stage
     from trainer.runtime import Runtime
 
     is_skill = options.lora_name is not None
@@ -66,18 +62,13 @@ def main(argv: list[str] | None = None) -> Path:
         path = base_path(options.out_dir, "rlhf", base.model.config.dim)
     stage.check_apart(path, options.skill if is_skill else base.path)
     preferences.check_dropout(base.model, options.lora_dropout)
-    data = stage.read_data(PreferenceDataset, options, base.tokenizer, runtime)
-    model = base.model
+    data, model = stage.read_data(PreferenceDataset, options, base.tokenizer, runtime), base.model
     if is_skill:
         stage.add_lora(base, options)
     else:
         base = replace(base, model=copy.deepcopy(model).requires_grad_(False).eval())
     preferences.add_references(data, base, options, runtime)
-    functions = preferences.pair_loss_sum, preferences.evaluate_pairs
-    pairs = keeping.Taught("pairs", *(partial(each, beta=options.beta) for each in functions))
-    plugged = keeping.plugged(options, base, data, runtime, model, pairs)
-    told = plugged["validation"], plugged["verdict"]
-    plugged["verdict"] = partial(preferences.verdict, *told)
+    plugged = preferences.plugged(options, base, data, runtime, model, options.beta)
     if is_skill:
         result = stage.skill_result(path, options, base)
     else:

@@ -11,6 +11,7 @@ from conftest import CPU, SMALL, flags, write_rows
 
 import train_dpo
 from benchmarks.seeded_model import seeded_model
+from core.files import sha256_file
 from core.paths import TOKENIZER_DIR, base_path, cache_dir, checkpoints_dir, lora_path, metrics_path
 from dataset.batches import Batches, masked
 from dataset.preferences import SIDES, PreferenceDataset, clean_pair, encode_pairs
@@ -19,9 +20,11 @@ from dataset.tokenizer import load_tokenizer
 from model.lora.skill_file import read_lora
 from model.loss import answer_log_probs, preference_sum
 from model.model_lora import attach_lora
-from model.weights import choose_base, load_base, read_record
+from model.weights import RunRecord, choose_base, load_base, read_record
 from scripts import inspect_data, prepare_data
+from trainer.keeping import JUDGING_SHARE, judging_share
 from trainer.preferences import evaluate_pairs, log_probs
+from trainer.stage import Base
 
 SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 6400}
 
@@ -285,3 +288,12 @@ def test_pairs_are_inspected_and_prepared(place, tmp_path, capsys, stage, code):
     if code == 0:
         prepare_data.main([pairs, *flags(stage=stage, out_dir=tmp_path)])
         assert "24 preference rows" in capsys.readouterr().out
+
+
+def test_chats_that_only_held_a_base_are_not_what_it_has_learned(trained):
+    sha256 = sha256_file(trained.general)
+    for option, expected in (("general_data", (JUDGING_SHARE, False)), ("data_path", (0.1, False))):
+        record = RunRecord(data=[{"option": option, "sha256": sha256}], val_ratio=0.1)
+        base = Base(trained.general, None, None, record)
+        options = train_dpo.Options(out_dir=trained.out)
+        assert judging_share(base, [trained.general], options) == expected

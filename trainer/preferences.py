@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from dataset.chat import ENCODING
 from dataset.preferences import PairSamples, PreferenceDataset
 from dataset.tokenizer import tokenizer_fingerprint
 from model.loss import answer_log_probs, preference_loss, preference_sum
+from trainer import keeping
+from trainer.keeping import Taught
 from trainer.metrics import Validation
 from trainer.options import SKILL_ONLY, SkillOptions
 from trainer.runtime import Runtime
@@ -83,6 +86,21 @@ def check_dropout(model: nn.Module, lora_dropout: float) -> None:
     if most := max(*drops, *config, lora_dropout, 0):
         wrong = f"preferences compare exact probabilities, and here dropout is {most}"
         raise UserError(f"{wrong}: set it to 0, in the base's configuration if it stands there")
+
+
+def plugged(
+    options: SkillOptions,
+    base: Base,
+    data: PreferenceDataset,
+    runtime: Runtime,
+    model: nn.Module,
+    beta: float,
+) -> dict:
+    """As ``keeping.plugged``, for pairs."""
+    functions = (partial(each, beta=beta) for each in (pair_loss_sum, evaluate_pairs))
+    found = keeping.plugged(options, base, data, runtime, model, Taught("pairs", *functions))
+    found["verdict"] = partial(verdict, found["validation"], found["verdict"])
+    return found
 
 
 def verdict(validation: Validation, told: Callable[[], dict]) -> dict:
