@@ -1,11 +1,14 @@
 """What holds a skill to its base, and what that costs: python benchmarks/keeping.py
 
-Trains the quick start's skills in each of ``ARMS`` on the base that scripts/quickstart.py made,
-with several seeds, and lets base, skills and their sum sit the exam of scripts/report.py.
+Trains the quick start's skills as it does, but for the options of each of ``ARMS``, on the base
+that scripts/quickstart.py made, with several seeds. Base, skills and their sums then sit the exam
+of scripts/report.py.
 """
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,20 +20,20 @@ from benchmarks.domain import seconds_a_step
 from benchmarks.result_file import measured_on, read_results, write_results
 from core.errors import run
 from core.options import CheckedOptions, option, parse, require
-from core.paths import base_path, bundled_data, lora_path
-from scripts.quickstart_stages import DIM, LORA, SKILLS, flag_words
+from core.paths import base_path, lora_path
+from scripts.quickstart_stages import DIM, SKILLS, flag_words, plan
 
-# Options of each arm. "replay": the general chats' answers are learned by cross-entropy, without
-# strange texts; "others": the other skills' questions hold.
+# Options that differ from the quick start's, which holds on the other skills' questions, too.
+# "replay": the general chats' answers are learned by cross-entropy, without strange texts.
+ALONE = {"keep_questions": ()}
 ARMS = {
-    "plain": {"keep": 0, "keep_best": False},
-    "replay": {"keep": 1},
-    "keep 1, others": {"keep": 1},
-    "keep 3, others": {"keep": 3},
-    "keep 5, others": {"keep": 5},
-    "keep 3, others, 4 rows": {"keep": 3, "keep_rows": 4},
+    "plain": {"keep": 0, "keep_best": False} | ALONE,
+    "replay": {"keep": 1} | ALONE,
+    "keep 1": {"keep": 1},
+    "quick start": {},
+    "quick start, own rows alone": ALONE,
+    "keep 10": {"keep": 10},
 }
-FIXED = ("batch_size", "max_seq_len", "val_interval", "loraplus_lr_ratio", "target_modules")
 PAIR, ALL = " ".join(SKILLS[:2]), " ".join(SKILLS)
 
 
@@ -42,8 +45,6 @@ class Options(CheckedOptions):
     dim: int = option(DIM, "of its base", at_least=1)
     arms: tuple[str, ...] = option(tuple(ARMS), "which of ARMS")
     seeds: tuple[int, ...] = option((1, 2, 3), "of a skill's training")
-    max_steps: int = option(LORA["max_steps"], "optimizer steps of a skill", at_least=1)
-    learning_rate: float = option(LORA["learning_rate"], "peak learning rate", above=0)
     most: int = option(40, "most questions of a column", at_least=1)
     result: Path | None = option(Path("benchmarks/results/keeping.json"), "file of the figures")
 
@@ -57,8 +58,7 @@ class Options(CheckedOptions):
 
 def main(argv: list[str] | None = None) -> dict:
     options = parse(Options, argv)
-    settings = {name: getattr(options, name) for name in ("max_steps", "learning_rate", "most")}
-    settings |= {name: LORA[name] for name in FIXED} | {"seeds": list(options.seeds)}
+    settings = {"most": options.most, "seeds": list(options.seeds), "quick start": recipes()}
     before = read_results(options.result)
     found = before.get("found", {}) if before.get("settings") == settings else {}
     for arm in (arm for arm in options.arms if arm not in found):
@@ -69,48 +69,65 @@ def main(argv: list[str] | None = None) -> dict:
         print(f"== {arm}: {json.dumps(shown)}", flush=True)
         figures = {"settings": settings, "arms": {name: ARMS[name] for name in found}}
         write_results(options.result, figures | {"found": found} | measured_on(("torch",)))
+    for arm in found:
+        print(table_row(arm, found))
     return found
+
+
+def recipes() -> dict[str, dict]:
+    """How the quick start trains each skill, without what is the same for all or hangs on paths."""
+    stages = {stage.name: stage.flags for stage in plan()}
+    names = ("batch_size", "max_steps", "learning_rate", "loraplus_lr_ratio", "keep")
+    return {skill: {name: stages[skill][name] for name in names} for skill in SKILLS}
 
 
 def figures_of(options: Options, arm: str, seed: int) -> dict[str, float]:
     """Train the skills of an arm and let them sit the exam."""
     import train_lora
-    from model.lora.skill_file import read_lora
     from scripts import report
-    from trainer import keeping
-    from trainer.loop import causal_loss_sum
 
-    folder = options.out_dir / "keeping" / f"{arm.replace(', ', '-').replace(' ', '_')}-{seed}"
+    folder = options.out_dir / "keeping" / f"{arm.replace(',', '').replace(' ', '_')}-{seed}"
     base = base_path(options.out_dir, "full_sft", options.dim)
-    shared = {"out_dir": folder, "base": base, "seed": seed, "epochs": 1000, **ARMS[arm]}
-    shared |= {"max_steps": options.max_steps, "learning_rate": options.learning_rate}
-    shared |= {"log_interval": 100, "save_interval": 10**6} | {name: LORA[name] for name in FIXED}
-    figures, usual = {}, (keeping.read_general, keeping.skill_loss_sum)
-    if arm == "replay":
-        keeping.read_general = partial(real_chats_alone, keeping.read_general)
-        keeping.skill_loss_sum = lambda model, batch, **_: causal_loss_sum(model, batch)
-    try:
+    stages, figures = {stage.name: stage.flags for stage in plan()}, {}
+    changed = {"out_dir": folder, "base": base, "seed": seed, **ARMS[arm]}
+    changed |= {"log_interval": 100, "save_interval": 10**6}
+    with learned_again() if arm == "replay" else nullcontext():
         for name in SKILLS:
-            flags = {"data_path": skill_data(name), "lora_name": name}
-            if "others" in arm:
-                others = (skill_data(other) for other in SKILLS if other != name)
-                flags["keep_questions"] = tuple(others)
-            train_lora.main(flag_words(shared | flags))
-    finally:
-        keeping.read_general, keeping.skill_loss_sum = usual
-    for name in SKILLS:
-        metrics = read_lora(lora_path(folder, name, options.dim))[1].metrics
-        for kind in ("domain", "general"):
-            result = metrics[kind]
-            last = result.get("best", result["last"])
-            for unit in ("loss", "bits_per_byte"):
-                figures[f"{name}: {kind} {unit}"] = last[unit]
-                figures[f"{name}: {kind} {unit}, rise"] = last[unit] - result["first"][unit]
-        seconds = seconds_a_step(folder, f"lora_{name}_{options.dim}")
-        figures[f"{name}: seconds a step"] = seconds
+            flags = {flag: x for flag, x in (stages[name] | changed).items() if x != ()}
+            train_lora.main(flag_words(flags))
+            figures |= {f"{name}: {what}": x for what, x in training_figures(options, folder, name)}
     asked = {"skills": (*SKILLS, PAIR, ALL), "most": options.most, "seeds": seed}
     exam = report.main(flag_words({"out_dir": folder, "base": base, **asked}))
     return figures | exam_figures(exam)
+
+
+def training_figures(options: Options, folder: Path, name: str) -> Iterator[tuple[str, float]]:
+    """Losses of the saved skill, their rise, and the time of a step."""
+    from model.lora.skill_file import read_lora
+
+    metrics = read_lora(lora_path(folder, name, options.dim))[1].metrics
+    for kind in ("domain", "general"):
+        result = metrics[kind]
+        saved = result.get("best", result["last"])
+        for unit in ("loss", "bits_per_byte"):
+            yield f"{kind} {unit}", saved[unit]
+            yield f"{kind} {unit}, rise", saved[unit] - result["first"][unit]
+    yield "seconds a step", seconds_a_step(folder, f"lora_{name}_{options.dim}")
+
+
+@contextmanager
+def learned_again():
+    """Inside, training learns the general chats' answers instead of holding to the base."""
+    from trainer import keeping
+    from trainer.loop import causal_loss_sum
+
+    usual = (keeping.read_general, keeping.skill_loss_sum)
+    keeping.read_general = partial(real_chats_alone, keeping.read_general)
+    keeping.skill_loss_sum = lambda model, batch, **_: causal_loss_sum(model, batch)
+    try:
+        yield
+    finally:
+        keeping.read_general, keeping.skill_loss_sum = usual
 
 
 def real_chats_alone(read_general, *run):
@@ -120,10 +137,6 @@ def real_chats_alone(read_general, *run):
     general = read_general(*run)
     strange = keeping.digests(keeping.chats_in((keeping.STRANGE,)))
     return replace(general, holding=general.holding.without(strange))
-
-
-def skill_data(name: str) -> Path:
-    return bundled_data(f"lora_{name}.jsonl")
 
 
 def exam_figures(exam) -> dict[str, float]:
@@ -136,6 +149,26 @@ def exam_figures(exam) -> dict[str, float]:
         if who:
             figures[f"{name}: leaks"] = len(exam.leaks(who)) / max(len(exam.outside(who)), 1)
     return figures
+
+
+def table_row(arm: str, found: dict[str, dict]) -> str:
+    """The arm's row of the table in docs/keeping.md: means over the skills."""
+    figures, plain = found[arm], found.get("plain")
+
+    def over(text: str, who=SKILLS, of=figures) -> float:
+        return mean(of[text.format(name)] for name in who)
+
+    lost = figures["base: general"] - over("{}: general")
+    cells = [f"{over('{0}: {0} near'):.0%} / {over('{0}: {0} far'):.0%}", f"{40 * lost:.1f}"]
+    cells += [f"{over('{}: leaks'):.1%}", f"{over('{}: general bits_per_byte, rise'):+.3f}"]
+    for mix, who in ((PAIR, SKILLS[:2]), (ALL, SKILLS)):
+        shares = [figures[f"{mix}: {name} near"] / figures[f"{name}: {name} near"] for name in who]
+        shares.append(figures[f"{mix}: general"] / figures["base: general"])
+        cells.append(", ".join(f"{share:.0%}" for share in shares))
+    if plain:
+        seconds = "{}: seconds a step"
+        cells.append(f"{over(seconds) / over(seconds, of=plain):.2f}")
+    return f"| {' | '.join([arm, *cells])} |"
 
 
 if __name__ == "__main__":

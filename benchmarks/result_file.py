@@ -8,13 +8,22 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
+from core.errors import UserError
 from core.files import atomic_write
 from core.paths import bundled_data
 
 
 def read_results(path: Path | None) -> dict:
-    """The figures in a results file, to be gone on with; {} where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
+    """The figures in a results file, to be gone on with; {} where there is none.
+
+    Raises ``UserError`` where it is damaged: nothing measured is written over unread.
+    """
+    if path is None or not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): restore or remove it") from error
 
 
 def write_results(path: Path | None, figures: dict) -> None:

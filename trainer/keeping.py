@@ -126,7 +126,7 @@ def read_general(
         strange, answers = (digests(chats_in(paths, *settled)) for paths in (holds[:1], holds[1:]))
         share, is_learned = judging_share(base, data_files(judges), options)
         if not len(chats.without(strange + answers).lengths):
-            raise UserError(f"no chat fits into max_seq_len {options.max_seq_len}")
+            raise UserError(f"no answer lies within max_seq_len {options.max_seq_len}")
         if not len((real := chats.without(strange + answers + alike)).lengths):
             raise UserError("every chat asks what this run teaches")
         real, judging = real.split(share)
