@@ -20,7 +20,7 @@ from core.paths import base_path, lora_path, metrics_path
 from scripts.quickstart_stages import flag_words
 
 # A domain, unlike a few new answers, moves what is said in general: it is held less hard.
-ARMS = {"plain": {"keep": 0, "keep_best": False}, "held": {"keep": 0.75, "keep_rows": 9}}
+ARMS = {"plain": {"keep": 0, "keep_best": False}, "held": {"keep": 0.85, "keep_rows": 9}}
 
 
 @dataclass
