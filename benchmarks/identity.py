@@ -33,7 +33,7 @@ class Options:
     data: Path | None = option(None, "Alpaca rows with {{name}} and {{author}} to fill in")
     unrelated: Path | None = option(None, "chats that have nothing to do with it")
     epochs: int = option(10, "passes over the rows")
-    learning_rate: float = option(2e-4, "peak learning rate")
+    learning_rate: float = option(3e-4, "peak learning rate")
     batch_size: int = option(4, "rows of an optimizer step")
     seed: int = option(1337, "of the initial update and the order of rows")
     out_dir: Path = option(Path("out/identity"), "folder of the base and the skill")
