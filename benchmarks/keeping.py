@@ -29,10 +29,7 @@ ALONE = {"keep_questions": ()}
 ARMS = {
     "plain": {"keep": 0, "keep_best": False} | ALONE,
     "replay": {"keep": 1} | ALONE,
-    "keep 1": {"keep": 1},
     "quick start": {},
-    "quick start, own rows alone": ALONE,
-    "keep 10": {"keep": 10},
 }
 PAIR, ALL = " ".join(SKILLS[:2]), " ".join(SKILLS)
 
