@@ -13,10 +13,11 @@ from conftest import logits_of, ragged_batch
 import train_full_sft
 import train_lora
 import train_pretrain
-from benchmarks import compare, identity, lora_life, size_report, starts
+from benchmarks import compare, identity, keeping, lora_life, size_report, starts
+from benchmarks.result_file import read_results
 from core.errors import UserError
 from core.options import parse
-from core.paths import base_path, lora_path
+from core.paths import REPOSITORY, base_path, lora_path
 from model.lora.layer import adapted
 from model.model_lora import apply_lora
 from scripts.quickstart_stages import flag_words
@@ -181,3 +182,21 @@ def test_ranks_by_importance_share_out_as_many_as_equal_ones(trained, tmp_path):
 def test_a_flag_that_is_false_is_turned_off():
     flags = {"keep": 0, "keep_best": False, "data_path": ("a", "b")}
     assert flag_words(flags) == ["--keep", "0", "--no-keep_best", "--data_path", "a", "b"]
+
+
+@pytest.mark.parametrize("page", ["keeping.md", "keeping_zh.md"])
+def test_the_page_on_keeping_has_the_rows_of_the_result_file(page):
+    found = read_results(REPOSITORY / "benchmarks" / "results" / "keeping.json")["found"]
+    text = (REPOSITORY / "docs" / page).read_text(encoding="utf-8")
+    assert set(keeping.ARMS) == set(found)
+    for arm in found:
+        _, row = keeping.table_row(arm, found).split(f"| {arm} |")
+        assert row.replace("%", " %") in text
+
+
+def test_a_damaged_result_file_is_refused_and_a_missing_one_is_empty(tmp_path):
+    path = tmp_path / "figures.json"
+    assert read_results(path) == read_results(None) == {}
+    path.write_text('{"found": {', encoding="utf-8")
+    with pytest.raises(UserError, match="figures"):
+        read_results(path)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import train_lora
 from core.options import parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,3 +60,12 @@ def test_each_link_of_a_page_leads_somewhere(page):
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), f"{page.name}: {path}"
         assert not anchor or anchor in anchors(target), f"{page.name}: {path}#{anchor}"
+
+
+@pytest.mark.parametrize("page", ["lora.md", "lora_zh.md"])
+def test_a_number_that_a_page_calls_a_default_is_the_default(page):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    said = dict(re.findall(r"^\| `(\w+)` \| ([\d.]+) \|", text, re.MULTILINE))
+    assert {"rank", "keep", "keep_rows"} <= said.keys()
+    defaults = {each.name: each.default for each in fields(train_lora.Options)}
+    assert said == {name: f"{defaults[name]:g}" for name in said}
